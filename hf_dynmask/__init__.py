@@ -1,0 +1,42 @@
+"""Exact dynamic attention masks for Hugging Face Transformers: lengths in, no work on padding.
+
+Importing the package registers its models with transformers' Auto classes and does nothing else.
+"""
+
+from . import masks
+from .attention import dynmask_attention
+from .configuration_dynmask import DynMaskConfig
+from .conversion import from_transformers, to_transformers
+from .data import DataCollatorWithLengths
+from .layout import SequenceLayout
+from .modeling_dynmask import (
+    DynMaskForMaskedLM,
+    DynMaskForMultipleChoice,
+    DynMaskForQuestionAnswering,
+    DynMaskForSequenceClassification,
+    DynMaskForTokenClassification,
+    DynMaskModel,
+    DynMaskPreTrainedModel,
+)
+from .plan import MaskPlan
+from .registration import register
+
+register()
+
+__all__ = [
+    "DataCollatorWithLengths",
+    "DynMaskConfig",
+    "DynMaskForMaskedLM",
+    "DynMaskForMultipleChoice",
+    "DynMaskForQuestionAnswering",
+    "DynMaskForSequenceClassification",
+    "DynMaskForTokenClassification",
+    "DynMaskModel",
+    "DynMaskPreTrainedModel",
+    "MaskPlan",
+    "SequenceLayout",
+    "dynmask_attention",
+    "from_transformers",
+    "masks",
+    "to_transformers",
+]

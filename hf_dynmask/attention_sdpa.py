@@ -1,0 +1,23 @@
+"""PyTorch's `scaled_dot_product_attention` with a dense mask on padded tensors: what the stock models run."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .plan import MaskPlan
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, None]:
+    """Attention on flat `(1, H, N, D)` tensors; weights are not computed."""
+    output = nn.functional.scaled_dot_product_attention(
+        plan.layout.unflatten_heads(query),
+        plan.key_layout.unflatten_heads(key),
+        plan.key_layout.unflatten_heads(value),
+        attn_mask=plan.dense,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return plan.layout.flatten_heads(output), None

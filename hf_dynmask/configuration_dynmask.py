@@ -1,0 +1,161 @@
+"""Configuration of the DynMask models."""
+
+# The optional sizes are `None` only until `__post_init__` has run.
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .masks import Mask, parse
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+@strict
+class DynMaskConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DynMaskModel`] and its heads. One configurable block covers BERT-like and Llama-like encoders.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 10000): Number of token ids.
+        hidden_size (`int`, *optional*, defaults to 512): Width of the residual stream.
+        embedding_size (`int`, *optional*):
+            Width of the token embeddings; projected to `hidden_size` where it differs (ELECTRA). `None`: `hidden_size`.
+        num_hidden_layers (`int`, *optional*, defaults to 6): Number of blocks.
+        num_attention_heads (`int`, *optional*, defaults to 8): Query heads.
+        num_key_value_heads (`int`, *optional*):
+            Key/value heads; must divide the query heads (grouped-query attention). `None`: as many as query heads.
+        head_dim (`int`, *optional*): Size of a query/key head. `None`: `hidden_size // num_attention_heads`.
+        value_head_dim (`int`, *optional*): Size of a value head. `None`: `head_dim`.
+        intermediate_size (`int`, *optional*, defaults to 2048): Inner width of the feed-forward layer.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the feed-forward layer.
+        gated_feed_forward (`bool`, *optional*, defaults to `False`):
+            `down(act(gate(x)) * up(x))` (GLU variants, arXiv:2002.05202) in place of `down(act(up(x)))`.
+        norm_type (`str`, *optional*, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`.
+        norm_placement (`str`, *optional*, defaults to `"after"`):
+            `"after"` normalises each residual sum (BERT); `"before"` each sublayer's input and the last output (Llama).
+        norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of every norm.
+        embedding_norm (`bool`, *optional*, defaults to `True`): Whether the summed embeddings are normalised.
+        position_type (`str`, *optional*, defaults to `"learned"`):
+            `"learned"`, `"sinusoidal"` (arXiv:1706.03762), `"rotary"` (arXiv:2104.09864) or `"none"`.
+        position_offset (`int`, *optional*, defaults to 0):
+            Row of the position table that position 0 reads (RoBERTa: `pad_token_id + 1`). Explicit `position_ids` are
+            read as they are.
+        max_position_embeddings (`int`, *optional*, defaults to 10000): Rows of the position table.
+        rope_parameters (`dict`, *optional*): Rotary parameters as in transformers (`rope_theta`, `rope_type`, …).
+        type_vocab_size (`int`, *optional*, defaults to 0): Number of token types; with 0 `token_type_ids` are ignored.
+        attention_bias (`bool`, *optional*, defaults to `True`): Whether the attention projections have biases.
+        feed_forward_bias (`bool`, *optional*, defaults to `True`): Whether the feed-forward projections have biases.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of embeddings and sublayer outputs.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of the attention weights.
+        classifier_dropout (`float`, *optional*): Dropout before a classifier. `None`: `hidden_dropout_prob`.
+        use_pooler (`bool`, *optional*, defaults to `True`): Whether the bare model has a pooler.
+        pooler_act (`str`, *optional*, defaults to `"tanh"`): Activation of the pooler.
+        pooler_dropout (`float`, *optional*, defaults to 0.0): Dropout before the pooler.
+        lm_head_act (`str`, *optional*, defaults to `"gelu"`): Activation inside the masked-LM head.
+        mask (`str`, *optional*, defaults to `"full"`): Mask expression of every layer; see [`hf_dynmask.masks`].
+        layer_masks (`list[str]`, *optional*): One mask expression a layer; wins over `mask`.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of initial weights.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`): Whether input and output embeddings are one.
+        source_model_type (`str`, *optional*): `model_type` of the stock checkpoint that this one was converted from.
+
+    Raises:
+        StrictDataclassError: A field has the wrong type or is out of its range, fields contradict each other, or a mask
+            does not parse. (`huggingface_hub` wraps the `ValueError` of every check; its message is kept.)
+    """
+
+    model_type = "dynmask"
+
+    vocab_size: int = 10000
+    hidden_size: int = 512
+    embedding_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    intermediate_size: int = 2048
+    hidden_act: str = "gelu"
+    gated_feed_forward: bool = False
+    norm_type: str = "layer_norm"
+    norm_placement: str = "after"
+    norm_eps: float = 1e-5
+    embedding_norm: bool = True
+    position_type: str = "learned"
+    position_offset: int = 0
+    max_position_embeddings: int = 10000
+    rope_parameters: RopeParameters | dict | None = None
+    type_vocab_size: int = 0
+    attention_bias: bool = True
+    feed_forward_bias: bool = True
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    use_pooler: bool = True
+    pooler_act: str = "tanh"
+    pooler_dropout: float | int = 0.0
+    lm_head_act: str = "gelu"
+    mask: str = "full"
+    layer_masks: list[str] | None = None
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    source_model_type: str | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.value_head_dim is None:
+            self.value_head_dim = self.head_dim
+        if self.position_type == "rotary" and self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+        if self.position_type != "rotary":
+            self.rope_parameters = None  # transformers fills it in for any config that has the field
+
+    def masks(self) -> list[Mask]:
+        """The mask of each layer (a list of `num_hidden_layers`)."""
+        texts = self.layer_masks if self.layer_masks is not None else [self.mask] * self.num_hidden_layers
+        return [parse(text) for text in texts]
+
+    def validate_sizes(self):
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}; "
+                f"got {self.num_key_value_heads}"
+            )
+        if self.position_type == "rotary" and self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even for rotary positions; got {self.head_dim}")
+        partial = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        if partial != 1.0:
+            raise ValueError(f"`partial_rotary_factor` must be 1.0: heads are rotated whole; got {partial}")
+
+    def validate_choices(self):
+        _one_of("norm_type", self.norm_type, ("layer_norm", "rms_norm"))
+        _one_of("norm_placement", self.norm_placement, ("after", "before"))
+        _one_of("position_type", self.position_type, ("learned", "sinusoidal", "rotary", "none"))
+
+    def validate_masks(self):
+        if self.layer_masks is not None and len(self.layer_masks) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_masks` must have one entry a layer, num_hidden_layers={self.num_hidden_layers}; "
+                f"got {len(self.layer_masks)}"
+            )
+        parse(self.mask)
+        self.masks()
+
+
+__all__ = ["DynMaskConfig"]

@@ -1,0 +1,224 @@
+"""Collators that describe a batch by the lengths of its sequences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+Columns = dict[str, list[Tensor]]  # one tensor an example
+
+
+@dataclass
+class DataCollatorWithLengths:
+    """
+    Collates tokenized examples into a batch that carries `lengths` in place of an attention mask.
+
+    Each column of the examples finds its place by its shape:
+
+    - **per token**: every example has one entry for each of its tokens (`token_type_ids`, `position_ids`,
+      `segment_ids`, integer labels of tokens, …). These are padded, or flattened, along with `input_ids`.
+    - **per example**: anything else (`label`, `start_positions`, `prefix_lengths`, …) is stacked, so it must have the
+      same shape in all examples. `hidden_spans` is one of these: examples with fewer spans get spans of length 0. Float
+      labels always are: targets of a regression, or of several labels.
+
+    Integers, and booleans that are labels, become int64, floats float32; other booleans stay. `label` and `label_ids`
+    become `labels`, and text is left out, as in [`~transformers.default_data_collator`].
+
+    Examples that come padded (`attention_mask` with zeros) lose their absent tokens first, wherever these stand;
+    `start_positions` and `end_positions` move along.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
+        flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
+        label_pad_token_id (`int`, *optional*, defaults to -100):
+            Label of the absent tokens of a row; losses in PyTorch ignore -100.
+
+    Returns:
+        `dict[str, Tensor]`:
+
+        - `input_ids`, int64 `(B, T)`: from the left edge, whatever the tokenizer's `padding_side`; T is the longest
+          sequence of the batch. With `flat`: `(1, N)`.
+        - `lengths`, int64 `(B,)`: tokens of each sequence.
+        - columns per token: `(B, T, …)`, 0 (labels: `label_pad_token_id`) where no token is. With `flat`: `(1, N, …)`.
+        - columns per example: `(B, …)`.
+
+    Raises:
+        ValueError: There are no examples; `input_ids` is missing or not a list of integers; a column is missing in some
+            examples, is neither per token nor of one shape, or does not hold numbers or text; `lengths` is given; rows
+            must be padded and the tokenizer has no pad token.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorWithLengths(tokenizer)
+    >>> collator([{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}])
+    {'input_ids': tensor([[5, 6, 7],
+            [8, 0, 0]]), 'lengths': tensor([3, 1]), 'labels': tensor([1, 0])}
+    ```
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    flat: bool = False
+    label_pad_token_id: int = -100
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        columns = _columns(features)
+        per_token = _per_token(columns)
+        if "attention_mask" in columns:
+            columns = _without_absent(columns, per_token)
+        lengths = torch.tensor([len(input_ids) for input_ids in columns["input_ids"]])
+        batch = {"input_ids": self._join("input_ids", columns.pop("input_ids")), "lengths": lengths}
+        for name, values in columns.items():
+            batch[name] = self._join(name, values) if name in per_token else _stack(name, values)
+        return batch
+
+    def _join(self, name: str, values: list[Tensor]) -> Tensor:
+        """A column per token as `(B, T, …)`, or with `flat` as `(1, N, …)`."""
+        if self.flat:
+            return torch.cat(values)[None]
+        if len({len(value) for value in values}) == 1:
+            return torch.stack(values)
+        return pad_sequence(values, batch_first=True, padding_value=self._padding(name))
+
+    def _padding(self, name: str) -> int:
+        if name == "labels":
+            return self.label_pad_token_id
+        if name != "input_ids":
+            return 0
+        pad_token_id = self.tokenizer.pad_token_id
+        if not isinstance(pad_token_id, int):
+            raise ValueError(
+                f"`tokenizer.pad_token` must be set to pad rows of different lengths; got pad_token_id={pad_token_id}. "
+                "Set it, for example to `tokenizer.eos_token`, or collate with `flat=True`"
+            )
+        return pad_token_id
+
+
+def _columns(features: Sequence[Mapping[str, Any]]) -> Columns:
+    """The numbers in the examples, checked, under the names that models give them."""
+    if not features:
+        raise ValueError("`features` must hold at least one example; got none")
+    columns: Columns = {}
+    for name in dict.fromkeys(name for feature in features for name in feature):
+        values = [feature.get(name) for feature in features]
+        if all(value is None for value in values):
+            continue
+        arrays = [_array(name, value, index) for index, value in enumerate(values)]
+        if any(isinstance(array, np.ndarray) and array.dtype.kind in "US" for array in arrays):
+            continue
+        target = "labels" if name in ("label", "label_ids") else name
+        if target in columns:
+            raise ValueError(f"examples must have one column of labels; got `{name}` next to another")
+        columns[target] = _alike([torch.as_tensor(array) for array in arrays], is_label=target == "labels")
+    _check(columns)
+    return columns
+
+
+def _array(name: str, value: Any, index: int) -> Tensor | np.ndarray:
+    if value is None:
+        raise ValueError(f"column `{name}` must be in every example; got none in example {index}")
+    if isinstance(value, Tensor):
+        return value
+    try:
+        array = np.array(value)
+        if array.dtype == object:  # data sets in NumPy format hand over lists of text as arrays of objects
+            array = np.array(array.tolist())
+    except ValueError:  # NumPy's word for a ragged list
+        array = np.array(None)
+    if array.dtype == object:
+        raise ValueError(f"column `{name}` must hold numbers, even lists of numbers, or text; got {value!r}")
+    return array
+
+
+def _alike(tensors: list[Tensor], is_label: bool) -> list[Tensor]:
+    """The tensors in one dtype. An empty list has none of its own, nor a shape beyond its length."""
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if any(tensor.is_floating_point() for tensor in filled):
+        dtype = torch.float32
+    elif filled and not is_label and all(tensor.dtype == torch.bool for tensor in filled):
+        dtype = torch.bool
+    else:
+        dtype = torch.int64
+    inner = filled[0].shape[1:] if filled else ()
+    return [(tensor.reshape(0, *inner) if tensor.shape == (0,) else tensor).to(dtype) for tensor in tensors]
+
+
+def _check(columns: Columns) -> None:
+    if "input_ids" not in columns:
+        raise ValueError(f"examples must have a column `input_ids`; got {', '.join(columns) or 'no numbers'}")
+    for input_ids in columns["input_ids"]:
+        if input_ids.ndim != 1 or input_ids.dtype != torch.int64:
+            raise ValueError(
+                "`input_ids` of an example must be a list of integers, shape (T,); "
+                f"got shape {tuple(input_ids.shape)} of {input_ids.dtype}"
+            )
+    for mask, input_ids in zip(columns.get("attention_mask", ()), columns["input_ids"], strict=False):
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` of an example must hold 0 or 1 a token, shape {tuple(input_ids.shape)}; "
+                f"got shape {tuple(mask.shape)}"
+            )
+    if "lengths" in columns:
+        raise ValueError("`lengths` must be left to the collator, which counts `input_ids`; got a column of it")
+
+
+def _per_token(columns: Columns) -> set[str]:
+    """Names of the columns that have an entry for each token."""
+    sizes = [len(input_ids) for input_ids in columns["input_ids"]]
+    return {
+        name
+        for name, values in columns.items()
+        if name != "hidden_spans"
+        and not (name == "labels" and values[0].is_floating_point())
+        and all(value.ndim and len(value) == size for value, size in zip(values, sizes, strict=True))
+        and len({value.shape[1:] for value in values}) == 1
+    }
+
+
+def _without_absent(columns: Columns, per_token: set[str]) -> Columns:
+    """The columns without the tokens at 0 of `attention_mask`, and without `attention_mask`."""
+    keep = [mask.bool() for mask in columns["attention_mask"]]
+    names = [name for name in columns if name != "attention_mask"]
+    if all(kept.all() for kept in keep):
+        return {name: columns[name] for name in names}
+    shortened = {}
+    for name in names:
+        values = zip(columns[name], keep, strict=True)
+        if name in per_token:
+            shortened[name] = [value[kept] for value, kept in values]
+        elif name in ("start_positions", "end_positions"):
+            shortened[name] = [_moved(position, kept) for position, kept in values]
+        else:
+            shortened[name] = columns[name]
+    return shortened
+
+
+def _moved(position: Tensor, kept: Tensor) -> Tensor:
+    """Where a token stands once the absent ones are gone. Positions outside the example say "no answer" and stay."""
+    inside = (position >= 0) & (position < len(kept))
+    before = pad(kept.cumsum(0), (1, 0))
+    return torch.where(inside, before[position.clamp(0, len(kept))], position)
+
+
+def _stack(name: str, values: list[Tensor]) -> Tensor:
+    """A column per example as `(B, …)`."""
+    if name == "hidden_spans":
+        return pad_sequence([_spans(value) for value in values], batch_first=True)
+    shapes = [tuple(value.shape) for value in values]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"column `{name}` must have one entry a token, or the same shape in every example; got shapes {shapes}"
+        )
+    return torch.stack(values)
+
+
+def _spans(value: Tensor) -> Tensor:
+    if value.numel() and (value.ndim != 2 or value.shape[1] != 2):
+        raise ValueError(f"`hidden_spans` of an example must have shape (K, 2); got {tuple(value.shape)}")
+    return value.reshape(-1, 2)

@@ -1,0 +1,331 @@
+"""Where the real tokens of a batch sit: lengths, 0/1 attention masks and `cu_seq_lens` in one immutable object.
+
+Shape legend: B rows of width T in the batch, S sequences, N real tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Group(NamedTuple):
+    """A run of neighbouring sequences of one length in the flat order: one attention call serves them all."""
+
+    length: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """Which tokens of a `(B, T)` batch exist, and the order in which they stand in flat `(1, N, ...)` tensors.
+
+    Make one with [`from_lengths`], [`from_attention_mask`] or [`from_cu_seq_lens`].
+
+    Attributes:
+        shape (`tuple[int, int]`): `(B, T)` of the batch.
+        sizes (`tuple[int, ...]`): Real tokens of each sequence in flat order, on the host.
+        rank (`Tensor` of shape `(S,)`, int64): Which of the batch's sequences stands at each place of the flat order.
+        indices (`Tensor` of shape `(N,)`, int64): Place of each flat token in the row-major `(B * T)` batch.
+        positions (`Tensor` of shape `(N,)`, int64): Index of each flat token in its own sequence, from 0.
+    """
+
+    shape: tuple[int, int]
+    sizes: tuple[int, ...]
+    rank: Tensor
+    indices: Tensor
+    positions: Tensor
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor, shape: tuple[int, int] | None = None) -> SequenceLayout:
+        """Layout of rows that hold their tokens from the left edge, or of one flat row.
+
+        Args:
+            lengths (`Tensor` of shape `(B,)` or `(S,)`, integer):
+                Tokens of each row; or, for a batch of one row, of each of the S sequences that stand in it end to end.
+            shape (`tuple[int, int]`, *optional*): `(B, T)` of the batch. `None`: one flat row, `(1, sum(lengths))`.
+
+        Raises:
+            ValueError: `lengths` is not a vector of integers, has the wrong size, is negative or beyond T; or the
+                lengths of a flat row do not add up to T.
+        """
+        sizes = _checked_lengths(lengths)
+        if shape is None:
+            shape = (1, sum(sizes))
+        rows, width = shape
+        if len(sizes) == rows:
+            _check_within(sizes, width)
+            starts = [row * width for row in range(rows)]
+        elif rows == 1:
+            _check_flat(sizes, width)
+            starts = _cumulative(sizes)[:-1]
+        else:
+            raise ValueError(
+                f"`lengths` must have one entry a row, shape ({rows},), or belong to a flat batch of one row; "
+                f"got shape ({len(sizes)},) for input of shape {tuple(shape)}"
+            )
+        rank = torch.arange(len(sizes), device=lengths.device)
+        return cls._from_starts(shape, sizes, rank, torch.tensor(starts, dtype=torch.long, device=lengths.device))
+
+    @classmethod
+    def from_attention_mask(cls, attention_mask: Tensor) -> SequenceLayout:
+        """Layout of rows whose tokens may stand anywhere: padding right, left or inside.
+
+        Args:
+            attention_mask (`Tensor` of shape `(B, T)`): 1 where a token is, 0 where none is.
+
+        Raises:
+            ValueError: The mask is not two-dimensional or holds other values than 0 and 1.
+        """
+        if attention_mask.dim() != 2:
+            raise ValueError(f"`attention_mask` must have shape (batch, width); got {tuple(attention_mask.shape)}")
+        present = attention_mask.bool()
+        if attention_mask.dtype != torch.bool and not torch.equal(present.to(attention_mask.dtype), attention_mask):
+            other = attention_mask[present.to(attention_mask.dtype) != attention_mask]
+            raise ValueError(f"`attention_mask` must hold only 0 and 1; got {other[0].item()}")
+        rows, width = attention_mask.shape
+        positions = present.cumsum(1) - 1
+        return cls(
+            shape=(rows, width),
+            sizes=tuple(present.sum(1).tolist()),
+            rank=torch.arange(rows, device=attention_mask.device),
+            indices=present.flatten().nonzero().squeeze(1),
+            positions=positions[present],
+        )
+
+    @classmethod
+    def from_cu_seq_lens(cls, cu_seq_lens: Tensor) -> SequenceLayout:
+        """Layout of one flat row from cumulative lengths, as flash-attention kernels take them.
+
+        Args:
+            cu_seq_lens (`Tensor` of shape `(S + 1,)`, integer): 0, then the end of each sequence.
+
+        Raises:
+            ValueError: `cu_seq_lens` is not a vector of integers that starts at 0 and never falls.
+        """
+        _check_integers("cu_seq_lens", cu_seq_lens)
+        if cu_seq_lens.numel() == 0 or cu_seq_lens[0] != 0 or (cu_seq_lens.diff() < 0).any():
+            raise ValueError(f"`cu_seq_lens` must start at 0 and never fall; got {cu_seq_lens.tolist()}")
+        total = int(cu_seq_lens[-1])
+        lengths = cu_seq_lens.diff()
+        if lengths.numel() == 1:  # one sequence: the same as a row that is full
+            return cls.from_lengths(lengths, (1, total))
+        return cls.from_lengths(lengths)
+
+    @classmethod
+    def _from_starts(
+        cls, shape: tuple[int, int], sizes: tuple[int, ...], rank: Tensor, starts: Tensor
+    ) -> SequenceLayout:
+        """`starts (S,)` is the place of each sequence's first token in the row-major batch."""
+        lengths = torch.tensor(sizes, dtype=torch.long, device=rank.device)
+        sequence = owners(lengths, sum(sizes))
+        positions = torch.arange(sum(sizes), device=rank.device) - (lengths.cumsum(0) - lengths)[sequence]
+        return cls(shape=shape, sizes=sizes, rank=rank, indices=positions + starts[sequence], positions=positions)
+
+    def by_length(self) -> SequenceLayout:
+        """The same batch with its flat order sorted by length, so that equal lengths are neighbours (stable)."""
+        return self.reordered(sorted(range(self.num_sequences), key=self.sizes.__getitem__))
+
+    def reordered(self, order: list[int]) -> SequenceLayout:
+        """The same batch with another flat order.
+
+        Args:
+            order (`list[int]`, S entries): Place in today's flat order of the sequence that is to stand at each place.
+        """
+        if order == list(range(self.num_sequences)):
+            return self
+        tokens = self.token_order(order)
+        return SequenceLayout(
+            shape=self.shape,
+            sizes=tuple(self.sizes[place] for place in order),
+            rank=self.rank[torch.tensor(order, dtype=torch.long, device=self.rank.device)],
+            indices=self.indices[tokens],
+            positions=self.positions[tokens],
+        )
+
+    def token_order(self, order: list[int]) -> Tensor:
+        """`(N,)` int64: place in today's flat order of each token after [`reordered`]."""
+        starts = _cumulative(self.sizes)
+        pieces = [torch.arange(starts[place], starts[place + 1]) for place in order]
+        return torch.cat(pieces or [torch.empty(0, dtype=torch.long)]).to(self.rank.device)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the real tokens of the batch."""
+        return self.indices.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        """S, the sequences of the batch, empty ones included."""
+        return len(self.sizes)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence; 0 for an empty batch."""
+        return max(self.sizes, default=0)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """`(S,)` int64: real tokens of each sequence in flat order."""
+        return torch.tensor(self.sizes, dtype=torch.long, device=self.rank.device)
+
+    @cached_property
+    def cu_seq_lens(self) -> Tensor:
+        """`(S + 1,)` int32: 0, then the end of each sequence in flat order."""
+        return torch.tensor(_cumulative(self.sizes), dtype=torch.int32, device=self.rank.device)
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """`(N,)` int64: place in the flat order of the sequence that each token belongs to."""
+        return owners(self.lengths, self.num_tokens)
+
+    @cached_property
+    def is_contiguous(self) -> bool:
+        """Whether the flat order is the batch's own row-major order with nothing absent: flattening is a view."""
+        rows, width = self.shape
+        if self.num_tokens != rows * width:
+            return False
+        return bool((self.indices == torch.arange(rows * width, device=self.indices.device)).all())
+
+    @cached_property
+    def is_sorted(self) -> bool:
+        """Whether equal lengths are neighbours in the flat order."""
+        return len(self.groups) == len(set(self.sizes))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Runs of neighbouring sequences of one length, in flat order."""
+        return tuple(Group(length, sum(1 for _ in run)) for length, run in groupby(self.sizes))
+
+    def flatten(self, padded: Tensor) -> Tensor:
+        """Keep the real tokens alone.
+
+        Args:
+            padded (`Tensor` of shape `(B, T, ...)`): Any tensor in the batch's layout.
+
+        Returns:
+            `Tensor` of shape `(1, N, ...)`: the real tokens in flat order; a view where nothing is absent.
+
+        Raises:
+            ValueError: The first two dimensions are not `(B, T)`.
+        """
+        if tuple(padded.shape[:2]) != tuple(self.shape):
+            raise ValueError(f"`padded` must have shape {(*self.shape, '...')}; got {tuple(padded.shape)}")
+        rows = padded.reshape(self.shape[0] * self.shape[1], *padded.shape[2:])
+        return (rows if self.is_contiguous else rows.index_select(0, self.indices)).unsqueeze(0)
+
+    def unflatten(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
+        """Put the real tokens back where they came from; the inverse of [`flatten`].
+
+        Args:
+            flat (`Tensor` of shape `(1, N, ...)`): The real tokens in flat order.
+            fill (*optional*, defaults to 0): Value of absent places.
+
+        Returns:
+            `Tensor` of shape `(B, T, ...)`.
+
+        Raises:
+            ValueError: The first two dimensions are not `(1, N)`.
+        """
+        if tuple(flat.shape[:2]) != (1, self.num_tokens):
+            raise ValueError(f"`flat` must have shape {(1, self.num_tokens, '...')}; got {tuple(flat.shape)}")
+        rows, width = self.shape
+        if self.is_contiguous:
+            return flat.reshape(rows, width, *flat.shape[2:])
+        padded = flat.new_full((rows * width, *flat.shape[2:]), fill)
+        return padded.index_copy(0, self.indices, flat[0]).view(rows, width, *flat.shape[2:])
+
+    def flatten_heads(self, padded: Tensor) -> Tensor:
+        """`(B, H, T, D)` as flat `(1, H, N, D)`."""
+        return self.flatten(padded.transpose(1, 2)).transpose(1, 2)
+
+    def unflatten_heads(self, flat: Tensor) -> Tensor:
+        """Flat `(1, H, N, D)` as `(B, H, T, D)`, 0 where no token is."""
+        return self.unflatten(flat.transpose(1, 2)).transpose(1, 2)
+
+    def first_tokens(self, flat: Tensor) -> Tensor:
+        """First token of each of the batch's sequences.
+
+        Args:
+            flat (`Tensor` of shape `(1, N, ...)`): The real tokens in flat order.
+
+        Returns:
+            `Tensor` of shape `(S, ...)`: in the order in which the batch names its sequences; 0 for an empty one.
+        """
+        starts = self.cu_seq_lens[:-1].long()
+        if 0 not in self.sizes:
+            place = torch.empty_like(starts).scatter_(0, self.rank, starts)
+            return flat[0].index_select(0, place)
+        full = self.lengths > 0
+        firsts = flat.new_zeros(self.num_sequences, *flat.shape[2:])
+        return firsts.index_copy(0, self.rank[full], flat[0].index_select(0, starts[full]))
+
+    def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
+        """Values by sequence and position.
+
+        Args:
+            flat (`Tensor` of shape `(1, N, ...)`): Values of the real tokens in flat order.
+            fill (*optional*, defaults to 0): Value where a sequence has no token.
+
+        Returns:
+            `Tensor` of shape `(S, max position + 1, ...)`: sequences in flat order.
+        """
+        width = int(self.positions.max()) + 1 if self.num_tokens else 0
+        table = flat.new_full((self.num_sequences, width, *flat.shape[2:]), fill)
+        return table.index_put((self.sequence_ids, self.positions), flat[0])
+
+    def to(self, device: torch.device | str) -> SequenceLayout:
+        """The same layout with its tensors on `device`."""
+        if self.rank.device == torch.device(device):
+            return self
+        tensors = (tensor.to(device) for tensor in (self.rank, self.indices, self.positions))
+        return SequenceLayout(self.shape, self.sizes, *tensors)
+
+
+def owners(sizes: Tensor, total: int) -> Tensor:
+    """Which run each of `total` things is in, when runs of `sizes (S,)` things stand end to end: `(total,)` int64.
+
+    (`repeat_interleave` says the same, but wakes all threads for it.)
+    """
+    starts = sizes.cumsum(0)[:-1]
+    steps = torch.zeros(total + 1, dtype=torch.long, device=sizes.device)
+    return steps.index_add_(0, starts, torch.ones_like(starts)).cumsum(0)[:total]
+
+
+def _cumulative(sizes: tuple[int, ...]) -> list[int]:
+    """0 and the running sums of `sizes`."""
+    return [0, *accumulate(sizes)]
+
+
+def _check_integers(name: str, vector: Tensor) -> None:
+    if vector.dim() != 1:
+        raise ValueError(f"`{name}` must be a vector; got shape {tuple(vector.shape)}")
+    if vector.dtype.is_floating_point or vector.dtype.is_complex or vector.dtype == torch.bool:
+        raise ValueError(f"`{name}` must be integers; got dtype {vector.dtype}")
+
+
+def _checked_lengths(lengths: Tensor) -> tuple[int, ...]:
+    _check_integers("lengths", lengths)
+    sizes = tuple(lengths.tolist())
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"`lengths` must not be negative; got {min(sizes)}")
+    return sizes
+
+
+def _check_within(sizes: tuple[int, ...], width: int) -> None:
+    longest = max(sizes, default=0)
+    if longest > width:
+        raise ValueError(f"`lengths` must not be beyond the row width {width}; got {longest}")
+
+
+def _check_flat(sizes: tuple[int, ...], width: int) -> None:
+    if sum(sizes) != width:
+        raise ValueError(
+            f"`lengths` of a flat batch must add up to its width {width}; got a sum of {sum(sizes)} over "
+            f"{len(sizes)} sequences (a flat batch cannot be split over devices: use rows for that)"
+        )

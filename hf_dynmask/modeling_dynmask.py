@@ -1,0 +1,507 @@
+"""DynMask encoder and its heads.
+
+A batch comes in rows `(B, T)` or flat `(1, N)`; inside, every layer works on the N real tokens alone; outputs go back
+in the layout of the inputs, 0 where no token is.
+
+Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vocabulary, H heads.
+"""
+# transformers' own typing of `**kwargs` repeats named parameters, and its configurations' fields are optional.
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_dynmask import DynMaskConfig
+from .layout import SequenceLayout
+from .modules import (
+    ATTENTION_IMPLEMENTATIONS,
+    DynMaskEmbeddings,
+    DynMaskLayer,
+    DynMaskLMHead,
+    DynMaskPooler,
+    DynMaskRotaryEmbedding,
+    DynMaskSinusoidalEmbedding,
+    make_norm,
+)
+from .plan import MaskPlan
+
+IGNORE_INDEX = -100
+
+
+def layout_of_batch(
+    shape: tuple[int, int], device: torch.device, lengths: Tensor | None, attention_mask: Tensor | None
+) -> SequenceLayout:
+    """Where the tokens of a batch of `shape` `(B, T)` sit; without `lengths` and `attention_mask` all are there.
+
+    Raises:
+        ValueError: `lengths` and `attention_mask` disagree, or one of them does not fit the shape.
+    """
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise ValueError(f"`attention_mask` must have the input's shape {shape}; got {tuple(attention_mask.shape)}")
+    if lengths is None:
+        if attention_mask is None:
+            lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
+        else:
+            return SequenceLayout.from_attention_mask(attention_mask).by_length()
+    layout = SequenceLayout.from_lengths(lengths, shape)
+    if attention_mask is not None:
+        masked = SequenceLayout.from_attention_mask(attention_mask)
+        if not torch.equal(masked.indices, layout.indices):
+            raise ValueError(
+                f"`lengths` and `attention_mask` must name the same tokens; got lengths {lengths.tolist()} and a mask "
+                f"with {list(masked.sizes)} tokens a row (padding on the right is what lengths mean)"
+            )
+    return layout.by_length()
+
+
+class DynMaskPreTrainedModel(PreTrainedModel):
+    """What all DynMask models share: configuration, weight initialisation, the `dynmask` attention."""
+
+    config: DynMaskConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DynMaskEmbeddings", "DynMaskLayer"]
+    _input_embed_layer = "word_embeddings"
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention in (None, "dynmask"):
+            return "dynmask"
+        known = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
+        try:
+            chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        except ValueError as error:
+            raise ValueError(f"{error} DynMask models run with {known}.") from error
+        if chosen not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(f"`attn_implementation` of a DynMask model must be one of {known}; got {chosen!r}")
+        return chosen
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DynMaskSinusoidalEmbedding):
+            init.copy_(module.weight, module.table(*module.weight.shape, device=module.weight.device))
+
+
+class DynMaskModel(DynMaskPreTrainedModel):
+    """The bare encoder.
+
+    Args:
+        config ([`DynMaskConfig`]): Sizes and masks.
+        add_pooling_layer (`bool`, *optional*): Whether to add a pooler. `None`: as `config.use_pooler` says.
+    """
+
+    def __init__(self, config: DynMaskConfig, add_pooling_layer: bool | None = None):
+        super().__init__(config)
+        self.embeddings = DynMaskEmbeddings(config)
+        self.rotary_emb = DynMaskRotaryEmbedding(config) if config.position_type == "rotary" else None
+        self.layers = nn.ModuleList([DynMaskLayer(config) for _ in range(config.num_hidden_layers)])
+        norm_before = config.norm_placement == "before"
+        self.final_norm = make_norm(config, config.hidden_size) if norm_before else nn.Identity()
+        with_pooler = config.use_pooler if add_pooling_layer is None else add_pooling_layer
+        self.pooler = DynMaskPooler(config) if with_pooler else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            input_ids (`Tensor` of shape `(B, T)`, or flat `(1, N)`): Token ids.
+            lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `lengths[b]` tokens from its
+                left edge; in a flat batch S sequences stand end to end.
+            attention_mask (`Tensor` of shape `(B, T)`): 0 where no token is, wherever that may be; an alternative to
+                `lengths`. Neither: all tokens are there.
+            position_ids (`Tensor` of shape `(B, T)` or `(1, T)`): Positions in place of each token's index in its own
+                sequence, for the embeddings; masks go by the index.
+            token_type_ids (`Tensor` of shape `(B, T)`): Token types; ignored by a model without types.
+            inputs_embeds (`Tensor` of shape `(B, T, embedding_size)`): Token embeddings in place of `input_ids`.
+            segment_ids (`Tensor` of shape `(B, T)`): Field of the mask `segments`.
+            prefix_lengths (`Tensor` of shape `(B,)` or `(S,)`): Field of the mask `prefix`.
+            hidden_spans (`Tensor` of shape `(B, K, 2)` or `(S, K, 2)`): Field of the mask `visible`: (start, length).
+            layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
+                `last_hidden_state` stays flat, `(1, N, C)`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state (B, T, C)`, 0 where no
+            token is; `pooler_output (B, C)` or `(S, C)`; on request `hidden_states` and, with
+            `attn_implementation="eager"`, `attentions (B, H, T, T)`.
+
+        Raises:
+            ValueError: The inputs contradict each other or the configuration; the message says what was expected.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "`output_attentions` needs attn_implementation='eager', the only one that computes weights; "
+                f"got {self.config._attn_implementation!r}"
+            )
+        flat_output = layout is not None
+        if layout is None:
+            inputs = input_ids if input_ids is not None else inputs_embeds
+            layout = layout_of_batch(tuple(inputs.shape[:2]), inputs.device, lengths, attention_mask)
+        states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
+        rotary = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
+        fields = {"segment_ids": segment_ids, "prefix_lengths": prefix_lengths, "hidden_spans": hidden_spans}
+        fields = {name: field for name, field in fields.items() if field is not None}
+        masks = self.config.masks()
+        plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
+
+        all_states, all_weights = [], []
+        for layer, mask in zip(self.layers, masks, strict=True):
+            if output_hidden_states:
+                # Handed back in the batch's layout, and on the way to the output: gradients reach it.
+                all_states.append(layout.unflatten(states))
+                states = layout.flatten(all_states[-1])
+            states, weights = layer(states, plan=plans[mask], rotary=rotary)
+            all_weights.append(weights)
+        states = self.final_norm(states)
+        padded = states if flat_output else layout.unflatten(states)
+        if output_hidden_states:
+            all_states.append(layout.unflatten(states) if flat_output else padded)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=padded,
+            pooler_output=self.pooler(layout.first_tokens(states)) if self.pooler is not None else None,
+            hidden_states=tuple(all_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+
+    def _embed(
+        self,
+        layout: SequenceLayout,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Flat states `(1, N, C)` and positions `(1, N)` from inputs in the batch's layout."""
+        if position_ids is None:
+            self._check_positions(layout)
+            position_ids = layout.positions[None] + self.config.position_offset
+        else:
+            position_ids = layout.flatten(position_ids.expand(layout.shape))
+        if inputs_embeds is None:
+            words = self.embeddings.word_embeddings(layout.flatten(input_ids))
+        else:
+            words = layout.flatten(inputs_embeds)
+        types = layout.flatten(token_type_ids.expand(layout.shape)) if token_type_ids is not None else None
+        return self.embeddings(words, position_ids, types), position_ids
+
+    def _check_positions(self, layout: SequenceLayout) -> None:
+        room = self.config.max_position_embeddings - self.config.position_offset
+        if self.config.position_type in ("learned", "sinusoidal") and layout.max_length > room:
+            raise ValueError(
+                f"a sequence must have at most {room} tokens (`max_position_embeddings`); got {layout.max_length}"
+            )
+
+
+class DynMaskTaskModel(DynMaskPreTrainedModel):
+    """A head on the encoder. Subclasses say how flat states become a loss and logits."""
+
+    output_class: type
+    pooling = False
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DynMaskModel(config, add_pooling_layer=self.pooling)
+        dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
+        self.dropout = nn.Dropout(dropout)
+        self._add_head(config)
+        self.post_init()
+
+    def _add_head(self, config: DynMaskConfig) -> None:
+        raise NotImplementedError
+
+    def _predict(
+        self,
+        outputs: BaseModelOutputWithPooling,
+        layout: SequenceLayout,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(loss, logits in the batch's layout) from `outputs`, whose `last_hidden_state` is flat."""
+        raise NotImplementedError
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        Inputs as in [`DynMaskModel.forward`], and:
+
+        Args:
+            labels (`Tensor`): Targets, -100 where there is none: see the class for their shape.
+            num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged, where a step spans several
+                batches; the loss is then a sum divided by it. `None`: the targets of this batch.
+        """
+        outputs, layout = self._encode(
+            input_ids=input_ids,
+            lengths=lengths,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            prefix_lengths=prefix_lengths,
+            hidden_spans=hidden_spans,
+            **kwargs,
+        )
+        loss, logits = self._predict(outputs, layout, labels, num_items_in_batch)
+        return self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _encode(
+        self, lengths: Tensor | None, attention_mask: Tensor | None, **inputs
+    ) -> tuple[BaseModelOutputWithPooling, SequenceLayout]:
+        """The encoder's outputs, `last_hidden_state` flat, and the batch's layout."""
+        tokens = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
+        if tokens is None:
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        layout = layout_of_batch(tuple(tokens.shape[:2]), tokens.device, lengths, attention_mask)
+        inputs["return_dict"] = True
+        return self.model(layout=layout, **inputs), layout
+
+
+class DynMaskForMaskedLM(DynMaskTaskModel):
+    """Masked language modelling; `labels (B, T)`. While training, logits are computed for the targets alone and not
+    handed back (`logits` is `None`)."""
+
+    output_class = MaskedLMOutput
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def _add_head(self, config):
+        self.lm_head = DynMaskLMHead(config)
+
+    def get_output_embeddings(self):
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head.decoder = new_embeddings
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        states = outputs.last_hidden_state
+        if labels is None:
+            return None, layout.unflatten(self.lm_head(states))
+        labels = layout.flatten(labels)
+        if self.training:
+            targets = labels != IGNORE_INDEX
+            return _token_loss(self.lm_head(states[targets]), labels[targets], num_items_in_batch), None
+        logits = self.lm_head(states)
+        return _token_loss(logits, labels, num_items_in_batch), layout.unflatten(logits)
+
+
+class DynMaskForTokenClassification(DynMaskTaskModel):
+    """A class for every token; `labels (B, T)`, logits `(B, T, num_labels)`."""
+
+    output_class = TokenClassifierOutput
+
+    def _add_head(self, config):
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = _token_loss(logits, layout.flatten(labels), num_items_in_batch) if labels is not None else None
+        return loss, layout.unflatten(logits)
+
+
+class DynMaskForSequenceClassification(DynMaskTaskModel):
+    """A class, several, or a number for every sequence; `labels (B,)`, or `(B, num_labels)` of floats where several
+    classes may hold; logits `(B, num_labels)`. In a flat batch S takes the place of B."""
+
+    output_class = SequenceClassifierOutput
+    pooling = True
+
+    def _add_head(self, config):
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        if labels is None:
+            return None, logits
+        return _sequence_loss(logits, labels, self.config, num_items_in_batch), logits
+
+
+class DynMaskForMultipleChoice(DynMaskTaskModel):
+    """One of several texts; inputs `(B, choices, T)`, `lengths (B, choices)`, `labels (B,)`, logits `(B, choices)`."""
+
+    output_class = MultipleChoiceModelOutput
+    pooling = True
+
+    def _add_head(self, config):
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def _encode(self, **inputs):
+        tokens = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
+        choices = tokens.shape[1] if tokens is not None else 1
+        rows = {
+            name: value.flatten(0, 1) if isinstance(value, Tensor) and value.dim() > 1 else value
+            for name, value in inputs.items()
+        }
+        outputs, layout = super()._encode(**rows)
+        outputs.pooler_output = outputs.pooler_output.unflatten(0, (-1, choices))
+        return outputs, layout
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        logits = self.classifier(self.dropout(outputs.pooler_output)).squeeze(-1)
+        return None if labels is None else _token_loss(logits, labels, num_items_in_batch), logits
+
+
+class DynMaskForQuestionAnswering(DynMaskTaskModel):
+    """Start and end of an answer; `start_positions`, `end_positions (B,)` index the sequence, logits `(B, T)`.
+
+    The loss is over real tokens: unlike in the stock models padding has no share in it. A position beyond the
+    sequence is no target.
+    """
+
+    output_class = QuestionAnsweringModelOutput
+
+    def _add_head(self, config):
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        Inputs as in [`DynMaskModel.forward`], and:
+
+        Args:
+            start_positions, end_positions (`Tensor` of shape `(B,)` or `(S,)`): First and last token of the answer.
+            num_items_in_batch (`int` or `Tensor`): Answers over which the loss is averaged. `None`: this batch's.
+        """
+        outputs, layout = self._encode(
+            input_ids=input_ids,
+            lengths=lengths,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            prefix_lengths=prefix_lengths,
+            hidden_spans=hidden_spans,
+            **kwargs,
+        )
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            ends = zip(logits.unbind(-1), (start_positions, end_positions), strict=True)
+            loss = sum(_position_loss(scores, place, layout, num_items_in_batch) for scores, place in ends) / 2
+        start_logits, end_logits = layout.unflatten(logits).unbind(-1)
+        return self.output_class(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _averaged(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """A summed loss over its targets; 0 where a batch has none."""
+    items = count if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+
+def _token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Cross-entropy of `logits (..., classes)` against `labels (...)`, averaged over the targets."""
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return _averaged(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
+
+
+def _position_loss(
+    scores: Tensor, positions: Tensor, layout: SequenceLayout, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Cross-entropy of `scores (1, N)` over each sequence's tokens against `positions (S,)`."""
+    by_sequence = layout.by_position(scores, fill=-torch.inf)
+    positions = positions.flatten()[layout.rank]
+    real = (positions >= 0) & (positions < layout.lengths)
+    return _token_loss(by_sequence[real], positions[real], num_items_in_batch)
+
+
+def _sequence_loss(
+    logits: Tensor, labels: Tensor, config: DynMaskConfig, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Loss of `logits (S, num_labels)` by `config.problem_type`, which without a value follows from the labels."""
+    problem = config.problem_type
+    if problem is None and config.num_labels == 1:
+        problem = "regression"
+    elif problem is None:
+        problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    if problem == "single_label_classification":
+        return _token_loss(logits, labels, num_items_in_batch)
+    criteria = {
+        "regression": nn.functional.mse_loss,
+        "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
+    }
+    labels = labels.to(logits.dtype).view_as(logits)
+    return _averaged(criteria[problem](logits, labels, reduction="sum"), labels.numel(), num_items_in_batch)
+
+
+__all__ = [
+    "DynMaskForMaskedLM",
+    "DynMaskForMultipleChoice",
+    "DynMaskForQuestionAnswering",
+    "DynMaskForSequenceClassification",
+    "DynMaskForTokenClassification",
+    "DynMaskModel",
+    "DynMaskPreTrainedModel",
+]

@@ -1,0 +1,186 @@
+"""The parts of a DynMask model. Everything here works on flat `(1, N, ...)` tensors: real tokens alone.
+
+Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and Dv head sizes.
+"""
+# A configuration's optional sizes are `None` only until it is made.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalOperand=false
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from .attention import implementation_named
+from .configuration_dynmask import DynMaskConfig
+from .plan import MaskPlan
+
+# transformers' `attn_implementation` -> the implementation of `dynmask_attention` that serves it.
+ATTENTION_IMPLEMENTATIONS = {"dynmask": "auto", "eager": "reference", "sdpa": "sdpa"}
+
+
+def make_norm(config: DynMaskConfig, size: int) -> nn.Module:
+    """The norm that `config.norm_type` names, over the last dimension of `size`."""
+    norms = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+    return norms[config.norm_type](size, eps=config.norm_eps)
+
+
+class DynMaskSinusoidalEmbedding(nn.Module):
+    """Fixed sine and cosine positions ("Attention Is All You Need", arXiv:1706.03762, section 3.5)."""
+
+    weight: Tensor
+
+    def __init__(self, rows: int, size: int):
+        super().__init__()
+        self.register_buffer("weight", self.table(rows, size), persistent=False)
+
+    @staticmethod
+    def table(rows: int, size: int, device: torch.device | None = None) -> Tensor:
+        """`(rows, size)`: even columns hold sines, odd ones cosines of geometrically longer periods."""
+        position = torch.arange(rows, dtype=torch.float64, device=device)[:, None]
+        column = torch.arange(size, device=device)
+        angle = position * 10000.0 ** (-2 * (column // 2).double() / size)
+        return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(torch.get_default_dtype())
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return nn.functional.embedding(position_ids, self.weight)
+
+
+class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary positions (arXiv:2104.09864) as transformers computes them for Llama, every `rope_type` included."""
+
+
+class DynMaskEmbeddings(nn.Module):
+    """Sum of token, position and type embeddings, normalised; `(1, N)` ids to `(1, N, C)` states."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        size = config.embedding_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = None
+        if config.position_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        elif config.position_type == "sinusoidal":
+            self.position_embeddings = DynMaskSinusoidalEmbedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        self.norm = make_norm(config, size) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        states = inputs_embeds
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                states = states + self.token_type_embeddings.weight[0]
+            else:
+                states = states + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
+            states = states + self.position_embeddings(position_ids)
+        return self.projection(self.dropout(self.norm(states)))
+
+
+class DynMaskAttention(nn.Module):
+    """Multi-head attention over the pairs that a [`MaskPlan`] allows."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        self.config = config
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_heads * config.value_head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * config.value_head_dim, config.hidden_size, bias=bias)
+        self.scaling = config.head_dim**-0.5
+
+    def forward(
+        self, hidden_states: Tensor, plan: MaskPlan, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """States `(1, N, C)`, the plan and rotary (cos, sin) `(1, N, D)` to states `(1, N, C)` and weights, if any."""
+        query = self._heads(self.q_proj(hidden_states), self.config.head_dim)
+        key = self._heads(self.k_proj(hidden_states), self.config.head_dim)
+        value = self._heads(self.v_proj(hidden_states), self.config.value_head_dim)
+        if rotary is not None:
+            query, key = apply_rotary_pos_emb(query, key, *rotary)
+        attend = implementation_named(ATTENTION_IMPLEMENTATIONS[self.config._attn_implementation])
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        output, weights = attend(query, key, value, plan, scaling=self.scaling, dropout=dropout)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), weights
+
+    @staticmethod
+    def _heads(states: Tensor, head_dim: int) -> Tensor:
+        """`(1, N, H * D)` as `(1, H, N, D)`."""
+        return states.unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+
+class DynMaskFeedForward(nn.Module):
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where gated (arXiv:2002.05202)."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.feed_forward_bias
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_feed_forward else None
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(hidden_states)))
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DynMaskLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each with a residual and a norm before or after it."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        self.attention = DynMaskAttention(config)
+        self.attention_norm = make_norm(config, config.hidden_size)
+        self.feed_forward = DynMaskFeedForward(config)
+        self.feed_forward_norm = make_norm(config, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm_before = config.norm_placement == "before"
+
+    def forward(
+        self, hidden_states: Tensor, plan: MaskPlan, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """States `(1, N, C)` to states `(1, N, C)` and, where computed, weights `(B, H, T, T)`."""
+        if self.norm_before:
+            attended, weights = self.attention(self.attention_norm(hidden_states), plan, rotary)
+            hidden_states = hidden_states + self.dropout(attended)
+            fed = self.feed_forward(self.feed_forward_norm(hidden_states))
+            return hidden_states + self.dropout(fed), weights
+        attended, weights = self.attention(hidden_states, plan, rotary)
+        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
+        fed = self.feed_forward(hidden_states)
+        return self.feed_forward_norm(hidden_states + self.dropout(fed)), weights
+
+
+class DynMaskPooler(nn.Module):
+    """`act(dense(dropout(first)))` of each sequence's first token: `(S, C)` to `(S, C)`."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.pooler_dropout)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.pooler_act]
+
+    def forward(self, first_states: Tensor) -> Tensor:
+        return self.act(self.dense(self.dropout(first_states)))
+
+
+class DynMaskLMHead(nn.Module):
+    """`decoder(norm(act(dense(x))))`: states `(..., C)` to logits `(..., vocab_size)`."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.act = ACT2FN[config.lm_head_act]
+        self.norm = make_norm(config, config.embedding_size)
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.act(self.dense(hidden_states))))

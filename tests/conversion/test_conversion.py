@@ -1,0 +1,615 @@
+"""Stock models and their conversions: outputs, losses, gradients, weights and configs agree, there and back."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForPreTraining,
+    BertModel,
+    PreTrainedModel,
+)
+
+from hf_dynmask.configuration_dynmask import DynMaskConfig
+from hf_dynmask.conversion import from_transformers, to_transformers
+from hf_dynmask.conversion.engine import FAMILIES
+from hf_dynmask.modeling_dynmask import DynMaskForMaskedLM, DynMaskForSequenceClassification, DynMaskModel
+from samples import resolve_model
+
+AUTO_CLASSES = {
+    "base": AutoModel,
+    "masked-lm": AutoModelForMaskedLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "multiple-choice": AutoModelForMultipleChoice,
+}
+BERT_SIZES: dict[str, Any] = {
+    "hidden_size": 15,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 23,
+}
+SIZES = {
+    "bert": BERT_SIZES,
+    "distilbert": {"dim": 15, "n_layers": 3, "n_heads": 3, "hidden_dim": 23},
+    "electra": {**BERT_SIZES, "embedding_size": 9},
+    "roberta": BERT_SIZES,
+    "xlm-roberta": BERT_SIZES,
+}
+NO_DROPOUT = {
+    name: 0.0
+    for name in (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "summary_last_dropout",
+        "dropout",
+        "attention_dropout",
+        "qa_dropout",
+        "seq_classif_dropout",
+    )
+}
+VOCABULARY, LONGEST = 37, 13
+BERT_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 7,
+    "type_vocab_size": 2,
+}
+LENGTHS = torch.tensor([7, 1, LONGEST, 4, 11, 7])
+
+all_types = pytest.mark.parametrize("model_type", FAMILIES)
+all_tasks = pytest.mark.parametrize("task", AUTO_CLASSES)
+
+
+def random_stock(model_type: str, task: str, **settings) -> PreTrainedModel:
+    """A stock model in eval mode whose every parameter, biases and norms too, matters."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": VOCABULARY, "max_position_embeddings": 41, **SIZES[model_type], **settings}
+    model = AUTO_CLASSES[task].from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def random_batch(stock: PreTrainedModel, task: str, lengths: Tensor = LENGTHS) -> dict[str, Tensor]:
+    """Inputs in rows, padded on the right; several choices where the task has them."""
+    torch.manual_seed(1)
+    mask = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
+    ids = torch.randint(5, VOCABULARY, mask.shape)
+    batch = {"input_ids": torch.where(mask == 1, ids, stock.config.pad_token_id), "attention_mask": mask}
+    if getattr(stock.config, "type_vocab_size", 1) > 1:
+        batch["token_type_ids"] = torch.randint(stock.config.type_vocab_size, mask.shape)
+    return {name: value.unflatten(0, (3, 2)) if task == "multiple-choice" else value for name, value in batch.items()}
+
+
+def with_labels(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+    rows, mask = batch["input_ids"].shape[0], batch["attention_mask"]
+    last = mask.sum(-1) - 1
+    labels = {
+        "masked-lm": {"labels": torch.where((mask == 1) & (torch.rand(mask.shape) < 0.5), batch["input_ids"], -100)},
+        "sequence-classification": {"labels": torch.arange(rows) % 2},
+        "token-classification": {"labels": torch.where(mask == 1, batch["input_ids"] % 2, -100)},
+        "question-answering": {"start_positions": last // 2, "end_positions": last},
+        "multiple-choice": {"labels": torch.arange(rows) % 2},
+    }
+    return {**batch, **labels[task]}
+
+
+def in_lengths(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch as our models take it."""
+    others = {name: value for name, value in batch.items() if name != "attention_mask"}
+    return {**others, "lengths": batch["attention_mask"].sum(-1)}
+
+
+def counterparts(model: PreTrainedModel, stock: PreTrainedModel, task: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each parameter of ours, by its name: it and the stock model's."""
+    family = FAMILIES[stock.config.model_type]
+    names = family.names(task, model.base_model_prefix, stock.base_model_prefix, stock.config.num_hidden_layers)
+
+    def theirs(name):
+        module, _, tensor = name.rpartition(".")
+        return names[name] if name in names else f"{names[module]}.{tensor}"
+
+    return {name: (weight, stock.get_parameter(theirs(name))) for name, weight in model.named_parameters()}
+
+
+def assert_same_gradients(model: PreTrainedModel, stock: PreTrainedModel, task: str) -> None:
+    pairs = counterparts(model, stock, task)
+    assert {theirs for _, theirs in pairs.values()} == set(stock.parameters())
+    for ours, theirs in pairs.values():
+        assert ours.grad is not None and theirs.grad is not None
+        assert_close(ours.grad, theirs.grad, 1e-4)
+
+
+def assert_same_weights(found: PreTrainedModel, expected: PreTrainedModel) -> None:
+    assert type(found) is type(expected)
+    weights = expected.state_dict()
+    assert found.state_dict().keys() == weights.keys()
+    for name, weight in found.state_dict().items():
+        assert weight.dtype == weights[name].dtype and torch.equal(weight, weights[name]), name
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@all_tasks
+@all_types
+def test_outputs_equal_those_of_the_stock_model(model_type, task):
+    stock = random_stock(model_type, task)
+    batch = random_batch(stock, task)
+    with torch.no_grad():
+        expected = stock(**batch, output_hidden_states=True)
+        found = from_transformers(stock)(**in_lengths(batch), output_hidden_states=True)
+    real = batch["attention_mask"].flatten(0, -2).bool()
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert_close(ours[real], theirs[real])
+    for name in ("last_hidden_state", "start_logits", "end_logits"):
+        if name in expected:
+            assert_close(found[name][real], expected[name][real])
+    if "pooler_output" in expected:
+        assert_close(found.pooler_output, expected.pooler_output)
+    if "logits" in expected:
+        a_row_each = expected.logits.shape[:2] != batch["input_ids"].shape[:2] or task == "multiple-choice"
+        rows = slice(None) if a_row_each else real
+        assert_close(found.logits[rows], expected.logits[rows])
+
+
+@all_tasks
+@all_types
+def test_losses_and_all_gradients_equal_those_of_the_stock_model(model_type, task):
+    stock = random_stock(model_type, task, **NO_DROPOUT).train()
+    model = from_transformers(stock)
+    assert model.training
+    # The stock loss of question answering depends on the logits of padding.
+    batch = random_batch(stock, task, torch.full((6,), LONGEST) if task == "question-answering" else LENGTHS)
+    if task == "base":
+        real = batch["attention_mask"].bool()
+        outputs = [stock(**batch), model(**in_lengths(batch))]
+        weight = torch.randn(int(real.sum()), model.config.hidden_size)
+        expected, found = ((output.last_hidden_state[real] * weight).sum() for output in outputs)
+        if model.config.use_pooler:
+            expected, found = expected + outputs[0].pooler_output.sum(), found + outputs[1].pooler_output.sum()
+    else:
+        batch = with_labels(batch, task)
+        expected, found = stock(**batch).loss, model(**in_lengths(batch)).loss
+    assert_close(found, expected, 1e-4)
+
+    expected.backward()
+    found.backward()
+    assert_same_gradients(model, stock, task)
+
+
+@all_tasks
+@all_types
+def test_there_and_back_is_the_same_model(model_type, task):
+    stock = random_stock(model_type, task, num_labels=2, bos_token_id=3)
+    restored = to_transformers(from_transformers(stock))
+    assert_same_weights(restored, stock)
+    assert restored.config.to_dict() == stock.config.to_dict()
+    assert not restored.training
+
+
+@all_tasks
+@all_types
+def test_a_converted_model_is_saved_and_loaded(model_type, task, tmp_path):
+    stock = random_stock(model_type, task)
+    stock.save_pretrained(tmp_path / "stock")
+    model = from_transformers(tmp_path / "stock")  # the task is the one that the checkpoint names
+    assert_same_weights(model, from_transformers(stock))
+    model.save_pretrained(tmp_path / "ours")
+    loaded = AUTO_CLASSES[task].from_pretrained(tmp_path / "ours")
+    assert_same_weights(loaded, model)
+    assert_same_weights(to_transformers(loaded), stock)
+    inputs = in_lengths(random_batch(stock, task))
+    with torch.no_grad():
+        for found, expected in zip(loaded(**inputs).to_tuple(), model(**inputs).to_tuple(), strict=True):
+            assert torch.equal(found, expected)
+
+
+# --- what the outputs do not depend on
+
+
+def _shifted(batch, by, fill):
+    """Padding on the left: each row's tokens end at the right edge of a row `by` wider."""
+    mask = batch["attention_mask"]
+    room = mask.shape[1] + by - mask.sum(1)
+
+    def shift(value, fill):
+        wide = torch.nn.functional.pad(value, (0, by), value=fill)
+        return torch.stack([row.roll(int(offset)) for row, offset in zip(wide, room, strict=True)])
+
+    return {name: shift(value, 0 if name == "attention_mask" else fill) for name, value in batch.items()}
+
+
+def _variants(batch, pad_id):
+    """Forms of one batch: name -> (inputs, and for each row in turn its tokens' place in the output)."""
+    mask, width = batch["attention_mask"].bool(), batch["input_ids"].shape[1]
+    lengths = mask.sum(1)
+    others = {name: value for name, value in batch.items() if name != "attention_mask"}
+    wider = {name: torch.nn.functional.pad(value, (0, 9), value=pad_id) for name, value in others.items()}
+    left = _shifted(batch, 5, pad_id)
+    order = torch.randperm(len(lengths))
+    spread = torch.stack(
+        [torch.randperm(2 * width)[:width].sort().values for _ in lengths]
+    )  # tokens with holes between
+    holed = {
+        name: torch.full((len(lengths), 2 * width), pad_id).scatter(1, spread, value) for name, value in others.items()
+    }
+    holes = torch.zeros(len(lengths), 2 * width, dtype=torch.long).scatter(1, spread, mask.long())
+    starts = lengths.cumsum(0) - lengths
+    rows = range(len(lengths))
+    right = [(row, slice(0, int(lengths[row]))) for row in rows]
+    return {
+        "lengths": ({**others, "lengths": lengths}, right),
+        "attention mask": (batch, right),
+        "both": ({**batch, "lengths": lengths}, right),
+        "other pad id": ({**others, "input_ids": others["input_ids"].where(mask, 17), "lengths": lengths}, right),
+        "more padding": ({**wider, "lengths": lengths}, right),
+        "padding left": (left, [(row, slice(width + 5 - int(lengths[row]), width + 5)) for row in rows]),
+        "holes": ({**holed, "attention_mask": holes}, [(row, holes[row].bool()) for row in rows]),
+        "row order": (
+            {**{name: value[order] for name, value in others.items()}, "lengths": lengths[order]},
+            [(int((order == row).nonzero()), slice(0, int(lengths[row]))) for row in rows],
+        ),
+        "flat": (
+            {**{name: value[mask][None] for name, value in others.items()}, "lengths": lengths},
+            [(0, slice(int(starts[row]), int(starts[row] + lengths[row]))) for row in rows],
+        ),
+    }
+
+
+@all_types
+def test_the_form_of_a_batch_does_not_matter(model_type):
+    stock = random_stock(model_type, "base")
+    model = from_transformers(stock)
+    batch = random_batch(stock, "base")
+    with torch.no_grad():
+        alone = [
+            stock(**{name: value[row : row + 1, :length] for name, value in batch.items()}).last_hidden_state[0]
+            for row, length in enumerate(LENGTHS.tolist())
+        ]
+        for name, (inputs, places) in _variants(batch, stock.config.pad_token_id).items():
+            found = model(**inputs).last_hidden_state
+            for expected, (row, tokens) in zip(alone, places, strict=True):
+                assert torch.allclose(found[row, tokens], expected, rtol=1e-5, atol=1e-5), name
+
+
+@all_types
+def test_nan_at_padded_positions_changes_nothing(model_type):
+    stock = random_stock(model_type, "base")
+    model = from_transformers(stock)
+    batch = random_batch(stock, "base")
+    padded = batch["attention_mask"] == 0
+    embeddings = model.get_input_embeddings()(batch["input_ids"]).detach()
+    outputs, gradients = [], []
+    for poison in (0.0, torch.nan):
+        inputs = embeddings.masked_fill(padded[..., None], poison).requires_grad_()
+        outputs.append(model(inputs_embeds=inputs, lengths=LENGTHS).last_hidden_state)
+        outputs[-1].sum().backward()
+        gradients.append(inputs.grad)
+    assert torch.equal(*outputs) and torch.equal(*gradients)
+    assert not gradients[0][padded].any()
+
+
+# --- real weights
+
+
+@pytest.fixture(scope="module")
+def minilm() -> str:
+    return resolve_model("sample:minilm")
+
+
+@pytest.fixture(scope="module")
+def sentences(minilm):
+    texts = [
+        "A moving, funny and sad little film.",
+        "Dull.",
+        "The plot is thin, the cast is tired, and yet there is a scene near the end, with a boat and a letter, that I "
+        "would not have missed for anything.",
+        "Go and see it, twice if you can!",
+    ]
+    return AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
+
+
+def test_minilm_keeps_its_outputs_and_weights(minilm, sentences):
+    stock = AutoModel.from_pretrained(minilm)
+    model = from_transformers(minilm)
+    with torch.no_grad():
+        expected, found = stock(**sentences), model(**in_lengths(sentences))
+    real = sentences["attention_mask"].bool()
+    assert_close(found.last_hidden_state[real], expected.last_hidden_state[real])
+    assert_close(found.pooler_output, expected.pooler_output)
+    assert_same_weights(to_transformers(model), stock)
+
+
+def test_minilm_keeps_its_losses_and_gradients(minilm, sentences):
+    torch.manual_seed(0)
+    stock = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=3)
+    with torch.no_grad():  # a fresh classifier is so small that hardly a gradient reaches the encoder
+        stock.classifier.weight.normal_()
+    model = from_transformers(stock)
+    labels = torch.tensor([2, 0, 1, 2])
+    losses = stock(**sentences, labels=labels).loss, model(**in_lengths(sentences), labels=labels).loss
+    assert_close(losses[1], losses[0], 1e-4)
+    for loss in losses:
+        loss.backward()
+    assert_same_gradients(model, stock, "sequence-classification")
+
+
+# --- memory, dtype, mode, config
+
+
+def test_a_loaded_model_is_copied_and_left_as_it_is():
+    stock = random_stock("bert", "masked-lm").train()
+    before, config = copy.deepcopy(stock.state_dict()), stock.config.to_dict()
+    model = from_transformers(stock, hidden_dropout_prob=0.5, mask="causal")
+    restored = to_transformers(from_transformers(stock))
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *restored.parameters()):
+            parameter.zero_()
+    (model.config.label2id or {}).clear()
+    assert all(torch.equal(weight, before[name]) for name, weight in stock.state_dict().items())
+    assert stock.config.to_dict() == config
+    assert model.training and restored.training
+
+
+def test_weights_of_a_checkpoint_are_not_copied(tmp_path, monkeypatch):
+    random_stock("bert", "base").save_pretrained(tmp_path)
+    load, loaded = BertModel.from_pretrained, []
+
+    def remember(*arguments, **keywords):
+        loaded.append(load(*arguments, **keywords))
+        return loaded[-1]
+
+    monkeypatch.setattr(BertModel, "from_pretrained", remember)
+    model = from_transformers(tmp_path)
+    places = {weight.data_ptr() for weight in loaded[0].parameters()}
+    assert {weight.data_ptr() for weight in model.parameters()} == places
+
+
+def test_tied_weights_stay_one_tensor():
+    model = from_transformers(random_stock("xlm-roberta", "masked-lm"))
+    assert model.lm_head.decoder.weight is model.model.embeddings.word_embeddings.weight
+    untied = from_transformers(random_stock("electra", "masked-lm", tie_word_embeddings=False))
+    assert not torch.equal(untied.lm_head.decoder.weight, untied.model.embeddings.word_embeddings.weight)
+    assert_same_weights(to_transformers(untied), random_stock("electra", "masked-lm", tie_word_embeddings=False))
+
+
+def test_dtype_is_kept(tmp_path):
+    stock = random_stock("electra", "sequence-classification").bfloat16()
+    model = from_transformers(stock)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert_same_weights(to_transformers(model), stock)
+    stock.save_pretrained(tmp_path)
+    assert from_transformers(tmp_path).dtype == torch.bfloat16
+    assert from_transformers(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_trained_weights_come_back():
+    """What training changed is in the stock model, and its outputs are ours."""
+    model = from_transformers(random_stock("distilbert", "sequence-classification"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    batch = random_batch(model, "sequence-classification")
+    with torch.no_grad():
+        assert_close(to_transformers(model)(**batch).logits, model(**in_lengths(batch)).logits)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "settings", "expected"),
+    [
+        ("bert", "sequence-classification", {}, {"classifier_dropout": None, "pooler_dropout": 0.0}),
+        ("bert", "question-answering", {"classifier_dropout": 0.4}, {"classifier_dropout": 0.0}),
+        ("bert", "masked-lm", {"hidden_act": "relu"}, {"hidden_act": "relu", "lm_head_act": "relu"}),
+        ("roberta", "sequence-classification", {"hidden_dropout_prob": 0.3}, {"pooler_dropout": 0.3}),
+        ("roberta", "sequence-classification", {"classifier_dropout": 0.4}, {"pooler_dropout": 0.4}),
+        ("roberta", "multiple-choice", {"classifier_dropout": 0.4}, {"classifier_dropout": None}),
+        ("roberta", "base", {"pad_token_id": 4}, {"position_offset": 5}),
+        ("roberta", "masked-lm", {"hidden_act": "relu"}, {"hidden_act": "relu", "lm_head_act": "gelu"}),
+        ("distilbert", "sequence-classification", {"seq_classif_dropout": 0.4}, {"classifier_dropout": 0.4}),
+        (
+            "distilbert",
+            "token-classification",
+            {"dropout": 0.3},
+            {"classifier_dropout": None, "hidden_dropout_prob": 0.3},
+        ),
+        ("distilbert", "question-answering", {"qa_dropout": 0.4}, {"classifier_dropout": 0.4}),
+        (
+            "electra",
+            "sequence-classification",
+            {"classifier_dropout": 0.4},
+            {"pooler_dropout": 0.4, "pooler_act": "gelu"},
+        ),
+        (
+            "electra",
+            "multiple-choice",
+            {"summary_activation": "relu", "summary_last_dropout": 0.4},
+            {"pooler_act": "relu", "classifier_dropout": 0.4, "pooler_dropout": 0.0},
+        ),
+    ],
+)
+def test_settings_of_a_head_carry_over(model_type, task, settings, expected):
+    stock = random_stock(model_type, task, **settings)
+    model = from_transformers(stock)
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    restored = to_transformers(model).config
+    unread = {"roberta": "multiple-choice", "bert": "question-answering"}.get(model_type) == task
+    assert unread or all(getattr(restored, name) == value for name, value in settings.items())
+
+
+def test_overrides_reach_the_config_that_has_them(tmp_path):
+    random_stock("roberta", "base").save_pretrained(tmp_path)
+    model = from_transformers(
+        tmp_path,
+        "sequence-classification",
+        id2label={0: "no", 1: "maybe", 2: "yes"},
+        label2id={"no": 0, "maybe": 1, "yes": 2},
+        hidden_dropout_prob=0.0,
+        layer_masks=["full", "window(2)", "causal"],
+        attn_implementation="eager",
+    )
+    assert isinstance(model, DynMaskForSequenceClassification)
+    assert model.classifier.out_features == 3
+    assert model.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert model.config.hidden_dropout_prob == model.config.pooler_dropout == 0.0
+    assert model.config.layer_masks == ["full", "window(2)", "causal"]
+    assert model.config._attn_implementation == "eager"
+    assert model.config.name_or_path == str(tmp_path)
+
+
+def test_without_a_task_a_checkpoint_of_another_head_is_a_base_model(tmp_path):
+    config = BertConfig(vocab_size=VOCABULARY, **BERT_SIZES)
+    BertForPreTraining(config).save_pretrained(tmp_path)
+    assert type(from_transformers(tmp_path)) is DynMaskModel
+    assert type(from_transformers(tmp_path, "masked-lm")) is DynMaskForMaskedLM
+
+
+def test_a_model_without_pooler_is_converted_by_name():
+    stock = BertModel(BertConfig(vocab_size=VOCABULARY, **BERT_SIZES), add_pooling_layer=False)
+    with pytest.raises(
+        ValueError, match=r"weights do not fit: `pooler.dense.weight` must be \(15, 15\); got 'nothing'"
+    ):
+        from_transformers(stock)
+    assert from_transformers(stock, use_pooler=False).pooler is None
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"is_decoder": True}, "cannot convert a 'bert' model: `is_decoder` must be False; got True"),
+        (
+            {"is_decoder": True, "add_cross_attention": True},
+            "`is_decoder` must be False; got True; `add_cross_attention` must be False; got True",
+        ),
+        ({"chunk_size_feed_forward": 2}, "`chunk_size_feed_forward` must be 0; got 2"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "`position_embedding_type` must be 'absolute'; got 'relative_key'",
+        ),
+    ],
+)
+def test_a_stock_feature_without_counterpart_is_named(settings, message, tmp_path):
+    config = BertConfig(vocab_size=VOCABULARY, **BERT_SIZES, **settings)
+    with pytest.raises(ValueError, match=message):
+        from_transformers(BertModel(config))
+    config.save_pretrained(tmp_path)  # no weights: they are not read first
+    with pytest.raises(ValueError, match=message):
+        from_transformers(tmp_path)
+
+
+def test_an_unused_bias_is_not_lost_silently():
+    with pytest.raises(ValueError, match="`tie_word_embeddings` must be True; got False"):
+        from_transformers(random_stock("bert", "masked-lm", tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"summary_type": "mean"}, "`summary_type` must be 'first'; got 'mean'"),
+        ({"summary_use_proj": False}, "`summary_use_proj` must be True; got False"),
+        ({"summary_first_dropout": 0.1}, "`summary_first_dropout` must be 0.0; got 0.1"),
+    ],
+)
+def test_other_summaries_of_electra_are_refused_where_they_matter(settings, message):
+    with pytest.raises(ValueError, match=message):
+        from_transformers(random_stock("electra", "multiple-choice", **settings))
+    from_transformers(random_stock("electra", "sequence-classification", **settings))
+
+
+def test_unknown_model_types_tasks_and_classes_name_the_known():
+    known = "'bert', 'distilbert', 'electra', 'roberta', 'xlm-roberta'"
+    gpt2 = AutoModel.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=VOCABULARY))
+    with pytest.raises(ValueError, match=f"`model_type` must be one of {known}; got 'gpt2'"):
+        from_transformers(gpt2)
+    stock = random_stock("bert", "base")
+    with pytest.raises(ValueError, match=f"`model_type` must be one of {known}; got 'llama'"):
+        to_transformers(from_transformers(stock), "llama")
+    with pytest.raises(ValueError, match="`task` must be 'base' for a loaded BertModel; got 'masked-lm'"):
+        from_transformers(stock, "masked-lm")
+    pretraining = BertForPreTraining(BertConfig(vocab_size=VOCABULARY, **BERT_SIZES))
+    with pytest.raises(ValueError, match="`source` must be one of BertModel, .*; got BertForPreTraining"):
+        from_transformers(pretraining)
+    with pytest.raises(ValueError, match="`model` must be one of DynMaskModel, .*; got BertModel"):
+        to_transformers(stock)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_unknown_task_names_the_known(tmp_path):
+    random_stock("bert", "base").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`task` must be one of 'base', 'masked-lm', .*; got 'summarization'"):
+        from_transformers(tmp_path, "summarization")
+
+
+def test_overrides_that_cannot_be_applied_are_named():
+    stock = random_stock("bert", "sequence-classification")
+    with pytest.raises(
+        ValueError, match="`num_labels` must be a field of DynMaskConfig with a loaded model; got num_labels=3"
+    ):
+        from_transformers(stock, num_labels=3)
+    with pytest.raises(
+        ValueError, match=r"`model.embeddings.word_embeddings.weight` must be \(39, 15\); got \(37, 15\)"
+    ):
+        from_transformers(stock, vocab_size=39)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask": "window(3)"}, r"'bert' cannot represent the model: `mask` must be 'full'; got 'window\(3\)'"),
+        ({"layer_masks": ["full", "causal"]}, r"`layer_masks` must be None; got \['full', 'causal'\]"),
+        ({"position_type": "rotary"}, "`position_type` must be 'learned'; got 'rotary'"),
+        ({"position_type": "none"}, "`position_type` must be 'learned'; got 'none'"),
+        ({"num_key_value_heads": 1}, "`num_key_value_heads` must be 2; got 1"),
+        ({"head_dim": 4}, "`head_dim` must be 8; got 4"),
+        ({"value_head_dim": 4}, "`value_head_dim` must be 8; got 4"),
+        ({"embedding_size": 12}, "`embedding_size` must be 16; got 12"),
+        ({"norm_placement": "before"}, "`norm_placement` must be 'after'; got 'before'"),
+        ({"norm_type": "rms_norm"}, "`norm_type` must be 'layer_norm'; got 'rms_norm'"),
+        ({"embedding_norm": False}, "`embedding_norm` must be True; got False"),
+        ({"gated_feed_forward": True}, "`gated_feed_forward` must be False; got True"),
+        ({"attention_bias": False}, "`attention_bias` must be True; got False"),
+        ({"feed_forward_bias": False}, "`feed_forward_bias` must be True; got False"),
+        ({"position_offset": 2}, "`position_offset` must be 0; got 2"),
+        ({"type_vocab_size": 0}, "`type_vocab_size` must be 1; got 0"),
+        ({"pooler_act": "gelu"}, "`pooler_act` must be 'tanh'; got 'gelu'"),
+        ({"pooler_dropout": 0.1}, "`pooler_dropout` must be 0.0; got 0.1"),
+        ({"lm_head_act": "relu"}, "`lm_head_act` must be 'gelu'; got 'relu'"),
+    ],
+)
+def test_a_config_that_the_family_cannot_represent_names_the_field(settings, message):
+    config = DynMaskConfig(**(BERT_LIKE | settings))
+    with pytest.raises(ValueError, match=message):
+        to_transformers(DynMaskModel(config), "bert")
+
+
+def test_a_model_without_source_needs_a_type():
+    config = DynMaskConfig(**BERT_LIKE)
+    model = DynMaskModel(config).eval()
+    with pytest.raises(ValueError, match="`model_type` must be given .*; types that can represent it: 'bert'$"):
+        to_transformers(model)
+    ids = torch.randint(5, VOCABULARY, (2, 9))
+    with torch.no_grad():
+        stock = to_transformers(model, "bert")
+        assert_close(stock(ids).last_hidden_state, model(ids).last_hidden_state)
+    config.mask = "causal"
+    with pytest.raises(ValueError, match="types that can represent it: none"):
+        to_transformers(DynMaskModel(config))

