@@ -13,111 +13,128 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .layout import owners
 from .plan import GroupPlan, MaskPlan, Tile
 
-# Lengths are rounded up to whole vectors: the fused CPU kernel falls back to scalar code on a ragged end, and sequences
-# of nearly equal lengths can share a call.
+# Sequences up to LONGEST_FILLED tokens are filled up to whole vectors of VECTOR tokens: those of nearly equal lengths
+# then share a call, and the fused CPU kernel, which handles a ragged end in slow scalar code, has none. For longer ones
+# the copying would cost what it gains.
 VECTOR = 16
+LONGEST_FILLED = 64
 
 
 class Places(NamedTuple):
-    """A rearrangement of flat tokens: `taken` is the token at each place, `place_of` the place of each token."""
+    """Tokens of some sequences, filled up: `taken` is the token at each place, `place_of` the place of each token."""
 
     taken: Tensor
     place_of: Tensor
 
 
-class Work(NamedTuple):
-    """Groups to attend to, and where each side's tokens stand for them (`None`: in flat order)."""
+class Bucket(NamedTuple):
+    """Neighbouring groups that are attended to as one.
 
-    groups: list[GroupPlan]
-    queries: Places | None
-    keys: Places | None
+    Attributes:
+        group (`GroupPlan`): The groups joined, sizes filled up.
+        queries, keys (`int`): Tokens on the two sides before filling up.
+        q_places, k_places (`Places`, *optional*): How each side is filled up; `None`: not at all.
+    """
+
+    group: GroupPlan
+    queries: int
+    keys: int
+    q_places: Places | None = None
+    k_places: Places | None = None
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
     """Attention on flat `(1, H, N, D)` tensors; weights are not computed."""
-    groups, queries, keys = plan.derived(_work)
-    q_NHD = _token_major(query, queries)
-    k_NHD, v_NHD = _token_major(key, keys), _token_major(value, keys)
-    q_sizes = [group.count * group.queries for group in groups]
-    k_sizes = [group.count * group.keys for group in groups]
-    pieces = zip(groups, _split(q_NHD, q_sizes), _split(k_NHD, k_sizes), _split(v_NHD, k_sizes), strict=True)
-    outputs = [_attend_group(group, q, k, v, scaling, dropout) for group, q, k, v in pieces]
+    buckets = plan.derived(_buckets)
+    q_order, k_order = plan.token_orders
+    q_sizes, k_sizes = [bucket.queries for bucket in buckets], [bucket.keys for bucket in buckets]
+    pieces = zip(
+        buckets,
+        _token_major(query, q_order, q_sizes),
+        _token_major(key, k_order, k_sizes),
+        _token_major(value, k_order, k_sizes),
+        strict=True,
+    )
+    outputs = [_attend_bucket(bucket, q, k, v, scaling, dropout) for bucket, q, k, v in pieces]
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if queries is not None:
-        output = output.index_select(0, queries.place_of)
+    if q_order is not None:
+        output = torch.empty_like(output).index_copy(0, q_order, output)
     return output.transpose(0, 1).unsqueeze(0), None
 
 
-def _work(plan: MaskPlan) -> Work:
-    """The plan's groups, those that one tile covers joined with their neighbours of nearly the same size.
-
-    A joined sequence is filled up with copies of its last token, which no query sees.
-    """
-    buckets = [[group for _, group in run] for _, run in groupby(enumerate(plan.groups), key=_bucket)]
-    joined = [_joined(bucket) for bucket in buckets]
-    pairs = [(group, whole) for bucket, whole in zip(buckets, joined, strict=True) for group in bucket]
-    q_order, k_order = plan.token_orders
-    queries = keys = _places(q_order, [(group.count, group.queries, whole.queries) for group, whole in pairs])
-    if plan.key_layout is not plan.layout:
-        keys = _places(k_order, [(group.count, group.keys, whole.keys) for group, whole in pairs])
-    return Work(joined or [GroupPlan(0, 0, 0, ())], queries, keys)
+def _token_major(states: Tensor, order: Tensor | None, sizes: list[int]) -> Sequence[Tensor]:
+    """`(1, H, N, D)` in the plan's order as pieces `(size, H, D)`."""
+    states = states[0].transpose(0, 1)
+    if order is not None:
+        states = states.index_select(0, order)
+    return (states,) if len(sizes) == 1 else states.split(sizes)
 
 
-def _bucket(numbered: tuple[int, GroupPlan]) -> tuple[int, ...]:
-    """Neighbouring groups with equal buckets are joined."""
+def _buckets(plan: MaskPlan) -> list[Bucket]:
+    """The plan's groups, short ones that one tile covers joined with neighbours of nearly the same size."""
+    runs = ([group for _, group in run] for _, run in groupby(enumerate(plan.groups), key=_filled_sizes))
+    device = plan.layout.rank.device
+    return [_joined(run, device) for run in runs] or [Bucket(GroupPlan(0, 0, 0, ()), 0, 0)]
+
+
+def _filled_sizes(numbered: tuple[int, GroupPlan]) -> tuple[int, ...]:
+    """Key of the groups to join: their sizes filled up; a group that stays alone has a key of its own."""
     number, group = numbered
-    return (_filled(group.queries), _filled(group.keys)) if group.is_whole else (-1, number)
+    joins = group.is_whole and max(group.queries, group.keys) <= LONGEST_FILLED
+    return (_filled(group.queries), _filled(group.keys)) if joins else (-1, number)
 
 
 def _filled(size: int) -> int:
     return -(-size // VECTOR) * VECTOR
 
 
-def _joined(groups: list[GroupPlan]) -> GroupPlan:
+def _joined(groups: list[GroupPlan], device: torch.device) -> Bucket:
     first = groups[0]
-    if not first.is_whole:
-        return first
+    q_sizes = [group.queries for group in groups for _ in range(group.count)]
+    k_sizes = [group.keys for group in groups for _ in range(group.count)]
+    if not first.is_whole or max(first.queries, first.keys) > LONGEST_FILLED:
+        return Bucket(first, sum(q_sizes), sum(k_sizes))
     queries, keys = _filled(first.queries), _filled(first.keys)
     causal = first.tiles[0].causal
-    allowed = None if causal else _joined_mask(groups, queries, keys)  # a lower triangle ends before the copies
+    allowed = None if causal else _joined_mask(groups, queries, keys, device)  # a lower triangle ends before the copies
     tile = Tile(slice(0, queries), slice(0, keys), allowed, causal)
-    return GroupPlan(sum(group.count for group in groups), queries, keys, (tile,))
+    q_places = _places(q_sizes, queries, device)
+    k_places = q_places if k_sizes == q_sizes else _places(k_sizes, keys, device)
+    return Bucket(GroupPlan(len(q_sizes), queries, keys, (tile,)), sum(q_sizes), sum(k_sizes), q_places, k_places)
 
 
-def _joined_mask(groups: list[GroupPlan], queries: int, keys: int) -> Tensor | None:
+def _joined_mask(groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Tensor | None:
     """Bool `(n, 1 | H, 1 | queries, keys)` over the sequences of several whole groups; `None` where all is allowed."""
     masks = [group.tiles[0].allowed for group in groups]
     if all(mask is None for mask in masks):
         if all(group.keys == keys for group in groups):
             return None
-        ends = torch.tensor([group.keys for group in groups for _ in range(group.count)])
-        return (torch.arange(keys) < ends[:, None])[:, None, None]
+        ends = torch.tensor([group.keys for group in groups for _ in range(group.count)], device=device)
+        return (torch.arange(keys, device=device) < ends[:, None])[:, None, None]
     filled = []
     for group, mask in zip(groups, masks, strict=True):
         if mask is None:
-            mask = torch.ones(1, 1, group.queries, group.keys, dtype=torch.bool)
+            mask = torch.ones(1, 1, group.queries, group.keys, dtype=torch.bool, device=device)
         extra = (0, keys - group.keys, 0, queries - group.queries)
         filled.append(nn.functional.pad(mask, extra, value=False).expand(group.count, -1, -1, -1))
     heads = max(mask.shape[1] for mask in filled)
     return torch.cat([mask.expand(-1, heads, -1, -1) for mask in filled])
 
 
-def _places(order: Tensor | None, runs: list[tuple[int, int, int]]) -> Places | None:
-    """Places of tokens in flat `order` when sequences, in runs of (count, size, filled size), are filled up."""
-    if all(size == filled for _, size, filled in runs):
-        return None if order is None else Places(order, order.argsort())
-    sizes, filled = torch.tensor([run[1:] for run in runs for _ in range(run[0])]).unbind(1)
-    tokens, room = int(sizes.sum()), int(filled.sum())
-    shift = (filled - sizes).cumsum(0) - (filled - sizes)  # places gained before each sequence
-    place_of = torch.arange(tokens) + shift[owners(sizes, tokens)]
-    owner = owners(filled, room)
-    taken = torch.minimum(torch.arange(room) - shift[owner], (sizes.cumsum(0) - 1)[owner])
-    return Places(taken, place_of) if order is None else Places(order[taken], place_of[order.argsort()])
+def _places(sizes: list[int], filled: int, device: torch.device) -> Places | None:
+    """Sequences of `sizes`, each filled up to `filled` with copies of its last token, which no query sees."""
+    if all(size == filled for size in sizes):
+        return None
+    ends = torch.tensor(sizes).cumsum(0)[:, None]
+    inside = torch.arange(filled)
+    starts = ends - torch.tensor(sizes)[:, None]
+    taken = torch.minimum(starts + inside, ends - 1).flatten()
+    place_of = (starts + inside < ends).flatten().nonzero().squeeze(1)
+    return Places(taken.to(device), place_of.to(device))
 
 
 class _Take(torch.autograd.Function):
@@ -133,27 +150,22 @@ class _Take(torch.autograd.Function):
         return grad_output.index_select(0, ctx.place_of), None
 
 
-def _token_major(states: Tensor, places: Places | None) -> Tensor:
-    """`(1, H, N, D)` as `(N, H, D)`, rearranged."""
-    states = states[0].transpose(0, 1)
-    return states if places is None else _Take.apply(states, places)
-
-
-def _split(states: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    return (states,) if len(sizes) == 1 else states.split(sizes)
-
-
-def _attend_group(group: GroupPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
-    """Attention `(n * L, H, Dv)` of a group's sequences from its tokens `(n * L, H, D)`."""
+def _attend_bucket(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
+    """Attention `(queries, H, Dv)` of a bucket's tokens `(queries | keys, H, D)`."""
+    group = bucket.group
+    sides = (q, bucket.q_places, group.queries), (k, bucket.k_places, group.keys), (v, bucket.k_places, group.keys)
     query, key, value = (
-        states.view(group.count, length, *states.shape[1:]).transpose(1, 2)
-        for states, length in ((q, group.queries), (k, group.keys), (v, group.keys))
+        (states if places is None else _Take.apply(states, places))
+        .view(group.count, size, *states.shape[1:])
+        .transpose(1, 2)
+        for states, places, size in sides
     )
     if group.is_whole:
         output = attend_tile(query, key, value, group.tiles[0], scaling, dropout)
     else:
         output = _Tiles.apply(query, key, value, group.tiles, scaling, dropout)
-    return output.transpose(1, 2).flatten(0, 1)
+    output = output.transpose(1, 2).flatten(0, 1)
+    return output if bucket.q_places is None else output.index_select(0, bucket.q_places.place_of)
 
 
 def attend_tile(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scaling: float, dropout: float) -> Tensor:

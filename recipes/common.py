@@ -1,0 +1,244 @@
+"""What the recipes share: arguments, a measured training run, and the results file and model card that come of it."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from samples import DATASETS, MODELS, PREFIX
+
+Results = dict[str, Any]
+
+HYPER_PARAMETERS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "bf16",
+    "seed",
+)
+RUNS = {"dynmask": "hf_dynmask, lengths", "stock": "stock model, padded batches"}
+
+
+def parse_arguments(
+    classes: Sequence[type], arguments: Sequence[str] | None, defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """
+    One instance of each dataclass from the command line.
+
+    Args:
+        classes (`list[type]`): The dataclasses, such as [`~transformers.TrainingArguments`].
+        arguments (`list[str]`, *optional*): What to read in place of the command line.
+        defaults (`dict[str, Any]`, *optional*): A recipe's own defaults of fields.
+    """
+    parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: its annotation admits no class
+    parser.set_defaults(**defaults or {})
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def train_and_evaluate(trainer: Trainer, metric: str) -> Results:
+    """
+    Runs a trainer and says how fast it was and how good its model became.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Its `compute_metrics` gives `metric`; its arguments have `include_num_input_tokens_seen="non_padding"`.
+        metric (`str`): Name of the measure of quality.
+
+    Returns:
+        `dict`: The metric under its name, `tokens_per_second` (real tokens, while training), `train_tokens`,
+        `train_seconds`.
+    """
+    seconds = trainer.train().metrics["train_runtime"]
+    tokens = trainer.state.num_input_tokens_seen
+    return {
+        metric: trainer.evaluate()[f"eval_{metric}"],
+        "tokens_per_second": tokens / seconds,
+        "train_tokens": tokens,
+        "train_seconds": seconds,
+    }
+
+
+def check_reloaded(trainer: Trainer, metric: str, expected: float) -> None:
+    """Holds a model that was saved and loaded again to the quality that it had before."""
+    found = trainer.evaluate()[f"eval_{metric}"]
+    if found != expected:
+        raise RuntimeError(f"the saved model must have the {metric} {expected}; got {found}")
+
+
+def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Share of padding in batches of rows `(B, T)` with `lengths (B,)`: what a padded model computes for nothing."""
+    tokens = places = 0
+    for batch in batches:
+        tokens += int(batch["lengths"].sum())
+        places += batch["input_ids"].numel()
+    return 1 - tokens / places
+
+
+# --- What a run was made of ------------------------------------------------------------------------------------------
+
+
+def describe_source(source: str) -> Results:
+    """The model or data set that was asked for: its Hub id, where it has one, and what is known of a sample."""
+    samples = {f"{PREFIX}{name}": sample for name, sample in (MODELS | DATASETS).items()}
+    if source in samples:
+        return {"name": source, "origin": samples[source].source, "licence": samples[source].licence}
+    return {"name": source} if Path(source).exists() else {"name": source, "hub_id": source}
+
+
+def describe_training(arguments: TrainingArguments) -> Results:
+    """The hyper-parameters of a run, as plain values."""
+    values = arguments.to_sanitized_dict()
+    return {name: values[name] for name in HYPER_PARAMETERS}
+
+
+def describe_environment(device: torch.device) -> Results:
+    """What a speed depends on: versions, device, threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    packages = {package: version(package) for package in ("torch", "transformers", "accelerate")}
+    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **packages}
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, results: Results) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def write_report(results: Results, card: ModelCard, output_dir: str, model_card_dir: str | None) -> None:
+    """Results and card beside the model, and under the recipe's name among the model cards."""
+    write_json(Path(output_dir, "results.json"), results)
+    card.save(Path(output_dir, "README.md"))
+    if model_card_dir is not None:
+        write_json(Path(model_card_dir, f"{results['recipe']}.json"), results)
+        card.save(Path(model_card_dir, f"{results['recipe']}.md"))
+
+
+def summary(results: Results) -> str:
+    """The measured figures, in Markdown."""
+    runs, metric = results["runs"], results["metric"]
+    rows = [
+        [RUNS[name], f"{run[metric]:.3f}", f"{run['tokens_per_second']:,.0f}", f"{run['train_seconds']:,.0f}"]
+        for name, run in runs.items()
+    ]
+    parts = [
+        table(["training", metric, "real tokens per second", "seconds"], rows),
+        f"Padding avoided: {results['padding_share']:.1%} of the places in padded batches.",
+    ]
+    if "stock" in runs:
+        ratio = runs["dynmask"]["tokens_per_second"] / runs["stock"]["tokens_per_second"]
+        parts.append(f"Speed-up over padded batches: {ratio:.2f}.")
+    return "\n\n".join(parts)
+
+
+def model_card(results: Results, title: str, usage: str) -> ModelCard:
+    """
+    A model card from nothing but the results.
+
+    Args:
+        results (`dict`):
+            `recipe`, `task` (as the Hub names it), `metric`, `model` and `dataset` (as [`describe_source`] gives them,
+            with `rows` of each split), `runs` (as [`train_and_evaluate`] gives them), `padding_share`, `training`,
+            `environment`.
+        title (`str`): The heading.
+        usage (`str`): Python code that uses the model.
+    """
+    model, dataset = results["model"], results["dataset"]
+    measured = EvalResult(
+        task_type=results["task"],
+        dataset_type=dataset["name"],
+        dataset_name=dataset["name"],
+        metric_type=results["metric"],
+        metric_value=results["runs"]["dynmask"][results["metric"]],
+    )
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=results["task"],
+        tags=["hf_dynmask"],
+        base_model=model.get("hub_id"),
+        datasets=dataset.get("hub_id"),
+        metrics=[results["metric"]],
+        model_name=results["recipe"],
+        eval_results=[measured],
+    )
+    return ModelCard(f"""---
+{metadata.to_yaml()}
+---
+
+# {title}
+
+`{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`. Its batches carried lengths, and
+nothing was computed on padding.
+
+## Results
+
+After {dataset["rows"]["train"]:,} rows of training data, on {dataset["rows"]["test"]:,} rows that were held out:
+
+{summary(results)}
+
+## Use
+
+```python
+{usage.strip()}
+```
+
+## Model and data
+
+{_in_words(model)}
+{_in_words(dataset)}
+
+## Training
+
+{_pairs(results["training"])}
+
+## Environment
+
+{_pairs(results["environment"])}
+""")
+
+
+def _in_words(source: Results) -> str:
+    known = f": {source['origin']}. Licence: {source['licence']}." if "origin" in source else ""
+    return f"- `{source['name']}`{known}"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return table(["name", "value"], ([name, str(value)] for name, value in values.items()), names=2)
+
+
+def table(header: list[str], rows: Iterable[list[str]], names: int = 1) -> str:
+    """A table in Markdown that reads well in a terminal too; its first `names` columns are aligned to the left."""
+    cells = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+
+    def line(row: list[str]) -> str:
+        padded = [f"{cell:<{width}}" for cell, width in zip(row[:names], widths, strict=False)]
+        padded += [f"{cell:>{width}}" for cell, width in zip(row[names:], widths[names:], strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(map(line, [header, rule, *cells[1:]]))

@@ -1,0 +1,197 @@
+"""
+Fine-tunes a BERT-like checkpoint to classify texts, with the stock `Trainer`, on batches that carry lengths.
+
+    python recipes/sequence_classification.py
+
+takes the sample reviews and MiniLM. To train the stock model on padded batches too, from the same weights:
+
+    python recipes/sequence_classification.py --baseline
+
+With a model and data of your own, from the Hub or from disk (columns `text` and `label`):
+
+    python recipes/sequence_classification.py --model google-bert/bert-base-uncased --dataset reviews.csv
+
+Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, DatasetDict, Features
+from huggingface_hub import ModelCard
+from sklearn.metrics import accuracy_score
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from common import (
+    Results,
+    check_reloaded,
+    describe_environment,
+    describe_source,
+    describe_training,
+    model_card,
+    padding_share,
+    parse_arguments,
+    summary,
+    train_and_evaluate,
+    write_report,
+)
+from hf_dynmask import (
+    DataCollatorWithLengths,
+    DynMaskConfig,
+    DynMaskPreTrainedModel,
+    from_transformers,
+    to_transformers,
+)
+from samples import resolve_dataset, resolve_model
+
+METRIC = "accuracy"
+DEFAULTS = {
+    "output_dir": "outputs/sequence_classification",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-4,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import pipeline
+
+classifier = pipeline("text-classification", model="path/to/this/folder")
+classifier("A film to remember.")
+"""
+
+
+@dataclass
+class RecipeArguments:
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:reviews",
+        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `label`."},
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Of hidden states and attention weights; at 0 the two trainings follow one course."},
+    )
+    baseline: bool = field(
+        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
+    )
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results and model card."}
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
+
+    checkpoint = resolve_model(recipe.model)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    data = encode_labels(load_texts(recipe.dataset))
+    labels = data["train"].features["label"].names
+    data = data.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True, remove_columns="text")
+
+    set_seed(training.seed)
+    model = load_model(checkpoint, labels, recipe.dropout)
+    stock = to_transformers(model) if recipe.baseline else None
+
+    trainer = make_trainer(model, DataCollatorWithLengths(tokenizer), training, data, tokenizer)
+    runs = {"dynmask": train_and_evaluate(trainer, METRIC)}
+    if stock is not None:
+        apart = copy.copy(training)
+        apart.output_dir = str(Path(training.output_dir, "baseline"))
+        baseline = make_trainer(stock, DataCollatorWithPadding(tokenizer), apart, data, tokenizer)
+        runs["stock"] = train_and_evaluate(baseline, METRIC)
+
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    reloaded = AutoModelForSequenceClassification.from_pretrained(training.output_dir)
+    check_reloaded(
+        make_trainer(reloaded, trainer.data_collator, training, data, tokenizer), METRIC, runs["dynmask"][METRIC]
+    )
+
+    results = {
+        "recipe": "sequence_classification",
+        "task": "text-classification",
+        "metric": METRIC,
+        "model": describe_source(recipe.model),
+        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
+        "labels": labels,
+        "runs": runs,
+        "padding_share": padding_share(trainer.get_train_dataloader()),
+        "training": describe_training(training) | {"dropout": recipe.dropout},
+        "environment": describe_environment(training.device),
+    }
+    if trainer.is_world_process_zero():
+        write_report(results, make_card(results), training.output_dir, recipe.model_card_dir)
+        print(summary(results))
+
+
+def load_texts(source: str) -> DatasetDict:
+    """The columns `text` and `label` of a data set."""
+    data = resolve_dataset(source)
+    columns = data["train"].column_names
+    if not {"text", "label"} <= set(columns):
+        raise ValueError(f"data set `{source}` must have the columns `text` and `label`; got {', '.join(columns)}")
+    return data.select_columns(["text", "label"])
+
+
+def encode_labels(data: DatasetDict) -> DatasetDict:
+    """Labels as classes: those of `train`, in their order."""
+    label = data["train"].features["label"]
+    if not isinstance(label, ClassLabel):
+        label = ClassLabel(names=[str(name) for name in sorted(set(data["train"]["label"]))])
+        features = Features(data["train"].features | {"label": label})
+        data = data.map(lambda row: {"label": label.str2int(str(row["label"]))}, features=features)
+    if len(label.names) < 2:
+        raise ValueError(f"`label` must tell at least two classes apart; got {', '.join(label.names)}")
+    return data
+
+
+def load_model(checkpoint: str, labels: list[str], dropout: float) -> DynMaskPreTrainedModel:
+    """A DynMask classifier: the checkpoint as it is, or converted from a stock one."""
+    settings = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    settings |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    if AutoConfig.from_pretrained(checkpoint).model_type == DynMaskConfig.model_type:
+        return AutoModelForSequenceClassification.from_pretrained(checkpoint, **settings)
+    return from_transformers(checkpoint, "sequence-classification", **settings)
+
+
+def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
+    return Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=accuracy,
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {METRIC: float(accuracy_score(prediction.label_ids, np.argmax(prediction.predictions, axis=-1)))}
+
+
+def make_card(results: Results) -> ModelCard:
+    return model_card(results, title=f"Text classification: {', '.join(results['labels'])}", usage=USAGE)
+
+
+if __name__ == "__main__":
+    main()

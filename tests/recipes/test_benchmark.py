@@ -1,0 +1,130 @@
+"""The benchmark: a tiny run, what it counts and how it measures. No test depends on how long something takes."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import benchmark
+
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+CPU = torch.device("cpu")
+METHODS = ["padded", "sorted", "dynmask", "floor"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(benchmark.SHAPES, "minilm", SHAPE | {"vocab_size": 100})
+    monkeypatch.setattr(benchmark, "MASK_TOKENS", 600)
+    monkeypatch.setattr(benchmark, "MASK_MEMORY_TOKENS", (300, 600))
+
+
+def numbers(value):
+    if isinstance(value, dict | list):
+        return [number for part in (value.values() if isinstance(value, dict) else value) for number in numbers(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_run(tiny, tmp_path, capsys):
+    output = tmp_path / "new" / "benchmark.json"
+    options = ["--lengths", "uniform", "equal", "--batch_size", "2", "--batches", "2", "--repeats", "1"]
+    benchmark.main([*options, "--output", str(output)])
+    results = json.loads(output.read_text())
+    printed = capsys.readouterr().out
+
+    cells = [tuple(record[key] for key in ("dtype", "lengths", "pass")) for record in results["models"]]
+    passes = ["forward", "forward+backward"]
+    assert cells == [(d, n, p) for d in ("float32", "bfloat16") for n in ("uniform", "equal") for p in passes]
+    assert [(record["dtype"], record["pass"]) for record in results["mask"]] == [
+        (d, p) for d in ("float32", "bfloat16") for p in passes
+    ]
+    assert all(math.isfinite(number) for number in numbers(results))
+    for record in results["models"]:
+        seconds = record["seconds"]
+        assert list(seconds) == METHODS
+        assert record["speedup"] == seconds["padded"] / seconds["dynmask"]
+        assert record["share_of_ideal"] == record["speedup"] / record["ideal_speedup"]
+        assert record["speedup_over_sorted"] == seconds["sorted"] / seconds["dynmask"]
+        assert f"{record['share_of_floor_rate']:.3f}" in printed
+        if record["lengths"] == "equal":
+            assert (record["padding_share"], record["ideal_speedup"]) == (0, 1)
+        else:
+            assert record["ideal_speedup"] > 1 / (1 - record["padding_share"]) > 1
+    assert printed.strip() == benchmark.report(results)
+    assert f"torch {torch.__version__}" in printed
+    assert f"threads {torch.get_num_threads()}" in printed
+
+
+def test_flops_by_hand():
+    """Two layers of width 4 and 8: 2 * (4 * 4 * 4 + 2 * 4 * 8) = 256 weights; 8 tokens; 9 + 25 = 34 pairs."""
+    config = BertConfig(num_hidden_layers=2, hidden_size=4, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    forward = 2 * 256 * 8 + 4 * 2 * 4 * 34
+    assert benchmark.flops(config, [3, 5], training=False) == forward == 5184
+    assert benchmark.flops(config, [3, 5], training=True) == 3 * 5184
+    matrices = [weight for weight in BertModel(config).encoder.parameters() if weight.dim() == 2]
+    assert sum(weight.numel() for weight in matrices) == 256
+
+
+def test_batches():
+    lengths = [3, 9, 1, 7, 2, 4]
+    batches = benchmark.make_batches(lengths, batch_size=3, vocab_size=50, device=CPU)
+    assert list(batches) == METHODS
+    assert {len(batches[method]) for method in METHODS} == {2}
+    for padded, ours in zip(batches["padded"], batches["dynmask"], strict=True):
+        assert torch.equal(padded["input_ids"], ours["input_ids"])
+        assert torch.equal(padded["attention_mask"], (ours["input_ids"] > 0).long())
+    computed = {method: benchmark.computed_lengths(batches[method]) for method in METHODS}
+    assert computed == {
+        "padded": [9, 9, 9, 7, 7, 7],
+        "sorted": [3, 3, 3, 9, 9, 9],
+        "dynmask": lengths,
+        "floor": [4, 4, 4, 4, 4, 4],
+    }
+    tokens = [torch.cat([b["input_ids"].flatten() for b in batches[m]]) for m in ("padded", "sorted")]
+    first, second = (ids[ids > 0].sort().values for ids in tokens)
+    assert torch.equal(first, second)
+
+
+def test_methods_compute_the_same(tiny):
+    stock, ours = benchmark.make_models("minilm", "float32", CPU)
+    assert stock.config._attn_implementation == "sdpa"
+    batches = benchmark.make_batches([3, 9, 1, 7], 4, 100, CPU)
+    for training in (False, True):
+        expected = benchmark.run_model(stock, batches["padded"][0], training)
+        found = benchmark.run_model(ours, batches["dynmask"][0], training)
+        if not training:
+            expected, found = ([outputs.loss, outputs.logits] for outputs in (expected, found))
+        else:
+            expected, found = (sorted(gradient.norm() for gradient in gradients) for gradients in (expected, found))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, low, high", [("uniform", 8, 256), ("heavy-tailed", 16, 512), ("equal", 64, 64)])
+def test_lengths(name, low, high):
+    lengths = benchmark.LENGTHS[name](20000)
+    assert len(lengths) == 20000
+    assert (min(lengths), max(lengths)) == (low, high)
+
+
+def test_methods_take_turns():
+    calls = []
+    jobs = {method: [lambda m=method, i=i: calls.append((m, i)) for i in range(2)] for method in "ab"}
+    seconds = benchmark.time_in_turns(jobs, repeats=2, device=CPU)
+    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 3
+    assert list(seconds) == ["a", "b"]
+
+
+def test_time_is_the_sum_of_medians_after_a_warm_up(monkeypatch):
+    times = iter([100, 50, 7, 1, 3, 4, 5, 2])
+    monkeypatch.setattr(benchmark, "_seconds", lambda job, device: next(times))
+    assert benchmark.time_in_turns({"a": [print, print]}, repeats=3, device=CPU) == {"a": 5 + 2}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells the peak of a process on Linux only")
+def test_peak_memory():
+    """A block of 64 MiB, twice, each freed before the next."""
+    megabytes = benchmark.peak_memory([lambda: torch.ones(16 * 2**20)] * 2, CPU)
+    assert megabytes == pytest.approx(64, abs=8)
