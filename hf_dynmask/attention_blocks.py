@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .layout import outside_graph
 from .plan import GroupPlan, MaskPlan, Tile
 
 # Sequences up to LONGEST_FILLED tokens are filled up to whole vectors of VECTOR tokens: those of nearly equal lengths
@@ -45,6 +46,7 @@ class Bucket(NamedTuple):
     k_places: Places | None = None
 
 
+@outside_graph
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .layout import outside_graph
 from .plan import MaskPlan
 
 
@@ -37,6 +38,7 @@ def reference_attention(
     return torch.matmul(weights, value), weights
 
 
+@outside_graph
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,21 @@ Shape legend: B rows of width T in the batch, S sequences, N real tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable)
+
+
+def outside_graph(function: F) -> F:
+    """Keep `torch.compile` out of `function`: lengths are values of the host, and every batch has others."""
+    return cast(F, torch.compiler.disable(function))
 
 
 class Group(NamedTuple):
@@ -202,6 +210,7 @@ class SequenceLayout:
         """Runs of neighbouring sequences of one length, in flat order."""
         return tuple(Group(length, sum(1 for _ in run)) for length, run in groupby(self.sizes))
 
+    @outside_graph
     def flatten(self, padded: Tensor) -> Tensor:
         """Keep the real tokens alone.
 
@@ -219,6 +228,7 @@ class SequenceLayout:
         rows = padded.reshape(self.shape[0] * self.shape[1], *padded.shape[2:])
         return (rows if self.is_contiguous else rows.index_select(0, self.indices)).unsqueeze(0)
 
+    @outside_graph
     def unflatten(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
         """Put the real tokens back where they came from; the inverse of [`flatten`].
 
@@ -248,6 +258,7 @@ class SequenceLayout:
         """Flat `(1, H, N, D)` as `(B, H, T, D)`, 0 where no token is."""
         return self.unflatten(flat.transpose(1, 2)).transpose(1, 2)
 
+    @outside_graph
     def first_tokens(self, flat: Tensor) -> Tensor:
         """First token of each of the batch's sequences.
 
@@ -265,6 +276,7 @@ class SequenceLayout:
         firsts = flat.new_zeros(self.num_sequences, *flat.shape[2:])
         return firsts.index_copy(0, self.rank[full], flat[0].index_select(0, starts[full]))
 
+    @outside_graph
     def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
         """Values by sequence and position.
 

@@ -26,7 +26,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dynmask import DynMaskConfig
-from .layout import SequenceLayout
+from .layout import SequenceLayout, outside_graph
 from .modules import (
     ATTENTION_IMPLEMENTATIONS,
     DynMaskEmbeddings,
@@ -42,6 +42,7 @@ from .plan import MaskPlan
 IGNORE_INDEX = -100
 
 
+@outside_graph
 def layout_of_batch(
     shape: tuple[int, int], device: torch.device, lengths: Tensor | None, attention_mask: Tensor | None
 ) -> SequenceLayout:
@@ -174,16 +175,15 @@ class DynMaskModel(DynMaskPreTrainedModel):
         rotary = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
         fields = {"segment_ids": segment_ids, "prefix_lengths": prefix_lengths, "hidden_spans": hidden_spans}
         fields = {name: field for name, field in fields.items() if field is not None}
-        masks = self.config.masks()
-        plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
+        plans = self._plans(layout, fields)
 
         all_states, all_weights = [], []
-        for layer, mask in zip(self.layers, masks, strict=True):
+        for layer, plan in zip(self.layers, plans, strict=True):
             if output_hidden_states:
                 # Handed back in the batch's layout, and on the way to the output: gradients reach it.
                 all_states.append(layout.unflatten(states))
                 states = layout.flatten(all_states[-1])
-            states, weights = layer(states, plan=plans[mask], rotary=rotary)
+            states, weights = layer(states, plan=plan, rotary=rotary)
             all_weights.append(weights)
         states = self.final_norm(states)
         padded = states if flat_output else layout.unflatten(states)
@@ -195,6 +195,13 @@ class DynMaskModel(DynMaskPreTrainedModel):
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
+
+    @outside_graph
+    def _plans(self, layout: SequenceLayout, fields: dict[str, Tensor]) -> list[MaskPlan]:
+        """Each layer's plan; layers with the same mask share one."""
+        masks = self.config.masks()
+        plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
+        return [plans[mask] for mask in masks]
 
     def _embed(
         self,
