@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_dynmask import (
     DynMaskConfig,
@@ -279,5 +280,5 @@ def test_unknown_attention_implementation_lists_the_known(name):
     ],
 )
 def test_bad_configurations(settings, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         config(**settings)
