@@ -18,9 +18,11 @@ from .plan import GroupPlan, MaskPlan, Tile
 
 # Sequences up to LONGEST_FILLED tokens are filled up to whole vectors of VECTOR tokens: those of nearly equal lengths
 # then share a call, and the fused CPU kernel, which handles a ragged end in slow scalar code, has none. For longer ones
-# the copying would cost what it gains.
+# the copying would cost what it gains, except in half precision, where a ragged end costs most.
 VECTOR = 16
 LONGEST_FILLED = 64
+LONGEST_FILLED_HALF = 512
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Places(NamedTuple):
@@ -51,7 +53,8 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
     """Attention on flat `(1, H, N, D)` tensors; weights are not computed."""
-    buckets = plan.derived(_buckets)
+    in_half_kernel = query.device.type == "cpu" and query.dtype in HALF and not _is_slow_in_kernel(query, dropout)
+    buckets = plan.derived(_buckets, LONGEST_FILLED_HALF if in_half_kernel else LONGEST_FILLED)
     q_order, k_order = plan.token_orders
     q_sizes, k_sizes = [bucket.queries for bucket in buckets], [bucket.keys for bucket in buckets]
     pieces = zip(
@@ -76,32 +79,33 @@ def _token_major(states: Tensor, order: Tensor | None, sizes: list[int]) -> Sequ
     return (states,) if len(sizes) == 1 else states.split(sizes)
 
 
-def _buckets(plan: MaskPlan) -> list[Bucket]:
-    """The plan's groups, short ones that one tile covers joined with neighbours of nearly the same size."""
-    runs = ([group for _, group in run] for _, run in groupby(enumerate(plan.groups), key=_filled_sizes))
+def _buckets(plan: MaskPlan, longest: int) -> list[Bucket]:
+    """The plan's groups; those of up to `longest` tokens that one tile covers are joined with neighbours that fill up
+    to the same size."""
+
+    def filled_sizes(numbered: tuple[int, GroupPlan]) -> tuple[int, ...]:
+        number, group = numbered
+        joins = group.is_whole and max(group.queries, group.keys) <= longest
+        return (_filled(group.queries), _filled(group.keys)) if joins else (-1, number)  # -1: stays alone
+
+    runs = ((sizes, [group for _, group in run]) for sizes, run in groupby(enumerate(plan.groups), key=filled_sizes))
     device = plan.layout.rank.device
-    return [_joined(run, device) for run in runs] or [Bucket(GroupPlan(0, 0, 0, ()), 0, 0)]
-
-
-def _filled_sizes(numbered: tuple[int, GroupPlan]) -> tuple[int, ...]:
-    """Key of the groups to join: their sizes filled up; a group that stays alone has a key of its own."""
-    number, group = numbered
-    joins = group.is_whole and max(group.queries, group.keys) <= LONGEST_FILLED
-    return (_filled(group.queries), _filled(group.keys)) if joins else (-1, number)
+    buckets = [_alone(run[0]) if sizes[0] < 0 else _joined(run, *sizes, device) for sizes, run in runs]
+    return buckets or [_alone(GroupPlan(0, 0, 0, ()))]
 
 
 def _filled(size: int) -> int:
     return -(-size // VECTOR) * VECTOR
 
 
-def _joined(groups: list[GroupPlan], device: torch.device) -> Bucket:
-    first = groups[0]
+def _alone(group: GroupPlan) -> Bucket:
+    return Bucket(group, group.count * group.queries, group.count * group.keys)
+
+
+def _joined(groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Bucket:
     q_sizes = [group.queries for group in groups for _ in range(group.count)]
     k_sizes = [group.keys for group in groups for _ in range(group.count)]
-    if not first.is_whole or max(first.queries, first.keys) > LONGEST_FILLED:
-        return Bucket(first, sum(q_sizes), sum(k_sizes))
-    queries, keys = _filled(first.queries), _filled(first.keys)
-    causal = first.tiles[0].causal
+    causal = groups[0].tiles[0].causal
     allowed = None if causal else _joined_mask(groups, queries, keys, device)  # a lower triangle ends before the copies
     tile = Tile(slice(0, queries), slice(0, keys), allowed, causal)
     q_places = _places(q_sizes, queries, device)
@@ -188,8 +192,7 @@ def attend_tile(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scaling: 
 
 def _is_slow_in_kernel(query: Tensor, dropout: float) -> bool:
     """Whether matrix products beat the fused CPU kernel, whose half-precision backward pass is several times slower."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.device.type == "cpu" and (dropout > 0 or (half and query.requires_grad))
+    return query.device.type == "cpu" and (dropout > 0 or (query.dtype in HALF and query.requires_grad))
 
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scaling: float, dropout: float) -> Tensor:

@@ -95,13 +95,14 @@ class MaskPlan:
                 f"got {self.key_layout.num_sequences}"
             )
         self._fields = self._by_sequence(fields)
-        self._derived: dict[Callable, Any] = {}
+        self._derived: dict[tuple[Callable, Any], Any] = {}
 
-    def derived(self, make: Callable[[MaskPlan], T]) -> T:
-        """`make(plan)`, made once: what an implementation works out from the plan for all layers."""
-        if make not in self._derived:
-            self._derived[make] = make(self)
-        return self._derived[make]
+    def derived(self, make: Callable[..., T], *arguments: Any) -> T:
+        """`make(plan, *arguments)`, made once: what an implementation works out from the plan for all layers."""
+        key = (make, arguments)
+        if key not in self._derived:
+            self._derived[key] = make(self, *arguments)
+        return self._derived[key]
 
     def _by_sequence(self, fields: Mapping[str, Tensor] | None) -> Fields:
         """The mask's fields with one row a sequence, in the order in which the batch names its sequences."""
