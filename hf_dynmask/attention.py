@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .attention_blocks import attend as attend_blocks
 from .attention_reference import attend as attend_reference
@@ -27,6 +28,8 @@ def dynmask_attention(
     fields: Mapping[str, Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    apply_mask_to: str = "scores",
+    key_scores: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """Attention over the real tokens of a batch, restricted by a mask expression.
@@ -42,6 +45,12 @@ def dynmask_attention(
         fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, in the batch's layout.
         scaling (`float`, *optional*): Factor of the scores. `None`: `D ** -0.5`.
         dropout (`float`, *optional*, defaults to 0.0): Probability with which an attention weight is dropped.
+        apply_mask_to (`str`, *optional*, defaults to `"scores"`):
+            `"scores"` hides keys before the softmax; `"weights"` multiplies the weights of the softmax over the whole
+            sequence, without renormalising (reference only).
+        key_scores (`Tensor` of shape `(1, 1 | Hk, Nk)`, *optional*):
+            Learned scores of the keys, for masks with `topk`: it chooses by them, and they are added to the attention
+            scores, whence their gradient.
         implementation (`str`, *optional*, defaults to `"auto"`):
             `"blocks"` (block-sparse, any device), `"reference"` (dense, padded), `"sdpa"` (dense mask, padded), or
             `"auto"`, which takes `"blocks"`.
@@ -53,14 +62,66 @@ def dynmask_attention(
         ValueError: An unknown implementation; tensors whose shapes do not fit each other or the layouts; a field that
             the mask needs is missing or has the wrong shape.
     """
-    attend = implementation_named(implementation)
     plan = mask if isinstance(mask, MaskPlan) else MaskPlan(mask, layout, key_layout, fields=fields)
     if plan.layout is not layout:
         raise ValueError("`layout` must be the one that the plan was made for; got another")
     _check_shapes(query, key, value, plan)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output, _ = attend(query, key, value, plan, scaling=factor, dropout=dropout)
+    output, _ = attend(
+        query,
+        key,
+        value,
+        plan,
+        scaling=factor,
+        dropout=dropout,
+        apply_mask_to=apply_mask_to,
+        key_scores=key_scores,
+        implementation=implementation,
+    )
     return output
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: MaskPlan,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    apply_mask_to: str = "scores",
+    key_scores: Tensor | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """[`dynmask_attention`] with a plan: output, and weights `(B, H, T, T)` from the reference."""
+    if key_scores is not None:
+        query, key, plan = _with_key_scores(query, key, plan, key_scores, scaling)
+    elif "key_scores" in plan.mask.fields:
+        raise ValueError(f"the mask '{plan.mask}' needs `key_scores`, which `topk` chooses by; got none")
+    if apply_mask_to == "weights":
+        if implementation not in ("auto", "reference"):
+            raise ValueError(f"`apply_mask_to='weights'` is served by 'reference'; got {implementation!r}")
+        return attend_reference(query, key, value, plan, scaling=scaling, dropout=dropout, apply_mask_to="weights")
+    return implementation_named(implementation)(query, key, value, plan, scaling=scaling, dropout=dropout)
+
+
+def _with_key_scores(
+    query: Tensor, key: Tensor, plan: MaskPlan, key_scores: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, MaskPlan]:
+    """Query and key with the scores as one more channel, so that their product adds them; the plan that knows them."""
+    heads, key_heads, tokens = query.shape[1], key.shape[1], key.shape[2]
+    given = key_scores.shape[1] if key_scores.dim() == 3 else 0
+    if tuple(key_scores.shape) != (1, given, tokens) or given not in (1, key_heads):
+        raise ValueError(f"`key_scores` must have shape (1, 1 | {key_heads}, {tokens}); got {tuple(key_scores.shape)}")
+    if "key_scores" not in plan.mask.fields:
+        raise ValueError(f"`key_scores` must come with a mask that has `topk`; got '{plan.mask}'")
+    scores = key_scores.expand(1, key_heads, tokens)
+    channels = query.shape[-1]
+    extra = -(channels + 1) % 8 + 1  # kernels like sizes that are multiples of 8
+    ones = nn.functional.pad(query.new_full((*query.shape[:3], 1), 1 / scaling), (0, extra - 1))
+    query = torch.cat([query, ones], dim=-1)
+    key = torch.cat([key, nn.functional.pad(scores[..., None].to(key.dtype), (0, extra - 1))], dim=-1)
+    return query, key, plan.with_key_scores(scores.repeat_interleave(heads // key_heads, dim=1))
 
 
 def implementation_named(name: str):

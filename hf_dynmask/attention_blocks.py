@@ -5,7 +5,8 @@ Shape legend: n sequences of a group, L tokens each, H heads, N real tokens, D a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -38,12 +39,14 @@ class Bucket(NamedTuple):
     Attributes:
         group (`GroupPlan`): The groups joined, sizes filled up.
         queries, keys (`int`): Tokens on the two sides before filling up.
+        mask_of (`Callable`): Mask of one of the group's tiles, `None` where all its pairs are allowed or it is causal.
         q_places, k_places (`Places`, *optional*): How each side is filled up; `None`: not at all.
     """
 
     group: GroupPlan
     queries: int
     keys: int
+    mask_of: Callable[[Tile], Tensor | None]
     q_places: Places | None = None
     k_places: Places | None = None
 
@@ -53,6 +56,16 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
     """Attention on flat `(1, H, N, D)` tensors; weights are not computed."""
+    runs = plan.by_heads(query.shape[1])
+    if len(runs) > 1:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+        outputs = [
+            attend(query[:, run], key[:, run], value[:, run], part, scaling=scaling, dropout=dropout)[0]
+            for run, part in runs
+        ]
+        return torch.cat(outputs, dim=1), None
+    plan = runs[0][1]
     in_half_kernel = query.device.type == "cpu" and query.dtype in HALF and not _is_slow_in_kernel(query, dropout)
     buckets = plan.derived(_buckets, LONGEST_FILLED_HALF if in_half_kernel else LONGEST_FILLED)
     q_order, k_order = plan.token_orders
@@ -90,32 +103,36 @@ def _buckets(plan: MaskPlan, longest: int) -> list[Bucket]:
 
     runs = ((sizes, [group for _, group in run]) for sizes, run in groupby(enumerate(plan.groups), key=filled_sizes))
     device = plan.layout.rank.device
-    buckets = [_alone(run[0]) if sizes[0] < 0 else _joined(run, *sizes, device) for sizes, run in runs]
-    return buckets or [_alone(GroupPlan(0, 0, 0, ()))]
+    buckets = [_alone(plan, run[0]) if sizes[0] < 0 else _joined(plan, run, *sizes, device) for sizes, run in runs]
+    return buckets or [_alone(plan, GroupPlan(0, 0, 0))]
 
 
 def _filled(size: int) -> int:
     return -(-size // VECTOR) * VECTOR
 
 
-def _alone(group: GroupPlan) -> Bucket:
-    return Bucket(group, group.count * group.queries, group.count * group.keys)
+def _alone(plan: MaskPlan, group: GroupPlan) -> Bucket:
+    return Bucket(group, group.count * group.queries, group.count * group.keys, partial(plan.tile_mask, group))
 
 
-def _joined(groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Bucket:
+def _joined(plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Bucket:
     q_sizes = [group.queries for group in groups for _ in range(group.count)]
     k_sizes = [group.keys for group in groups for _ in range(group.count)]
     causal = groups[0].tiles[0].causal
-    allowed = None if causal else _joined_mask(groups, queries, keys, device)  # a lower triangle ends before the copies
-    tile = Tile(slice(0, queries), slice(0, keys), allowed, causal)
+    # A lower triangle ends before the copies.
+    mask = None if causal else _joined_mask(plan, groups, queries, keys, device)
+    tile = Tile(slice(0, queries), (slice(0, keys),), mask is not None, causal)
     q_places = _places(q_sizes, queries, device)
     k_places = q_places if k_sizes == q_sizes else _places(k_sizes, keys, device)
-    return Bucket(GroupPlan(len(q_sizes), queries, keys, (tile,)), sum(q_sizes), sum(k_sizes), q_places, k_places)
+    group = GroupPlan(len(q_sizes), queries, keys, tiles=(tile,))
+    return Bucket(group, sum(q_sizes), sum(k_sizes), lambda _: mask, q_places, k_places)
 
 
-def _joined_mask(groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Tensor | None:
+def _joined_mask(
+    plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, device: torch.device
+) -> Tensor | None:
     """Bool `(n, 1 | H, 1 | queries, keys)` over the sequences of several whole groups; `None` where all is allowed."""
-    masks = [group.tiles[0].allowed for group in groups]
+    masks = [plan.tile_mask(group, group.tiles[0]) for group in groups]
     if all(mask is None for mask in masks):
         if all(group.keys == keys for group in groups):
             return None
@@ -167,24 +184,27 @@ def _attend_bucket(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: flo
         for states, places, size in sides
     )
     if group.is_whole:
-        output = attend_tile(query, key, value, group.tiles[0], scaling, dropout)
+        tile = group.tiles[0]
+        output = attend_tile(query, key, value, bucket.mask_of(tile), tile.causal, scaling, dropout)
     else:
-        output = _Tiles.apply(query, key, value, group.tiles, scaling, dropout)
+        output = _Tiles.apply(query, key, value, group.tiles, bucket.mask_of, scaling, dropout)
     output = output.transpose(1, 2).flatten(0, 1)
     return output if bucket.q_places is None else output.index_select(0, bucket.q_places.place_of)
 
 
-def attend_tile(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scaling: float, dropout: float) -> Tensor:
-    """Attention `(n, H, Lq, Dv)` of one tile's queries `(n, H, Lq, D)` over its keys `(n, Hk, Lk, D)`."""
+def attend_tile(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, causal: bool, scaling: float, dropout: float
+) -> Tensor:
+    """Attention `(n, H, Lq, Dv)` of queries `(n, H, Lq, D)` over keys `(n, Hk, Lk, D)`."""
     if _is_slow_in_kernel(query, dropout):
-        return _softmax_attention(query, key, value, tile, scaling, dropout)
+        return _softmax_attention(query, key, value, allowed, causal, scaling, dropout)
     return nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=tile.allowed,
+        attn_mask=allowed,
         dropout_p=dropout,
-        is_causal=tile.causal,
+        is_causal=causal,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -195,13 +215,14 @@ def _is_slow_in_kernel(query: Tensor, dropout: float) -> bool:
     return query.device.type == "cpu" and (dropout > 0 or (query.dtype in HALF and query.requires_grad))
 
 
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scaling: float, dropout: float) -> Tensor:
+def _softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, causal: bool, scaling: float, dropout: float
+) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
-    allowed = tile.allowed
-    if tile.causal:
+    if causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
@@ -220,18 +241,26 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, tiles: tuple[Tile, ...], scaling: float, dropout: float
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tiles: tuple[Tile, ...],
+        mask_of: Callable[[Tile], Tensor | None],
+        scaling: float,
+        dropout: float,
     ):
         n, heads, length, _ = query.shape
         output = query.new_zeros(n, length, heads, value.shape[-1]).transpose(1, 2)
         ctx.graphs = []
         for tile in tiles:
-            views = query[:, :, tile.queries], key[:, :, tile.keys], value[:, :, tile.keys]
+            views = query[:, :, tile.queries], _parts(key, tile.keys), _parts(value, tile.keys)
             q, k, v = (x.detach().requires_grad_(need) for x, need in zip(views, ctx.needs_input_grad, strict=False))
             with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-                part = attend_tile(q, k, v, tile, scaling, dropout)
+                part = attend_tile(q, k, v, mask_of(tile), tile.causal, scaling, dropout)
             output[:, :, tile.queries] = part.detach()
-            ctx.graphs.append((tile, (q, k, v), part))
+            if any(ctx.needs_input_grad):
+                ctx.graphs.append((tile, (q, k, v), part))
         ctx.shapes = query.shape, key.shape, value.shape
         return output
 
@@ -245,11 +274,17 @@ class _Tiles(torch.autograd.Function):
         for tile, leaves, part in ctx.graphs:
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             parts = iter(torch.autograd.grad(part, wanted, grad_output[:, :, tile.queries], retain_graph=True))
-            for grad, places in zip(grads, (tile.queries, tile.keys, tile.keys), strict=True):
+            for grad, slices in zip(grads, ((tile.queries,), tile.keys, tile.keys), strict=True):
                 if grad is None:
                     continue
-                if isinstance(places, slice):
-                    grad[:, :, places] += next(parts)
-                else:
-                    grad.index_add_(2, places, next(parts))
-        return *grads, None, None, None
+                pieces = next(parts).split([places.stop - places.start for places in slices], dim=2)
+                for places, piece in zip(slices, pieces, strict=True):
+                    grad[:, :, places] += piece
+        return *grads, None, None, None, None
+
+
+def _parts(states: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """Places of `(n, H, L, D)` in some slices, as a view where it is one."""
+    if len(slices) == 1:
+        return states[:, :, slices[0]]
+    return torch.cat([states[:, :, places] for places in slices], dim=2)

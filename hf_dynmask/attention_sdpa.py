@@ -17,7 +17,7 @@ def attend(
         plan.layout.unflatten_heads(query),
         plan.key_layout.unflatten_heads(key),
         plan.key_layout.unflatten_heads(value),
-        attn_mask=plan.dense,
+        attn_mask=plan.dense(query.shape[1]),
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .masks import Mask, parse
+from .masks import Custom, Mask, head_runs, parse
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -59,6 +59,9 @@ class DynMaskConfig(PreTrainedConfig):
         lm_head_act (`str`, *optional*, defaults to `"gelu"`): Activation inside the masked-LM head.
         mask (`str`, *optional*, defaults to `"full"`): Mask expression of every layer; see [`hf_dynmask.masks`].
         layer_masks (`list[str]`, *optional*): One mask expression a layer; wins over `mask`.
+        apply_mask_to (`str`, *optional*, defaults to `"scores"`):
+            `"scores"` hides keys before the softmax; `"weights"` multiplies the softmax's weights without
+            renormalising, as some texts write it (by the dense reference).
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of initial weights.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): Whether input and output embeddings are one.
         source_model_type (`str`, *optional*): `model_type` of the stock checkpoint that this one was converted from.
@@ -101,6 +104,7 @@ class DynMaskConfig(PreTrainedConfig):
     lm_head_act: str = "gelu"
     mask: str = "full"
     layer_masks: list[str] | None = None
+    apply_mask_to: str = "scores"
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
@@ -123,6 +127,22 @@ class DynMaskConfig(PreTrainedConfig):
         if self.position_type != "rotary":
             self.rope_parameters = None  # transformers fills it in for any config that has the field
 
+    def has_mask(self, leaf: type[Mask]) -> bool:
+        """Whether the mask of some layer holds a leaf of this type."""
+        return any(mask.holds(leaf) for mask in self.masks())
+
+    def check_shareable(self) -> None:
+        """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""
+        if self.has_mask(Custom):
+            raise ValueError(
+                "a model with a `custom(...)` mask cannot be saved: its predicate is Python code of this process; got "
+                f"{', '.join(repr(str(mask)) for mask in dict.fromkeys(self.masks()))}"
+            )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.check_shareable()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def masks(self) -> list[Mask]:
         """The mask of each layer (a list of `num_hidden_layers`)."""
         texts = self.layer_masks if self.layer_masks is not None else [self.mask] * self.num_hidden_layers
@@ -142,6 +162,7 @@ class DynMaskConfig(PreTrainedConfig):
             raise ValueError(f"`partial_rotary_factor` must be 1.0: heads are rotated whole; got {partial}")
 
     def validate_choices(self):
+        _one_of("apply_mask_to", self.apply_mask_to, ("scores", "weights"))
         _one_of("norm_type", self.norm_type, ("layer_norm", "rms_norm"))
         _one_of("norm_placement", self.norm_placement, ("after", "before"))
         _one_of("position_type", self.position_type, ("learned", "sinusoidal", "rotary", "none"))
@@ -153,7 +174,8 @@ class DynMaskConfig(PreTrainedConfig):
                 f"got {len(self.layer_masks)}"
             )
         parse(self.mask)
-        self.masks()
+        for mask in self.masks():
+            head_runs(mask, self.num_attention_heads)
 
 
 __all__ = ["DynMaskConfig"]

@@ -156,6 +156,23 @@ class SequenceLayout:
             positions=self.positions[tokens],
         )
 
+    def without(self, missing: Tensor) -> SequenceLayout:
+        """The same batch without some tokens; the others keep their positions.
+
+        Args:
+            missing (bool `Tensor` of shape `(B, T)`): Which tokens to leave out; absent places may hold anything.
+
+        Raises:
+            ValueError: `missing` is not bool or not of the batch's shape.
+        """
+        if missing.dtype != torch.bool or tuple(missing.shape) != tuple(self.shape):
+            raise ValueError(
+                f"`missing` must be bool of shape {tuple(self.shape)}; got {missing.dtype} {tuple(missing.shape)}"
+            )
+        kept = ~missing.flatten()[self.indices]
+        sizes = torch.zeros_like(self.lengths).index_add_(0, self.sequence_ids, kept.long())
+        return SequenceLayout(self.shape, tuple(sizes.tolist()), self.rank, self.indices[kept], self.positions[kept])
+
     def token_order(self, order: list[int]) -> Tensor:
         """`(N,)` int64: place in today's flat order of each token after [`reordered`]."""
         starts = _cumulative(self.sizes)
@@ -204,6 +221,17 @@ class SequenceLayout:
     def is_sorted(self) -> bool:
         """Whether equal lengths are neighbours in the flat order."""
         return len(self.groups) == len(set(self.sizes))
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether some sequence lacks tokens before its last one: see [`without`]."""
+        places = torch.arange(self.num_tokens, device=self.rank.device)
+        return not torch.equal(places - self.cu_seq_lens[:-1].long()[self.sequence_ids], self.positions)
+
+    @cached_property
+    def extent(self) -> int:
+        """Positions of the batch's longest sequence, missing tokens included; 0 for an empty batch."""
+        return int(self.positions.max()) + 1 if self.num_tokens else 0
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -287,8 +315,7 @@ class SequenceLayout:
         Returns:
             `Tensor` of shape `(S, max position + 1, ...)`: sequences in flat order.
         """
-        width = int(self.positions.max()) + 1 if self.num_tokens else 0
-        table = flat.new_full((self.num_sequences, width, *flat.shape[2:]), fill)
+        table = flat.new_full((self.num_sequences, self.extent, *flat.shape[2:]), fill)
         return table.index_put((self.sequence_ids, self.positions), flat[0])
 
     def to(self, device: torch.device | str) -> SequenceLayout:

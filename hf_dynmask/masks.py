@@ -14,37 +14,57 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
-from functools import lru_cache
+from difflib import get_close_matches
+from functools import lru_cache, reduce
 from inspect import signature
+from itertools import groupby
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-Fields = Mapping[str, Tensor]
-Ranges = tuple[Tensor, Tensor, Tensor, Tensor]
-Band = tuple[int | None, int | None]
+from .fields import Fields, check_fields
 
-# Shape of each field a mask can read: B sequences, T positions, K spans.
-FIELD_SHAPES = {
-    "segment_ids": ("B", "T"),
-    "prefix_lengths": ("B",),
-    "hidden_spans": ("B", "K", 2),
-}
+Band = tuple[int | None, int | None]
+NO_FIELDS: frozenset[str] = frozenset()
 
 
 class Mask:
     """An immutable mask expression. Combine masks with `&`, `|` and `~`; compare them with `==`."""
 
     @property
+    def parts(self) -> tuple[Mask, ...]:
+        """The expressions that this one is made of; none for most leaves."""
+        return ()
+
+    def with_parts(self, parts: tuple[Mask, ...]) -> Mask:
+        """The same expression made of other parts."""
+        return self
+
+    @property
     def fields(self) -> frozenset[str]:
         """Names of the batch's fields that the expression reads."""
-        return frozenset()
+        return self._own_fields().union(*(part.fields for part in self.parts))
+
+    def _own_fields(self) -> frozenset[str]:
+        return NO_FIELDS
+
+    def holds(self, leaf: type[Mask]) -> bool:
+        """Whether a leaf of this type is part of the expression."""
+        return isinstance(self, leaf) or any(part.holds(leaf) for part in self.parts)
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the rule depends on `i - j` alone."""
+        return bool(self.parts) and all(part.is_relative for part in self.parts)
 
     def allowed(self, i: Tensor, j: Tensor, fields: Fields) -> Tensor:
-        """Whether query position `i` may see key position `j`; all three broadcast."""
+        """Whether query position `i (B | 1, 1, Tq, 1)` may see key position `j (B | 1, 1, 1, Tk)`; they broadcast.
+
+        The expression must be a [`resolved`] one.
+        """
         raise NotImplementedError
 
     def _classify(
@@ -56,8 +76,32 @@ class Mask:
         """`(left, right)` where the mask is exactly `i - left <= j <= i + right` (`None`: unbounded); else `None`."""
         return None
 
+    def resolved(self, head: int = 0, heads: int = 1) -> Mask:
+        """The expression that one of `heads` heads follows: free of `heads(...)`, and `topk` knows its candidates.
+
+        Raises:
+            ValueError: The number of masks in `heads(...)` does not divide `heads`.
+        """
+        return self._of_head(head, heads)._within(None)
+
+    def _of_head(self, head: int, heads: int) -> Mask:
+        return self.with_parts(tuple(part._of_head(head, heads) for part in self.parts))
+
+    def _within(self, candidates: Mask | None) -> Mask:
+        """The expression with its `topk` leaves told which keys there are to choose from."""
+        return self.with_parts(tuple(part._within(candidates) for part in self.parts))
+
+    def without_choice(self) -> Mask:
+        """The expression with `full` in place of `topk`: what it allows at most."""
+        return self.with_parts(tuple(part.without_choice() for part in self.parts))
+
     def classify(
-        self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, fields: Fields | None = None
+        self,
+        q_lo: Tensor,
+        q_hi: Tensor,
+        k_lo: Tensor,
+        k_hi: Tensor,
+        fields: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the mask says of whole blocks.
 
@@ -68,18 +112,44 @@ class Mask:
             fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, by sequence and position.
 
         Returns:
-            `(always, never)`, bool tensors of the broadcast shape: every pair, or none, of the two ranges is allowed.
-            Where both are `False` it depends. `always` and `never` are never wrong; *depends* may be too cautious.
+            `(always, never)`, bool tensors of the broadcast shape: every pair, or none, of the two ranges is allowed,
+            for every head. Where both are `False` it depends. `always` and `never` are never wrong; *depends* may be
+            too cautious.
 
         Raises:
             ValueError: A field that the mask reads is missing or has the wrong shape.
         """
-        always, never = self._classify(q_lo, q_hi, k_lo, k_hi, check_fields(self, fields))
+        return self.classify_checked(q_lo, q_hi, k_lo, k_hi, self.checked(fields))
+
+    def classify_checked(
+        self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, fields: Fields
+    ) -> tuple[Tensor, Tensor]:
+        """[`classify`] with fields that were checked before."""
+        always, never = self._classify(q_lo, q_hi, k_lo, k_hi, fields)
         shape = torch.broadcast_shapes(q_lo.shape, q_hi.shape, k_lo.shape, k_hi.shape, always.shape, never.shape)
         return always.expand(shape), never.expand(shape)
 
+    def checked(self, fields: Mapping[str, Tensor] | None, rows: int | None = None) -> Fields:
+        """The fields that the mask reads, by sequence and position, for `rows` sequences.
+
+        Raises:
+            ValueError: A field is missing, has the wrong shape or dtype, or a value that the mask has no use for.
+        """
+        found = check_fields(self.fields, fields, reader=self, rows=rows)
+        self._check_values(found)
+        return found
+
+    def _check_values(self, fields: Fields) -> None:
+        for part in self.parts:
+            part._check_values(fields)
+
     def dense(
-        self, lengths: Tensor, *, key_lengths: Tensor | None = None, fields: Fields | None = None, heads: int = 1
+        self,
+        lengths: Tensor,
+        *,
+        key_lengths: Tensor | None = None,
+        fields: Mapping[str, Tensor] | None = None,
+        heads: int = 1,
     ) -> Tensor:
         """The mask cell by cell.
 
@@ -93,14 +163,18 @@ class Mask:
             Bool `Tensor` of shape `(B, 1 | heads, max(lengths), max(key_lengths))`; `False` beyond a sequence's end.
 
         Raises:
-            ValueError: A field that the mask reads is missing or has the wrong shape.
+            ValueError: A field that the mask reads is missing or has the wrong shape; the number of masks in
+                `heads(...)` does not divide `heads`.
         """
         key_lengths = lengths if key_lengths is None else key_lengths
-        fields = check_fields(self, fields, rows=lengths.numel())
+        checked = self.checked(fields, rows=lengths.numel())
         i = _positions_up_to(lengths).view(1, 1, -1, 1)
         j = _positions_up_to(key_lengths).view(1, 1, 1, -1)
-        present = (i < lengths.view(-1, 1, 1, 1)) & (j < key_lengths.view(-1, 1, 1, 1))
-        return self.allowed(i, j, fields) & present
+        real = j < key_lengths.view(-1, 1, 1, 1)
+        if "key_scores" in checked.tables:
+            scores = checked.tables["key_scores"][..., : j.numel()]
+            checked = checked.having("key_scores", scores.masked_fill(~real[:, 0], -torch.inf))
+        return allowed_by_head(self, heads, i, j, checked) & real & (i < lengths.view(-1, 1, 1, 1))
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, other) if isinstance(other, Mask) else NotImplemented
@@ -112,45 +186,51 @@ class Mask:
         return Not(self)
 
 
+def head_runs(mask: Mask, heads: int) -> list[tuple[slice, Mask]]:
+    """Runs of neighbouring heads that follow the same expression, each [`Mask.resolved`]."""
+    if not mask.holds(Heads):
+        return [(slice(0, heads), mask.resolved(0, heads))]
+    of_heads = groupby(range(heads), key=lambda head: mask.resolved(head, heads))
+    runs = [(found, list(run)) for found, run in of_heads]
+    return [(slice(run[0], run[-1] + 1), found) for found, run in runs]
+
+
+def allowed_by_head(mask: Mask, heads: int, i: Tensor, j: Tensor, fields: Fields) -> Tensor:
+    """[`Mask.allowed`] of all heads: bool `(B, 1 | heads, Tq, Tk)`."""
+    runs = head_runs(mask, heads)
+    if len(runs) == 1:
+        return runs[0][1].allowed(i, j, fields)
+    cells = [found.allowed(i, j, fields.heads(run)).expand(-1, run.stop - run.start, -1, -1) for run, found in runs]
+    rows = max(part.shape[0] for part in cells)
+    return torch.cat([part.expand(rows, -1, -1, -1) for part in cells], dim=1)
+
+
 def _positions_up_to(lengths: Tensor) -> Tensor:
     longest = int(lengths.max()) if lengths.numel() else 0
     return torch.arange(longest, device=lengths.device)
-
-
-def check_fields(mask: Mask, fields: Fields | None, rows: int | None = None) -> Fields:
-    """The fields that `mask` reads, checked.
-
-    Raises:
-        ValueError: A field is missing or has the wrong shape.
-    """
-    fields = fields or {}
-    for name in sorted(mask.fields):
-        if name not in fields:
-            have = ", ".join(f"`{key}`" for key in fields) or "none"
-            raise ValueError(f"the mask '{mask}' reads the field `{name}`, which the batch lacks; it has {have}")
-        expected, shape = FIELD_SHAPES[name], tuple(fields[name].shape)
-        fits = len(shape) == len(expected) and all(
-            not isinstance(want, int) or want == got for want, got in zip(expected, shape, strict=True)
-        )
-        if not fits or (rows is not None and shape[0] != rows):
-            wanted = ", ".join(str(rows) if size == "B" and rows is not None else str(size) for size in expected)
-            raise ValueError(f"the field `{name}` must have shape ({wanted}); got {shape}")
-    return {name: fields[name] for name in mask.fields}
 
 
 # --- Operators -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class And(Mask):
-    """Both masks allow the pair."""
+class _Operation(Mask):
+    """Two masks joined by an operator."""
 
     left: Mask
     right: Mask
 
     @property
-    def fields(self) -> frozenset[str]:
-        return self.left.fields | self.right.fields
+    def parts(self):
+        return self.left, self.right
+
+    def with_parts(self, parts):
+        return type(self)(*parts)
+
+
+@dataclass(frozen=True)
+class And(_Operation):
+    """Both masks allow the pair."""
 
     def allowed(self, i, j, fields):
         return self.left.allowed(i, j, fields) & self.right.allowed(i, j, fields)
@@ -166,20 +246,19 @@ class And(Mask):
             return None
         return tuple(min((b for b in pair if b is not None), default=None) for pair in zip(left, right, strict=True))
 
+    def _within(self, candidates):
+        def beside(other: Mask) -> Mask:
+            return other.without_choice() if candidates is None else candidates & other.without_choice()
+
+        return And(self.left._within(beside(self.right)), self.right._within(beside(self.left)))
+
     def __str__(self):
         return f"{_operand(self.left, 2)} & {_operand(self.right, 3)}"
 
 
 @dataclass(frozen=True)
-class Or(Mask):
+class Or(_Operation):
     """Either mask allows the pair."""
-
-    left: Mask
-    right: Mask
-
-    @property
-    def fields(self) -> frozenset[str]:
-        return self.left.fields | self.right.fields
 
     def allowed(self, i, j, fields):
         return self.left.allowed(i, j, fields) | self.right.allowed(i, j, fields)
@@ -199,9 +278,16 @@ class Not(Mask):
 
     mask: Mask
 
+    def __post_init__(self):
+        if self.mask.holds(TopK):
+            raise ValueError(f"`~` cannot be applied to `topk`, which chooses among what is allowed; got '{self}'")
+
     @property
-    def fields(self) -> frozenset[str]:
-        return self.mask.fields
+    def parts(self):
+        return (self.mask,)
+
+    def with_parts(self, parts):
+        return Not(*parts)
 
     def allowed(self, i, j, fields):
         return ~self.mask.allowed(i, j, fields)
@@ -227,7 +313,7 @@ _LARGEST = 2**62  # sums with positions still fit in 64 bits
 
 
 class Leaf(Mask):
-    """A mask with a name and integer arguments; subclasses enter the language under their `name`."""
+    """A mask with a name and arguments, in text numbers; subclasses enter the language under their `name`."""
 
     name: ClassVar[str]
 
@@ -237,17 +323,17 @@ class Leaf(Mask):
             _LEAVES[cls.name] = cls
 
     def __str__(self):
-        values = [getattr(self, field.name) for field in dataclass_fields(self)]  # type: ignore[arg-type]
+        values = [getattr(self, entry.name) for entry in dataclass_fields(self)]  # type: ignore[arg-type]
         arguments = ", ".join(str(value) for value in values if value is not None)
         return f"{self.name}({arguments})" if arguments else self.name
 
 
-def _check_int(leaf: Leaf, argument: str, minimum: int) -> None:
+def _check_int(leaf: Leaf, argument: str, minimum: int, maximum: int = _LARGEST) -> None:
     value = getattr(leaf, argument)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"`{argument}` of `{leaf.name}` must be an integer of at least {minimum}; got {value!r}")
-    if value > _LARGEST:
-        raise ValueError(f"`{argument}` of `{leaf.name}` must be at most {_LARGEST}; got {value}")
+    if value > maximum:
+        raise ValueError(f"`{argument}` of `{leaf.name}` must be at most {maximum}; got {value}")
 
 
 class _BandLeaf(Leaf):
@@ -255,6 +341,10 @@ class _BandLeaf(Leaf):
 
     def band(self) -> Band:
         raise NotImplementedError
+
+    @property
+    def is_relative(self):
+        return True
 
     def allowed(self, i, j, fields):
         left, right = self.band()
@@ -339,6 +429,10 @@ class Dilated(Leaf):
         _check_int(self, "width", 0)
         _check_int(self, "step", 1)
 
+    @property
+    def is_relative(self):
+        return True
+
     def allowed(self, i, j, fields):
         distance = i - j
         return (distance.abs() <= self.width) & (distance % self.step == 0)
@@ -397,12 +491,11 @@ class Prefix(Leaf):
         if self.n is not None:
             _check_int(self, "n", 0)
 
-    @property
-    def fields(self):
-        return frozenset() if self.n is not None else frozenset({"prefix_lengths"})
+    def _own_fields(self):
+        return NO_FIELDS if self.n is not None else frozenset({"prefix_lengths"})
 
     def _end(self, like: Tensor, fields: Fields) -> int | Tensor:
-        return self.n if self.n is not None else _per_sequence(fields["prefix_lengths"], like)
+        return self.n if self.n is not None else fields.of_sequence("prefix_lengths", like)
 
     def allowed(self, i, j, fields):
         everywhere = _everywhere(i, j)
@@ -442,15 +535,14 @@ class Visible(Leaf):
 
     name = "visible"
 
-    @property
-    def fields(self):
+    def _own_fields(self):
         return frozenset({"hidden_spans"})
 
     def _spans(self, like: Tensor, fields: Fields) -> list[tuple[Tensor, Tensor]]:
-        spans = fields["hidden_spans"]
-        starts, lengths = spans.unbind(-1)
-        stops = starts + lengths
-        return [(_per_sequence(starts[:, k], like), _per_sequence(stops[:, k], like)) for k in range(spans.shape[1])]
+        # The spans of a sequence are trailing dimensions of what `of_sequence` gives.
+        spans = fields.of_sequence("hidden_spans", like)
+        pairs = (spans[..., k, :].unbind(-1) for k in range(spans.shape[-2]))
+        return [(start, start + length) for start, length in pairs]
 
     def allowed(self, i, j, fields):
         seen = _everywhere(i, j)
@@ -474,17 +566,267 @@ class Segments(Leaf):
 
     name = "segments"
 
-    @property
-    def fields(self):
+    def _own_fields(self):
         return frozenset({"segment_ids"})
 
     def allowed(self, i, j, fields):
-        segment_ids = fields["segment_ids"]
-        return _per_token(segment_ids, i) == _per_token(segment_ids, j)
+        return fields.of_query("segment_ids", i) == fields.of_key("segment_ids", j)
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
-        extremes = _RangeExtremes(fields["segment_ids"])
-        return _equal_ranges(*extremes(q_lo, q_hi), *extremes(k_lo, k_hi))
+        queries = fields.query_extremes("segment_ids", q_lo, q_hi)
+        return _equal_ranges(*queries, *fields.key_extremes("segment_ids", k_lo, k_hi))
+
+
+@dataclass(frozen=True)
+class SharedQuestion(Leaf):
+    """`shared_question`: `segment_ids[j] == 0 or segment_ids[i] == segment_ids[j]` (one question, several answers)."""
+
+    name = "shared_question"
+
+    def _own_fields(self):
+        return frozenset({"segment_ids"})
+
+    def allowed(self, i, j, fields):
+        of_key = fields.of_key("segment_ids", j)
+        return (of_key == 0) | (fields.of_query("segment_ids", i) == of_key)
+
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        q_least, q_most = fields.query_extremes("segment_ids", q_lo, q_hi)
+        k_least, k_most = fields.key_extremes("segment_ids", k_lo, k_hi)
+        always, never = _equal_ranges(q_least, q_most, k_least, k_most)
+        return always | ((k_least == 0) & (k_most == 0)), never & ((k_least > 0) | (k_most < 0))
+
+
+@dataclass(frozen=True)
+class GlobalTokens(Leaf):
+    """`global_tokens(n)`: `i < n or j < n`; `global_tokens`: `global_tokens[b, i] or global_tokens[b, j]`."""
+
+    name = "global_tokens"
+    n: int | None = None
+
+    def __post_init__(self):
+        if self.n is not None:
+            _check_int(self, "n", 0)
+
+    def _own_fields(self):
+        return NO_FIELDS if self.n is not None else frozenset({"global_tokens"})
+
+    def allowed(self, i, j, fields):
+        if self.n is not None:
+            return (i < self.n) | (j < self.n)
+        return fields.of_query("global_tokens", i) | fields.of_key("global_tokens", j)
+
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        if self.n is not None:
+            return (q_hi < self.n) | (k_hi < self.n), (q_lo >= self.n) & (k_lo >= self.n)
+        q_least, q_most = fields.query_extremes("global_tokens", q_lo, q_hi)
+        k_least, k_most = fields.key_extremes("global_tokens", k_lo, k_hi)
+        return (q_least > 0) | (k_least > 0), (q_most == 0) & (k_most == 0)
+
+
+@dataclass(frozen=True)
+class Random(Leaf):
+    """`random(keep, seed)`: `hash(seed, i, j) < keep`, by counters: the same on every device and in every layout."""
+
+    name = "random"
+    keep: float
+    seed: int
+
+    def __post_init__(self):
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 <= self.keep <= 1:
+            raise ValueError(f"`keep` of `random` must be a number from 0 to 1; got {self.keep!r}")
+        _check_int(self, "seed", 0, maximum=2**32 - 1)
+
+    def allowed(self, i, j, fields):
+        return _mixed(_mixed(_mixed(self.seed) ^ i) ^ j) < int(self.keep * 2**32)
+
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        everywhere = _everywhere(q_lo, k_lo)
+        return everywhere & (self.keep == 1), everywhere & (self.keep == 0)
+
+
+@dataclass(frozen=True)
+class Dense(Leaf):
+    """`dense`: the explicit `attention_mask`, cell by cell."""
+
+    name = "dense"
+
+    def _own_fields(self):
+        return frozenset({"attention_mask"})
+
+    def allowed(self, i, j, fields):
+        return fields.of_pairs("attention_mask", i, j)
+
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        return fields.pair_ranges("attention_mask", q_lo, q_hi, k_lo, k_hi)
+
+
+@dataclass(frozen=True)
+class TopK(Leaf):
+    """`topk(n)`: the n keys with the highest score of those that the expressions joined to it by `&` allow.
+
+    The scores, `key_scores`, are learned, per head ("Trainable Dynamic Mask Sparse Attention", arXiv:2508.02124). Ties
+    go to the lowest position; a score of -inf is never chosen.
+
+    Attributes:
+        candidates (`Mask`, *optional*): What there is to choose from; set by [`Mask.resolved`]. `None`: all keys.
+    """
+
+    name = "topk"
+    n: int
+    candidates: Mask | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        _check_int(self, "n", 1)
+
+    def _own_fields(self):
+        return frozenset({"key_scores"}) | (self.candidates.fields if self.candidates is not None else NO_FIELDS)
+
+    def _within(self, candidates):
+        return replace(self, candidates=candidates)
+
+    def without_choice(self):
+        return Full()
+
+    def allowed(self, i, j, fields):
+        scores = fields.of_key_heads("key_scores", j)
+        found = _everywhere(i, j) if self.candidates is None else self.candidates.allowed(i, j, fields)
+        scores = torch.where(found, scores, -torch.inf)
+        seen = scores > -torch.inf
+        if scores.shape[-1] <= self.n:
+            return seen
+        least = scores.topk(self.n, dim=-1).values[..., -1:]
+        above, equal = scores > least, (scores == least) & seen
+        return above | (equal & (equal.cumsum(-1) <= self.n - above.sum(-1, keepdim=True)))
+
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        depends = ~_everywhere(q_lo, k_lo)
+        return depends, depends
+
+    def __str__(self):
+        return f"topk({self.n})"
+
+
+_PREDICATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+
+
+def register(name: str, predicate: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Enter a Python predicate into the language, as `custom(name)`.
+
+    Args:
+        name (`str`): An identifier. Registering it anew replaces the predicate.
+        predicate (`Callable`): `predicate(i, j)`, of two integer tensors of positions that broadcast, gives the bool
+            tensor of the pairs that are allowed. It is evaluated cell by cell.
+
+    Raises:
+        ValueError: `name` is no identifier.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"`name` of a custom mask must be an identifier; got {name!r}")
+    _PREDICATES[name] = predicate
+
+
+@dataclass(frozen=True)
+class Custom(Leaf):
+    """`custom(name)`: the predicate that [`register`] entered under the name."""
+
+    name = "custom"
+    predicate: str
+
+    def __post_init__(self):
+        if self.predicate not in _PREDICATES:
+            known = ", ".join(sorted(_PREDICATES)) or "none"
+            raise ValueError(f"no custom mask `{self.predicate}` is registered (`masks.register`); known are {known}")
+
+    def allowed(self, i, j, fields):
+        return _everywhere(i, j) & _PREDICATES[self.predicate](i, j)
+
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        depends = ~_everywhere(q_lo, k_lo)
+        return depends, depends
+
+
+class _Choice(Leaf):
+    """A leaf that holds masks, one of which is followed."""
+
+    def __init__(self, *masks: Mask):
+        if not masks or not all(isinstance(mask, Mask) for mask in masks):
+            raise ValueError(f"`{self.name}` must be given masks; got {', '.join(map(repr, masks)) or 'none'}")
+        object.__setattr__(self, "masks", masks)
+
+    @property
+    def parts(self):
+        return self.masks
+
+    def with_parts(self, parts):
+        return type(self)(*parts)
+
+    def __str__(self):
+        return f"{self.name}({', '.join(map(str, self.masks))})"
+
+
+@dataclass(frozen=True, init=False)
+class Heads(_Choice):
+    """`heads(m0, m1, …)`: as many masks as heads, or a divisor, then each serves a run of heads."""
+
+    name = "heads"
+    masks: tuple[Mask, ...]
+
+    @property
+    def is_relative(self):
+        return False
+
+    def _of_head(self, head, heads):
+        if heads % len(self.masks):
+            raise ValueError(
+                f"`heads` must be given a number of masks that divides the {heads} heads; got {len(self.masks)}"
+            )
+        return self.masks[head * len(self.masks) // heads]._of_head(head, heads)
+
+    def allowed(self, i, j, fields):
+        raise ValueError(f"'{self}' differs by head; resolve it for one head first")
+
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        answers = [mask._classify(q_lo, q_hi, k_lo, k_hi, fields) for mask in self.masks]
+        always, never = zip(*answers, strict=True)
+        return reduce(operator.and_, always), reduce(operator.and_, never)
+
+
+@dataclass(frozen=True, init=False)
+class Select(_Choice):
+    """`select(m0, m1, …)`: row b follows mask `mask_choice[b]`, by task or language, say."""
+
+    name = "select"
+    masks: tuple[Mask, ...]
+
+    @property
+    def is_relative(self):
+        return False
+
+    def _own_fields(self):
+        return frozenset({"mask_choice"})
+
+    def _check_values(self, fields):
+        super()._check_values(fields)
+        choice = fields.tables["mask_choice"]
+        wrong = choice[(choice < 0) | (choice >= len(self.masks))]
+        if wrong.numel():
+            raise ValueError(
+                f"the field `mask_choice` must hold 0 to {len(self.masks) - 1} for '{self}'; got {wrong[0].item()}"
+            )
+
+    def _chosen(self, answers: list[Tensor], like: Tensor, fields: Fields) -> Tensor:
+        choice = fields.of_sequence("mask_choice", like)
+        return reduce(operator.or_, (answer & (choice == k) for k, answer in enumerate(answers)))
+
+    def allowed(self, i, j, fields):
+        cells = [mask.allowed(i, j, fields) for mask in self.masks]
+        return self._chosen(cells, cells[0], fields)
+
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        answers = [mask._classify(q_lo, q_hi, k_lo, k_hi, fields) for mask in self.masks]
+        everywhere = _everywhere(q_lo, k_lo)
+        return tuple(self._chosen(list(kind), everywhere, fields) for kind in zip(*answers, strict=True))
 
 
 # --- Rules on ranges -------------------------------------------------------------------------------------------------
@@ -509,63 +851,19 @@ def _band_ranges(
     return always, never
 
 
+def _mixed(x):
+    """A one-to-one scramble of integers below 2**32: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x85EBCA6B) & 0xFFFFFFFF
+    x = x ^ (x >> 13)
+    x = (x * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 def _equal_ranges(q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tuple[Tensor, Tensor]:
     """(always, never) of equality between values that lie in the two ranges."""
     always = (q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo)
     return always, (q_hi < k_lo) | (k_hi < q_lo)
-
-
-# --- Fields ----------------------------------------------------------------------------------------------------------
-
-
-def _per_sequence(field: Tensor, like: Tensor) -> Tensor:
-    """`field (B,)` shaped to broadcast against `like (B | 1, ...)`."""
-    return field.view(-1, *(1,) * (like.dim() - 1)) if field.numel() != 1 else field.reshape(())
-
-
-def _per_token(field: Tensor, index: Tensor) -> Tensor:
-    """`field (B, T)` at positions `index (B | 1, ...)`; result `(B, ...)`."""
-    rows = field.shape[0]
-    if rows == 1:
-        return field[0][index]
-    if index.dim() == 0 or index.shape[0] not in (1, rows):
-        raise ValueError(f"ranges over fields of {rows} sequences must have first dimension {rows}; got {index.shape}")
-    index = index.expand(rows, *index.shape[1:])
-    return field.gather(1, index.flatten(1)).view(index.shape)
-
-
-class _RangeExtremes:
-    """Smallest and largest value of `field (B, T)` over any range of positions, by a sparse table."""
-
-    def __init__(self, field: Tensor):
-        self.levels = [(field, field)]
-        width = 1
-        while 2 * width <= field.shape[1]:
-            low, high = self.levels[-1]
-            self.levels.append(
-                (torch.minimum(low[:, :-width], low[:, width:]), torch.maximum(high[:, :-width], high[:, width:]))
-            )
-            width *= 2
-
-    def __call__(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        lo, hi = torch.broadcast_tensors(lo, hi)
-        if lo.numel() == 0 or self.levels[0][0].numel() == 0:
-            return lo, hi  # no range to speak of
-        size = (hi - lo + 1).clamp(min=1)
-        level_of = size.to(torch.float64).log2().floor().long()
-        smallest = largest = None
-        for level, (low, high) in enumerate(self.levels):
-            here = level_of == level
-            if not here.any():
-                continue
-            last = low.shape[1] - 1
-            first, second = lo.clamp(0, last), (hi - 2**level + 1).clamp(0, last)
-            low_here = torch.minimum(_per_token(low, first), _per_token(low, second))
-            high_here = torch.maximum(_per_token(high, first), _per_token(high, second))
-            smallest = low_here if smallest is None else torch.where(here, low_here, smallest)
-            largest = high_here if largest is None else torch.where(here, high_here, largest)
-        assert smallest is not None and largest is not None
-        return smallest, largest
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------
@@ -621,27 +919,42 @@ def _read(node: ast.expr) -> Mask:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_read(left), _read(right))
         case ast.UnaryOp(op=ast.Invert(), operand=operand):
-            return ~_read(operand)
+            return _made(node, Not, _read(operand))
         case ast.Name(id=name):
             return _leaf(node, name, [])
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
-            return _leaf(node, name, [_read_number(argument) for argument in arguments])
+            return _leaf(node, name, arguments)
     raise _Unreadable(node, "expected a mask, `&`, `|`, `~` or parentheses")
 
 
-def _leaf(node: ast.expr, name: str, arguments: list[int | float]) -> Mask:
+def _leaf(node: ast.expr, name: str, arguments: list[ast.expr]) -> Mask:
     if name not in _LEAVES:
-        raise _Unreadable(node, f"unknown mask `{name}`; known are {', '.join(sorted(_LEAVES))}")
+        near = get_close_matches(name, _LEAVES, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise _Unreadable(node, f"unknown mask `{name}`; {hint}known are {', '.join(sorted(_LEAVES))}")
     leaf = _LEAVES[name]
+    read = _read if issubclass(leaf, _Choice) else _read_name if leaf is Custom else _read_number
+    values = [read(argument) for argument in arguments]
     try:
-        signature(leaf).bind(*arguments)
+        signature(leaf).bind(*values)
     except TypeError:
         wanted = ", ".join(signature(leaf).parameters)
-        raise _Unreadable(node, f"`{name}` takes ({wanted}); got {len(arguments)} arguments") from None
+        raise _Unreadable(node, f"`{name}` takes ({wanted}); got {len(values)} arguments") from None
+    return _made(node, leaf, *values)
+
+
+def _made(node: ast.expr, make: Callable[..., Mask], *values) -> Mask:
     try:
-        return leaf(*arguments)
+        return make(*values)
     except ValueError as error:
         raise _Unreadable(node, str(error)) from None
+
+
+def _read_name(node: ast.expr) -> str:
+    match node:
+        case ast.Name(id=name):
+            return name
+    raise _Unreadable(node, "expected the name of a registered mask")
 
 
 def _read_number(node: ast.expr) -> int | float:
@@ -665,3 +978,11 @@ prefix = Prefix
 span = Span
 visible = Visible
 segments = Segments
+shared_question = SharedQuestion
+global_tokens = GlobalTokens
+random = Random
+dense = Dense
+heads = Heads
+select = Select
+topk = TopK
+custom = Custom

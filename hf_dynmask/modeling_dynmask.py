@@ -27,9 +27,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_dynmask import DynMaskConfig
 from .layout import SequenceLayout, outside_graph
+from .masks import Dense, TopK
 from .modules import (
     ATTENTION_IMPLEMENTATIONS,
+    DynMaskAttention,
     DynMaskEmbeddings,
+    DynMaskKeyScores,
     DynMaskLayer,
     DynMaskLMHead,
     DynMaskPooler,
@@ -44,20 +47,38 @@ IGNORE_INDEX = -100
 
 @outside_graph
 def layout_of_batch(
-    shape: tuple[int, int], device: torch.device, lengths: Tensor | None, attention_mask: Tensor | None
+    shape: tuple[int, int],
+    device: torch.device,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    missing: Tensor | None = None,
 ) -> SequenceLayout:
     """Where the tokens of a batch of `shape` `(B, T)` sit; without `lengths` and `attention_mask` all are there.
 
+    An explicit `attention_mask` of three or four dimensions says nothing of that. Tokens that are `missing` are left
+    out; the others keep their positions.
+
     Raises:
-        ValueError: `lengths` and `attention_mask` disagree, or one of them does not fit the shape.
+        ValueError: `lengths` and `attention_mask` disagree, or an input does not fit the shape.
     """
+    layout = _present_tokens(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
+    return (layout if missing is None else layout.without(missing)).by_length()
+
+
+def is_explicit(attention_mask: Tensor | None) -> bool:
+    """Whether a mask says which query may see which key, rather than which tokens are there."""
+    return attention_mask is not None and attention_mask.dim() > 2
+
+
+def _present_tokens(
+    shape: tuple[int, int], device: torch.device, lengths: Tensor | None, attention_mask: Tensor | None
+) -> SequenceLayout:
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
         raise ValueError(f"`attention_mask` must have the input's shape {shape}; got {tuple(attention_mask.shape)}")
     if lengths is None:
-        if attention_mask is None:
-            lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
-        else:
-            return SequenceLayout.from_attention_mask(attention_mask).by_length()
+        if attention_mask is not None:
+            return SequenceLayout.from_attention_mask(attention_mask)
+        lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
     layout = SequenceLayout.from_lengths(lengths, shape)
     if attention_mask is not None:
         masked = SequenceLayout.from_attention_mask(attention_mask)
@@ -66,7 +87,7 @@ def layout_of_batch(
                 f"`lengths` and `attention_mask` must name the same tokens; got lengths {lengths.tolist()} and a mask "
                 f"with {list(masked.sizes)} tokens a row (padding on the right is what lengths mean)"
             )
-    return layout.by_length()
+    return layout
 
 
 class DynMaskPreTrainedModel(PreTrainedModel):
@@ -91,9 +112,44 @@ class DynMaskPreTrainedModel(PreTrainedModel):
             raise ValueError(f"`attn_implementation` of a DynMask model must be one of {known}; got {chosen!r}")
         return chosen
 
+    def set_mask(self, mask: str | list[str]) -> None:
+        """Put another mask on the model, to be used from the next forward pass on and saved with its configuration.
+
+        Args:
+            mask (`str` or `list[str]`): An expression for every layer, or one each.
+
+        Raises:
+            ValueError: The expression does not parse, or there are not as many as layers.
+        """
+        changed = {"layer_masks": None, "mask": mask} if isinstance(mask, str) else {"layer_masks": list(mask)}
+        before = {name: getattr(self.config, name) for name in changed}
+        try:
+            for name, value in changed.items():
+                setattr(self.config, name, value)
+            self.config.validate_masks()
+            self._check_scores()
+        except Exception:
+            for name, value in before.items():
+                setattr(self.config, name, value)
+            raise
+
+    def _check_scores(self) -> None:
+        layers = [module for module in self.modules() if isinstance(module, DynMaskAttention)]
+        for attention, mask in zip(layers, self.config.masks(), strict=False):
+            if mask.holds(TopK) and attention.key_scores is None:
+                raise ValueError(
+                    f"the mask '{mask}' needs weights that score keys; make the model with a mask that has `topk`"
+                )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.config.check_shareable()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
+        if isinstance(module, DynMaskKeyScores):
+            init.zeros_(module.scale)
         if isinstance(module, DynMaskSinusoidalEmbedding):
             init.copy_(module.weight, module.table(*module.weight.shape, device=module.weight.device))
 
@@ -130,6 +186,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
         segment_ids: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
         layout: SequenceLayout | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
@@ -139,7 +198,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
             lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `lengths[b]` tokens from its
                 left edge; in a flat batch S sequences stand end to end.
             attention_mask (`Tensor` of shape `(B, T)`): 0 where no token is, wherever that may be; an alternative to
-                `lengths`. Neither: all tokens are there.
+                `lengths`. Neither: all tokens are there. Or, bool of shape `(B, T, T)` or `(B, H, T, T)`: which query
+                may see which key, beside what the configuration's mask says.
             position_ids (`Tensor` of shape `(B, T)` or `(1, T)`): Positions in place of each token's index in its own
                 sequence, for the embeddings; masks go by the index.
             token_type_ids (`Tensor` of shape `(B, T)`): Token types; ignored by a model without types.
@@ -147,6 +207,10 @@ class DynMaskModel(DynMaskPreTrainedModel):
             segment_ids (`Tensor` of shape `(B, T)`): Field of the mask `segments`.
             prefix_lengths (`Tensor` of shape `(B,)` or `(S,)`): Field of the mask `prefix`.
             hidden_spans (`Tensor` of shape `(B, K, 2)` or `(S, K, 2)`): Field of the mask `visible`: (start, length).
+            global_tokens (bool `Tensor` of shape `(B, T)`): Field of the mask `global_tokens`.
+            mask_choice (`Tensor` of shape `(B,)` or `(S,)`): Field of the mask `select`.
+            missing (bool `Tensor` of shape `(B, T)`): Where a value inside a sequence is missing: never a key, its
+                output is 0, its position still counts. What stands there, NaN included, reaches nothing.
             layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
                 `last_hidden_state` stays flat, `(1, N, C)`.
 
@@ -170,12 +234,18 @@ class DynMaskModel(DynMaskPreTrainedModel):
         flat_output = layout is not None
         if layout is None:
             inputs = input_ids if input_ids is not None else inputs_embeds
-            layout = layout_of_batch(tuple(inputs.shape[:2]), inputs.device, lengths, attention_mask)
+            layout = layout_of_batch(tuple(inputs.shape[:2]), inputs.device, lengths, attention_mask, missing)
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
         rotary = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
-        fields = {"segment_ids": segment_ids, "prefix_lengths": prefix_lengths, "hidden_spans": hidden_spans}
-        fields = {name: field for name, field in fields.items() if field is not None}
-        plans = self._plans(layout, fields)
+        fields = {
+            "segment_ids": segment_ids,
+            "prefix_lengths": prefix_lengths,
+            "hidden_spans": hidden_spans,
+            "global_tokens": global_tokens,
+            "mask_choice": mask_choice,
+            "attention_mask": attention_mask if is_explicit(attention_mask) else None,
+        }
+        plans = self._plans(layout, {name: field for name, field in fields.items() if field is not None})
 
         all_states, all_weights = [], []
         for layer, plan in zip(self.layers, plans, strict=True):
@@ -200,6 +270,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
     def _plans(self, layout: SequenceLayout, fields: dict[str, Tensor]) -> list[MaskPlan]:
         """Each layer's plan; layers with the same mask share one."""
         masks = self.config.masks()
+        if "attention_mask" in fields:
+            masks = [mask & Dense() for mask in masks]
         plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
         return [plans[mask] for mask in masks]
 
@@ -226,9 +298,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
 
     def _check_positions(self, layout: SequenceLayout) -> None:
         room = self.config.max_position_embeddings - self.config.position_offset
-        if self.config.position_type in ("learned", "sinusoidal") and layout.max_length > room:
+        if self.config.position_type in ("learned", "sinusoidal") and layout.extent > room:
             raise ValueError(
-                f"a sequence must have at most {room} tokens (`max_position_embeddings`); got {layout.max_length}"
+                f"a sequence must have at most {room} tokens (`max_position_embeddings`); got {layout.extent}"
             )
 
 
@@ -272,6 +344,9 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
         segment_ids: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -294,6 +369,9 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
             segment_ids=segment_ids,
             prefix_lengths=prefix_lengths,
             hidden_spans=hidden_spans,
+            global_tokens=global_tokens,
+            mask_choice=mask_choice,
+            missing=missing,
             **kwargs,
         )
         loss, logits = self._predict(outputs, layout, labels, num_items_in_batch)
@@ -302,15 +380,16 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
         )
 
     def _encode(
-        self, lengths: Tensor | None, attention_mask: Tensor | None, **inputs
+        self, lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None, **inputs
     ) -> tuple[BaseModelOutputWithPooling, SequenceLayout]:
         """The encoder's outputs, `last_hidden_state` flat, and the batch's layout."""
         tokens = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
         if tokens is None:
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
-        layout = layout_of_batch(tuple(tokens.shape[:2]), tokens.device, lengths, attention_mask)
+        layout = layout_of_batch(tuple(tokens.shape[:2]), tokens.device, lengths, attention_mask, missing)
         inputs["return_dict"] = True
-        return self.model(layout=layout, **inputs), layout
+        explicit = attention_mask if is_explicit(attention_mask) else None
+        return self.model(layout=layout, attention_mask=explicit, **inputs), layout
 
 
 class DynMaskForMaskedLM(DynMaskTaskModel):
@@ -421,6 +500,9 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
         segment_ids: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -443,6 +525,9 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
             segment_ids=segment_ids,
             prefix_lengths=prefix_lengths,
             hidden_spans=hidden_spans,
+            global_tokens=global_tokens,
+            mask_choice=mask_choice,
+            missing=missing,
             **kwargs,
         )
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
@@ -480,7 +565,8 @@ def _position_loss(
     """Cross-entropy of `scores (1, N)` over each sequence's tokens against `positions (S,)`."""
     by_sequence = layout.by_position(scores, fill=-torch.inf)
     positions = positions.flatten()[layout.rank]
-    real = (positions >= 0) & (positions < layout.lengths)
+    real = (positions >= 0) & (positions < by_sequence.shape[1])
+    real[real.clone()] = by_sequence.detach()[real, positions[real]] != -torch.inf  # a token is there
     return _token_loss(by_sequence[real], positions[real], num_items_in_batch)
 
 

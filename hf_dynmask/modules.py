@@ -3,7 +3,8 @@
 Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and Dv head sizes.
 """
 # A configuration's optional sizes are `None` only until it is made.
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalOperand=false, reportCallIssue=false
+# pyright: reportOptionalCall=false
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from .attention import implementation_named
+from .attention import attend
 from .configuration_dynmask import DynMaskConfig
+from .masks import TopK
 from .plan import MaskPlan
 
 # transformers' `attn_implementation` -> the implementation of `dynmask_attention` that serves it.
@@ -81,6 +83,24 @@ class DynMaskEmbeddings(nn.Module):
         return self.projection(self.dropout(self.norm(states)))
 
 
+class DynMaskKeyScores(nn.Module):
+    """Score of each key, per head, by which `topk` chooses: `exp(scale * softplus(projection(values)))`.
+
+    "Trainable Dynamic Mask Sparse Attention", arXiv:2508.02124, section 3.1.
+    """
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        heads = config.num_key_value_heads
+        self.projection = nn.Linear(heads * config.value_head_dim, heads, bias=config.attention_bias)
+        self.scale = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Values `(1, Hk, N, Dv)` to scores `(1, Hk, N)`."""
+        raw = self.projection(value.transpose(1, 2).flatten(2))
+        return torch.exp(self.scale * nn.functional.softplus(raw)).transpose(1, 2)
+
+
 class DynMaskAttention(nn.Module):
     """Multi-head attention over the pairs that a [`MaskPlan`] allows."""
 
@@ -94,6 +114,7 @@ class DynMaskAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_heads * config.value_head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.value_head_dim, config.hidden_size, bias=bias)
         self.scaling = config.head_dim**-0.5
+        self.key_scores = DynMaskKeyScores(config) if config.has_mask(TopK) else None
 
     def forward(
         self, hidden_states: Tensor, plan: MaskPlan, rotary: tuple[Tensor, Tensor] | None = None
@@ -104,9 +125,17 @@ class DynMaskAttention(nn.Module):
         value = self._heads(self.v_proj(hidden_states), self.config.value_head_dim)
         if rotary is not None:
             query, key = apply_rotary_pos_emb(query, key, *rotary)
-        attend = implementation_named(ATTENTION_IMPLEMENTATIONS[self.config._attn_implementation])
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        output, weights = attend(query, key, value, plan, scaling=self.scaling, dropout=dropout)
+        output, weights = attend(
+            query,
+            key,
+            value,
+            plan,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            apply_mask_to=self.config.apply_mask_to,
+            key_scores=self.key_scores(value) if plan.mask.holds(TopK) else None,
+            implementation=ATTENTION_IMPLEMENTATIONS[self.config._attn_implementation],
+        )
         return self.o_proj(output.transpose(1, 2).flatten(2)), weights
 
     @staticmethod

@@ -1,11 +1,13 @@
 """From an expression and lengths to the work to do: which blocks of the attention matrix are empty, full or partial.
 
-Shape legend: B rows of width T in the batch, S sequences, N real tokens; H heads; n sequences of one group.
+Shape legend: B rows of width T in the batch, S sequences, N real tokens; H heads; n sequences of one group, L tokens
+each; P positions of the longest sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -14,10 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .fields import TOKEN_FIELDS, Fields, key_name
 from .layout import SequenceLayout
-from .masks import FIELD_SHAPES, Fields, Mask, check_fields, parse
+from .masks import Mask, allowed_by_head, head_runs, parse
 
 BLOCK_SIZE = 128
+LARGEST_TILE = 2**22  # cells of a partial tile, whose mask is made cell by cell
+KEPT_CELLS = 2**25  # cells of masks that are kept for the next layer; more are made anew
 T = TypeVar("T")
 
 
@@ -27,14 +32,14 @@ class Tile:
 
     Attributes:
         queries (`slice`): Queries, as places in their sequence.
-        keys (`slice` or `Tensor` of indices): Keys, as places in their sequence.
-        allowed (bool `Tensor` of shape `(n | 1, 1 | H, queries, keys)`, *optional*): `None`: all are allowed.
-        causal (`bool`): The tile is the lower triangle of equally many queries and keys; `allowed` is then `None`.
+        keys (`tuple[slice, ...]`): Keys, as places in their sequence.
+        is_partial (`bool`): Some pairs are not allowed: see [`MaskPlan.tile_mask`].
+        causal (`bool`): The tile is the lower triangle of equally many queries and keys, and not called partial.
     """
 
     queries: slice
-    keys: slice | Tensor
-    allowed: Tensor | None = None
+    keys: tuple[slice, ...]
+    is_partial: bool = False
     causal: bool = False
 
 
@@ -45,18 +50,21 @@ class GroupPlan:
     Attributes:
         count (`int`): n, the number of sequences.
         queries, keys (`int`): Tokens of each on the two sides.
+        first (`tuple[int, int, int]`): Place of the first sequence, query and key in the order of
+            [`MaskPlan.arranged`].
         tiles (`tuple[Tile, ...]`): What is to be computed; queries in no tile have no key and give 0.
     """
 
     count: int
     queries: int
     keys: int
-    tiles: tuple[Tile, ...]
+    first: tuple[int, int, int] = (0, 0, 0)
+    tiles: tuple[Tile, ...] = ()
 
     @property
     def is_whole(self) -> bool:
         """Whether one tile covers every pair."""
-        whole = slice(0, self.queries), slice(0, self.keys)
+        whole = slice(0, self.queries), (slice(0, self.keys),)
         return len(self.tiles) == 1 and (self.tiles[0].queries, self.tiles[0].keys) == whole
 
 
@@ -68,8 +76,9 @@ class MaskPlan:
         layout (`SequenceLayout`): Where the queries sit.
         key_layout (`SequenceLayout`, *optional*): Where the keys sit, sequence for sequence. `None`: with the queries.
         fields (`dict[str, Tensor]`, *optional*):
-            The fields that the mask reads, in the batch's layout: one value a token `(B, T)`, or one entry a sequence
-            `(S, ...)`.
+            The fields that the mask reads, in the batch's layout: one value a token `(B, T)`, one entry a sequence
+            `(S, ...)`, an explicit mask `(B, Tq, Tk)` or `(B, H, Tq, Tk)`. Values of the keys' tokens, where those
+            have a layout of their own, as `key_<name>`; without them keys read the queries' values by position.
         block_size (`int`, *optional*, defaults to 128): Queries and keys of a block.
 
     Raises:
@@ -94,7 +103,7 @@ class MaskPlan:
                 f"`key_layout` must hold as many sequences as `layout`, {layout.num_sequences}; "
                 f"got {self.key_layout.num_sequences}"
             )
-        self._fields = self._by_sequence(fields)
+        self.fields = self._checked_fields(fields or {})
         self._derived: dict[tuple[Callable, Any], Any] = {}
 
     def derived(self, make: Callable[..., T], *arguments: Any) -> T:
@@ -104,19 +113,67 @@ class MaskPlan:
             self._derived[key] = make(self, *arguments)
         return self._derived[key]
 
-    def _by_sequence(self, fields: Mapping[str, Tensor] | None) -> Fields:
-        """The mask's fields with one row a sequence, in the order in which the batch names its sequences."""
-        layout = self.layout
-        found = {}
-        for name in self.mask.fields & set(fields or {}):
-            field = fields[name]  # type: ignore[index]
-            if FIELD_SHAPES[name][:2] == ("B", "T"):
-                if tuple(field.shape[:2]) != tuple(layout.shape):
-                    raise ValueError(f"the field `{name}` must have shape {layout.shape}; got {tuple(field.shape)}")
-                table = layout.by_position(layout.flatten(field))
-                field = torch.empty_like(table).index_copy(0, layout.rank, table)
-            found[name] = field
-        return check_fields(self.mask, found, rows=layout.num_sequences)
+    # --- Fields ------------------------------------------------------------------------------------------------------
+
+    def _checked_fields(self, fields: Mapping[str, Tensor]) -> Fields:
+        """The mask's fields by sequence, in the order in which the batch names its sequences, and by position."""
+        tables = {}
+        for name in self.mask.fields & set(fields):
+            if name in TOKEN_FIELDS:
+                tables[name] = _by_sequence(name, fields[name], self.layout)
+                if key_name(name) in fields:
+                    tables[key_name(name)] = _by_sequence(key_name(name), fields[key_name(name)], self.key_layout)
+                elif self.key_layout.extent > tables[name].shape[1]:
+                    raise ValueError(
+                        f"the field `{key_name(name)}` must be given: keys have {self.key_layout.extent} positions, "
+                        f"`{name}` speaks of {tables[name].shape[1]}"
+                    )
+            elif name == "attention_mask":
+                tables[name] = self._pairs_by_sequence(fields[name])
+            else:
+                tables[name] = fields[name]
+        if "key_scores" in self.mask.fields and "key_scores" not in tables:
+            return self.mask.checked(tables | {"key_scores": self._no_scores()}, rows=self.layout.num_sequences)
+        return self.mask.checked(tables, rows=self.layout.num_sequences)
+
+    def _no_scores(self) -> Tensor:
+        """Stands for the scores that each layer brings: see [`with_key_scores`]."""
+        return torch.zeros(self.layout.num_sequences, 1, self.key_layout.extent, device=self.layout.rank.device)
+
+    def _pairs_by_sequence(self, mask: Tensor) -> Tensor:
+        """`(B, Tq, Tk)` or `(B, H, Tq, Tk)` in the batch's layout as `(S, 1 | H, P, P)`."""
+        given = tuple(mask.shape)
+        mask = mask[:, None] if mask.dim() == 3 else mask
+        rows, width, key_width = self.layout.shape[0], self.layout.shape[1], self.key_layout.shape[1]
+        if mask.dim() != 4 or (mask.shape[0], *mask.shape[2:]) != (rows, width, key_width):
+            raise ValueError(
+                f"an explicit `attention_mask` must have shape ({rows}, {width}, {key_width}) or ({rows}, heads, "
+                f"{width}, {key_width}); got {given}"
+            )
+        i, j = (_by_sequence("indices", _place_in_row(side), side) for side in (self.layout, self.key_layout))
+        row = _by_sequence("rows", _row(self.layout), self.layout)  # 0 where no token is
+        row = row.amax(1)[:, None, None] if row.shape[1] else row[:, :, None]
+        return mask.movedim(1, -1)[row, i[:, :, None], j[:, None, :]].movedim(-1, 1)
+
+    def with_key_scores(self, key_scores: Tensor) -> MaskPlan:
+        """The plan with the scores that `topk` chooses by.
+
+        Args:
+            key_scores (`Tensor` of shape `(1, 1 | H, Nk)`): One a key token, in the order of the key layout.
+        """
+        plan = copy(self)
+        table = self.key_layout.by_position(key_scores.detach().transpose(1, 2), fill=-torch.inf)
+        table = torch.empty_like(table).index_copy(0, self.key_layout.rank, table).transpose(1, 2)
+        plan.fields = self.fields.having("key_scores", table)
+        plan._derived = {}
+        plan.__dict__.pop("_masks", None)
+        return plan
+
+    def by_heads(self, heads: int) -> tuple[tuple[slice, MaskPlan], ...]:
+        """Plans for runs of heads that follow one expression; each plan's mask is resolved."""
+        return self.derived(_by_heads, heads)
+
+    # --- Tiles -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _order(self) -> tuple[list[int], list[int]]:
@@ -133,7 +190,8 @@ class MaskPlan:
     def arranged(self) -> tuple[SequenceLayout, SequenceLayout]:
         """Query and key layout with sequences of equal sizes as neighbours."""
         q_order, k_order = self._order
-        return self.layout.reordered(q_order), self.key_layout.reordered(k_order)
+        queries = self.layout.reordered(q_order)
+        return queries, queries if self.layout is self.key_layout else self.key_layout.reordered(k_order)
 
     @cached_property
     def token_orders(self) -> tuple[Tensor | None, Tensor | None]:
@@ -145,109 +203,205 @@ class MaskPlan:
     @cached_property
     def groups(self) -> tuple[GroupPlan, ...]:
         """Tiles for every group of sequences of equal sizes, in the order of [`arranged`]; empty ones included."""
-        queries, keys = self.arranged
-        groups = []
-        first = q_start = k_start = 0
-        for (q_size, k_size), run in groupby(zip(queries.sizes, keys.sizes, strict=True)):
-            count = sum(1 for _ in run)
-            q_stop, k_stop = q_start + count * q_size, k_start + count * k_size
-            tiles = ()
-            if count * q_size * k_size:
-                tiles = self._tiles(
-                    queries.positions[q_start:q_stop].view(count, q_size),
-                    keys.positions[k_start:k_stop].view(count, k_size),
-                    queries.rank[first : first + count],
-                )
-            groups.append(GroupPlan(count, q_size, k_size, tiles))
-            first, q_start, k_start = first + count, q_stop, k_stop
-        return tuple(groups)
-
-    def _tiles(self, q_positions: Tensor, k_positions: Tensor, rows: Tensor) -> tuple[Tile, ...]:
-        """Tiles of a group from the positions `(n, L)` of its tokens."""
-        whole = slice(0, q_positions.shape[1]), slice(0, k_positions.shape[1])
+        groups = self._untiled()
         band = self.mask.band()
         if band == (None, None):
-            return (Tile(*whole),)
+            return tuple(_tiled(group, (_whole(group),)) for group in groups)
         if band == (None, 0) and self.layout is self.key_layout:
-            return (Tile(*whole, causal=True),)
-        fields = {name: field[rows] for name, field in self._fields.items()}
-        q_positions, k_positions = _shared(q_positions), _shared(k_positions)
-        always, never = self._classify(q_positions, k_positions, fields)
-        tiles = []
-        for q_first, q_last, kept, partial in _merged(always.tolist(), never.tolist()):
-            block = self.block_size
-            queries = slice(q_first * block, min(q_last * block, q_positions.shape[1]))
-            keys = _key_places(kept, block, k_positions)
-            allowed = None
-            if partial:
-                i, j = q_positions[:, queries], k_positions[:, keys]
-                allowed = self.mask.allowed(i[:, None, :, None], j[:, None, None, :], fields)
-            tiles.append(Tile(queries, keys, allowed))
-        return tuple(tiles)
+            return tuple(_tiled(group, (_whole(group, causal=True),)) for group in groups)
+        tiles = self._tiles([group for group in groups if group.queries and group.keys])
+        return tuple(_tiled(group, tiles.get(group, ())) for group in groups)
 
-    def _classify(self, q_positions: Tensor, k_positions: Tensor, fields: Fields) -> tuple[Tensor, Tensor]:
-        """(always, never), each `(query blocks, key blocks)`: what holds for the whole group."""
-        q_lo, q_hi = _block_ends(q_positions, self.block_size)
-        k_lo, k_hi = _block_ends(k_positions, self.block_size)
-        always, never = self.mask.classify(
-            q_lo[:, :, None], q_hi[:, :, None], k_lo[:, None, :], k_hi[:, None, :], fields
-        )
-        return always.all(0), never.all(0)
+    def _untiled(self) -> list[GroupPlan]:
+        queries, keys = self.arranged
+        groups = []
+        first = q_first = k_first = 0
+        for (q_size, k_size), run in groupby(zip(queries.sizes, keys.sizes, strict=True)):
+            count = sum(1 for _ in run)
+            groups.append(GroupPlan(count, q_size, k_size, (first, q_first, k_first)))
+            first, q_first, k_first = first + count, q_first + count * q_size, k_first + count * k_size
+        return groups
+
+    def _tiles(self, groups: list[GroupPlan]) -> dict[GroupPlan, tuple[Tile, ...]]:
+        """Tiles of each group. Groups with equal numbers of blocks are classified in one go."""
+        found = {}
+        block = self.block_size
+        for _, like in groupby(sorted(groups, key=lambda g: _blocks(g, block)), key=lambda g: _blocks(g, block)):
+            alike = list(like)
+            for group, (always, never) in zip(alike, self._classify(alike), strict=True):
+                found[group] = tuple(_merged(group, always, never, block, group.count if self._differ else 1))
+        return found
 
     @cached_property
-    def dense(self) -> Tensor:
-        """Bool `(B, 1 | H, Tq, Tk)` in the batch's own layout: which token may see which; `False` where none is."""
+    def _differ(self) -> bool:
+        """Whether sequences of one group may have different masks."""
+        return bool(self.fields) or any(layout.has_gaps for layout in self.arranged)
+
+    def _classify(self, groups: list[GroupPlan]) -> list[tuple[Tensor, Tensor]]:
+        """(always, never), each `(query blocks, key blocks)`: what holds for all sequences of each group."""
+        layouts = self.arranged
+        counts = [group.count if self._differ else 1 for group in groups]  # else one sequence speaks for its group
+        places = [(g, s) for g, count in zip(groups, counts, strict=True) for s in range(count)]
+        q_starts, q_sizes = [g.first[1] + s * g.queries for g, s in places], [g.queries for g, _ in places]
+        k_starts, k_sizes = [g.first[2] + s * g.keys for g, s in places], [g.keys for g, _ in places]
+        q_lo, q_hi = _block_ends(layouts[0].positions, q_starts, q_sizes, self.block_size)
+        k_lo, k_hi = _block_ends(layouts[1].positions, k_starts, k_sizes, self.block_size)
+        fields = self.fields
+        if fields:
+            fields = fields.rows(layouts[0].rank[[g.first[0] + s for g, s in places]])
+        always, never = self.mask.classify_checked(
+            q_lo[:, :, None], q_hi[:, :, None], k_lo[:, None, :], k_hi[:, None, :], fields
+        )
+        return [(a.all(0), n.all(0)) for a, n in zip(always.split(counts), never.split(counts), strict=True)]
+
+    @cached_property
+    def _masks(self) -> dict[tuple, Tensor]:
+        """Masks of tiles that were made for an earlier layer."""
+        return {}
+
+    def tile_mask(self, group: GroupPlan, tile: Tile) -> Tensor | None:
+        """Bool `(n | 1, 1 | H, queries, keys)` of a partial tile; `None`: all pairs are allowed, or `tile.causal`."""
+        if not tile.is_partial:
+            return None
+        key = self._mask_key(group, tile)
+        if key in self._masks:
+            return self._masks[key]
+        i, j = (positions[:, None] for positions in self._positions(group, tile))
+        fields = self.fields
+        if fields:
+            first = group.first[0]
+            fields = fields.rows(self.arranged[0].rank[first : first + group.count])
+        mask = self.mask.allowed(i[..., None], j[:, :, None], fields)
+        if sum(map(Tensor.numel, self._masks.values())) + mask.numel() <= KEPT_CELLS:
+            self._masks[key] = mask
+        return mask
+
+    def _mask_key(self, group: GroupPlan, tile: Tile) -> tuple:
+        """Tiles of equal keys have equal masks."""
+        if not self.mask.is_relative or self._differ:
+            return group.first, tile.queries.start, tile.keys[0].start
+        start = tile.queries.start
+        return tile.queries.stop - start, *((keys.start - start, keys.stop - start) for keys in tile.keys)
+
+    def _positions(self, group: GroupPlan, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Positions `(n | 1, L)` of a tile's queries and keys; one row where all sequences have the same."""
+        (queries, keys), (_, q_first, k_first), n = self.arranged, group.first, group.count
+        i = queries.positions[q_first : q_first + n * group.queries].view(n, group.queries)
+        j = keys.positions[k_first : k_first + n * group.keys].view(n, group.keys)
+        i, j = (side if layout.has_gaps else side[:1] for side, layout in ((i, queries), (j, keys)))
+        return i[:, tile.queries], torch.cat([j[:, part] for part in tile.keys], dim=1)
+
+    # --- Cell by cell ------------------------------------------------------------------------------------------------
+
+    def dense(self, heads: int = 1) -> Tensor:
+        """Bool `(B, 1 | heads, Tq, Tk)` in the batch's own layout: which token may see which; `False` where none is."""
+        return self.derived(_dense, heads)
+
+    @cached_property
+    def same_sequence(self) -> Tensor:
+        """Bool `(B, 1, Tq, Tk)` in the batch's own layout: which tokens stand in one sequence."""
         layouts = self.layout, self.key_layout
         if layouts[0].shape[0] != layouts[1].shape[0]:
             raise ValueError(
                 f"a dense mask needs keys in as many rows as queries, {layouts[0].shape[0]}; got {layouts[1].shape[0]}"
             )
-        (q_sequence, q_position), (k_sequence, k_position) = (_places(layout) for layout in layouts)
-        same = (q_sequence[:, :, None] == k_sequence[:, None, :]) & (q_sequence[:, :, None] >= 0)
-        if not all(layout.num_tokens for layout in layouts):
-            return same[:, None]
-        i, j = (torch.arange(int(layout.positions.max()) + 1, device=same.device) for layout in layouts)
-        table = self.mask.allowed(i[None, None, :, None], j[None, None, None, :], self._fields)
-        sequence = q_sequence.clamp(min=0) if table.shape[0] > 1 else torch.zeros_like(q_sequence)
-        cells = table.movedim(1, -1)[sequence[:, :, None], q_position[:, :, None], k_position[:, None, :]]
-        return cells.movedim(-1, 1) & same[:, None]
+        of_queries, of_keys = map(_sequence_of_places, layouts)
+        return ((of_queries[:, :, None] == of_keys[:, None, :]) & (of_queries[:, :, None] >= 0))[:, None]
 
 
-def _places(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-    """Sequence (-1: absent) and position of every place `(B, T)` of a batch."""
-    sequence = layout.rank[layout.sequence_ids]
-    return layout.unflatten(sequence[None], fill=-1), layout.unflatten(layout.positions[None])
+def _by_heads(plan: MaskPlan, heads: int) -> tuple[tuple[slice, MaskPlan], ...]:
+    runs = head_runs(plan.mask, heads)
+    if len(runs) == 1 and runs[0][1] == plan.mask:
+        return ((slice(0, heads), plan),)
+    plans = []
+    for run, mask in runs:
+        part = copy(plan)
+        part.mask, part.fields, part._derived = mask, plan.fields.heads(run) if len(runs) > 1 else plan.fields, {}
+        for name in ("groups", "_masks"):
+            part.__dict__.pop(name, None)
+        plans.append((run, part))
+    return tuple(plans)
 
 
-def _shared(positions: Tensor) -> Tensor:
-    """`(1, L)` where all sequences of a group have the same positions `(n, L)`."""
-    return positions[:1] if bool((positions == positions[:1]).all()) else positions
+def _dense(plan: MaskPlan, heads: int) -> Tensor:
+    same = plan.same_sequence
+    if not plan.layout.num_tokens or not plan.key_layout.num_tokens:
+        return same
+    i, j = (torch.arange(layout.extent, device=same.device) for layout in (plan.layout, plan.key_layout))
+    table = allowed_by_head(plan.mask, heads, i[None, None, :, None], j[None, None, None, :], plan.fields)
+    sequence = _sequence_of_places(plan.layout).clamp(min=0)
+    sequence = sequence if table.shape[0] > 1 else torch.zeros_like(sequence)
+    q_position, k_position = (layout.unflatten(layout.positions[None]) for layout in (plan.layout, plan.key_layout))
+    cells = table.movedim(1, -1)[sequence[:, :, None], q_position[:, :, None], k_position[:, None, :]]
+    return cells.movedim(-1, 1) & same
 
 
-def _block_ends(positions: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """First and last position `(n, blocks)` of each block; positions rise along a sequence."""
-    last = torch.arange(block - 1, positions.shape[1] + block - 1, block, device=positions.device)
-    return positions[:, ::block], positions[:, last.clamp(max=positions.shape[1] - 1)]
+def _by_sequence(name: str, field: Tensor, layout: SequenceLayout) -> Tensor:
+    """A field `(B, T)` in the batch's layout as `(S, P)`, by the batch's order of sequences and by position."""
+    if tuple(field.shape[:2]) != tuple(layout.shape):
+        raise ValueError(f"the field `{name}` must have shape {tuple(layout.shape)}; got {tuple(field.shape)}")
+    table = layout.by_position(layout.flatten(field))
+    return torch.empty_like(table).index_copy(0, layout.rank, table)
 
 
-def _merged(always: list[list[bool]], never: list[list[bool]]):
-    """Runs of query blocks that see the same key blocks: (first, stop, key blocks, whether any is partial)."""
-    rows = []
-    for always_row, never_row in zip(always, never, strict=True):
-        kept = tuple(k for k, empty in enumerate(never_row) if not empty)
-        rows.append((kept, any(not always_row[k] for k in kept)))
-    start = 0
-    for (kept, partial), run in groupby(rows):
-        stop = start + sum(1 for _ in run)
-        if kept:
-            yield start, stop, kept, partial
-        start = stop
+def _sequence_of_places(layout: SequenceLayout) -> Tensor:
+    """Sequence (-1: absent) of every place `(B, T)` of a batch."""
+    return layout.unflatten(layout.rank[layout.sequence_ids][None], fill=-1)
 
 
-def _key_places(kept: tuple[int, ...], block: int, k_positions: Tensor) -> slice | Tensor:
-    """The keys of some blocks: a slice where the blocks are neighbours, else their indices."""
-    size = k_positions.shape[1]
-    if kept[-1] - kept[0] + 1 == len(kept):
-        return slice(kept[0] * block, min((kept[-1] + 1) * block, size))
-    places = torch.arange(size, device=k_positions.device)
-    return torch.cat([places[k * block : (k + 1) * block] for k in kept])
+def _place_in_row(layout: SequenceLayout) -> Tensor:
+    rows, width = layout.shape
+    return torch.arange(width, device=layout.rank.device).expand(rows, width)
+
+
+def _row(layout: SequenceLayout) -> Tensor:
+    rows, width = layout.shape
+    return torch.arange(rows, device=layout.rank.device)[:, None].expand(rows, width)
+
+
+def _tiled(group: GroupPlan, tiles: tuple[Tile, ...]) -> GroupPlan:
+    return GroupPlan(group.count, group.queries, group.keys, group.first, tiles if group.queries * group.keys else ())
+
+
+def _whole(group: GroupPlan, causal: bool = False) -> Tile:
+    return Tile(slice(0, group.queries), (slice(0, group.keys),), causal=causal)
+
+
+def _blocks(group: GroupPlan, block: int) -> tuple[int, int]:
+    """Blocks of queries and of keys."""
+    return -(-group.queries // block), -(-group.keys // block)
+
+
+def _block_ends(positions: Tensor, starts: list[int], sizes: list[int], block: int) -> tuple[Tensor, Tensor]:
+    """First and last position `(sequences, blocks)` of each block; positions `(N,)` rise along a sequence."""
+    start, size = (torch.tensor(values, device=positions.device)[:, None] for values in (starts, sizes))
+    first = torch.arange(0, max(sizes), block, device=positions.device)
+    return positions[start + first], positions[start + torch.minimum(first + block, size) - 1]
+
+
+def _merged(group: GroupPlan, always: Tensor, never: Tensor, block: int, masks: int) -> Iterator[Tile]:
+    """Tiles from `(query blocks, key blocks)`: runs of query blocks that see the same key blocks.
+
+    A partial tile holds as many rows as its `masks` masks have room for.
+    """
+    kept = ~never
+    partial = (kept & ~always).any(1)
+    steps = torch.nn.functional.pad(kept.to(torch.int8), (1, 1)).diff(dim=1)
+    starts, stops = (steps > 0).nonzero().tolist(), (steps < 0).nonzero().tolist()
+    changes = (kept[1:] != kept[:-1]).any(1) | (partial[1:] != partial[:-1])
+    borders = [0, *(changes.nonzero().squeeze(1) + 1).tolist(), kept.shape[0]]
+    is_partial = partial[borders[:-1]].tolist()
+    runs: dict[int, list[slice]] = {}
+    for (row, start), (_, stop) in zip(starts, stops, strict=True):
+        runs.setdefault(row, []).append(slice(start * block, min(stop * block, group.keys)))
+    for first, stop, some in zip(borders, borders[1:], is_partial, strict=False):
+        keys = tuple(runs.get(first, ()))
+        if not keys:
+            continue
+        rows = stop - first
+        if some:
+            cells = masks * block * sum(part.stop - part.start for part in keys)
+            rows = max(1, min(rows, LARGEST_TILE // cells))
+        for row in range(first, stop, rows):
+            queries = slice(row * block, min(min(row + rows, stop) * block, group.queries))
+            yield Tile(queries, keys, some)

@@ -1,0 +1,212 @@
+"""Fields: tensors that come with a batch and that a mask expression reads, by sequence and position.
+
+Shape legend: B sequences, T positions (Tq of queries, Tk of keys), H heads, K spans, `i` query and `j` key positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# Shape of each field a mask can read. Fields of one value a token may come apart for the keys, as `key_<name>`.
+FIELD_SHAPES = {
+    "segment_ids": ("B", "T"),
+    "global_tokens": ("B", "T"),
+    "prefix_lengths": ("B",),
+    "hidden_spans": ("B", "K", 2),
+    "mask_choice": ("B",),
+    "attention_mask": ("B", "1 | H", "Tq", "Tk"),
+    "key_scores": ("B", "1 | H", "Tk"),
+}
+TOKEN_FIELDS = tuple(name for name, shape in FIELD_SHAPES.items() if shape == ("B", "T"))
+
+
+def key_name(name: str) -> str:
+    """Name under which a field of one value a token comes for the keys, where they have a layout of their own."""
+    return f"key_{name}"
+
+
+class Fields:
+    """The fields of a batch, as mask expressions look them up.
+
+    Args:
+        tables (`dict[str, Tensor]`): Values by sequence and position, of the shapes in `FIELD_SHAPES`.
+
+    Indices have shape `(B | 1, ...)`; those of `of_pairs` and `of_key_heads` are `(B | 1, 1, Tq, 1)` and
+    `(B | 1, 1, 1, Tk)`.
+    """
+
+    def __init__(self, tables: Mapping[str, Tensor] | None = None):
+        self.tables = dict(tables or {})
+        self._extremes: dict[str, _RangeExtremes] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.tables)
+
+    def of_sequence(self, name: str, like: Tensor) -> Tensor:
+        """A field `(B, ...)` shaped to broadcast against `like (B | 1, ...)`; its further dimensions come last."""
+        table = self.tables[name]
+        return (
+            table[0]
+            if table.shape[0] == 1
+            else table.reshape(table.shape[0], *(1,) * (like.dim() - 1), *table.shape[1:])
+        )
+
+    def of_query(self, name: str, i: Tensor) -> Tensor:
+        """A field `(B, T)` at query positions: `(B, ...)`."""
+        return _per_token(self.tables[name], i)
+
+    def of_key(self, name: str, j: Tensor) -> Tensor:
+        """A field `(B, T)` at key positions: `(B, ...)`."""
+        return _per_token(self.tables[self._of_keys(name)], j)
+
+    def of_key_heads(self, name: str, j: Tensor) -> Tensor:
+        """A field `(B, 1 | H, Tk)` at key positions: `(B, 1 | H, 1, Tk)`."""
+        table = self.tables[name]
+        j = j[:, 0].expand(table.shape[0], table.shape[1], j.shape[-1])
+        return table.gather(2, j)[:, :, None]
+
+    def of_pairs(self, name: str, i: Tensor, j: Tensor) -> Tensor:
+        """A field `(B, 1 | H, Tq, Tk)` at pairs of positions: `(B, 1 | H, Tq, Tk)`."""
+        table = self.tables[name].movedim(1, -1)
+        rows = torch.arange(table.shape[0], device=table.device)[:, None, None]
+        return table[rows, i[:, 0], j[:, 0]].movedim(-1, 1)
+
+    def query_extremes(self, name: str, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of a field `(B, T)` over ranges of query positions, ends included."""
+        return self._range_extremes(name)(lo, hi)
+
+    def key_extremes(self, name: str, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of a field `(B, T)` over ranges of key positions, ends included."""
+        return self._range_extremes(self._of_keys(name))(lo, hi)
+
+    def pair_ranges(self, name: str, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tuple[Tensor, Tensor]:
+        """(always, never): whether a bool field `(B, 1 | H, Tq, Tk)` holds for all pairs of two ranges, or for none."""
+        table = self.tables[name]
+        every, some = (_sums_from_corner(cells) for cells in (table.all(1), table.any(1)))
+        rows = torch.arange(table.shape[0], device=table.device).view(-1, *(1,) * (q_lo.dim() - 1))
+
+        def count(sums: Tensor) -> Tensor:
+            ends, starts = (q_hi + 1, q_lo), (k_hi + 1, k_lo)
+            inside = [[sums[rows, q, k] for k in starts] for q in ends]
+            return inside[0][0] - inside[0][1] - inside[1][0] + inside[1][1]
+
+        return count(every) == (q_hi - q_lo + 1) * (k_hi - k_lo + 1), count(some) == 0
+
+    def having(self, name: str, table: Tensor) -> Fields:
+        """The same fields and one more."""
+        return Fields(self.tables | {name: table})
+
+    def rows(self, rows: Tensor) -> Fields:
+        """The fields of some sequences."""
+        return Fields({name: table[rows] for name, table in self.tables.items()})
+
+    def heads(self, heads: slice) -> Fields:
+        """The fields of some heads."""
+        return Fields(
+            {
+                name: table[:, heads] if FIELD_SHAPES.get(name, ())[1:2] == ("1 | H",) and table.shape[1] > 1 else table
+                for name, table in self.tables.items()
+            }
+        )
+
+    def _of_keys(self, name: str) -> str:
+        return key_name(name) if key_name(name) in self.tables else name
+
+    def _range_extremes(self, name: str) -> _RangeExtremes:
+        if name not in self._extremes:
+            self._extremes[name] = _RangeExtremes(self.tables[name])
+        return self._extremes[name]
+
+
+def check_fields(
+    names: frozenset[str], fields: Mapping[str, Tensor] | None, reader: object, rows: int | None = None
+) -> Fields:
+    """The fields of these names, checked.
+
+    Args:
+        names (`frozenset[str]`): The fields that `reader` reads.
+        fields (`dict[str, Tensor]`, *optional*): The fields at hand, by sequence and position.
+        reader: The mask, for the message.
+        rows (`int`, *optional*): B, where it is known.
+
+    Raises:
+        ValueError: A field is missing or has the wrong shape.
+    """
+    fields = fields or {}
+    found = {}
+    for name in sorted(names):
+        if name not in fields:
+            have = ", ".join(f"`{key}`" for key in fields) or "none"
+            raise ValueError(f"the mask '{reader}' reads the field `{name}`, which the batch lacks; it has {have}")
+        found[name] = _checked(name, name, fields[name], rows)
+        if name in TOKEN_FIELDS and key_name(name) in fields:
+            found[key_name(name)] = _checked(key_name(name), name, fields[key_name(name)], rows)
+    return Fields(found)
+
+
+def _checked(name: str, kind: str, field: Tensor, rows: int | None) -> Tensor:
+    if kind == "attention_mask" and field.dim() == 3:
+        field = field[:, None]
+    expected, shape = FIELD_SHAPES[kind], tuple(field.shape)
+    fits = len(shape) == len(expected) and all(
+        not isinstance(want, int) or want == got for want, got in zip(expected, shape, strict=True)
+    )
+    if not fits or (rows is not None and shape[0] != rows):
+        wanted = ", ".join(str(rows) if size == "B" and rows is not None else str(size) for size in expected)
+        raise ValueError(f"the field `{name}` must have shape ({wanted}); got {shape}")
+    if kind in ("attention_mask", "global_tokens") and field.dtype != torch.bool:
+        raise ValueError(f"the field `{name}` must be bool; got {field.dtype}")
+    return field
+
+
+def _per_token(field: Tensor, index: Tensor) -> Tensor:
+    rows = field.shape[0]
+    if rows == 1:
+        return field[0][index]
+    if index.dim() == 0 or index.shape[0] not in (1, rows):
+        raise ValueError(f"ranges over fields of {rows} sequences must have first dimension {rows}; got {index.shape}")
+    index = index.expand(rows, *index.shape[1:])
+    return field.gather(1, index.flatten(1)).view(index.shape)
+
+
+def _sums_from_corner(cells: Tensor) -> Tensor:
+    """`(B, Tq, Tk)` cells as `(B, Tq + 1, Tk + 1)` counts of those above and left of each corner."""
+    return torch.nn.functional.pad(cells.long().cumsum(1).cumsum(2), (1, 0, 1, 0))
+
+
+class _RangeExtremes:
+    """Smallest and largest value of `field (B, T)` over any range of positions, by a sparse table."""
+
+    def __init__(self, field: Tensor):
+        field = field.to(torch.uint8) if field.dtype == torch.bool else field
+        self.levels = [(field, field)]
+        width = 1
+        while 2 * width <= field.shape[1]:
+            low, high = self.levels[-1]
+            self.levels.append(
+                (torch.minimum(low[:, :-width], low[:, width:]), torch.maximum(high[:, :-width], high[:, width:]))
+            )
+            width *= 2
+
+    def __call__(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        lo, hi = torch.broadcast_tensors(lo, hi)
+        if lo.numel() == 0 or self.levels[0][0].numel() == 0:
+            return lo, hi  # no range to speak of
+        size = (hi - lo + 1).clamp(min=1)
+        level_of = size.to(torch.float64).log2().floor().long()
+        smallest = largest = None
+        for level, (low, high) in enumerate(self.levels):
+            here = level_of == level
+            if not here.any():
+                continue
+            last = low.shape[1] - 1
+            first, second = lo.clamp(0, last), (hi - 2**level + 1).clamp(0, last)
+            low_here = torch.minimum(_per_token(low, first), _per_token(low, second))
+            high_here = torch.maximum(_per_token(high, first), _per_token(high, second))
+            smallest = low_here if smallest is None else torch.where(here, low_here, smallest)
+            largest = high_here if largest is None else torch.where(here, high_here, largest)
+        assert smallest is not None and largest is not None
+        return smallest, largest
