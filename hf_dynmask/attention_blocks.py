@@ -96,7 +96,7 @@ def _buckets(plan: MaskPlan, longest: int) -> list[Bucket]:
     """The plan's groups; those of up to `longest` tokens that one tile covers are joined with neighbours that fill up
     to the same size."""
 
-    def filled_sizes(numbered: tuple[int, GroupPlan]) -> tuple[int, ...]:
+    def filled_sizes(numbered: tuple[int, GroupPlan]) -> tuple[int, int]:
         number, group = numbered
         joins = group.is_whole and max(group.queries, group.keys) <= longest
         return (_filled(group.queries), _filled(group.keys)) if joins else (-1, number)  # -1: stays alone

@@ -749,6 +749,8 @@ class Custom(Leaf):
 class _Choice(Leaf):
     """A leaf that holds masks, one of which is followed."""
 
+    masks: tuple[Mask, ...]
+
     def __init__(self, *masks: Mask):
         if not masks or not all(isinstance(mask, Mask) for mask in masks):
             raise ValueError(f"`{self.name}` must be given masks; got {', '.join(map(repr, masks)) or 'none'}")

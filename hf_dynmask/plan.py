@@ -169,7 +169,7 @@ class MaskPlan:
         plan.__dict__.pop("_masks", None)
         return plan
 
-    def by_heads(self, heads: int) -> tuple[tuple[slice, MaskPlan], ...]:
+    def by_heads(self, heads: int) -> list[tuple[slice, MaskPlan]]:
         """Plans for runs of heads that follow one expression; each plan's mask is resolved."""
         return self.derived(_by_heads, heads)
 
@@ -309,10 +309,10 @@ class MaskPlan:
         return ((of_queries[:, :, None] == of_keys[:, None, :]) & (of_queries[:, :, None] >= 0))[:, None]
 
 
-def _by_heads(plan: MaskPlan, heads: int) -> tuple[tuple[slice, MaskPlan], ...]:
+def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan]]:
     runs = head_runs(plan.mask, heads)
     if len(runs) == 1 and runs[0][1] == plan.mask:
-        return ((slice(0, heads), plan),)
+        return [(slice(0, heads), plan)]
     plans = []
     for run, mask in runs:
         part = copy(plan)
@@ -320,7 +320,7 @@ def _by_heads(plan: MaskPlan, heads: int) -> tuple[tuple[slice, MaskPlan], ...]:
         for name in ("groups", "_masks"):
             part.__dict__.pop(name, None)
         plans.append((run, part))
-    return tuple(plans)
+    return plans
 
 
 def _dense(plan: MaskPlan, heads: int) -> Tensor:
