@@ -10,6 +10,7 @@ from .conversion import from_transformers, to_transformers
 from .data import DataCollatorWithLengths
 from .layout import SequenceLayout
 from .modeling_dynmask import (
+    DynMaskForCausalLM,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
     DynMaskForQuestionAnswering,
@@ -26,6 +27,7 @@ register()
 __all__ = [
     "DataCollatorWithLengths",
     "DynMaskConfig",
+    "DynMaskForCausalLM",
     "DynMaskForMaskedLM",
     "DynMaskForMultipleChoice",
     "DynMaskForQuestionAnswering",

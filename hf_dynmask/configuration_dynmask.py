@@ -49,6 +49,9 @@ class DynMaskConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): Rotary parameters as in transformers (`rope_theta`, `rope_type`, …).
         type_vocab_size (`int`, *optional*, defaults to 0): Number of token types; with 0 `token_type_ids` are ignored.
         attention_bias (`bool`, *optional*, defaults to `True`): Whether the attention projections have biases.
+        attention_output_bias (`bool`, *optional*): Whether the output projection has one. `None`: `attention_bias`.
+        query_key_norm (`bool`, *optional*, defaults to `False`):
+            Whether queries and keys are RMS-normalised head by head before rotary positions (Qwen3).
         feed_forward_bias (`bool`, *optional*, defaults to `True`): Whether the feed-forward projections have biases.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of embeddings and sublayer outputs.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of the attention weights.
@@ -57,11 +60,15 @@ class DynMaskConfig(PreTrainedConfig):
         pooler_act (`str`, *optional*, defaults to `"tanh"`): Activation of the pooler.
         pooler_dropout (`float`, *optional*, defaults to 0.0): Dropout before the pooler.
         lm_head_act (`str`, *optional*, defaults to `"gelu"`): Activation inside the masked-LM head.
-        mask (`str`, *optional*, defaults to `"full"`): Mask expression of every layer; see [`hf_dynmask.masks`].
+        mask (`str`, *optional*):
+            Mask expression of every layer; see [`hf_dynmask.masks`]. `None`: `"full"`, or `"causal"` in a causal
+            language model.
         layer_masks (`list[str]`, *optional*): One mask expression a layer; wins over `mask`.
         apply_mask_to (`str`, *optional*, defaults to `"scores"`):
             `"scores"` hides keys before the softmax; `"weights"` multiplies the softmax's weights without
             renormalising, as some texts write it (by the dense reference).
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether a causal language model hands back keys and values when it does not train.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of initial weights.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): Whether input and output embeddings are one.
         source_model_type (`str`, *optional*): `model_type` of the stock checkpoint that this one was converted from.
@@ -94,6 +101,8 @@ class DynMaskConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     type_vocab_size: int = 0
     attention_bias: bool = True
+    attention_output_bias: bool | None = None
+    query_key_norm: bool = False
     feed_forward_bias: bool = True
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
@@ -102,9 +111,10 @@ class DynMaskConfig(PreTrainedConfig):
     pooler_act: str = "tanh"
     pooler_dropout: float | int = 0.0
     lm_head_act: str = "gelu"
-    mask: str = "full"
+    mask: str | None = None
     layer_masks: list[str] | None = None
     apply_mask_to: str = "scores"
+    use_cache: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
@@ -121,6 +131,8 @@ class DynMaskConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.value_head_dim is None:
             self.value_head_dim = self.head_dim
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
         if self.position_type == "rotary" and self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
@@ -145,7 +157,7 @@ class DynMaskConfig(PreTrainedConfig):
 
     def masks(self) -> list[Mask]:
         """The mask of each layer (a list of `num_hidden_layers`)."""
-        texts = self.layer_masks if self.layer_masks is not None else [self.mask] * self.num_hidden_layers
+        texts = self.layer_masks if self.layer_masks is not None else [self.mask or "full"] * self.num_hidden_layers
         return [parse(text) for text in texts]
 
     def validate_sizes(self):
@@ -173,7 +185,7 @@ class DynMaskConfig(PreTrainedConfig):
                 f"`layer_masks` must have one entry a layer, num_hidden_layers={self.num_hidden_layers}; "
                 f"got {len(self.layer_masks)}"
             )
-        parse(self.mask)
+        parse(self.mask or "full")
         for mask in self.masks():
             head_runs(mask, self.num_attention_heads)
 

@@ -193,8 +193,10 @@ class _RangeExtremes:
 
     def __call__(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         lo, hi = torch.broadcast_tensors(lo, hi)
+        width = self.levels[0][0].shape[1]
         if lo.numel() == 0 or self.levels[0][0].numel() == 0:
             return lo, hi  # no range to speak of
+        lo, hi = lo.clamp(max=width - 1), hi.clamp(max=width - 1)
         size = (hi - lo + 1).clamp(min=1)
         level_of = size.to(torch.float64).log2().floor().long()
         smallest = largest = None

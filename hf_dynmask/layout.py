@@ -173,6 +173,23 @@ class SequenceLayout:
         sizes = torch.zeros_like(self.lengths).index_add_(0, self.sequence_ids, kept.long())
         return SequenceLayout(self.shape, tuple(sizes.tolist()), self.rank, self.indices[kept], self.positions[kept])
 
+    def columns(self, start: int, stop: int) -> SequenceLayout:
+        """Some columns of a batch of rows, `(B, stop - start)`; the tokens in them keep their positions.
+
+        Raises:
+            ValueError: The batch is flat: its columns are of different sequences.
+        """
+        rows, width = self.shape
+        if (start, stop) == (0, width):
+            return self
+        if self.num_sequences != rows:
+            raise ValueError(f"columns need a batch with one sequence a row; got {self.num_sequences} in {rows} rows")
+        column = self.indices % width
+        kept = (column >= start) & (column < stop)
+        sizes = torch.zeros_like(self.lengths).index_add_(0, self.sequence_ids, kept.long())
+        indices = (self.indices // width * (stop - start) + column - start)[kept]
+        return SequenceLayout((rows, stop - start), tuple(sizes.tolist()), self.rank, indices, self.positions[kept])
+
     def token_order(self, order: list[int]) -> Tensor:
         """`(N,)` int64: place in today's flat order of each token after [`reordered`]."""
         starts = _cumulative(self.sizes)

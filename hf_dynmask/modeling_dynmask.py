@@ -12,8 +12,11 @@ Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vo
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithPast,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -25,7 +28,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .cached import cached_plans, columns_seen, last_columns
 from .configuration_dynmask import DynMaskConfig
+from .fields import TOKEN_FIELDS
 from .layout import SequenceLayout, outside_graph
 from .masks import Dense, TopK
 from .modules import (
@@ -43,6 +48,8 @@ from .modules import (
 from .plan import MaskPlan
 
 IGNORE_INDEX = -100
+FIELDS_PER_TOKEN = (*TOKEN_FIELDS, "missing")
+PER_TOKEN = (*FIELDS_PER_TOKEN, "token_type_ids", "inputs_embeds")  # inputs of generation with a value a token
 
 
 @outside_graph
@@ -166,7 +173,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         super().__init__(config)
         self.embeddings = DynMaskEmbeddings(config)
         self.rotary_emb = DynMaskRotaryEmbedding(config) if config.position_type == "rotary" else None
-        self.layers = nn.ModuleList([DynMaskLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([DynMaskLayer(config, layer) for layer in range(config.num_hidden_layers)])
         norm_before = config.norm_placement == "before"
         self.final_norm = make_norm(config, config.hidden_size) if norm_before else nn.Identity()
         with_pooler = config.use_pooler if add_pooling_layer is None else add_pooling_layer
@@ -190,8 +197,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
         mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
         layout: SequenceLayout | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         r"""
         Args:
             input_ids (`Tensor` of shape `(B, T)`, or flat `(1, N)`): Token ids.
@@ -213,11 +221,13 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 output is 0, its position still counts. What stands there, NaN included, reaches nothing.
             layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
                 `last_hidden_state` stays flat, `(1, N, C)`.
+            past_key_values ([`~transformers.Cache`]): Keys and values of earlier columns; those of now are added. The
+                inputs are then the columns of now alone, but `layout`, which must be given, and fields are of all.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state (B, T, C)`, 0 where no
-            token is; `pooler_output (B, C)` or `(S, C)`; on request `hidden_states` and, with
-            `attn_implementation="eager"`, `attentions (B, H, T, T)`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]:
+            `last_hidden_state (B, T, C)`, 0 where no token is; `pooler_output (B, C)` or `(S, C)`; `past_key_values` as given; on request
+            `hidden_states` and, with `attn_implementation="eager"`, `attentions (B, H, T, T)`.
 
         Raises:
             ValueError: The inputs contradict each other or the configuration; the message says what was expected.
@@ -232,9 +242,12 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 f"got {self.config._attn_implementation!r}"
             )
         flat_output = layout is not None
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        rows, width = inputs.shape[:2]
         if layout is None:
-            inputs = input_ids if input_ids is not None else inputs_embeds
-            layout = layout_of_batch(tuple(inputs.shape[:2]), inputs.device, lengths, attention_mask, missing)
+            shape = (rows, width + columns_seen(past_key_values))
+            layout = layout_of_batch(shape, inputs.device, lengths, attention_mask, missing)
+        whole, layout = layout, last_columns(layout, width) if past_key_values is not None else layout
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
         rotary = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
         fields = {
@@ -245,7 +258,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
             "mask_choice": mask_choice,
             "attention_mask": attention_mask if is_explicit(attention_mask) else None,
         }
-        plans = self._plans(layout, {name: field for name, field in fields.items() if field is not None})
+        fields = {name: field for name, field in fields.items() if field is not None}
+        plans = self._plans(layout, whole, past_key_values, fields)
 
         all_states, all_weights = [], []
         for layer, plan in zip(self.layers, plans, strict=True):
@@ -253,25 +267,30 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 # Handed back in the batch's layout, and on the way to the output: gradients reach it.
                 all_states.append(layout.unflatten(states))
                 states = layout.flatten(all_states[-1])
-            states, weights = layer(states, plan=plan, rotary=rotary)
+            states, weights = layer(states, plan=plan, rotary=rotary, past_key_values=past_key_values)
             all_weights.append(weights)
         states = self.final_norm(states)
         padded = states if flat_output else layout.unflatten(states)
         if output_hidden_states:
             all_states.append(layout.unflatten(states) if flat_output else padded)
-        return BaseModelOutputWithPooling(
+        return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=padded,
             pooler_output=self.pooler(layout.first_tokens(states)) if self.pooler is not None else None,
             hidden_states=tuple(all_states) if output_hidden_states else None,
+            past_key_values=past_key_values,
             attentions=tuple(all_weights) if output_attentions else None,
         )
 
     @outside_graph
-    def _plans(self, layout: SequenceLayout, fields: dict[str, Tensor]) -> list[MaskPlan]:
+    def _plans(
+        self, layout: SequenceLayout, whole: SequenceLayout, cache: Cache | None, fields: dict[str, Tensor]
+    ) -> list[MaskPlan]:
         """Each layer's plan; layers with the same mask share one."""
         masks = self.config.masks()
         if "attention_mask" in fields:
             masks = [mask & Dense() for mask in masks]
+        if cache is not None:
+            return cached_plans(masks, layout, whole, cache, fields)
         plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
         return [plans[mask] for mask in masks]
 
@@ -324,7 +343,7 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
 
     def _predict(
         self,
-        outputs: BaseModelOutputWithPooling,
+        outputs: BaseModelOutputWithPoolingAndCrossAttentions,
         layout: SequenceLayout,
         labels: Tensor | None,
         num_items_in_batch: Tensor | int | None,
@@ -381,7 +400,7 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
 
     def _encode(
         self, lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None, **inputs
-    ) -> tuple[BaseModelOutputWithPooling, SequenceLayout]:
+    ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
         """The encoder's outputs, `last_hidden_state` flat, and the batch's layout."""
         tokens = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
         if tokens is None:
@@ -418,6 +437,188 @@ class DynMaskForMaskedLM(DynMaskTaskModel):
             return _token_loss(self.lm_head(states[targets]), labels[targets], num_items_in_batch), None
         logits = self.lm_head(states)
         return _token_loss(logits, labels, num_items_in_batch), layout.unflatten(logits)
+
+
+class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
+    """Causal language modelling and generation; `labels (B, T)` are the inputs, shifted here.
+
+    Without a mask in its configuration the model is `causal`. While training with labels, logits are computed for the
+    targets alone and not handed back (`logits` is `None`). No token is a target of another sequence.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: DynMaskConfig):
+        if config.mask is None and config.layer_masks is None:
+            config.mask = "causal"
+        super().__init__(config)
+        if config.tie_word_embeddings and config.embedding_size != config.hidden_size:
+            raise ValueError(
+                f"`embedding_size` must be hidden_size={config.hidden_size} where input and output embeddings are one; "
+                f"got {config.embedding_size}"
+            )
+        self.model = DynMaskModel(config, add_pooling_layer=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Inputs as in [`DynMaskModel.forward`], and:
+
+        Args:
+            past_key_values ([`~transformers.Cache`]): Keys and values of earlier columns. The inputs are the columns of
+                now; `attention_mask`, `missing` and fields are of all columns, and `lengths` is for the first ones.
+            use_cache (`bool`): Whether to hand back a cache, which a flat batch never does. `None`: as
+                `config.use_cache` says, not while training.
+            labels (`Tensor` of shape `(B, T)`): Token ids, -100 where there is no target; each is predicted from the
+                token before it.
+            num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
+            logits_to_keep (`int` or `Tensor` of columns): Logits of the last columns alone, or of these; 0: of all.
+
+        Raises:
+            ValueError: The inputs contradict each other; the mask sees tokens that a cache does not have.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        rows, width = tokens.shape[:2]
+        seen = columns_seen(past_key_values)
+        if seen and lengths is not None:
+            raise ValueError("`lengths` must come with the first columns; later ones take an `attention_mask` of all")
+        whole = layout_of_batch((rows, seen + width), tokens.device, lengths, attention_mask, missing)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None and whole.num_sequences == rows:
+            past_key_values = DynamicCache(config=self.config)
+        outputs = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            prefix_lengths=prefix_lengths,
+            hidden_spans=hidden_spans,
+            global_tokens=global_tokens,
+            mask_choice=mask_choice,
+            attention_mask=attention_mask if is_explicit(attention_mask) else None,
+            layout=whole,
+            past_key_values=past_key_values,
+            **kwargs | {"return_dict": True},
+        )
+        layout = whole if past_key_values is None else last_columns(whole, width)
+        states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            targets = _next_tokens(layout.flatten(labels), layout)
+            real = targets != IGNORE_INDEX
+            loss = _token_loss(self.lm_head(states[real]), targets[real], num_items_in_batch)
+        if labels is None or not self.training:
+            logits = self._logits(states, layout, logits_to_keep)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @outside_graph
+    def _logits(self, states: Tensor, layout: SequenceLayout, logits_to_keep: int | Tensor) -> Tensor:
+        """Logits `(B, columns, V)` of the columns to keep, 0 where no token is."""
+        rows, width = layout.shape
+        if isinstance(logits_to_keep, int):
+            if logits_to_keep == 0:
+                return layout.unflatten(self.lm_head(states))
+            logits_to_keep = torch.arange(max(width - logits_to_keep, 0), width, device=states.device)
+        columns = logits_to_keep.to(states.device)
+        place = torch.full((width,), -1, device=states.device).index_copy(
+            0, columns, torch.arange(len(columns), device=states.device)
+        )
+        row, column = layout.indices // max(width, 1), place[layout.indices % max(width, 1)]
+        kept = column >= 0
+        logits = self.lm_head(states[0, kept])
+        padded = logits.new_zeros(rows * len(columns), logits.shape[-1])
+        padded = padded.index_copy(0, (row * len(columns) + column)[kept], logits)
+        return padded.view(rows, len(columns), -1)
+
+    # --- Generation --------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, *args, lengths: Tensor | None = None, **kwargs):
+        r"""
+        [`~transformers.GenerationMixin.generate`], which also takes `lengths`, and prompts padded on any side.
+
+        Args:
+            inputs (`Tensor` of shape `(B, T)`): The prompts.
+            lengths (`Tensor` of shape `(B,)`): Row b holds a prompt of `lengths[b]` tokens from its left edge; an
+                alternative to `attention_mask`.
+
+        Returns:
+            As there: the first T columns are the prompts as they came, new tokens follow them.
+
+        Raises:
+            ValueError: A prompt is empty; `lengths` and `attention_mask` disagree.
+        """
+        prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        rows = prompts if prompts is not None else kwargs.get("inputs_embeds")
+        if rows is not None and (lengths is not None or kwargs.get("attention_mask") is not None):
+            shape = tuple(rows.shape[:2])
+            layout = layout_of_batch(shape, rows.device, lengths, kwargs.get("attention_mask"))
+            if 0 in layout.sizes:
+                raise ValueError(f"prompts must have at least one token each; got lengths {layout.lengths.tolist()}")
+            present = layout.unflatten(torch.ones_like(layout.positions)[None])
+            order = present.argsort(dim=1, stable=True)  # generation needs the last tokens in the last column
+            kwargs = {name: _arranged(value, order, name in PER_TOKEN) for name, value in kwargs.items()}
+            kwargs["attention_mask"] = present.gather(1, order)
+            outputs = super().generate(_arranged(prompts, order, True), *args, **kwargs)
+            return outputs if prompts is None else _with_prompts(outputs, prompts)
+        return super().generate(prompts, *args, **kwargs)
+
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        return attention_mask  # which token is there; who sees whom is the plan's affair
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if self.config.position_offset:
+            inputs.pop("position_ids", None)  # they know of no offset
+        return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens: int = 1, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+        )
+        for name in FIELDS_PER_TOKEN:  # new tokens go on as the last one did, and are not missing
+            if model_kwargs.get(name) is not None:
+                field = model_kwargs[name]
+                new = field[:, -1:].expand(-1, num_new_tokens)
+                model_kwargs[name] = torch.cat([field, torch.zeros_like(new) if name == "missing" else new], dim=1)
+        return model_kwargs
 
 
 class DynMaskForTokenClassification(DynMaskTaskModel):
@@ -545,6 +746,28 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
         )
 
 
+def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
+    """Labels `(1, N)` moved to the token before, -100 at the end of each sequence."""
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    same = layout.sequence_ids[1:] == layout.sequence_ids[:-1]
+    targets[:, :-1] = torch.where(same, labels[:, 1:], IGNORE_INDEX)
+    return targets
+
+
+def _arranged(value, order: Tensor, per_token: bool):
+    """An input `(B, T, ...)` with the columns of each row in another order; other inputs as they are."""
+    if not per_token or not isinstance(value, Tensor):
+        return value
+    return value.gather(1, order.view(*order.shape, *(1,) * (value.dim() - 2)).expand_as(value))
+
+
+def _with_prompts(outputs, prompts: Tensor):
+    """What `generate` gave, `(B * n, T + new)` or an output that holds it, with the prompts as they came."""
+    sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
+    sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(len(sequences) // max(len(prompts), 1), dim=0)
+    return outputs
+
+
 def _averaged(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
     """A summed loss over its targets; 0 where a batch has none."""
     items = count if num_items_in_batch is None else num_items_in_batch
@@ -590,6 +813,7 @@ def _sequence_loss(
 
 
 __all__ = [
+    "DynMaskForCausalLM",
     "DynMaskForMaskedLM",
     "DynMaskForMultipleChoice",
     "DynMaskForQuestionAnswering",

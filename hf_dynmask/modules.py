@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -104,27 +105,36 @@ class DynMaskKeyScores(nn.Module):
 class DynMaskAttention(nn.Module):
     """Multi-head attention over the pairs that a [`MaskPlan`] allows."""
 
-    def __init__(self, config: DynMaskConfig):
+    def __init__(self, config: DynMaskConfig, layer_idx: int):
         super().__init__()
         self.config = config
+        self.layer_idx = layer_idx
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, key_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_heads * config.value_head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * config.value_head_dim, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(heads * config.value_head_dim, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.query_key_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.query_key_norm else nn.Identity()
         self.scaling = config.head_dim**-0.5
         self.key_scores = DynMaskKeyScores(config) if config.has_mask(TopK) else None
 
     def forward(
-        self, hidden_states: Tensor, plan: MaskPlan, rotary: tuple[Tensor, Tensor] | None = None
+        self,
+        hidden_states: Tensor,
+        plan: MaskPlan,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """States `(1, N, C)`, the plan and rotary (cos, sin) `(1, N, D)` to states `(1, N, C)` and weights, if any."""
-        query = self._heads(self.q_proj(hidden_states), self.config.head_dim)
-        key = self._heads(self.k_proj(hidden_states), self.config.head_dim)
+        query = self.q_norm(self._heads(self.q_proj(hidden_states), self.config.head_dim))
+        key = self.k_norm(self._heads(self.k_proj(hidden_states), self.config.head_dim))
         value = self._heads(self.v_proj(hidden_states), self.config.value_head_dim)
         if rotary is not None:
             query, key = apply_rotary_pos_emb(query, key, *rotary)
+        if past_key_values is not None:
+            key, value = self._remembered(key, value, plan, past_key_values)
         output, weights = attend(
             query,
             key,
@@ -137,6 +147,14 @@ class DynMaskAttention(nn.Module):
             implementation=ATTENTION_IMPLEMENTATIONS[self.config._attn_implementation],
         )
         return self.o_proj(output.transpose(1, 2).flatten(2)), weights
+
+    def _remembered(self, key: Tensor, value: Tensor, plan: MaskPlan, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Keys and values `(1, Hk, N, D)` of now with those of earlier columns: of all tokens in the key layout."""
+        rows = (plan.layout.unflatten_heads(states) for states in (key, value))
+        columns = plan.key_layout.shape[1]  # a static cache hands back its empty columns, too
+        both = cache.update(*rows, self.layer_idx)
+        key, value = (plan.key_layout.flatten_heads(states[:, :, :columns]) for states in both)
+        return key, value
 
     @staticmethod
     def _heads(states: Tensor, head_dim: int) -> Tensor:
@@ -164,9 +182,9 @@ class DynMaskFeedForward(nn.Module):
 class DynMaskLayer(GradientCheckpointingLayer):
     """Attention and feed-forward, each with a residual and a norm before or after it."""
 
-    def __init__(self, config: DynMaskConfig):
+    def __init__(self, config: DynMaskConfig, layer_idx: int):
         super().__init__()
-        self.attention = DynMaskAttention(config)
+        self.attention = DynMaskAttention(config, layer_idx)
         self.attention_norm = make_norm(config, config.hidden_size)
         self.feed_forward = DynMaskFeedForward(config)
         self.feed_forward_norm = make_norm(config, config.hidden_size)
@@ -174,15 +192,19 @@ class DynMaskLayer(GradientCheckpointingLayer):
         self.norm_before = config.norm_placement == "before"
 
     def forward(
-        self, hidden_states: Tensor, plan: MaskPlan, rotary: tuple[Tensor, Tensor] | None = None
+        self,
+        hidden_states: Tensor,
+        plan: MaskPlan,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """States `(1, N, C)` to states `(1, N, C)` and, where computed, weights `(B, H, T, T)`."""
         if self.norm_before:
-            attended, weights = self.attention(self.attention_norm(hidden_states), plan, rotary)
+            attended, weights = self.attention(self.attention_norm(hidden_states), plan, rotary, past_key_values)
             hidden_states = hidden_states + self.dropout(attended)
             fed = self.feed_forward(self.feed_forward_norm(hidden_states))
             return hidden_states + self.dropout(fed), weights
-        attended, weights = self.attention(hidden_states, plan, rotary)
+        attended, weights = self.attention(hidden_states, plan, rotary, past_key_values)
         hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
         fed = self.feed_forward(hidden_states)
         return self.feed_forward_norm(hidden_states + self.dropout(fed)), weights

@@ -1,17 +1,24 @@
 """The one place where DynMask enters transformers' Auto classes and attention interfaces."""
 
+from functools import wraps
+
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedModel,
 )
 
 from .configuration_dynmask import DynMaskConfig
 from .modeling_dynmask import (
+    DynMaskForCausalLM,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
     DynMaskForQuestionAnswering,
@@ -19,9 +26,11 @@ from .modeling_dynmask import (
     DynMaskForTokenClassification,
     DynMaskModel,
 )
+from .stock import NAME, check_served, dynmask_attention_forward, dynmask_mask
 
 AUTO_CLASSES = {
     AutoModel: DynMaskModel,
+    AutoModelForCausalLM: DynMaskForCausalLM,
     AutoModelForMaskedLM: DynMaskForMaskedLM,
     AutoModelForMultipleChoice: DynMaskForMultipleChoice,
     AutoModelForQuestionAnswering: DynMaskForQuestionAnswering,
@@ -31,7 +40,32 @@ AUTO_CLASSES = {
 
 
 def register() -> None:
-    """Make `AutoConfig` and the `AutoModel…` classes find DynMask models; may be called again."""
+    """Make `AutoConfig` and the `AutoModel…` classes find DynMask models, and stock models the `dynmask` attention.
+
+    May be called again.
+    """
     AutoConfig.register(DynMaskConfig.model_type, DynMaskConfig, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():
         auto_class.register(DynMaskConfig, model_class, exist_ok=True)
+    AttentionInterface.register(NAME, dynmask_attention_forward)
+    AttentionMaskInterface.register(NAME, dynmask_mask)
+    _refuse_unserved_models()
+
+
+def _refuse_unserved_models() -> None:
+    """Have models check, where they check any `attn_implementation`, whether they can use ours.
+
+    Transformers accepts a registered name for every model, and one with attention code of its own would silently run
+    that, and mix the sequences of a flat batch.
+    """
+    check = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(check, "__wrapped__"):
+        return
+
+    @wraps(check)
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        if requested_attention == NAME:
+            check_served(self)
+        return check(self, requested_attention, is_init_check)
+
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation

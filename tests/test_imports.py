@@ -16,8 +16,10 @@ REPOSITORY = Path(__file__).parents[1]
 
 # A room may import from its own level and from those above it in this list.
 LEVELS = [
-    ["layout", "masks"],
+    ["layout", "fields"],
+    ["masks"],
     ["plan", "configuration_*"],
+    ["cached"],
     ["attention_*"],
     ["attention"],
     ["modules", "stock"],
