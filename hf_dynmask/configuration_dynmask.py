@@ -39,9 +39,12 @@ class DynMaskConfig(PreTrainedConfig):
         norm_placement (`str`, *optional*, defaults to `"after"`):
             `"after"` normalises each residual sum (BERT); `"before"` each sublayer's input and the last output (Llama).
         norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of every norm.
+        embedding_scale (`float`, *optional*, defaults to 1.0): Factor of the token embeddings (BART, Marian).
         embedding_norm (`bool`, *optional*, defaults to `True`): Whether the summed embeddings are normalised.
         position_type (`str`, *optional*, defaults to `"learned"`):
             `"learned"`, `"sinusoidal"` (arXiv:1706.03762), `"rotary"` (arXiv:2104.09864) or `"none"`.
+        sinusoidal_in_halves (`bool`, *optional*, defaults to `False`):
+            Whether sinusoidal positions have all sines before all cosines (Marian, Whisper) rather than in turns.
         position_offset (`int`, *optional*, defaults to 0):
             Row of the position table that position 0 reads (RoBERTa: `pad_token_id + 1`). Explicit `position_ids` are
             read as they are.
@@ -64,6 +67,9 @@ class DynMaskConfig(PreTrainedConfig):
             Mask expression of every layer; see [`hf_dynmask.masks`]. `None`: `"full"`, or `"causal"` in a causal
             language model.
         layer_masks (`list[str]`, *optional*): One mask expression a layer; wins over `mask`.
+        add_cross_attention (`bool`, *optional*, defaults to `False`):
+            Whether each layer also attends to an encoder's states, as in the decoder of a [`DynMaskSeq2SeqModel`].
+        cross_mask (`str`, *optional*, defaults to `"full"`): Mask expression of that attention.
         apply_mask_to (`str`, *optional*, defaults to `"scores"`):
             `"scores"` hides keys before the softmax; `"weights"` multiplies the softmax's weights without
             renormalising, as some texts write it (by the dense reference).
@@ -94,8 +100,10 @@ class DynMaskConfig(PreTrainedConfig):
     norm_type: str = "layer_norm"
     norm_placement: str = "after"
     norm_eps: float = 1e-5
+    embedding_scale: float | int = 1.0
     embedding_norm: bool = True
     position_type: str = "learned"
+    sinusoidal_in_halves: bool = False
     position_offset: int = 0
     max_position_embeddings: int = 10000
     rope_parameters: RopeParameters | dict | None = None
@@ -113,6 +121,8 @@ class DynMaskConfig(PreTrainedConfig):
     lm_head_act: str = "gelu"
     mask: str | None = None
     layer_masks: list[str] | None = None
+    add_cross_attention: bool = False
+    cross_mask: str = "full"
     apply_mask_to: str = "scores"
     use_cache: bool = True
     initializer_range: float = 0.02
@@ -145,10 +155,11 @@ class DynMaskConfig(PreTrainedConfig):
 
     def check_shareable(self) -> None:
         """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""
-        if self.has_mask(Custom):
+        custom = [mask for mask in dict.fromkeys([*self.masks(), parse(self.cross_mask)]) if mask.holds(Custom)]
+        if custom:
             raise ValueError(
                 "a model with a `custom(...)` mask cannot be saved: its predicate is Python code of this process; got "
-                f"{', '.join(repr(str(mask)) for mask in dict.fromkeys(self.masks()))}"
+                f"{', '.join(repr(str(mask)) for mask in custom)}"
             )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -186,7 +197,7 @@ class DynMaskConfig(PreTrainedConfig):
                 f"got {len(self.layer_masks)}"
             )
         parse(self.mask or "full")
-        for mask in self.masks():
+        for mask in [*self.masks(), parse(self.cross_mask)]:
             head_runs(mask, self.num_attention_heads)
 
 

@@ -12,7 +12,7 @@ Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vo
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cached import cached_plans, columns_seen, last_columns
 from .configuration_dynmask import DynMaskConfig
-from .fields import TOKEN_FIELDS
+from .fields import TOKEN_FIELDS, key_name
 from .layout import SequenceLayout, outside_graph
 from .masks import Dense, TopK
 from .modules import (
@@ -43,6 +43,7 @@ from .modules import (
     DynMaskPooler,
     DynMaskRotaryEmbedding,
     DynMaskSinusoidalEmbedding,
+    EncoderStates,
     make_norm,
 )
 from .plan import MaskPlan
@@ -198,6 +199,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
         missing: Tensor | None = None,
         layout: SequenceLayout | None = None,
         past_key_values: Cache | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_layout: SequenceLayout | None = None,
+        encoder_fields: dict[str, Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         r"""
@@ -222,12 +226,15 @@ class DynMaskModel(DynMaskPreTrainedModel):
             layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
                 `last_hidden_state` stays flat, `(1, N, C)`.
             past_key_values ([`~transformers.Cache`]): Keys and values of earlier columns; those of now are added. The
-                inputs are then the columns of now alone, but `layout`, which must be given, and fields are of all.
+                inputs are then the columns of now alone; `attention_mask`, `layout` and fields are of all.
+            encoder_hidden_states (`Tensor` of shape `(1, Nk, C)`): Flat states that cross-attention looks at, in the
+                order of `encoder_layout`, a [`SequenceLayout`] with a sequence for each of this batch's.
+            encoder_fields (`dict[str, Tensor]`): Fields of the encoder's batch, which the cross mask reads.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]:
-            `last_hidden_state (B, T, C)`, 0 where no token is; `pooler_output (B, C)` or `(S, C)`; `past_key_values` as given; on request
-            `hidden_states` and, with `attn_implementation="eager"`, `attentions (B, H, T, T)`.
+            `last_hidden_state (B, T, C)`, 0 where no token is; `pooler_output (B, C)` or `(S, C)`; `past_key_values` as
+            given; on request `hidden_states` and, with `attn_implementation="eager"`, `attentions (B, H, T, T)`.
 
         Raises:
             ValueError: The inputs contradict each other or the configuration; the message says what was expected.
@@ -260,15 +267,23 @@ class DynMaskModel(DynMaskPreTrainedModel):
         }
         fields = {name: field for name, field in fields.items() if field is not None}
         plans = self._plans(layout, whole, past_key_values, fields)
+        encoder = None
+        if encoder_hidden_states is not None:
+            encoder = EncoderStates(
+                self._cross_plan(layout, encoder_layout, fields, encoder_fields or {}), encoder_hidden_states
+            )
 
-        all_states, all_weights = [], []
+        all_states, all_weights, all_cross_weights = [], [], []
         for layer, plan in zip(self.layers, plans, strict=True):
             if output_hidden_states:
                 # Handed back in the batch's layout, and on the way to the output: gradients reach it.
                 all_states.append(layout.unflatten(states))
                 states = layout.flatten(all_states[-1])
-            states, weights = layer(states, plan=plan, rotary=rotary, past_key_values=past_key_values)
+            states, weights, cross_weights = layer(
+                states, plan=plan, rotary=rotary, past_key_values=past_key_values, encoder=encoder
+            )
             all_weights.append(weights)
+            all_cross_weights.append(cross_weights)
         states = self.final_norm(states)
         padded = states if flat_output else layout.unflatten(states)
         if output_hidden_states:
@@ -279,7 +294,25 @@ class DynMaskModel(DynMaskPreTrainedModel):
             hidden_states=tuple(all_states) if output_hidden_states else None,
             past_key_values=past_key_values,
             attentions=tuple(all_weights) if output_attentions else None,
+            cross_attentions=tuple(all_cross_weights) if output_attentions and encoder is not None else None,
         )
+
+    @outside_graph
+    def _cross_plan(
+        self,
+        layout: SequenceLayout,
+        encoder_layout: SequenceLayout,
+        fields: dict[str, Tensor],
+        encoder_fields: dict[str, Tensor],
+    ) -> MaskPlan:
+        """The plan of cross-attention. Fields of tokens are of both sides, others speak of the encoder's tokens."""
+        of_both = dict(encoder_fields)
+        for name in TOKEN_FIELDS:
+            if name in encoder_fields:
+                of_both[key_name(name)] = of_both.pop(name)
+            if name in fields:
+                of_both[name] = fields[name][:, -layout.shape[1] :]
+        return MaskPlan(self.config.cross_mask, layout, encoder_layout, fields=of_both)
 
     @outside_graph
     def _plans(
@@ -290,7 +323,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
         if "attention_mask" in fields:
             masks = [mask & Dense() for mask in masks]
         if cache is not None:
-            return cached_plans(masks, layout, whole, cache, fields)
+            own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            return cached_plans(masks, layout, whole, own, fields)
         plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
         return [plans[mask] for mask in masks]
 
@@ -309,7 +343,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         else:
             position_ids = layout.flatten(position_ids.expand(layout.shape))
         if inputs_embeds is None:
-            words = self.embeddings.word_embeddings(layout.flatten(input_ids))
+            words = self.embeddings.words(layout.flatten(input_ids))
         else:
             words = layout.flatten(inputs_embeds)
         types = layout.flatten(token_type_ids.expand(layout.shape)) if token_type_ids is not None else None

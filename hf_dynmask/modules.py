@@ -8,16 +8,18 @@ Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and D
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from .attention import attend
 from .configuration_dynmask import DynMaskConfig
-from .masks import TopK
+from .masks import TopK, parse
 from .plan import MaskPlan
 
 # transformers' `attn_implementation` -> the implementation of `dynmask_attention` that serves it.
@@ -35,17 +37,19 @@ class DynMaskSinusoidalEmbedding(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, rows: int, size: int):
+    def __init__(self, rows: int, size: int, in_halves: bool = False):
         super().__init__()
+        self.in_halves = in_halves
         self.register_buffer("weight", self.table(rows, size), persistent=False)
 
-    @staticmethod
-    def table(rows: int, size: int, device: torch.device | None = None) -> Tensor:
-        """`(rows, size)`: even columns hold sines, odd ones cosines of geometrically longer periods."""
+    def table(self, rows: int, size: int, device: torch.device | None = None) -> Tensor:
+        """`(rows, size)`: even columns hold sines, odd ones cosines of geometrically longer periods; or sines stand in
+        the first half and cosines in the second."""
         position = torch.arange(rows, dtype=torch.float64, device=device)[:, None]
         column = torch.arange(size, device=device)
         angle = position * 10000.0 ** (-2 * (column // 2).double() / size)
-        return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(torch.get_default_dtype())
+        waves = torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(torch.get_default_dtype())
+        return torch.cat([waves[:, ::2], waves[:, 1::2]], dim=1) if self.in_halves else waves
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return nn.functional.embedding(position_ids, self.weight)
@@ -61,16 +65,24 @@ class DynMaskEmbeddings(nn.Module):
     def __init__(self, config: DynMaskConfig):
         super().__init__()
         size = config.embedding_size
+        self.scale = config.embedding_scale
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.position_embeddings = None
         if config.position_type == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         elif config.position_type == "sinusoidal":
-            self.position_embeddings = DynMaskSinusoidalEmbedding(config.max_position_embeddings, size)
+            self.position_embeddings = DynMaskSinusoidalEmbedding(
+                config.max_position_embeddings, size, config.sinusoidal_in_halves
+            )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
         self.norm = make_norm(config, size) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
+
+    def words(self, input_ids: Tensor) -> Tensor:
+        """Embeddings of token ids."""
+        words = self.word_embeddings(input_ids)
+        return words if self.scale == 1 else words * self.scale
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         states = inputs_embeds
@@ -105,7 +117,7 @@ class DynMaskKeyScores(nn.Module):
 class DynMaskAttention(nn.Module):
     """Multi-head attention over the pairs that a [`MaskPlan`] allows."""
 
-    def __init__(self, config: DynMaskConfig, layer_idx: int):
+    def __init__(self, config: DynMaskConfig, layer_idx: int, chooses_keys: bool):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -118,7 +130,7 @@ class DynMaskAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.query_key_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.query_key_norm else nn.Identity()
         self.scaling = config.head_dim**-0.5
-        self.key_scores = DynMaskKeyScores(config) if config.has_mask(TopK) else None
+        self.key_scores = DynMaskKeyScores(config) if chooses_keys else None
 
     def forward(
         self,
@@ -128,13 +140,22 @@ class DynMaskAttention(nn.Module):
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """States `(1, N, C)`, the plan and rotary (cos, sin) `(1, N, D)` to states `(1, N, C)` and weights, if any."""
-        query = self.q_norm(self._heads(self.q_proj(hidden_states), self.config.head_dim))
-        key = self.k_norm(self._heads(self.k_proj(hidden_states), self.config.head_dim))
-        value = self._heads(self.v_proj(hidden_states), self.config.value_head_dim)
+        query = self._query(hidden_states)
+        key, value = self._key_value(hidden_states)
         if rotary is not None:
             query, key = apply_rotary_pos_emb(query, key, *rotary)
         if past_key_values is not None:
             key, value = self._remembered(key, value, plan, past_key_values)
+        return self._attend(query, key, value, plan)
+
+    def _query(self, hidden_states: Tensor) -> Tensor:
+        return self.q_norm(self._heads(self.q_proj(hidden_states), self.config.head_dim))
+
+    def _key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        key = self.k_norm(self._heads(self.k_proj(hidden_states), self.config.head_dim))
+        return key, self._heads(self.v_proj(hidden_states), self.config.value_head_dim)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor | None]:
         output, weights = attend(
             query,
             key,
@@ -162,6 +183,35 @@ class DynMaskAttention(nn.Module):
         return states.unflatten(2, (-1, head_dim)).transpose(1, 2)
 
 
+class DynMaskCrossAttention(DynMaskAttention):
+    """Attention of a decoder's queries over the states of an encoder."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: other states, no positions
+        self,
+        hidden_states: Tensor,
+        plan: MaskPlan,
+        encoder_states: Tensor,
+        past_key_values: EncoderDecoderCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """States `(1, N, C)` and those of the encoder `(1, Nk, C)` to states `(1, N, C)` and weights, if any."""
+        if past_key_values is None:
+            key, value = self._key_value(encoder_states)
+        else:
+            key, value = self._made_once(encoder_states, plan, past_key_values)
+        return self._attend(self._query(hidden_states), key, value, plan)
+
+    def _made_once(self, encoder_states: Tensor, plan: MaskPlan, cache: EncoderDecoderCache) -> tuple[Tensor, Tensor]:
+        if cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            rows = layer.keys, layer.values
+        else:
+            rows = (plan.key_layout.unflatten_heads(states) for states in self._key_value(encoder_states))
+            rows = cache.cross_attention_cache.update(*rows, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        key, value = (plan.key_layout.flatten_heads(states) for states in rows)
+        return key, value
+
+
 class DynMaskFeedForward(nn.Module):
     """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where gated (arXiv:2002.05202)."""
 
@@ -179,13 +229,25 @@ class DynMaskFeedForward(nn.Module):
         return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+class EncoderStates(NamedTuple):
+    """What a decoder looks at: the plan of its queries over the encoder's tokens, and their states `(1, Nk, C)`."""
+
+    plan: MaskPlan
+    states: Tensor
+
+
 class DynMaskLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each with a residual and a norm before or after it."""
+    """Attention, in a decoder cross-attention, and feed-forward, each with a residual and a norm before or after it."""
 
     def __init__(self, config: DynMaskConfig, layer_idx: int):
         super().__init__()
-        self.attention = DynMaskAttention(config, layer_idx)
+        self.attention = DynMaskAttention(config, layer_idx, chooses_keys=config.has_mask(TopK))
         self.attention_norm = make_norm(config, config.hidden_size)
+        self.cross_attention = None
+        if config.add_cross_attention:
+            chooses_keys = parse(config.cross_mask).holds(TopK)
+            self.cross_attention = DynMaskCrossAttention(config, layer_idx, chooses_keys)
+            self.cross_attention_norm = make_norm(config, config.hidden_size)
         self.feed_forward = DynMaskFeedForward(config)
         self.feed_forward_norm = make_norm(config, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -197,17 +259,27 @@ class DynMaskLayer(GradientCheckpointingLayer):
         plan: MaskPlan,
         rotary: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """States `(1, N, C)` to states `(1, N, C)` and, where computed, weights `(B, H, T, T)`."""
-        if self.norm_before:
-            attended, weights = self.attention(self.attention_norm(hidden_states), plan, rotary, past_key_values)
-            hidden_states = hidden_states + self.dropout(attended)
-            fed = self.feed_forward(self.feed_forward_norm(hidden_states))
-            return hidden_states + self.dropout(fed), weights
-        attended, weights = self.attention(hidden_states, plan, rotary, past_key_values)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
-        fed = self.feed_forward(hidden_states)
-        return self.feed_forward_norm(hidden_states + self.dropout(fed)), weights
+        encoder: EncoderStates | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """States `(1, N, C)` to states `(1, N, C)` and, where computed, weights `(B, H, T, T)` and `(B, H, T, Tk)`."""
+        cache = past_key_values
+        of_self = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        states, weights = self._sublayer(hidden_states, self.attention_norm, self.attention, plan, rotary, of_self)
+        cross_weights = None
+        if self.cross_attention is not None and encoder is not None:
+            of_both = cache if isinstance(cache, EncoderDecoderCache) else None
+            states, cross_weights = self._sublayer(
+                states, self.cross_attention_norm, self.cross_attention, *encoder, of_both
+            )
+        states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward)
+        return states, weights, cross_weights
+
+    def _sublayer(self, states: Tensor, norm: nn.Module, function: nn.Module, *arguments) -> tuple[Tensor, Any]:
+        """`function` with a residual and its norm; what it gives beside states is handed on."""
+        output = function(norm(states) if self.norm_before else states, *arguments)
+        output, further = output if isinstance(output, tuple) else (output, None)
+        states = states + self.dropout(output)
+        return states if self.norm_before else norm(states), further
 
 
 class DynMaskPooler(nn.Module):

@@ -198,7 +198,7 @@ class TestLearnedChoice:
         model = DynMaskModel(config())
         with pytest.raises(ValueError, match=r"'topk\(3\)' needs weights that score keys"):
             model.set_mask("topk(3)")
-        assert model.config.mask == "full"
+        assert model.config.mask is None
 
 
 class TestSetMask:
