@@ -21,6 +21,8 @@ from .modeling_dynmask import (
 )
 from .plan import MaskPlan
 from .registration import register
+from .stock import set_mask
+from .training import MaskSchedule
 
 register()
 
@@ -36,9 +38,11 @@ __all__ = [
     "DynMaskModel",
     "DynMaskPreTrainedModel",
     "MaskPlan",
+    "MaskSchedule",
     "SequenceLayout",
     "dynmask_attention",
     "from_transformers",
     "masks",
+    "set_mask",
     "to_transformers",
 ]

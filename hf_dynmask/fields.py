@@ -147,6 +147,26 @@ def check_fields(
     return Fields(found)
 
 
+def check_extent(fields: Fields, queries: int, keys: int, heads: int) -> None:
+    """Raise a `ValueError` where a field is too small for so many query and key positions, or of other heads."""
+    for name, table in fields.tables.items():
+        kind = name if name in FIELD_SHAPES else name.removeprefix(key_name(""))
+        if kind in TOKEN_FIELDS:
+            of_keys = keys if name != kind or key_name(name) not in fields.tables else 0
+            least = (max(of_keys, queries if name == kind else 0),)
+            sizes, by_head = table.shape[1:], False
+        elif kind == "attention_mask":
+            least, sizes, by_head = (queries, keys), table.shape[2:], True
+        elif kind == "key_scores":
+            least, sizes, by_head = (keys,), table.shape[2:], True
+        else:
+            continue
+        fits = all(size >= wanted for size, wanted in zip(sizes, least, strict=True))
+        if not fits or (by_head and table.shape[1] not in (1, heads)):
+            wanted = ", ".join(map(str, [len(table), *([f"1 | {heads}"] if by_head else []), *least]))
+            raise ValueError(f"the field `{name}` must have shape ({wanted}) at least; got {tuple(table.shape)}")
+
+
 def _checked(name: str, kind: str, field: Tensor, rows: int | None) -> Tensor:
     if kind == "attention_mask" and field.dim() == 3:
         field = field[:, None]

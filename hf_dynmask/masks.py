@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .fields import Fields, check_fields
+from .fields import Fields, check_extent, check_fields
 
 Band = tuple[int | None, int | None]
 NO_FIELDS: frozenset[str] = frozenset()
@@ -170,6 +170,7 @@ class Mask:
         checked = self.checked(fields, rows=lengths.numel())
         i = _positions_up_to(lengths).view(1, 1, -1, 1)
         j = _positions_up_to(key_lengths).view(1, 1, 1, -1)
+        check_extent(checked, i.numel(), j.numel(), heads)
         real = j < key_lengths.view(-1, 1, 1, 1)
         if "key_scores" in checked.tables:
             scores = checked.tables["key_scores"][..., : j.numel()]
@@ -835,9 +836,8 @@ class Select(_Choice):
 
 
 def _everywhere(i: Tensor, j: Tensor) -> Tensor:
-    """True in the shape to which `i` and `j` broadcast."""
-    shape = torch.broadcast_shapes(i.shape, j.shape)
-    return torch.ones(shape, dtype=torch.bool, device=i.device)
+    """True in the shape to which `i` and `j` broadcast, made pair by pair, as kernels need it."""
+    return (i == i) & (j == j)
 
 
 def _band_ranges(
@@ -940,7 +940,7 @@ def _leaf(node: ast.expr, name: str, arguments: list[ast.expr]) -> Mask:
     try:
         signature(leaf).bind(*values)
     except TypeError:
-        wanted = ", ".join(signature(leaf).parameters)
+        wanted = ", ".join(p.name for p in signature(leaf).parameters.values() if p.kind is not p.KEYWORD_ONLY)
         raise _Unreadable(node, f"`{name}` takes ({wanted}); got {len(values)} arguments") from None
     return _made(node, leaf, *values)
 

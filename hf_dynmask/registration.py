@@ -26,7 +26,7 @@ from .modeling_dynmask import (
     DynMaskForTokenClassification,
     DynMaskModel,
 )
-from .stock import NAME, check_served, dynmask_attention_forward, dynmask_mask
+from .stock import NAME, dynmask_attention_forward, dynmask_mask, prepare
 
 AUTO_CLASSES = {
     AutoModel: DynMaskModel,
@@ -49,23 +49,23 @@ def register() -> None:
         auto_class.register(DynMaskConfig, model_class, exist_ok=True)
     AttentionInterface.register(NAME, dynmask_attention_forward)
     AttentionMaskInterface.register(NAME, dynmask_mask)
-    _refuse_unserved_models()
+    _prepare_stock_models()
 
 
-def _refuse_unserved_models() -> None:
-    """Have models check, where they check any `attn_implementation`, whether they can use ours.
+def _prepare_stock_models() -> None:
+    """Have stock models made ready where they settle on an `attn_implementation`.
 
-    Transformers accepts a registered name for every model, and one with attention code of its own would silently run
-    that, and mix the sequences of a flat batch.
+    Transformers accepts a registered name for every model. One with attention code of its own would silently run that,
+    and many hand `position_ids` to no layer: the sequences of a flat batch would mix.
     """
-    check = PreTrainedModel.get_correct_attn_implementation
-    if hasattr(check, "__wrapped__"):
+    settle = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(settle, "__wrapped__"):
         return
 
-    @wraps(check)
+    @wraps(settle)
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         if requested_attention == NAME:
-            check_served(self)
-        return check(self, requested_attention, is_init_check)
+            prepare(self)
+        return settle(self, requested_attention, is_init_check)
 
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation

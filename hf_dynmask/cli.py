@@ -1,0 +1,201 @@
+"""The `hf-dynmask` command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from .fields import FIELD_SHAPES
+from .masks import Mask, parse
+from .plan import BLOCK_SIZE
+from .plotting import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    MaskPanel,
+    SequenceBlocks,
+    mask_panels,
+    over_cells,
+    panel_counts,
+    panel_title,
+    plot_mask,
+)
+
+app = typer.Typer(name="hf-dynmask", no_args_is_help=True, add_completion=False)
+
+MARGIN = 8  # columns of the terminal that positions of queries take
+CELL = 2  # that a cell, or a block, takes
+EVERY = 5  # cells from one position of a key to the next
+GLYPHS = {"full": "█", "allowed": "■", "hidden": "·", "partial": "▒", "empty": " "}
+STYLES = {"full": "dodger_blue2", "allowed": "orange3", "hidden": "dim", "partial": "orange3", "empty": ""}
+CELLS_LEGEND = {"full": "allowed, in a full block", "allowed": "allowed", "hidden": "hidden", "empty": "empty block"}
+BLOCKS_LEGEND = {"full": "full block", "partial": "partial block", "empty": "empty block"}
+
+
+@app.callback()
+def main() -> None:
+    """Dynamic attention masks for Hugging Face Transformers."""
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What is wrong with the input, as one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+# --- show ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def show(
+    expression: Annotated[str, typer.Argument(metavar="EXPR", help="A mask, such as 'causal & window(3, 0)'.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of each sequence, such as 12,5.")],
+    block_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Queries and keys of a block.", show_default="128, or more if it takes more to fit"),
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Heads of the attention, for masks that differ by head.")] = 1,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JSON", help="A field that the mask reads, by sequence and position."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw an image into this file in place of the terminal.")] = None,
+) -> None:
+    """Draw which query may see which key, and the blocks that attention skips, fills, or looks at cell by cell."""
+    with _one_line_errors():
+        mask, sizes = parse(expression), _lengths(lengths)
+        fields = _fields(mask, field or [], sizes)
+        if png is not None:
+            figure = plot_mask(mask, sizes, fields=fields, heads=heads, block_size=block_size or BLOCK_SIZE)
+            figure.savefig(png, format="png", dpi=160)
+            typer.echo(f"wrote {png}")
+            return
+        console = Console(highlight=False)
+        room = console.width - MARGIN
+        with_cells = _width_of_cells(max(sizes), block_size or BLOCK_SIZE) <= room
+        if not with_cells:
+            block_size = _block_size(block_size, max(sizes), room)
+        shown = block_size or BLOCK_SIZE
+        panels = mask_panels(mask, sizes, fields=fields, heads=heads, block_size=shown, with_cells=with_cells)
+        for panel in panels:
+            _print_panel(console, panel, heads, shown)
+        _print_legend(console, CELLS_LEGEND if with_cells else BLOCKS_LEGEND)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--lengths must be numbers of tokens joined by commas, such as 12,5; got {text!r}") from None
+
+
+def _fields(mask: Mask, texts: Sequence[str], sizes: list[int]) -> dict[str, Tensor]:
+    """The fields given as NAME=JSON; all that the mask reads must be there."""
+    fields = dict(_field(text) for text in texts)
+    for name in sorted(mask.fields - set(fields)):
+        sizes_of = {"B": len(sizes), "T": max(sizes), "Tq": max(sizes), "Tk": max(sizes), "1 | H": 1}
+        shape = ", ".join(str(sizes_of.get(str(size), size)) for size in FIELD_SHAPES[name])
+        raise ValueError(f"the mask reads the field `{name}`: give it as --field '{name}=JSON', of shape ({shape})")
+    for name in sorted(set(fields) - mask.fields):
+        reads = ", ".join(sorted(mask.fields)) or "none"
+        raise ValueError(f"--field {name}: the mask does not read it; the fields it reads: {reads}")
+    return fields
+
+
+def _field(text: str) -> tuple[str, Tensor]:
+    name, _, value = text.partition("=")
+    try:
+        return name, torch.tensor(json.loads(value))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--field must be NAME=JSON with even lists of numbers; got {text!r} ({error})") from None
+
+
+def _width_of_cells(length: int, block_size: int) -> int:
+    return CELL * (length + max(length - 1, 0) // block_size)  # a border between blocks is as wide as a cell
+
+
+def _block_size(given: int | None, length: int, room: int) -> int:
+    """The size given, if its blocks fit side by side into `room` columns, else the first multiple of 128 that does."""
+    most = max(room // CELL, 1)
+    if given is None:
+        return BLOCK_SIZE * -(-length // (BLOCK_SIZE * most))
+    count = -(-length // given)
+    if count > most:
+        raise ValueError(
+            f"--block-size {given} makes {count} blocks, and the terminal has room for {most}: "
+            "make them larger, or draw an image with --png FILE"
+        )
+    return given
+
+
+def _print_panel(console: Console, panel: MaskPanel, heads: int, block_size: int) -> None:
+    console.print(Text(panel_title(panel, heads), style="bold"))
+    console.print(Text(panel_counts(panel, block_size)))
+    for number, sequence in enumerate(panel.sequences):
+        console.print(Text(f"\nsequence {number}: {sequence.length:,} tokens"))
+        if sequence.cells is None:
+            lines = _drawn(_kinds_of_blocks(sequence), block_size, border=None)
+        else:
+            lines = _drawn(_kinds_of_cells(sequence, block_size), 1, border=block_size)
+        for line in lines:
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+    console.print()
+
+
+def _kinds_of_blocks(sequence: SequenceBlocks) -> list[list[str]]:
+    names = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
+    return [[names[state] for state in row] for row in sequence.states.tolist()]
+
+
+def _kinds_of_cells(sequence: SequenceBlocks, block_size: int) -> list[list[str]]:
+    assert sequence.cells is not None
+    kinds = {EMPTY: ("empty", "empty"), PARTIAL: ("hidden", "allowed"), FULL: ("full", "full")}
+    states = over_cells(sequence.states, sequence.length, block_size).tolist()
+    return [
+        [kinds[state][allowed] for state, allowed in zip(*row, strict=True)]
+        for row in zip(states, sequence.cells.tolist(), strict=True)
+    ]
+
+
+def _drawn(kinds: list[list[str]], step: int, border: int | None) -> Iterator[Text]:
+    """Lines of a square of `kinds`, each `step` tokens wide, with borders after every `border` of them."""
+    size = len(kinds)
+    bordered = [bool(border and k and k % border == 0) for k in range(size)]
+    header = ""
+    for k in range(0, size, EVERY):
+        header = header.ljust(CELL * (k + sum(bordered[: k + 1]))) + str(k * step)
+    yield Text(" " * MARGIN + header, style="dim")
+    between = "".join(("┼─" if here else "") + "─" * CELL for here in bordered)
+    for k, row in enumerate(kinds):
+        if bordered[k]:
+            yield Text(" " * MARGIN + between, style="dim")
+        line = Text(f"{k * step:>{MARGIN - 2}}  ", style="dim")
+        for here, kind in zip(bordered, row, strict=True):
+            line.append("│ " if here else "", style="dim")
+            line.append(GLYPHS[kind].ljust(CELL), style=STYLES[kind])
+        yield line
+
+
+def _print_legend(console: Console, entries: Mapping[str, str]) -> None:
+    line = Text()
+    for kind, text in entries.items():
+        line.append(GLYPHS[kind] if kind != "empty" else "blank", style=STYLES[kind])
+        line.append(f" {text}   ")
+    console.print(line)
+
+
+if __name__ == "__main__":
+    app(prog_name="hf-dynmask")

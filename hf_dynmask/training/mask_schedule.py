@@ -1,0 +1,155 @@
+"""Masks that change in the course of training."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers.trainer_callback import TrainerCallback, TrainerState
+
+from ..masks import parse
+from ..stock import set_mask
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class MaskSchedule(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] that changes the model's mask in the course of training.
+
+    The mask in force follows from the number of optimizer steps done, `state.global_step`, alone: a run that resumes
+    from a checkpoint goes on with the mask that an unbroken run has there. A change comes right after the step that
+    completes the count, so the evaluation and the checkpoint of that step have the new mask. Every change is logged,
+    as is the mask that a run starts or resumes with: `mask` (its text) and, for trackers that take numbers alone,
+    `mask_stage` (its place in the schedule, from 0). When training ends, the last mask stays on the model.
+
+    Args:
+        masks (`dict[int | float, str]`):
+            Mask expressions (see [`hf_dynmask.masks`]) by the point from which they are in force, in rising order:
+
+            - an `int` counts optimizer steps: `1` is after the first step;
+            - a `float` from 0 to 1 is a fraction of the training's steps, rounded up to a whole step: `1.0` is after
+              the last one, for the final evaluation and the model that is kept.
+
+            The two kinds may be mixed. The first key must be 0. Steps beyond the end of training are not reached.
+
+    Raises:
+        ValueError: `masks` is empty or no mapping; a key is neither a step nor a fraction, or does not rise; the first
+            key is not 0; a mask does not parse. When training begins: keys of the two kinds do not rise together; the
+            model does not take one of the masks.
+
+    Example:
+
+    ```python
+    >>> schedule = MaskSchedule({0: "window(64)", 0.5: "window(256)", 0.9: "full"})
+    >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[schedule])
+    ```
+    """
+
+    def __init__(self, masks: Mapping[int | float, str]):
+        _check(masks)
+        self.masks = dict(masks)
+        self._starts: list[int] = []
+        self._stage: int | None = None
+        self._logged: int | None = None
+
+    def on_train_begin(self, args, state: TrainerState, control, *, model: nn.Module, **kwargs):
+        self._starts = _starts(self.masks, state.max_steps)
+        self._stage = self._logged = None
+        for mask in self.masks.values():  # one that the model refuses is found now, not when its turn comes
+            set_mask(_unwrapped(model), mask)
+        self._follow(state, model)
+
+    def on_step_begin(self, args, state: TrainerState, control, *, model: nn.Module, **kwargs):
+        self._follow(state, model)
+        if self._stage != self._logged:
+            self._logged = self._stage
+            _log(state, {"mask": self._mask, "mask_stage": self._stage})
+
+    on_step_end = on_step_begin
+
+    def _follow(self, state: TrainerState, model: nn.Module) -> None:
+        stage = bisect_right(self._starts, state.global_step) - 1
+        if stage != self._stage:
+            self._stage = stage
+            set_mask(_unwrapped(model), self._mask)
+
+    @property
+    def _mask(self) -> str:
+        return list(self.masks.values())[self._stage or 0]
+
+
+def _check(masks: Mapping[int | float, str]) -> None:
+    if not isinstance(masks, Mapping) or not masks:
+        raise ValueError(f"`masks` must map steps or fractions of the training to masks; got {masks!r}")
+    for key, text in masks.items():
+        _check_key(key)
+        try:
+            parse(text)
+        except ValueError as error:
+            raise ValueError(f"`masks[{key!r}]`: {error}") from error
+    first = next(iter(masks))
+    if first != 0:
+        raise ValueError(f"the first key of `masks` must be 0, the start of training; got {first!r}")
+    for kind in (int, float):
+        for before, after in pairwise(key for key in masks if isinstance(key, kind)):
+            if after < before:
+                raise ValueError(f"keys of `masks` must rise; got {after!r} after {before!r}")
+
+
+def _check_key(key: object) -> None:
+    is_step = isinstance(key, int) and not isinstance(key, bool) and key >= 0
+    is_fraction = isinstance(key, float) and 0 <= key <= 1
+    if not (is_step or is_fraction):
+        raise ValueError(
+            "a key of `masks` must be a number of steps (an int of at least 0) or a fraction of the training "
+            f"(a float from 0 to 1); got {key!r}"
+        )
+
+
+def _starts(masks: Mapping[int | float, str], max_steps: int) -> list[int]:
+    """The step after which each mask is in force, of a training of `max_steps`."""
+    # As a decimal: 0.1 of 30 steps are 3, where floats make a little more of it.
+    starts = {key: key if isinstance(key, int) else math.ceil(Fraction(str(key)) * max_steps) for key in masks}
+    for before, after in pairwise(starts):
+        if starts[after] < starts[before]:
+            raise ValueError(
+                f"keys of `masks` must rise; got {after!r}, which is step {starts[after]} of {max_steps}, "
+                f"after {before!r}, which is step {starts[before]}"
+            )
+    return list(starts.values())
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel, FSDP, DeepSpeed and torch.compile."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _log(state: TrainerState, logs: dict[str, Any]) -> None:
+    """Write to the Trainer's log: `state.log_history`, the progress bar and every tracker it reports to."""
+    trainer = _calling_trainer()
+    if trainer is not None:
+        trainer.log(logs)
+    else:
+        state.log_history.append({**logs, "step": state.global_step})
+
+
+def _calling_trainer() -> Trainer | None:
+    """The Trainer that called back. It hands its callbacks everything but itself, and trackers hear only its `log`."""
+    from transformers import Trainer  # heavy; here it is loaded already
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    return None

@@ -1,0 +1,175 @@
+"""The `hf-dynmask` command: what it prints is what the mask says; bad input is one line and exit code 2."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import image, pyplot
+from typer.testing import CliRunner
+
+from hf_dynmask import masks
+from hf_dynmask.cli import app
+from hf_dynmask.plotting import EMPTY, FULL, PARTIAL, mask_panels
+
+EXPRESSION = "causal & window(3, 0) | global_tokens(2)"
+SEGMENTS = "[[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]"
+ALLOWED = {"█": True, "■": True, "·": False, " ": False}
+STATES = {"█": FULL, "▒": PARTIAL, " ": EMPTY}
+
+
+def run(*arguments, width=80):
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(width)})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def squares(output):
+    """The glyphs of each sequence's square, borders left out."""
+    found = []
+    for line in output.splitlines():
+        if line.startswith("sequence "):
+            found.append([])
+        elif row := re.match(r" {0,5}\d+  (.*)", line):
+            found[-1].append(row[1].replace("│ ", "")[::2])
+    return found
+
+
+def cells(square):
+    return torch.tensor([[ALLOWED[glyph] for glyph in row] for row in square])
+
+
+# --- show ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--block-size", "4"], ["--block-size", "1"]])
+@pytest.mark.parametrize("lengths", [[12, 5], [1], [36], [3, 0, 2]])
+@pytest.mark.parametrize("expression", [EXPRESSION, "full", "~full", "random(0.5, 7) & causal"])
+def test_show_prints_what_the_dense_form_says(expression, lengths, options):
+    result = run("show", expression, "--lengths", ",".join(map(str, lengths)), *options, width=160)
+    assert result.exit_code == 0
+    dense = masks.parse(expression).dense(torch.tensor(lengths))
+    found = squares(result.output)
+    assert len(found) == len(lengths)
+    for square, of_sequence, length in zip(found, dense, lengths, strict=True):
+        assert len(square) == length
+        assert all(len(row) == length for row in square)
+        assert not length or torch.equal(cells(square), of_sequence[0, :length, :length])
+
+
+def test_show_as_a_user_runs_it():
+    command = [sys.executable, "-m", "hf_dynmask.cli", "show", EXPRESSION, "--lengths", "12,5", "--block-size", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
+    assert result.stderr == ""
+    assert result.stdout.startswith(f"{EXPRESSION}\n100 of 169 pairs; blocks of 4: 1 full, 11 partial, 1 empty\n")
+    wide = """\
+sequence 0: 12 tokens
+        0           5           10
+     0  ■ ■ ■ ■ │ ■ ■ ■ ■ │ ■ ■ ■ ■
+     1  ■ ■ ■ ■ │ ■ ■ ■ ■ │ ■ ■ ■ ■
+     2  ■ ■ ■ · │ · · · · │ · · · ·
+     3  ■ ■ ■ ■ │ · · · · │ · · · ·
+        ────────┼─────────┼─────────
+     4  ■ ■ ■ ■ │ ■ · · · │
+     5  ■ ■ ■ ■ │ ■ ■ · · │
+     6  ■ ■ · ■ │ ■ ■ ■ · │
+     7  ■ ■ · · │ ■ ■ ■ ■ │
+        ────────┼─────────┼─────────
+     8  ■ ■ · · │ · ■ ■ ■ │ ■ · · ·
+     9  ■ ■ · · │ · · ■ ■ │ ■ ■ · ·
+    10  ■ ■ · · │ · · · ■ │ ■ ■ ■ ·
+    11  ■ ■ · · │ · · · · │ ■ ■ ■ ■
+"""
+    assert wide in re.sub(" +$", "", result.stdout, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("width, block_size", [(80, 128), (40, 128), (24, 256)])
+def test_large_lengths_are_drawn_as_blocks(width, block_size):
+    """As large as it takes to fit into the terminal."""
+    result = run("show", EXPRESSION, "--lengths", "1800,5", width=width)
+    (panel,) = mask_panels(EXPRESSION, [1800, 5], block_size=block_size, with_cells=False)
+    assert f"blocks of {block_size}: " in result.output
+    for square, sequence in zip(squares(result.output), panel.sequences, strict=True):
+        assert [[STATES[glyph] for glyph in row] for row in square] == sequence.states.tolist()
+    assert max(map(len, result.output.splitlines()[3:-2])) <= width
+
+
+def test_a_very_long_sequence():
+    result = run("show", EXPRESSION, "--lengths", "131072")
+    assert "131,072 tokens" in result.output
+    assert len(squares(result.output)[0]) == 36
+
+
+def test_heads_and_fields():
+    options = ["--heads", "4", "--field", f"segment_ids={SEGMENTS}"]
+    result = run("show", "heads(causal, segments)", "--lengths", "5,3", *options)
+    assert result.exit_code == 0
+    fields = {"segment_ids": torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]])}
+    dense = masks.parse("heads(causal, segments)").dense(torch.tensor([5, 3]), fields=fields, heads=4)
+    first, second, third, fourth = squares(result.output)
+    assert "heads 0 to 1: causal" in result.output
+    assert "heads 2 to 3: segments" in result.output
+    for square, row, head, length in ((first, 0, 0, 5), (second, 1, 1, 3), (third, 0, 2, 5), (fourth, 1, 3, 3)):
+        assert torch.equal(cells(square), dense[row, head, :length, :length])
+
+
+def test_png(tmp_path):
+    path = tmp_path / "mask.png"
+    result = run("show", EXPRESSION, "--lengths", "12,5", "--png", str(path))
+    assert result.output == f"wrote {path}\n"
+    height, width, _ = image.imread(path).shape
+    assert min(height, width) >= 1000
+    pyplot.close("all")
+
+
+def test_png_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    result = run("show", "causal", "--lengths", "3", "--png", str(tmp_path / "mask.png"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: pictures need matplotlib: pip install 'hf_dynmask[plot]'\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["causal &", "--lengths", "3"], "mask does not parse at column 9: invalid syntax; got 'causal &'"),
+        (["full & windw(3)", "--lengths", "3"], "column 8: unknown mask `windw`; did you mean `window`"),
+        (["causal", "--lengths", "12,a"], "--lengths must be numbers of tokens joined by commas.*; got '12,a'"),
+        (["causal", "--lengths", "-3"], "`lengths` must not be negative; got -3"),
+        (
+            ["segments | prefix", "--lengths", "5,3"],
+            r"the mask reads the field `prefix_lengths`: give it as --field 'prefix_lengths=JSON', of shape \(2\)",
+        ),
+        (["segments", "--lengths", "5,3"], r"`segment_ids`: give it as .*, of shape \(2, 5\)"),
+        (["dense", "--lengths", "5,3"], r"`attention_mask`: give it as .*, of shape \(2, 1, 5, 5\)"),
+        (["visible", "--lengths", "5,3"], r"`hidden_spans`: give it as .*, of shape \(2, K, 2\)"),
+        (["prefix", "--lengths", "5", "--field", "prefix_lengths"], "--field must be NAME=JSON .*; got 'prefix_length"),
+        (["segments", "--lengths", "2,1", "--field", "segment_ids=[[0, 1], [0]]"], "--field must be .* even lists"),
+        (["segments", "--lengths", "2", "--field", "segment_ids=[0, 1]"], r"`segment_ids` must have shape \(1, T\)"),
+        (["causal", "--lengths", "3", "--field", "x=[1]"], "--field x: the mask does not read it; .* reads: none"),
+        (["heads(full, causal)", "--lengths", "3"], "a number of masks that divides the 1 heads; got 2"),
+        (["causal", "--lengths", "900", "--block-size", "8"], "--block-size 8 makes 113 blocks, .* room for 36: "),
+        (["causal", "--lengths", "3", "--png", "no/such/folder/mask.png"], "No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    result = run("show", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(f"error: .*{message}.*\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("option", ["--block-size", "--heads"])
+def test_numbers_from_one(option):
+    result = run("show", "causal", "--lengths", "3", option, "0")
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_entry_point():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    (target,) = re.findall(r'^hf-dynmask = "(.+)"$', text, flags=re.MULTILINE)
+    assert EntryPoint("hf-dynmask", target, "console_scripts").load() is app
