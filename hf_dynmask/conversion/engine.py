@@ -266,7 +266,7 @@ def _unrepresentable(config: DynMaskConfig, model_type: str, task: str) -> list[
 def _function(config: DynMaskConfig) -> Settings:
     """The fields that say what a model computes."""
     settings = {name: getattr(config, name) for name in OUR_FIELDS if name != "source_model_type"}
-    return settings | {"classifier_dropout": classifier_dropout(config)}
+    return settings | {"mask": config.mask or "full", "classifier_dropout": classifier_dropout(config)}
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
