@@ -98,6 +98,8 @@ def attend(
         query, key, plan = _with_key_scores(query, key, plan, key_scores, scaling)
     elif "key_scores" in plan.mask.fields:
         raise ValueError(f"the mask '{plan.mask}' needs `key_scores`, which `topk` chooses by; got none")
+    if apply_mask_to not in ("scores", "weights"):
+        raise ValueError(f"`apply_mask_to` must be 'scores' or 'weights'; got {apply_mask_to!r}")
     if apply_mask_to == "weights":
         if implementation not in ("auto", "reference"):
             raise ValueError(f"`apply_mask_to='weights'` is served by 'reference'; got {implementation!r}")
@@ -154,3 +156,6 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> 
     ):
         if tuple(states.shape) != expected:
             raise ValueError(f"`{name}` must have shape {expected}; got {tuple(states.shape)}")
+    explicit = plan.fields.tables.get("attention_mask")
+    if explicit is not None and explicit.shape[1] not in (1, heads):
+        raise ValueError(f"`attention_mask` must have 1 or {heads} heads; got {explicit.shape[1]}")

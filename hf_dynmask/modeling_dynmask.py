@@ -8,6 +8,7 @@ Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vo
 # transformers' own typing of `**kwargs` repeats named parameters, and its configurations' fields are optional.
 # pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportArgumentType=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 import torch
 from torch import Tensor, nn

@@ -8,16 +8,16 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .fields import FIELD_SHAPES, Fields
 from .layout import SequenceLayout
 from .masks import Mask, head_runs, parse
-from .modeling_dynmask import DynMaskModel, DynMaskPreTrainedModel
+from .modeling_dynmask import DynMaskPreTrainedModel
 from .plan import BLOCK_SIZE, MaskPlan
 
 if TYPE_CHECKING:
@@ -122,9 +122,10 @@ def panel_counts(panel: MaskPanel, block_size: int) -> str:
     states = torch.cat([sequence.states.flatten() for sequence in panel.sequences])
     full, partial, empty = (int((states == state).sum()) for state in (FULL, PARTIAL, EMPTY))
     text = f"blocks of {block_size:,}: {full:,} full, {partial:,} partial, {empty:,} empty"
-    if any(sequence.cells is None for sequence in panel.sequences):
+    cells = [sequence.cells for sequence in panel.sequences if sequence.cells is not None]
+    if len(cells) < len(panel.sequences):
         return text
-    allowed = sum(int(sequence.cells.sum()) for sequence in panel.sequences)
+    allowed = sum(int(of_sequence.sum()) for of_sequence in cells)
     pairs = sum(sequence.length**2 for sequence in panel.sequences)
     return f"{allowed:,} of {pairs:,} pairs; {text}"
 
@@ -172,7 +173,7 @@ def plot_mask(
     if len(panels) > 1:
         axes[0].figure.suptitle(_wrapped(str(mask), 100))
     _legend(axes[0], _CELLS_LEGEND if with_cells else _BLOCKS_LEGEND, outside=ax is None)
-    return axes[0].figure
+    return cast("Figure", axes[0].figure)
 
 
 def plot_attention(
@@ -187,7 +188,7 @@ def plot_attention(
     Draws the attention weights of one head, what the mask hides from it, and the borders of blocks.
 
     The weights are computed by one forward pass with `attn_implementation="eager"`, without dropout; the model is
-    afterwards as it was. Absent tokens are left out.
+    afterwards as it was. Absent and missing tokens are left out.
 
     Args:
         model ([`DynMaskPreTrainedModel`]): The model.
@@ -224,12 +225,13 @@ def plot_attention(
 
     (axis,) = _new_axes(pyplot, 1)
     _draw_weights(axis, weights.float(), allowed, sizes)
-    ids = inputs["input_ids"][0][places] if tokenizer is not None and len(places) <= MOST_LABELS else None
-    labels = None if ids is None else tokenizer.convert_ids_to_tokens(ids.tolist())
-    _mark_positions(axis, sizes, labels)
+    labels = None
+    if tokenizer is not None and "input_ids" in inputs and len(places) <= MOST_LABELS:
+        labels = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0][places].tolist())
+    _mark_positions(axis, sizes, plan.layout.positions[order].tolist(), labels)
     _title(axis, f"layer {layer}, head {head}", str(plan.mask.resolved(head, model.config.num_attention_heads)))
     _legend(axis, _WEIGHTS_LEGEND, outside=True)
-    return axis.figure
+    return cast("Figure", axis.figure)
 
 
 def _check_index(name: str, value: int, count: int) -> None:
@@ -240,11 +242,9 @@ def _check_index(name: str, value: int, count: int) -> None:
 def _eager(model: DynMaskPreTrainedModel, inputs: Mapping[str, Tensor], layer: int) -> tuple[MaskPlan, Tensor]:
     """Plan and weights `(B, H, T, T)` of a layer in an eager forward pass."""
     seen = []
-    base: DynMaskModel = model.base_model  # type: ignore[assignment]
-    hook = base.layers[layer].attention.register_forward_hook(
-        lambda module, arguments, output: seen.append((arguments[1], output[1]))
-    )
-    was_training, implementation = model.training, model.config._attn_implementation
+    attention: nn.Module = model.base_model.layers[layer].attention  # type: ignore[assignment, index, union-attr]
+    hook = attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output[1])))
+    was_training, implementation = model.training, model.config._attn_implementation or "dynmask"
     model.eval().set_attn_implementation("eager")
     try:
         with torch.no_grad():
@@ -308,7 +308,7 @@ def _draw_panel(axis: Axes, panel: MaskPanel, block_size: int) -> None:
     if canvas is not None and total:
         axis.imshow(canvas.numpy(), extent=(0, total, total, 0))
     _frame(axis, sizes, block_size)
-    _mark_positions(axis, sizes)
+    _mark_positions(axis, sizes, [position for size in sizes for position in range(size)])
 
 
 def _draw_weights(axis: Axes, weights: Tensor, allowed: Tensor, sizes: list[int]) -> None:
@@ -322,10 +322,8 @@ def _draw_weights(axis: Axes, weights: Tensor, allowed: Tensor, sizes: list[int]
     for start, length in zip(_starts(sizes), sizes, strict=True):
         here = slice(start, start + length)
         cells = allowed[here, here]
-        blocks = torch.arange(length) // BLOCK_SIZE
-        counts = torch.zeros(int(blocks.max()) + 1, int(blocks.max()) + 1)
-        counts.index_put_((blocks[:, None], blocks[None]), cells.float(), accumulate=True)
-        states = torch.where(counts[blocks][:, blocks] == 0, EMPTY, PARTIAL)
+        any_allowed = nn.functional.max_pool2d(cells[None].float(), BLOCK_SIZE, ceil_mode=True)[0] > 0
+        states = over_cells(torch.where(any_allowed, PARTIAL, EMPTY), length, BLOCK_SIZE)
         shades = torch.as_tensor(scale.to_rgba(weights[here, here].numpy())[..., :3], dtype=torch.float32)
         canvas[here, here] = torch.where(cells[..., None], shades, _colours(states, cells))
     if canvas.numel():
@@ -363,8 +361,10 @@ def _outline(start: int, length: int) -> Line:
     return [(start, start), (stop, start), (stop, stop), (start, stop), (start, start)]
 
 
-def _mark_positions(axis: Axes, sizes: list[int], labels: Sequence[str] | None = None) -> None:
-    """Ticks: positions in each sequence, a label for every token, or the numbers of many sequences."""
+def _mark_positions(
+    axis: Axes, sizes: list[int], positions: Sequence[int], labels: Sequence[str] | None = None
+) -> None:
+    """Ticks: some of the positions, a label for every token, or the numbers of many sequences."""
     total, spans = sum(sizes), list(zip(_starts(sizes), sizes, strict=True))
     if labels is not None:
         axis.set(xlabel="key", ylabel="query")
@@ -376,10 +376,10 @@ def _mark_positions(axis: Axes, sizes: list[int], labels: Sequence[str] | None =
     else:
         step = 1 if total <= MOST_LABELS // 2 else _round_step(total / MOST_TICKS)
         ticks = [
-            (start + position, str(position))
+            (start + place, str(positions[start + place]))
             for start, length in spans
-            for position in range(0, length, step)
-            if position == 0 or step == 1 or length - position > step / 2
+            for place in range(0, length, step)
+            if place == 0 or step == 1 or length - place > step / 2
         ]
     places, texts = [place + 0.5 for place, _ in ticks], [text for _, text in ticks]
     small = {"fontsize": 7 if total <= MOST_LABELS else 8, "parse_math": False}

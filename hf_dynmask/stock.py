@@ -99,33 +99,54 @@ class Batch:
     """What the forward pass of a model was given.
 
     Attributes:
-        config ([`~transformers.PreTrainedConfig`]): The model's.
+        model ([`~transformers.PreTrainedModel`]): The model.
         given (`dict`): Arguments by name.
         takes_positions (`bool`): Whether `position_ids` are among the model's own arguments.
         is_seen (`bool`): Whether any layer has asked for attention.
     """
 
-    config: PreTrainedConfig
+    model: PreTrainedModel
     given: dict[str, Any]
     takes_positions: bool
     is_seen: bool = False
 
-    def tensor(self, name: str, device: torch.device) -> Tensor | None:
+    def tensor(self, name: str, device: torch.device | str) -> Tensor | None:
         """The argument of that name, if there is one."""
         value = self.given.get(name)
         return None if value is None else value.to(device)
 
+    def cu_seq_lens(self, device: torch.device) -> Tensor | None:
+        """`(S + 1,)`: 0, then the ends of the sequences, if they came as `cu_seq_lens_q` or `lengths` of one row."""
+        lengths = self.tensor("lengths", device)
+        if lengths is not None and lengths.numel() != self._rows:
+            return nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return self.tensor("cu_seq_lens_q", device)
+
+    def padding(self, width: int, device: torch.device | str) -> Tensor | None:
+        """Bool `(B, width)`: where tokens are, if that came as `lengths` of the rows."""
+        lengths = self.tensor("lengths", device)
+        if lengths is None or lengths.numel() != self._rows:
+            return None
+        return torch.arange(width, device=device) < lengths[:, None]
+
+    @property
+    def _rows(self) -> int | None:
+        inputs = self.given.get("input_ids"), self.given.get("inputs_embeds")
+        return next((tensor.shape[0] for tensor in inputs if tensor is not None), None)
+
     @property
     def is_flat(self) -> bool:
         """Whether a row holds several sequences."""
-        cu_seq_lens, position_ids = self.given.get("cu_seq_lens_q"), self.given.get("position_ids")
+        position_ids = self.given.get("position_ids")
+        cu_seq_lens = self.cu_seq_lens(torch.device("cpu"))
         if cu_seq_lens is not None:
             return cu_seq_lens.numel() > 2
         if position_ids is None or position_ids.dim() != 2:
             return False
         padding = self.given.get("attention_mask")
-        fits = isinstance(padding, Tensor) and padding.shape == position_ids.shape
-        return bool(_restarts(position_ids, padding.bool() if fits else None)[:, 1:].any())
+        if not isinstance(padding, Tensor) or padding.shape != position_ids.shape:
+            padding = None
+        return bool(_restarts(position_ids, None if padding is None else padding.bool())[:, 1:].any())
 
 
 # Batches of the models whose forward passes we are in, the outermost first.
@@ -153,15 +174,17 @@ def prepare(model: PreTrainedModel) -> None:
 def _enter(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
     names = signature(model.forward).parameters
     given = dict(zip(names, args, strict=False)) | kwargs
-    _batches.set((*_batches.get(), Batch(model.config, given, "position_ids" in names)))
+    _batches.set((*_batches.get(), Batch(model, given, "position_ids" in names)))
 
 
 @outside_graph
 def _leave(model: PreTrainedModel, args: tuple, output: Any) -> None:
-    *outer, batch = _batches.get()
+    *outer, batch = _batches.get() or (None,)
+    if batch is None or batch.model is not model:  # the forward pass failed before it began
+        return
     _batches.set(tuple(outer))
     failed = output is None
-    if model.config._attn_implementation == NAME and not (failed or batch.is_seen) and batch.is_flat:
+    if not failed and not batch.is_seen and model.config._attn_implementation == NAME and batch.is_flat:
         raise ValueError(
             f"a flat batch needs a model whose tokens meet in attention; those of {type(model).__name__} do not"
         )
@@ -189,8 +212,7 @@ class MaskFunction:
         """Mask functions are closures of `transformers.masking_utils`, known by the function that made them."""
         found = cls()
         expression = found._read(function)
-        band = None if expression is None else expression.band()
-        found.expression = expression if band is None else _SIMPLEST.get(band) or masks.window(*band)
+        found.expression = None if expression is None else _simplified(expression)
         return found
 
     def _read(self, function: Callable) -> Mask | None:
@@ -210,7 +232,19 @@ class MaskFunction:
 
 
 _OPERATORS = {"and_masks": operator.and_, "or_masks": operator.or_}
+
 _SIMPLEST = {(None, None): masks.full(), (None, 0): masks.causal()}
+
+
+def _simplified(expression: Mask) -> Mask:
+    """The same in fewer words, where it is a band."""
+    band = expression.band()
+    left, right = band or (None, None)
+    if left is not None and right is not None:
+        return masks.window(left, right)
+    return _SIMPLEST.get(band, expression)
+
+
 # Of a causal window transformers counts all keys, the query's own among them; of another the keys on each side.
 # Its chunks begin at a row's first token, as positions do. Sequences never see each other anyway.
 _LEAVES: dict[str, Callable[[dict[str, Any]], Mask]] = {
@@ -270,6 +304,9 @@ def dynmask_mask(
     """
     if isinstance(attention_mask, StockMask):  # `generate` has made it ahead of the forward pass
         return attention_mask
+    batches = _batches.get()
+    if attention_mask is None and batches:
+        attention_mask = batches[-1].padding(kv_length, device)
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     text = getattr(config, CONFIG_ENTRY, None)
     return StockMask(
@@ -389,7 +426,7 @@ class StockMask:
                 "`model(...)`; got a call of a part of it, or of `model.forward`"
             )
         batch = batches[-1]
-        crosses = any(_has_cross_attention(outer.config) for outer in batches)
+        crosses = any(_has_cross_attention(outer.model.config) for outer in batches)
         starts = None
         position_ids = batch.tensor("position_ids", self.device)
         if (
@@ -399,7 +436,7 @@ class StockMask:
         ):
             self._check_continued(position_ids)
             starts = _restarts(position_ids.expand(self.shape[0], -1), self._present(0))
-        cu_seq_lens = batch.tensor("cu_seq_lens_q", self.device)
+        cu_seq_lens = batch.cu_seq_lens(self.device)
         if cu_seq_lens is not None:
             starts = self._checked(cu_seq_lens, batch.tensor("cu_seq_lens_k", self.device), starts, has_bias)
         if starts is None or not bool(starts[:, 1:].any()):
@@ -440,7 +477,7 @@ class StockMask:
             raise ValueError(f"a flat batch needs a model without cross-attention; {model} has it")
         if not batch.takes_positions and not has_bias:
             raise ValueError(f"a flat batch needs a model that takes `position_ids`; {model} counts columns")
-        others = sorted(set(getattr(batch.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+        others = sorted(set(getattr(batch.model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
         if others:
             raise ValueError(
                 f"a flat batch needs a model whose tokens meet in attention alone; {model} has layers of type "
@@ -616,7 +653,7 @@ def dynmask_attention_forward(
             raise ValueError(f"attn_implementation='{NAME}' does not serve the `{name}` of {type(module).__name__}")
     for batch in _batches.get():
         batch.is_seen = True
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = position_bias
     if isinstance(attention_mask, StockMask):
         if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
@@ -626,17 +663,17 @@ def dynmask_attention_forward(
             )
         answer = attention_mask.answer(query, has_bias=bias is not None)
     else:
-        _check_unnoted(module, attention_mask)
+        _check_unnoted(module, query, attention_mask)
         answer, added = _unnoted(module, query, key, attention_mask, is_causal)
         bias = added if bias is None or added is None else bias + added
     scored = softcap is not None or s_aux is not None or output_attentions
     if isinstance(answer, MaskPlan):
         if bias is None and not scored:
-            return _by_plan(query, key, value, answer, scaling, dropout).transpose(1, 2), None
+            return _by_plan(query, key, value, answer, factor, dropout).transpose(1, 2), None
         answer = answer.dense(query.shape[1])
     weights = None
     if scored:
-        output, weights = _by_scores(query, key, value, answer, bias, scaling, dropout, softcap, s_aux)
+        output, weights = _by_scores(query, key, value, answer, bias, factor, dropout, softcap, s_aux)
     else:
         output = nn.functional.scaled_dot_product_attention(
             query,
@@ -644,13 +681,13 @@ def dynmask_attention_forward(
             value,
             attn_mask=answer if bias is None else torch.where(answer, bias, -torch.inf),
             dropout_p=dropout,
-            scale=scaling,
+            scale=factor,
             enable_gqa=query.shape[1] != key.shape[1],
         )
     return output.transpose(1, 2).contiguous(), weights
 
 
-def _check_unnoted(module: nn.Module, mask: Tensor | None) -> None:
+def _check_unnoted(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
     """A mask that is none, or a tensor, knows nothing of expressions and of sequences."""
     given = "no mask" if mask is None else "an explicit `attention_mask`"
     if getattr(getattr(module, "config", None), CONFIG_ENTRY, None) is not None:
@@ -658,7 +695,7 @@ def _check_unnoted(module: nn.Module, mask: Tensor | None) -> None:
     batches = _batches.get()
     if not batches:
         return
-    flat = batches[-1].is_flat if mask is None else batches[-1].given.get("cu_seq_lens_q") is not None
+    flat = batches[-1].is_flat if mask is None else batches[-1].cu_seq_lens(query.device) is not None
     if flat:
         raise ValueError(
             f"a flat batch needs layers that are given the model's mask; {type(module).__name__} got {given}"

@@ -1,6 +1,7 @@
 """dynmask_attention: every implementation's output and gradients against the oracle; empty rows; no leak."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -58,9 +59,9 @@ def random_inputs(layout, key_layout, shape, dtype=torch.float64, seed=0):
     return [torch.randn(1, *size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
 
 
-def inputs_of(case, size, value_size, dtype=torch.float64):
+def inputs_of(case, *sizes, dtype=torch.float64):
     """Query, key and value, the scores of the keys where the mask has `topk`, and a gradient for the output."""
-    shape = case.batch.heads, case.batch.key_heads, size, value_size
+    shape = case.batch.heads, case.batch.key_heads, *sizes
     *inputs, grad = random_inputs(case.layout, case.key_layout, shape, dtype)
     return *inputs, *([] if case.key_scores is None else [case.key_scores.to(dtype)]), grad
 
@@ -72,7 +73,7 @@ def with_gradients(attend, *inputs, grad):
     return output.detach(), *torch.autograd.grad(output, inputs, grad.to(output.dtype))
 
 
-def attend_with(implementation, mask, layout, **options):
+def attend_with(implementation, mask, layout, **options) -> Callable[..., torch.Tensor]:
     """`dynmask_attention` as a function of query, key, value and, for masks with `topk`, the scores of the keys."""
     return lambda query, key, value, key_scores=None: dynmask_attention(
         query, key, value, mask, layout, key_scores=key_scores, implementation=implementation, **options
@@ -157,7 +158,7 @@ def check_no_leak(attend, inputs, token, seen):
 @examples(2000)
 @given(cases(), SIZES, st.sampled_from([torch.float64, torch.float32]), st.sampled_from([None, 0.3]))
 def test_output_and_gradients_equal_the_oracle(case, sizes, dtype, scaling):
-    check_equals_the_oracle(case, inputs_of(case, *sizes, dtype), scaling=scaling)
+    check_equals_the_oracle(case, inputs_of(case, *sizes, dtype=dtype), scaling=scaling)
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -182,7 +183,7 @@ def test_masked_weights_equal_the_oracle(case, sizes):
 def test_hidden_tokens_do_not_change_one_bit(case, sizes, token):
     token %= case.layout.num_tokens
     seen = pairs_of_tokens(case)[:, token]
-    inputs, plan = inputs_of(case, *sizes, torch.float32), case.plan()
+    inputs, plan = inputs_of(case, *sizes, dtype=torch.float32), case.plan()
     for name in IMPLEMENTATIONS:
         check_no_leak(attend_with(name, plan, case.layout), inputs, token, seen)
 
@@ -196,7 +197,7 @@ def test_scores_of_keys_that_are_no_candidates_do_not_change_one_bit(case, token
     token %= case.layout.num_tokens
     without_choice = re.sub(r"topk\(\d\)", "full", case.batch.text)
     candidates = pairs_of_tokens(replace(case, batch=case.batch._replace(text=without_choice)))[:, token].any(0)
-    *inputs, scores, _ = inputs_of(case, 4, 4, torch.float32)
+    *inputs, scores, _ = inputs_of(case, 4, 4, dtype=torch.float32)
     changed, plan = torch.where(candidates, scores, 100 * scores + 1), case.plan()
     for name in IMPLEMENTATIONS:
         attend = attend_with(name, plan, case.layout)
@@ -208,7 +209,7 @@ def test_scores_of_keys_that_are_no_candidates_do_not_change_one_bit(case, token
 @pytest.mark.parametrize("text", MASKS)
 def test_hidden_tokens_do_not_change_one_bit_of_long_sequences(text, implementation, dtype):
     case = long_case(text, (257, 63, 257), heads=2)
-    inputs, pairs = inputs_of(case, 32, 16, dtype), pairs_of_tokens(case)
+    inputs, pairs = inputs_of(case, 32, 16, dtype=dtype), pairs_of_tokens(case)
     for token in [0, 130, 256, 257, 400]:
         check_no_leak(attend_with(implementation, case.plan(), case.layout), inputs, token, pairs[:, token])
 
@@ -218,7 +219,7 @@ def test_hidden_tokens_do_not_change_one_bit_of_long_sequences(text, implementat
 @pytest.mark.parametrize("sizes", [(1,), (63, 1), (257, 63, 257), (1000,)], ids=str)
 def test_odd_sizes(sizes, text, implementation):
     case = long_case(text, sizes, heads=4)
-    check_equals_the_oracle(case, inputs_of(case, 8, 5, torch.float32), [implementation])
+    check_equals_the_oracle(case, inputs_of(case, 8, 5, dtype=torch.float32), [implementation])
 
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reference"])
@@ -226,7 +227,7 @@ def test_odd_sizes(sizes, text, implementation):
 @pytest.mark.parametrize("sizes", [(64, 64), (32, 48)], ids=str)
 def test_bfloat16_is_no_worse_than_twice_the_eager_error(sizes, text, implementation):
     case = long_case(text, (257, 63, 257), heads=4)
-    inputs, plan = inputs_of(case, *sizes, torch.bfloat16), case.plan()
+    inputs, plan = inputs_of(case, *sizes, dtype=torch.bfloat16), case.plan()
 
     def results(name, dtype):
         attend, (*cast, grad) = attend_with(name, plan, case.layout), [x.to(dtype) for x in inputs]

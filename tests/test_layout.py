@@ -92,6 +92,51 @@ def test_sorting_by_length_moves_sequences_and_nothing_else(mask):
 
 
 @examples(300)
+@given(attention_masks(), st.integers(0, 2**32 - 1), st.booleans())
+def test_missing_tokens_leave_and_the_others_keep_their_positions(mask, seed, by_length):
+    missing = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+    whole = SequenceLayout.from_attention_mask(mask)
+    layout = (whole.by_length() if by_length else whole).without(missing)
+    kept = mask.bool() & ~missing
+    rows = layout.rank.tolist()
+    x = numbered(mask.shape)
+    assert layout.shape == tuple(mask.shape)
+    assert layout.lengths.tolist() == [int(kept[b].sum()) for b in rows]
+    assert layout.cu_seq_lens.tolist() == [int(kept[rows[:s]].sum()) for s in range(len(rows) + 1)]
+    assert torch.equal(layout.flatten(x)[0], torch.cat([x[b][kept[b]] for b in rows]))
+    assert torch.equal(layout.unflatten(layout.flatten(x)), x * kept[..., None])
+    positions = mask.bool().cumsum(1) - 1
+    assert torch.equal(layout.positions, torch.cat([positions[b][kept[b]] for b in rows]))
+    assert layout.extent == max((int(place) + 1 for place in layout.positions), default=0)
+    assert layout.has_gaps == any(
+        layout.positions[start:stop].tolist() != list(range(stop - start))
+        for start, stop in itertools.pairwise(layout.cu_seq_lens.tolist())
+    )
+    table = layout.by_position(layout.flatten(x), fill=-1)
+    for sequence, b in enumerate(rows):
+        expected = torch.full((layout.extent, 2), -1.0, dtype=torch.float64)
+        expected[positions[b][kept[b]]] = x[b][kept[b]]
+        assert torch.equal(table[sequence], expected)
+
+
+def test_missing_tokens_of_a_flat_batch():
+    layout = SequenceLayout.from_lengths(torch.tensor([3, 1, 2]))
+    left = layout.without(torch.tensor([[False, True, False, True, True, False]]))
+    assert left.lengths.tolist() == [2, 0, 1]
+    assert left.positions.tolist() == [0, 2, 1]
+    assert left.flatten(torch.arange(6)[None]).tolist() == [[0, 2, 5]]
+
+
+def test_nan_of_missing_tokens_reaches_neither_values_nor_gradients():
+    x = torch.tensor([[1.0, float("nan"), 3.0]], requires_grad=True)
+    layout = SequenceLayout.from_lengths(torch.tensor([3]), (1, 3)).without(torch.tensor([[False, True, False]]))
+    flat = layout.flatten(x)
+    (grad,) = torch.autograd.grad(flat.square().sum(), x)
+    assert layout.unflatten(flat).tolist() == [[1.0, 0.0, 3.0]]
+    assert grad.tolist() == [[2.0, 0.0, 6.0]]
+
+
+@examples(300)
 @given(lengths())
 def test_groups_are_the_longest_runs_of_equal_lengths(sizes):
     layout = SequenceLayout.from_lengths(torch.tensor(sizes), (len(sizes), max(sizes)))
@@ -215,3 +260,15 @@ def test_bad_tensors():
         layout.flatten(torch.zeros(2, 3, 8))
     with pytest.raises(ValueError, match=r"`flat` must have shape \(1, 3, '...'\); got \(1, 4, 8\)"):
         layout.unflatten(torch.zeros(1, 4, 8))
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        (torch.zeros(2, 2), r"`missing` must be bool of shape \(2, 2\); got torch.float32 \(2, 2\)"),
+        (torch.zeros(2, 3).bool(), r"`missing` must be bool of shape \(2, 2\); got torch.bool \(2, 3\)"),
+    ],
+)
+def test_bad_missing(missing, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceLayout.from_lengths(torch.tensor([2, 1]), (2, 2)).without(missing)

@@ -1,6 +1,7 @@
 """Masks on whole models: missing values, explicit masks, masks by head, row and learned score, changes, sharing."""
 
-# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Pictures of masks and of attention: that they show what the mask says. (How they look was judged by eye.)"""
 
 import sys
+from typing import Any
 
 import matplotlib
 import pytest
@@ -72,6 +73,7 @@ def test_panels_say_what_the_oracle_says(batch, block_size):
     assert [head for panel in panels for head in range(batch.heads)[panel.heads]] == list(range(batch.heads))
     for panel in panels:
         for row, (length, states, cells) in enumerate(panel.sequences):
+            assert cells is not None
             assert length == batch.lengths[row]
             for head in range(batch.heads)[panel.heads]:
                 assert torch.equal(cells, dense[row, head % dense.shape[1], :length, :length])
@@ -137,7 +139,8 @@ def test_many_tokens_are_drawn_as_blocks():
     for mesh, sequence in zip(axis.collections, panel.sequences[:2], strict=False):
         expected = [[names[state] for state in row] for row in sequence.states.tolist()]
         assert names_of(mesh.get_array()) == expected
-    edges = axis.collections[1].get_coordinates()[0, :, 0].tolist()
+    mesh: Any = axis.collections[1]
+    edges = mesh.get_coordinates()[0, :, 0].tolist()
     assert edges == [1500, 1628, 1700]
     assert figure.legends[0].get_texts()[1].get_text() == "partial block"
 
@@ -194,11 +197,14 @@ def make_model(mask=EXPRESSION, **settings):
     return DynMaskForSequenceClassification(config)
 
 
-class Tokenizer:
+class Names:
     """As much of a tokenizer as the picture asks for."""
 
     def convert_ids_to_tokens(self, ids):
         return [f"${number}$" for number in ids]  # text for the eye, no formula
+
+
+TOKENIZER: Any = Names()
 
 
 def eager_weights(model, inputs, layer, head):
@@ -223,7 +229,7 @@ BATCHES = {
 def test_weights_and_labels(name):
     inputs, kept = BATCHES[name]
     model = make_model()
-    figure = plot_attention(model, inputs, 1, 2, tokenizer=Tokenizer())
+    figure = plot_attention(model, inputs, 1, 2, tokenizer=TOKENIZER)
     axis, bar = figure.axes
     kept = torch.tensor(list(kept))
     weights = eager_weights(model, inputs, 1, 2)[kept][:, kept]
@@ -245,6 +251,16 @@ def test_weights_and_labels(name):
     assert brightness[0] > brightness[-1] + 0.5
 
 
+def test_positions_without_a_tokenizer():
+    inputs, kept = BATCHES["a missing token"]
+    axis, _ = plot_attention(make_model(), inputs, 1, 2).axes
+    positions = [str(position) for position in kept]
+    assert texts(axis) == (positions, positions)
+    embeds = {"inputs_embeds": torch.randn(1, 3, 32)}
+    axis, _ = plot_attention(make_model(), embeds, 1, 2, tokenizer=TOKENIZER).axes
+    assert texts(axis) == (["0", "1", "2"], ["0", "1", "2"])
+
+
 def test_the_model_is_as_before():
     model = make_model().train()
     torch.manual_seed(3)
@@ -264,7 +280,7 @@ def test_the_model_is_as_before():
 
 def test_long_sequences_have_positions_and_blocks():
     model = make_model("causal & window(20, 0)")
-    axis, _ = plot_attention(model, {"input_ids": torch.arange(300)[None] % 50}, 0, 0, tokenizer=Tokenizer()).axes
+    axis, _ = plot_attention(model, {"input_ids": torch.arange(300)[None] % 50}, 0, 0, tokenizer=TOKENIZER).axes
     fifties = [str(position) for position in range(0, 300, 50)]
     assert texts(axis) == (fifties, fifties)
     names = names_of(axis.images[0].get_array())

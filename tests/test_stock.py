@@ -2,6 +2,8 @@
 
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -32,10 +34,19 @@ from transformers import (
 
 import hf_dynmask
 
-TOKENS = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-GEMMA = GROUPED | {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 3}
+TOKENS: dict[str, Any] = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES: dict[str, Any] = TOKENS | {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+}
+GROUPED: dict[str, Any] = SIZES | {"num_key_value_heads": 2}
+GEMMA: dict[str, Any] = GROUPED | {
+    "head_dim": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "sliding_window": 3,
+}
 
 FAMILIES = {
     "albert": AlbertConfig(**SIZES, embedding_size=16),

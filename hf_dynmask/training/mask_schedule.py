@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers.trainer_callback import TrainerCallback, TrainerState
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from ..masks import parse
 from ..stock import set_mask
@@ -68,11 +68,11 @@ class MaskSchedule(TrainerCallback):
             set_mask(_unwrapped(model), mask)
         self._follow(state, model)
 
-    def on_step_begin(self, args, state: TrainerState, control, *, model: nn.Module, **kwargs):
+    def on_step_begin(self, args, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs):
         self._follow(state, model)
         if self._stage != self._logged:
             self._logged = self._stage
-            _log(state, {"mask": self._mask, "mask_stage": self._stage})
+            _log(state, control, {"mask": self._mask, "mask_stage": self._stage})
 
     on_step_end = on_step_begin
 
@@ -128,18 +128,20 @@ def _starts(masks: Mapping[int | float, str], max_steps: int) -> list[int]:
     return list(starts.values())
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> Any:
     """The model inside DataParallel, DistributedDataParallel, FSDP, DeepSpeed and torch.compile."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def _log(state: TrainerState, logs: dict[str, Any]) -> None:
+def _log(state: TrainerState, control: TrainerControl, logs: dict[str, Any]) -> None:
     """Write to the Trainer's log: `state.log_history`, the progress bar and every tracker it reports to."""
     trainer = _calling_trainer()
-    if trainer is not None:
-        trainer.log(logs)
-    else:
+    if trainer is None:
         state.log_history.append({**logs, "step": state.global_step})
+        return
+    should_log = control.should_log
+    trainer.log(logs)
+    control.should_log = should_log  # any log clears it, and the loss of this step may still have to be logged
 
 
 def _calling_trainer() -> Trainer | None:

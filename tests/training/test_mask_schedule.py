@@ -1,9 +1,11 @@
 """MaskSchedule: which mask is in force when, real Trainer runs stopped and resumed, what is logged, bad schedules."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import destroy_process_group, init_process_group
@@ -24,7 +26,7 @@ from strategies import examples
 STEPS = 8
 SCHEDULE = {0: "window(1)", 0.5: "window(3)", 7: "full"}
 IN_FORCE = ["window(1)"] * 4 + ["window(3)"] * 3 + ["full"]  # in each of the 8 steps
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 def make_model(**settings):
@@ -34,16 +36,17 @@ def make_model(**settings):
 
 def rows(number=2 * STEPS):
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 50, (number, 12), generator=generator)
-    return [{"input_ids": row, "lengths": 5 + k % 8, "labels": k % 2} for k, row in enumerate(ids)]
+    ids = torch.randint(1, 50, (number, 12), generator=generator).tolist()
+    return Dataset.from_list([{"input_ids": row, "lengths": 5 + k % 8, "labels": k % 2} for k, row in enumerate(ids)])
 
 
-def make_trainer(model, folder, *callbacks, **settings):
+def make_trainer(model, folder, *callbacks, data=None, **settings):
     defaults = {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_strategy": "no", "learning_rate": 1e-3}
     arguments = TrainingArguments(
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **{**defaults, **settings}
     )
-    return Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows(2), callbacks=list(callbacks))
+    data = rows() if data is None else data
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=rows(2), callbacks=list(callbacks))
 
 
 class Watch(TrainerCallback):
@@ -55,12 +58,12 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.heard.append((state.global_step, dict(logs or {})))
 
-    def on_substep_end(self, args, state, control, model=None, **kwargs):
+    def on_substep_end(self, args, state, control, model: Any = None, **kwargs):
         self.in_steps.append(model.config.mask)
 
     on_pre_optimizer_step = on_substep_end
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
+    def on_evaluate(self, args, state, control, model: Any = None, **kwargs):
         self.in_evaluations.append((state.global_step, model.config.mask))
 
 
@@ -131,7 +134,7 @@ def compiled(model):
 )
 def test_wrapped_models(wrap):
     """The next forward pass of the wrapper has the new mask."""
-    inputs = {"input_ids": rows()[0]["input_ids"][None], "lengths": torch.tensor([12])}
+    inputs = {"input_ids": torch.tensor(rows(1)["input_ids"]), "lengths": torch.tensor([12])}
     model = make_model().eval()
     wrapper = wrap(model)
     state, control = TrainerState(max_steps=2), TrainerControl()
@@ -160,7 +163,7 @@ def same_weights(one, other):
 
 def test_a_training(tmp_path):
     watch = Watch()
-    settings = {"logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    settings = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
     trainer = make_trainer(make_model(), tmp_path, MaskSchedule(SCHEDULE), watch, **settings)
     trainer.train()
 
@@ -170,7 +173,7 @@ def test_a_training(tmp_path):
     history = [(e["step"], e["mask"], e["mask_stage"]) for e in trainer.state.log_history if "mask" in e]
     assert heard == history == changes
     losses = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses == [3, 6]
+    assert losses == [2, 4, 6, 8]
     # An evaluation has the mask of the step count at which it stands.
     evaluations = [(0, "window(1)"), (2, "window(1)"), (4, "window(3)"), (6, "window(3)"), (8, "full")]
     assert watch.in_evaluations == evaluations
@@ -204,13 +207,14 @@ def test_checkpoints_have_the_mask_of_their_step(tmp_path):
 def test_a_stock_model(tmp_path):
     """The loss of each stage is that of the stage's mask."""
     torch.manual_seed(0)
-    shape = SHAPE | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification(BertConfig(vocab_size=50, attn_implementation="dynmask", **shape))
-    data = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows()]
+    config = BertConfig(vocab_size=50, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SHAPE)
+    model = BertForSequenceClassification(config)
+    model.set_attn_implementation("dynmask")
+    data = rows().remove_columns("lengths")
 
     def losses(schedule):
-        trainer = make_trainer(model, tmp_path, schedule, learning_rate=0.0, logging_steps=1, max_steps=2)
-        trainer.train_dataset = data
+        settings = {"learning_rate": 0.0, "logging_steps": 1, "max_steps": 2}
+        trainer = make_trainer(model, tmp_path, schedule, data=data, **settings)
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
