@@ -5,9 +5,9 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from ..configuration_dynmask import DynMaskConfig
-from .family import TOKEN_HEADS, Family, Settings
+from .family import TOKEN_HEADS, Family, Names, Settings
 
-ENCODER = {
+ENCODER: Names = {
     "embeddings.word_embeddings": "embeddings.word_embeddings",
     "embeddings.position_embeddings": "embeddings.position_embeddings",
     "embeddings.token_type_embeddings": "embeddings.token_type_embeddings",
@@ -23,8 +23,11 @@ ENCODER = {
 }
 RENAMED = {"norm_eps": "layer_norm_eps"}
 
-# With untied embeddings the masked-LM heads keep a second bias that no output depends on, and we have no place for it.
-TIED_BIAS = {"masked-lm": {"tie_word_embeddings": True}}
+
+def tied_bias(config: PreTrainedConfig, task: str) -> Settings:
+    """With untied embeddings the masked-LM heads keep a second bias, on which no output depends and for which we have
+    no place."""
+    return {"tie_word_embeddings": True} if task == "masked-lm" else {}
 
 
 def token_types(config: PreTrainedConfig) -> int:
@@ -61,5 +64,5 @@ BERT = Family(
     renamed=RENAMED,
     implied=_implied,
     restored=restored,
-    required=TIED_BIAS,
+    required=tied_bias,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from ..configuration_dynmask import DynMaskConfig
-from .family import TOKEN_HEADS, Family, Settings, classifier_dropout
+from .family import TOKEN_HEADS, Family, Names, Settings, classifier_dropout
 
 # The settings for the dropout before a classifier; `DistilBertForTokenClassification` has that of the hidden layers.
 _DROPOUT = {
@@ -33,7 +33,7 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
     return {_DROPOUT[task]: classifier_dropout(config)} if task in _DROPOUT else {}
 
 
-_POOLED = {"model.pooler.dense": "pre_classifier", "classifier": "classifier"}
+_POOLED: Names = {"model.pooler.dense": "pre_classifier", "classifier": "classifier"}
 
 DISTILBERT = Family(
     modules={

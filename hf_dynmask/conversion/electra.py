@@ -36,6 +36,12 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
     }
 
 
+def _required(config: PreTrainedConfig, task: str) -> Settings:
+    if task != "multiple-choice":
+        return {}
+    return {"summary_type": "first", "summary_use_proj": True, "summary_first_dropout": 0.0}
+
+
 ELECTRA = Family(
     modules={**ENCODER, "embeddings.projection": "embeddings_project"},
     heads={
@@ -52,5 +58,5 @@ ELECTRA = Family(
     renamed=RENAMED,
     implied=_implied,
     restored=_restored,
-    required={"multiple-choice": {"summary_type": "first", "summary_use_proj": True, "summary_first_dropout": 0.0}},
+    required=_required,
 )

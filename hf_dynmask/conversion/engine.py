@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
@@ -24,6 +26,7 @@ from transformers.initialization import no_init_weights
 
 from ..configuration_dynmask import DynMaskConfig
 from ..modeling_dynmask import (
+    DynMaskForCausalLM,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
     DynMaskForQuestionAnswering,
@@ -36,7 +39,12 @@ from .bert import BERT
 from .distilbert import DISTILBERT
 from .electra import ELECTRA
 from .family import Family, Settings, classifier_dropout
+from .gpt2 import GPT2
+from .llama import LLAMA
+from .mistral import MISTRAL
+from .qwen import QWEN2, QWEN3
 from .roberta import ROBERTA
+from .weights import to_ours, to_theirs
 
 
 class Task(NamedTuple):
@@ -48,6 +56,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "base": Task(MODEL_MAPPING, DynMaskModel),
+    "causal-lm": Task(MODEL_FOR_CAUSAL_LM_MAPPING, DynMaskForCausalLM),
     "masked-lm": Task(MODEL_FOR_MASKED_LM_MAPPING, DynMaskForMaskedLM),
     "sequence-classification": Task(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, DynMaskForSequenceClassification),
     "token-classification": Task(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, DynMaskForTokenClassification),
@@ -55,7 +64,18 @@ TASKS = {
     "multiple-choice": Task(MODEL_FOR_MULTIPLE_CHOICE_MAPPING, DynMaskForMultipleChoice),
 }
 
-FAMILIES = {"bert": BERT, "distilbert": DISTILBERT, "electra": ELECTRA, "roberta": ROBERTA, "xlm-roberta": ROBERTA}
+FAMILIES = {
+    "bert": BERT,
+    "distilbert": DISTILBERT,
+    "electra": ELECTRA,
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+}
 
 # Stock settings, some from older releases, that change the function or have no counterpart here.
 REQUIRED = {
@@ -77,12 +97,14 @@ def from_transformers(
 
     Args:
         source (`str`, `os.PathLike` or [`PreTrainedModel`]):
-            A folder, a Hub id, or a loaded stock model of type `bert`, `distilbert`, `electra`, `roberta` or
-            `xlm-roberta`.
+            A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `distilbert`, `electra`, `roberta`
+            or `xlm-roberta`, or a decoder of type `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`, whose masks, sliding
+            windows included, become expressions.
         task (`str`, *optional*):
-            `"base"`, `"masked-lm"`, `"sequence-classification"`, `"token-classification"`, `"question-answering"` or
-            `"multiple-choice"`. `None`: the one of the checkpoint's `architectures`, or of the loaded model's class;
-            `"base"` where a checkpoint names no such class.
+            `"base"`, `"token-classification"` or `"question-answering"`; of an encoder `"masked-lm"`,
+            `"sequence-classification"` or `"multiple-choice"`, of a decoder `"causal-lm"`. `None`: the one of the
+            checkpoint's `architectures`, or of the loaded model's class; `"base"` where a checkpoint names no such
+            class.
         overrides (*optional*):
             Config fields. One that the stock config has (`num_labels`, `hidden_dropout_prob`, …) goes to the stock
             model's `from_pretrained`, and so does each option of loading (`dtype`, `revision`, …). One that only
@@ -126,11 +148,11 @@ def from_transformers(
         stock_config = stock.config
     with no_init_weights():
         model = TASKS[task].ours(_our_config(stock_config, task, **set_on_ours))
-    names = family.names(task, model.base_model_prefix, stock.base_model_prefix, stock_config.num_hidden_layers)
+    links = family.links(task, model.base_model_prefix, stock.base_model_prefix, stock_config.num_hidden_layers)
     weights = _weights(stock) if stock is not source else _cloned(_weights(stock))
-    _fill(model, _rename(weights, {theirs: ours for ours, theirs in names.items()}))
-    model.to(stock.device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its type
-    return model.train(stock.training)
+    _fill(model, to_ours(weights, links))
+    _hand_on(stock, model)
+    return model
 
 
 def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None) -> PreTrainedModel:
@@ -140,12 +162,11 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     Args:
         model ([`DynMaskPreTrainedModel`]): A model of this package. It is left as it is, and its weights are copied.
         model_type (`str`, *optional*):
-            `"bert"`, `"distilbert"`, `"electra"`, `"roberta"` or `"xlm-roberta"`. `None`: the type that the model was
-            converted from.
+            A type that [`from_transformers`] takes. `None`: the one that the model was converted from.
 
     Returns:
         [`PreTrainedModel`]: The stock model of the same task, in the same dtype, on the same device and in the same
-        mode. What [`DynMaskConfig`] has no field for (`use_cache`, …) has the stock config's default.
+        mode. What [`DynMaskConfig`] has no field for (`sep_token_id`, …) has the stock config's default.
 
     Raises:
         ValueError: No model type is given or known; the type cannot represent the model (rotary positions, a mask other
@@ -175,9 +196,10 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     stock_config = _stock_config(config, model_type, task)
     with no_init_weights():
         stock = TASKS[task].stock[type(stock_config)](stock_config)
-    names = family.names(task, model.base_model_prefix, stock.base_model_prefix, config.num_hidden_layers)
-    _fill(stock, _rename(_cloned(_weights(model)), names))
-    return stock.to(model.device).train(model.training)
+    links = family.links(task, model.base_model_prefix, stock.base_model_prefix, config.num_hidden_layers)
+    _fill(stock, to_theirs(_cloned(_weights(model)), links, _weights(stock)))
+    _hand_on(model, stock)
+    return stock
 
 
 def _family(model_type: str) -> Family:
@@ -188,20 +210,28 @@ def _family(model_type: str) -> Family:
 
 def _find_task(config: PreTrainedConfig, class_names: list[str]) -> str | None:
     """The task for which one of the names is the stock class of `config`."""
-    return next((task for task, (stock, _) in TASKS.items() if stock[type(config)].__name__ in class_names), None)
+    return next((task for task, stock in _stock_classes(config).items() if stock.__name__ in class_names), None)
+
+
+def _stock_classes(config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
+    """For each task of the family, the stock class of `config`."""
+    return {task: TASKS[task].stock[type(config)] for task in FAMILIES[config.model_type].heads}
 
 
 def _task_of_checkpoint(config: PreTrainedConfig, task: str | None) -> str:
     task = task or _find_task(config, config.architectures or []) or "base"
-    if task not in TASKS:
-        raise ValueError(f"`task` must be one of {', '.join(map(repr, TASKS))}; got {task!r}")
+    known = FAMILIES[config.model_type].heads
+    if task not in known:
+        raise ValueError(
+            f"`task` of a {config.model_type!r} model must be one of {', '.join(map(repr, known))}; got {task!r}"
+        )
     return task
 
 
 def _task_of_model(model: PreTrainedModel, task: str | None) -> str:
     found = _find_task(model.config, [cls.__name__ for cls in type(model).__mro__])
     if found is None:
-        known = ", ".join(stock[type(model.config)].__name__ for stock, _ in TASKS.values())
+        known = ", ".join(stock.__name__ for stock in _stock_classes(model.config).values())
         raise ValueError(f"`source` must be one of {known}; got {type(model).__name__}")
     if task not in (None, found):
         raise ValueError(f"`task` must be {found!r} for a loaded {type(model).__name__}; got {task!r}")
@@ -233,7 +263,12 @@ def _our_config(stock_config: PreTrainedConfig, task: str, **overrides: Any) -> 
     settings |= {ours: getattr(stock_config, theirs) for ours, theirs in family.renamed.items()}
     settings |= family.implied(stock_config, task)
     settings |= {"source_model_type": stock_config.model_type, "name_or_path": stock_config.name_or_path}
-    return DynMaskConfig(**settings | overrides)
+    if "mask" in overrides:
+        settings["layer_masks"] = None  # which would win over it
+    try:
+        return DynMaskConfig(**settings | overrides)
+    except StrictDataclassError as error:
+        raise ValueError(f"cannot convert a {stock_config.model_type!r} model: {error.__cause__ or error}") from error
 
 
 def _stock_config(config: DynMaskConfig, model_type: str, task: str) -> PreTrainedConfig:
@@ -247,7 +282,7 @@ def _stock_config(config: DynMaskConfig, model_type: str, task: str) -> PreTrain
 
 def _unsupported(stock_config: PreTrainedConfig, task: str) -> list[str]:
     """What keeps a stock model from being a DynMask one, a phrase each."""
-    required = {**REQUIRED, **FAMILIES[stock_config.model_type].required.get(task, {})}
+    required = REQUIRED | FAMILIES[stock_config.model_type].required(stock_config, task)
     return _differences(required, {name: getattr(stock_config, name, value) for name, value in required.items()})
 
 
@@ -258,15 +293,20 @@ def _check_supported(stock_config: PreTrainedConfig, task: str) -> None:
 
 def _unrepresentable(config: DynMaskConfig, model_type: str, task: str) -> list[str]:
     """What keeps a DynMask model from being a stock one, a phrase each: what is lost on the way there and back."""
+    if task not in FAMILIES[model_type].heads:
+        return [f"it has no model for {task!r}"]
     stock_config = _stock_config(config, model_type, task)
-    expected = _function(_our_config(stock_config, task))
-    return _differences(expected, _function(config)) + _unsupported(stock_config, task)
+    expected, found = (_function(side, task) for side in (_our_config(stock_config, task), config))
+    return _differences(expected, found) + _unsupported(stock_config, task)
 
 
-def _function(config: DynMaskConfig) -> Settings:
+def _function(config: DynMaskConfig, task: str) -> Settings:
     """The fields that say what a model computes."""
-    settings = {name: getattr(config, name) for name in OUR_FIELDS if name != "source_model_type"}
-    return settings | {"mask": config.mask or "full", "classifier_dropout": classifier_dropout(config)}
+    unread = {"source_model_type", "layer_masks"} | ({"use_pooler"} if task != "base" else set())
+    settings = {name: getattr(config, name) for name in OUR_FIELDS if name not in unread}
+    masks = [str(mask) for mask in config.masks()]
+    one_for_all = masks[0] if len(set(masks)) == 1 else masks
+    return settings | {"mask": one_for_all, "classifier_dropout": classifier_dropout(config)}
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -284,16 +324,6 @@ def _cloned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in weights.items()}
 
 
-def _rename(weights: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The weights under the other side's names, which are known for tensors or for their modules."""
-
-    def rename(name: str) -> str:
-        module, _, tensor = name.rpartition(".")
-        return names.get(name, f"{names.get(module, module)}.{tensor}")
-
-    return {rename(name): weight for name, weight in weights.items()}
-
-
 def _fill(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Makes the tensors, without a copy, the parameters of `model`."""
     shapes, expected = (
@@ -303,3 +333,11 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"the weights do not fit: {'; '.join(problems)}")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
+
+
+def _hand_on(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """What else makes a model behave as the one that it was made of: device, mode, settings of generation."""
+    target.to(source.device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its type
+    target.train(source.training)
+    if source.can_generate() and target.can_generate():
+        target.generation_config = copy.deepcopy(source.generation_config)

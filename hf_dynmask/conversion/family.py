@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ..configuration_dynmask import DynMaskConfig
+from .weights import Link
 
-Names = Mapping[str, str]
+Names = Mapping[str | tuple[str, ...], str]
 Settings = dict[str, Any]
 
 # The heads that have the same names everywhere.
-TOKEN_HEADS: Mapping[str, Names] = {
+TOKEN_HEADS: dict[str, Names] = {
     "token-classification": {"classifier": "classifier"},
     "question-answering": {"qa_outputs": "qa_outputs"},
 }
@@ -28,8 +29,9 @@ class Family:
     family does not mention has its default.
 
     Args:
-        modules (`dict[str, str]`):
-            Modules of the bare model that hold weights; `{i}` stands for the number of the layer.
+        modules (`dict[str | tuple[str, ...], str]`):
+            Modules of the bare model that hold weights; `{i}` stands for the number of the layer. Several of ours may
+            share one of theirs, in equal parts.
         heads (`dict[str, dict[str, str]]`):
             For each task the modules, or single tensors, beyond `modules`, by their full names.
         renamed (`dict[str, str]`): Config fields with another name.
@@ -38,25 +40,34 @@ class Family:
             setting that only this family or only this task has.
         restored (`Callable`, *optional*):
             `(dynmask_config, task) -> dict`: the way back of those settings.
-        required (`dict[str, dict]`, *optional*):
-            For a task, stock settings that must have a value for the model to be convertible.
+        required (`Callable`, *optional*):
+            `(stock_config, task) -> dict`: stock settings that must have a value for the model to be convertible.
+        transposed (`tuple[str, ...]`, *optional*):
+            Stock modules, by the last part of their names, that keep their weights as `(inputs, outputs)`.
     """
 
     modules: Names
     heads: Mapping[str, Names]
-    renamed: Names
+    renamed: Mapping[str, str]
     implied: Callable[[PreTrainedConfig, str], Settings]
     restored: Callable[[DynMaskConfig, str], Settings] = lambda config, task: {}
-    required: Mapping[str, Settings] = field(default_factory=dict)
+    required: Callable[[PreTrainedConfig, str], Settings] = lambda config, task: {}
+    transposed: tuple[str, ...] = ()
 
-    def names(self, task: str, our_prefix: str, their_prefix: str, num_layers: int) -> dict[str, str]:
-        """Full names, ours -> theirs. A prefix is the name of the bare model in a model with a head."""
-        if task != "base":
-            modules = {f"{our_prefix}.{ours}": f"{their_prefix}.{theirs}" for ours, theirs in self.modules.items()}
-        else:
-            modules = self.modules
-        pairs = {**modules, **self.heads[task]}
-        return {o.format(i=i): t.format(i=i) for i in range(max(num_layers, 1)) for o, t in pairs.items()}
+    def links(self, task: str, our_prefix: str, their_prefix: str, num_layers: int) -> dict[str, Link]:
+        """Where each stock module, by its full name, stands with us. A prefix is the name of the bare model in a model
+        with a head."""
+        ours, theirs = ("", "") if task == "base" else (f"{our_prefix}.", f"{their_prefix}.")
+        pairs = [(ours, theirs, *pair) for pair in self.modules.items()]
+        pairs += [("", "", *pair) for pair in self.heads[task].items()]
+        links = {}
+        for our_place, their_place, names, name in pairs:
+            names = (names,) if isinstance(names, str) else names
+            transposed = name.rpartition(".")[2] in self.transposed
+            for i in range(max(num_layers, 1)):
+                full = tuple(f"{our_place}{own}".format(i=i) for own in names)
+                links[f"{their_place}{name}".format(i=i)] = Link(full, transposed)
+        return links
 
 
 def classifier_dropout(config: PreTrainedConfig) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from .bert import ENCODER, RENAMED, TIED_BIAS, restored, token_types
+from .bert import ENCODER, RENAMED, restored, tied_bias, token_types
 from .family import TOKEN_HEADS, Family, Settings, classifier_dropout
 
 
@@ -37,5 +37,5 @@ ROBERTA = Family(
     renamed=RENAMED,
     implied=_implied,
     restored=restored,
-    required=TIED_BIAS,
+    required=tied_bias,
 )

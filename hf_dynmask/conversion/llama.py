@@ -1,0 +1,69 @@
+"""Llama (arXiv:2302.13971), after `transformers.models.llama.modeling_llama`. Mistral and Qwen share its decoder."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from ..configuration_dynmask import DynMaskConfig
+from .family import Family, Names, Settings, classifier_dropout
+
+DECODER: Names = {
+    "embeddings.word_embeddings": "embed_tokens",
+    "layers.{i}.attention_norm": "layers.{i}.input_layernorm",
+    "layers.{i}.attention.q_proj": "layers.{i}.self_attn.q_proj",
+    "layers.{i}.attention.k_proj": "layers.{i}.self_attn.k_proj",
+    "layers.{i}.attention.v_proj": "layers.{i}.self_attn.v_proj",
+    "layers.{i}.attention.o_proj": "layers.{i}.self_attn.o_proj",
+    "layers.{i}.feed_forward_norm": "layers.{i}.post_attention_layernorm",
+    "layers.{i}.feed_forward.gate_proj": "layers.{i}.mlp.gate_proj",
+    "layers.{i}.feed_forward.up_proj": "layers.{i}.mlp.up_proj",
+    "layers.{i}.feed_forward.down_proj": "layers.{i}.mlp.down_proj",
+    "final_norm": "norm",
+}
+HEADS: dict[str, Names] = {
+    "base": {},
+    "causal-lm": {"lm_head": "lm_head"},
+    "token-classification": {"classifier": "score"},
+    "question-answering": {"qa_outputs": "qa_outputs"},
+}
+RENAMED = {"norm_eps": "rms_norm_eps", "attention_probs_dropout_prob": "attention_dropout"}
+
+# What `GenericForTokenClassification` takes where no setting says otherwise; the configurations declare none.
+_CLASSIFIER_DROPOUT = 0.1
+
+
+def head_dropout(config: PreTrainedConfig, task: str) -> Settings:
+    """The dropout before a decoder's classifier; other heads have none."""
+    found = getattr(config, "classifier_dropout", None)
+    of_classifier = _CLASSIFIER_DROPOUT if found is None else found
+    return {"classifier_dropout": {"token-classification": of_classifier, "question-answering": 0.0}.get(task)}
+
+
+def restored_head_dropout(config: DynMaskConfig, task: str) -> Settings:
+    """The way back of [`head_dropout`]."""
+    dropout = classifier_dropout(config)
+    return {"classifier_dropout": dropout} if task == "token-classification" and dropout != _CLASSIFIER_DROPOUT else {}
+
+
+def decoder(config: PreTrainedConfig, task: str) -> Settings:
+    """What follows from the stock code of this decoder."""
+    return {
+        "gated_feed_forward": True,
+        "norm_type": "rms_norm",
+        "norm_placement": "before",
+        "embedding_norm": False,
+        "position_type": "rotary",
+        "hidden_dropout_prob": 0.0,
+        "use_pooler": False,
+        "mask": "causal",
+        **head_dropout(config, task),
+    }
+
+
+LLAMA = Family(
+    modules=DECODER,
+    heads=HEADS,
+    renamed={**RENAMED, "feed_forward_bias": "mlp_bias"},
+    implied=decoder,
+    restored=restored_head_dropout,
+)

@@ -1,0 +1,71 @@
+"""Tiny stock models of every family that converts, with random weights."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+VOCABULARY = 37
+AUTO_CLASSES = {
+    "base": AutoModel,
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "multiple-choice": AutoModelForMultipleChoice,
+}
+BERT_SIZES: dict[str, Any] = {
+    "hidden_size": 15,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 23,
+}
+LLAMA_SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 23,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SLIDING: dict[str, Any] = {
+    "use_sliding_window": True,
+    "sliding_window": 3,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+}
+SIZES = {
+    "bert": BERT_SIZES,
+    "distilbert": {"dim": 15, "n_layers": 3, "n_heads": 3, "hidden_dim": 23},
+    "electra": {**BERT_SIZES, "embedding_size": 9},
+    "gpt2": {"n_embd": 15, "n_layer": 3, "n_head": 3, "n_inner": 23, "pad_token_id": 0, "eos_token_id": 2},
+    "llama": {**LLAMA_SIZES, "attention_bias": True, "mlp_bias": True, "head_dim": 6},
+    "mistral": {**LLAMA_SIZES, "sliding_window": 4},
+    "qwen2": {**LLAMA_SIZES, **SLIDING},
+    "qwen3": {**LLAMA_SIZES, **SLIDING, "head_dim": 6, "tie_word_embeddings": True},
+    "roberta": BERT_SIZES,
+    "xlm-roberta": BERT_SIZES,
+}
+
+
+def random_stock(model_type: str, task: str, **settings) -> PreTrainedModel:
+    """A stock model in eval mode whose every parameter, biases and norms too, matters."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": VOCABULARY, "max_position_embeddings": 41, **SIZES[model_type], **settings}
+    model = AUTO_CLASSES[task].from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
