@@ -550,7 +550,12 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         whole = layout_of_batch((rows, seen + width), tokens.device, lengths, attention_mask, missing)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None and whole.num_sequences == rows:
+        in_rows = whole.num_sequences == rows
+        if past_key_values is not None and not in_rows:
+            raise ValueError(
+                f"`past_key_values` needs a batch of one sequence a row; got {whole.num_sequences} in {rows} rows"
+            )
+        if use_cache and past_key_values is None and in_rows:
             past_key_values = DynamicCache(config=self.config)
         outputs = self.model(
             input_ids=input_ids,
@@ -618,16 +623,25 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             As there: the first T columns are the prompts as they came, new tokens follow them.
 
         Raises:
-            ValueError: A prompt is empty; `lengths` and `attention_mask` disagree.
+            ValueError: A prompt is empty, or they do not come in rows; `lengths` and `attention_mask` disagree; there
+                is padding after the columns of an earlier call's `past_key_values`.
         """
         prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
         rows = prompts if prompts is not None else kwargs.get("inputs_embeds")
         if rows is not None and (lengths is not None or kwargs.get("attention_mask") is not None):
             shape = tuple(rows.shape[:2])
             layout = layout_of_batch(shape, rows.device, lengths, kwargs.get("attention_mask"))
+            if layout.num_sequences != shape[0]:
+                raise ValueError(f"prompts must have a row each; got {layout.num_sequences} in {shape[0]} rows")
             if 0 in layout.sizes:
-                raise ValueError(f"prompts must have at least one token each; got lengths {layout.lengths.tolist()}")
+                raise ValueError(f"prompts must have at least one token each; got lengths {list(layout.sizes)}")
             present = layout.unflatten(torch.ones_like(layout.positions)[None])
+            seen = columns_seen(kwargs.get("past_key_values"))
+            if seen and not present[:, seen:].all():
+                raise ValueError(
+                    f"`attention_mask` must be 1 after the {seen} columns that `past_key_values` holds: padding there "
+                    f"would move them; got {present[:, seen:].tolist()}"
+                )
             order = present.argsort(dim=1, stable=True)  # generation needs the last tokens in the last column
             kwargs = {name: _arranged(value, order, name in PER_TOKEN) for name, value in kwargs.items()}
             kwargs["attention_mask"] = present.gather(1, order)
