@@ -7,7 +7,7 @@ from . import masks
 from .attention import dynmask_attention
 from .configuration_dynmask import DynMaskConfig
 from .conversion import from_transformers, to_transformers
-from .data import DataCollatorWithLengths
+from .data import DataCollatorForFeatures, DataCollatorWithLengths
 from .layout import SequenceLayout
 from .modeling_dynmask import (
     DynMaskForCausalLM,
@@ -27,6 +27,7 @@ from .training import MaskSchedule
 register()
 
 __all__ = [
+    "DataCollatorForFeatures",
     "DataCollatorWithLengths",
     "DynMaskConfig",
     "DynMaskForCausalLM",

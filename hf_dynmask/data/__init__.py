@@ -1,5 +1,6 @@
 """Collators: from features to batches that carry lengths."""
 
-from .collators import DataCollatorWithLengths
+from .collators import DataCollatorForFeatures, DataCollatorWithLengths
+from .images import patch_positions, patches
 
-__all__ = ["DataCollatorWithLengths"]
+__all__ = ["DataCollatorForFeatures", "DataCollatorWithLengths", "patch_positions", "patches"]

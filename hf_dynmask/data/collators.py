@@ -1,8 +1,9 @@
 """Collators that describe a batch by the lengths of its sequences."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,8 +15,69 @@ from transformers import PreTrainedTokenizerBase
 Columns = dict[str, list[Tensor]]  # one tensor an example
 
 
+class CollatorWithLengths(ABC):
+    """What collators with `lengths` share. The column `main` says how many tokens or frames an example has."""
+
+    main: ClassVar[str]
+    flat: bool
+    label_pad_token_id: int
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        columns = self._columns(features)
+        per_token = _per_token(columns, self.main)
+        if "attention_mask" in columns:
+            columns = _without_absent(columns, per_token)
+        lengths = torch.tensor([len(tokens) for tokens in columns[self.main]])
+        batch = {self.main: self._join(self.main, columns.pop(self.main)), "lengths": lengths}
+        for name, values in columns.items():
+            batch[name] = self._join(name, values) if name in per_token else self._stack(name, values)
+        return batch
+
+    def _columns(self, features: Sequence[Mapping[str, Any]]) -> Columns:
+        """The numbers in the examples, checked, under the names that models give them."""
+        columns = _columns(features)
+        if self.main not in columns:
+            raise ValueError(f"examples must have a column `{self.main}`; got {', '.join(columns) or 'no numbers'}")
+        self._check_main(columns[self.main])
+        for mask, tokens in zip(columns.get("attention_mask", ()), columns[self.main], strict=False):
+            if mask.shape != tokens.shape[:1]:
+                raise ValueError(
+                    f"`attention_mask` of an example must hold 0 or 1 a token, shape {tuple(tokens.shape[:1])}; "
+                    f"got shape {tuple(mask.shape)}"
+                )
+        if "lengths" in columns:
+            raise ValueError(f"`lengths` must be left to the collator, which counts `{self.main}`; got a column of it")
+        return columns
+
+    @abstractmethod
+    def _check_main(self, values: list[Tensor]) -> None:
+        """Raise a `ValueError` where the main column of an example has a wrong shape or dtype."""
+
+    def _join(self, name: str, values: list[Tensor]) -> Tensor:
+        """A column per token as `(B, T, …)`, or with `flat` as `(1, N, …)`."""
+        if self.flat:
+            return torch.cat(values)[None]
+        if len({len(value) for value in values}) == 1:
+            return torch.stack(values)
+        return pad_sequence(values, batch_first=True, padding_value=self._padding(name))
+
+    def _padding(self, name: str) -> int:
+        return self.label_pad_token_id if name == "labels" else 0
+
+    def _stack(self, name: str, values: list[Tensor]) -> Tensor:
+        """A column per example as `(B, …)`."""
+        if name == "hidden_spans":
+            return pad_sequence([_spans(value) for value in values], batch_first=True)
+        shapes = [tuple(value.shape) for value in values]
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"column `{name}` must have one entry a token, or the same shape in every example; got shapes {shapes}"
+            )
+        return torch.stack(values)
+
+
 @dataclass
-class DataCollatorWithLengths:
+class DataCollatorWithLengths(CollatorWithLengths):
     """
     Collates tokenized examples into a batch that carries `lengths` in place of an attention mask.
 
@@ -67,30 +129,19 @@ class DataCollatorWithLengths:
     flat: bool = False
     label_pad_token_id: int = -100
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        columns = _columns(features)
-        per_token = _per_token(columns)
-        if "attention_mask" in columns:
-            columns = _without_absent(columns, per_token)
-        lengths = torch.tensor([len(input_ids) for input_ids in columns["input_ids"]])
-        batch = {"input_ids": self._join("input_ids", columns.pop("input_ids")), "lengths": lengths}
-        for name, values in columns.items():
-            batch[name] = self._join(name, values) if name in per_token else _stack(name, values)
-        return batch
+    main: ClassVar[str] = "input_ids"
 
-    def _join(self, name: str, values: list[Tensor]) -> Tensor:
-        """A column per token as `(B, T, …)`, or with `flat` as `(1, N, …)`."""
-        if self.flat:
-            return torch.cat(values)[None]
-        if len({len(value) for value in values}) == 1:
-            return torch.stack(values)
-        return pad_sequence(values, batch_first=True, padding_value=self._padding(name))
+    def _check_main(self, values):
+        for input_ids in values:
+            if input_ids.ndim != 1 or input_ids.dtype != torch.int64:
+                raise ValueError(
+                    "`input_ids` of an example must be a list of integers, shape (T,); "
+                    f"got shape {tuple(input_ids.shape)} of {input_ids.dtype}"
+                )
 
-    def _padding(self, name: str) -> int:
-        if name == "labels":
-            return self.label_pad_token_id
+    def _padding(self, name):
         if name != "input_ids":
-            return 0
+            return super()._padding(name)
         pad_token_id = self.tokenizer.pad_token_id
         if not isinstance(pad_token_id, int):
             raise ValueError(
@@ -100,8 +151,74 @@ class DataCollatorWithLengths:
         return pad_token_id
 
 
+@dataclass
+class DataCollatorForFeatures(CollatorWithLengths):
+    """
+    Collates examples of frames (of speech, of an image's patches, of a time series) into a batch that carries
+    `lengths`.
+
+    Columns find their place as in [`DataCollatorWithLengths`], with frames for tokens. One more kind: integer labels
+    of an example that are not one a frame are its target, as for [`DynMaskForCTC`], and are padded.
+
+    Args:
+        flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
+        label_pad_token_id (`int`, *optional*, defaults to -100): Label behind a target, and of a row's absent frames.
+
+    Returns:
+        `dict[str, Tensor]`:
+
+        - `input_features`, float32 `(B, T, F)`: from the left edge; T is the longest sequence of the batch, and 0
+          stands where no frame is. With `flat`: `(1, N, F)`.
+        - `lengths`, int64 `(B,)`: frames of each sequence.
+        - `labels` of targets: int64 `(B, L)`, with `flat` as well.
+        - other columns as there.
+
+    Raises:
+        ValueError: There are no examples; `input_features` is missing or not frames of numbers, as many in each; a
+            column is missing in some examples, is neither per frame nor of one shape, or does not hold numbers or text;
+            `lengths` is given.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForFeatures()
+    >>> collator([{"input_features": [[0.5], [1.0], [1.5]], "labels": [4]}, {"input_features": [[2.0]], "labels": []}])
+    {'input_features': tensor([[[0.5000],
+             [1.0000],
+             [1.5000]],
+
+            [[2.0000],
+             [0.0000],
+             [0.0000]]]), 'lengths': tensor([3, 1]), 'labels': tensor([[   4],
+            [-100]])}
+    ```
+    """
+
+    flat: bool = False
+    label_pad_token_id: int = -100
+    main: ClassVar[str] = "input_features"
+
+    def _columns(self, features):
+        columns = super()._columns(features)
+        columns[self.main] = [frames.float() for frames in columns[self.main]]
+        return columns
+
+    def _check_main(self, values):
+        shapes = [tuple(frames.shape) for frames in values]
+        if any(len(shape) != 2 for shape in shapes) or len({features for _, features in shapes}) > 1:
+            raise ValueError(
+                "`input_features` of an example must have shape (frames, features), with as many features in all; "
+                f"got shapes {shapes}"
+            )
+
+    def _stack(self, name, values):
+        if name == "labels" and all(value.ndim == 1 and value.dtype == torch.int64 for value in values):
+            return pad_sequence(values, batch_first=True, padding_value=self.label_pad_token_id)
+        return super()._stack(name, values)
+
+
 def _columns(features: Sequence[Mapping[str, Any]]) -> Columns:
-    """The numbers in the examples, checked, under the names that models give them."""
+    """The numbers in the examples under the names that models give them."""
     if not features:
         raise ValueError("`features` must hold at least one example; got none")
     columns: Columns = {}
@@ -116,7 +233,6 @@ def _columns(features: Sequence[Mapping[str, Any]]) -> Columns:
         if target in columns:
             raise ValueError(f"examples must have one column of labels; got `{name}` next to another")
         columns[target] = _alike([torch.as_tensor(array) for array in arrays], is_label=target == "labels")
-    _check(columns)
     return columns
 
 
@@ -149,28 +265,9 @@ def _alike(tensors: list[Tensor], is_label: bool) -> list[Tensor]:
     return [(tensor.reshape(0, *inner) if tensor.shape == (0,) else tensor).to(dtype) for tensor in tensors]
 
 
-def _check(columns: Columns) -> None:
-    if "input_ids" not in columns:
-        raise ValueError(f"examples must have a column `input_ids`; got {', '.join(columns) or 'no numbers'}")
-    for input_ids in columns["input_ids"]:
-        if input_ids.ndim != 1 or input_ids.dtype != torch.int64:
-            raise ValueError(
-                "`input_ids` of an example must be a list of integers, shape (T,); "
-                f"got shape {tuple(input_ids.shape)} of {input_ids.dtype}"
-            )
-    for mask, input_ids in zip(columns.get("attention_mask", ()), columns["input_ids"], strict=False):
-        if mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` of an example must hold 0 or 1 a token, shape {tuple(input_ids.shape)}; "
-                f"got shape {tuple(mask.shape)}"
-            )
-    if "lengths" in columns:
-        raise ValueError("`lengths` must be left to the collator, which counts `input_ids`; got a column of it")
-
-
-def _per_token(columns: Columns) -> set[str]:
+def _per_token(columns: Columns, main: str) -> set[str]:
     """Names of the columns that have an entry for each token."""
-    sizes = [len(input_ids) for input_ids in columns["input_ids"]]
+    sizes = [len(tokens) for tokens in columns[main]]
     return {
         name
         for name, values in columns.items()
@@ -204,18 +301,6 @@ def _moved(position: Tensor, kept: Tensor) -> Tensor:
     inside = (position >= 0) & (position < len(kept))
     before = pad(kept.cumsum(0), (1, 0))
     return torch.where(inside, before[position.clamp(0, len(kept))], position)
-
-
-def _stack(name: str, values: list[Tensor]) -> Tensor:
-    """A column per example as `(B, …)`."""
-    if name == "hidden_spans":
-        return pad_sequence([_spans(value) for value in values], batch_first=True)
-    shapes = [tuple(value.shape) for value in values]
-    if len(set(shapes)) > 1:
-        raise ValueError(
-            f"column `{name}` must have one entry a token, or the same shape in every example; got shapes {shapes}"
-        )
-    return torch.stack(values)
 
 
 def _spans(value: Tensor) -> Tensor:
