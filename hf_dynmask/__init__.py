@@ -11,6 +11,7 @@ from .data import DataCollatorForFeatures, DataCollatorWithLengths
 from .layout import SequenceLayout
 from .modeling_dynmask import (
     DynMaskForCausalLM,
+    DynMaskForCTC,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
     DynMaskForQuestionAnswering,
@@ -30,6 +31,7 @@ __all__ = [
     "DataCollatorForFeatures",
     "DataCollatorWithLengths",
     "DynMaskConfig",
+    "DynMaskForCTC",
     "DynMaskForCausalLM",
     "DynMaskForMaskedLM",
     "DynMaskForMultipleChoice",

@@ -3,6 +3,8 @@
 # The optional sizes are `None` only until `__post_init__` has run.
 # pyright: reportOperatorIssue=false, reportOptionalOperand=false
 
+from math import prod
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -25,6 +27,13 @@ class DynMaskConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*, defaults to 512): Width of the residual stream.
         embedding_size (`int`, *optional*):
             Width of the token embeddings; projected to `hidden_size` where it differs (ELECTRA). `None`: `hidden_size`.
+        num_features (`int`, *optional*):
+            Numbers in a frame of `input_features`, which the model then reads in place of token ids: log-mel bins, the
+            pixels of a patch, the channels of a time series. `None`: it reads token ids.
+        conv_kernel (`list[int]`, *optional*, defaults to `()`):
+            Frames in the window of each convolution that the frames go through (odd). None: they are projected.
+        conv_stride (`list[int]`, *optional*, defaults to `()`):
+            Stride of each: n frames become `ceil(n / stride)`. Whisper: kernels `[3, 3]`, strides `[1, 2]`.
         num_hidden_layers (`int`, *optional*, defaults to 6): Number of blocks.
         num_attention_heads (`int`, *optional*, defaults to 8): Query heads.
         num_key_value_heads (`int`, *optional*):
@@ -75,6 +84,10 @@ class DynMaskConfig(PreTrainedConfig):
             renormalising, as some texts write it (by the dense reference).
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether a causal language model hands back keys and values when it does not train.
+        ctc_loss_reduction (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`: each sequence's CTC loss is divided by the length of its target, and these are averaged; `"sum"`.
+        ctc_zero_infinity (`bool`, *optional*, defaults to `False`):
+            Whether a target that is too long for its frames counts 0, rather than being an error.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of initial weights.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): Whether input and output embeddings are one.
         source_model_type (`str`, *optional*): `model_type` of the stock checkpoint that this one was converted from.
@@ -89,6 +102,9 @@ class DynMaskConfig(PreTrainedConfig):
     vocab_size: int = 10000
     hidden_size: int = 512
     embedding_size: int | None = None
+    num_features: int | None = None
+    conv_kernel: list[int] | tuple[int, ...] = ()
+    conv_stride: list[int] | tuple[int, ...] = ()
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
@@ -125,6 +141,8 @@ class DynMaskConfig(PreTrainedConfig):
     cross_mask: str = "full"
     apply_mask_to: str = "scores"
     use_cache: bool = True
+    ctc_loss_reduction: str = "mean"
+    ctc_zero_infinity: bool = False
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
@@ -141,6 +159,7 @@ class DynMaskConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.value_head_dim is None:
             self.value_head_dim = self.head_dim
+        self.conv_kernel, self.conv_stride = list(self.conv_kernel), list(self.conv_stride)
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
         if self.position_type == "rotary" and self.rope_parameters is None:
@@ -148,6 +167,11 @@ class DynMaskConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.position_type != "rotary":
             self.rope_parameters = None  # transformers fills it in for any config that has the field
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Frames of the input for each that comes out of the convolutions."""
+        return prod(self.conv_stride)
 
     def has_mask(self, leaf: type[Mask]) -> bool:
         """Whether the mask of some layer holds a leaf of this type."""
@@ -184,7 +208,24 @@ class DynMaskConfig(PreTrainedConfig):
         if partial != 1.0:
             raise ValueError(f"`partial_rotary_factor` must be 1.0: heads are rotated whole; got {partial}")
 
+    def validate_features(self):
+        if self.num_features is None and self.conv_kernel:
+            raise ValueError(f"`num_features` must be given with convolutions; got conv_kernel={self.conv_kernel}")
+        if self.num_features is not None and self.num_features < 1:
+            raise ValueError(f"`num_features` must be at least 1; got {self.num_features}")
+        if len(self.conv_kernel) != len(self.conv_stride):
+            raise ValueError(
+                f"`conv_stride` must have one entry a convolution, as conv_kernel={self.conv_kernel} has; "
+                f"got {self.conv_stride}"
+            )
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            if kernel < 1 or kernel % 2 == 0:
+                raise ValueError(f"`conv_kernel` must hold odd numbers; got {kernel}")
+            if not 1 <= stride <= kernel:
+                raise ValueError(f"`conv_stride` must be from 1 to the window's {kernel} frames; got {stride}")
+
     def validate_choices(self):
+        _one_of("ctc_loss_reduction", self.ctc_loss_reduction, ("mean", "sum"))
         _one_of("apply_mask_to", self.apply_mask_to, ("scores", "weights"))
         _one_of("norm_type", self.norm_type, ("layer_norm", "rms_norm"))
         _one_of("norm_placement", self.norm_placement, ("after", "before"))

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutput,
     CausalLMOutputWithPast,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
@@ -31,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cached import cached_plans, columns_seen, last_columns
 from .configuration_dynmask import DynMaskConfig
+from .features import Frames
 from .fields import TOKEN_FIELDS, key_name
 from .layout import SequenceLayout, outside_graph
 from .masks import Dense, TopK
@@ -70,8 +72,20 @@ def layout_of_batch(
     Raises:
         ValueError: `lengths` and `attention_mask` disagree, or an input does not fit the shape.
     """
-    layout = _present_tokens(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
-    return (layout if missing is None else layout.without(missing)).by_length()
+    return frames_of_batch(shape, device, lengths, attention_mask, missing).present.by_length()
+
+
+@outside_graph
+def frames_of_batch(
+    shape: tuple[int, int],
+    device: torch.device,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    missing: Tensor | None,
+) -> Frames:
+    """As [`layout_of_batch`], with the tokens that are missing as well, in the batch's own order."""
+    whole = _present_tokens(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
+    return Frames(whole, whole if missing is None else whole.without(missing))
 
 
 def is_explicit(attention_mask: Tensor | None) -> bool:
@@ -99,6 +113,23 @@ def _present_tokens(
     return layout
 
 
+def given_input(
+    main: str,
+    input_ids: Tensor | None = None,
+    input_features: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    **_,
+) -> Tensor:
+    """The one input that there is: that named `main`, which the model reads, or `inputs_embeds`."""
+    named = {"input_ids": input_ids, "input_features": input_features, "inputs_embeds": inputs_embeds}
+    given = {name: value for name, value in named.items() if value is not None}
+    if len(given) != 1 or not given.keys() & {main, "inputs_embeds"}:
+        raise ValueError(
+            f"exactly one of `{main}` and `inputs_embeds` must be given; got {' and '.join(given) or 'neither'}"
+        )
+    return next(iter(given.values()))
+
+
 class DynMaskPreTrainedModel(PreTrainedModel):
     """What all DynMask models share: configuration, weight initialisation, the `dynmask` attention."""
 
@@ -108,6 +139,28 @@ class DynMaskPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["DynMaskEmbeddings", "DynMaskLayer"]
     _input_embed_layer = "word_embeddings"
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__(config)
+        num_features = getattr(config, "num_features", None)  # a configuration of several models has none of its own
+        if num_features is not None:
+            if self._tied_weights_keys:
+                raise ValueError(
+                    f"`num_features` must be None in a {type(self).__name__}, which predicts the tokens that it reads; "
+                    f"got {num_features}"
+                )
+            self.main_input_name = "input_features"
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Frames that come out of a model for sequences of `lengths` frames: fewer where convolutions subsample.
+
+        Args:
+            lengths (integer `Tensor`): Of any shape.
+
+        Returns:
+            `Tensor` of the same shape: `ceil(lengths / config.inputs_to_logits_ratio)`.
+        """
+        return -(-lengths // self.config.inputs_to_logits_ratio)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention in (None, "dynmask"):
@@ -198,6 +251,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         global_tokens: Tensor | None = None,
         mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
+        input_features: Tensor | None = None,
         layout: SequenceLayout | None = None,
         past_key_values: Cache | None = None,
         encoder_hidden_states: Tensor | None = None,
@@ -224,8 +278,12 @@ class DynMaskModel(DynMaskPreTrainedModel):
             mask_choice (`Tensor` of shape `(B,)` or `(S,)`): Field of the mask `select`.
             missing (bool `Tensor` of shape `(B, T)`): Where a value inside a sequence is missing: never a key, its
                 output is 0, its position still counts. What stands there, NaN included, reaches nothing.
+            input_features (`Tensor` of shape `(B, T, num_features)`, or flat `(1, N, num_features)`): Frames in place
+                of `input_ids`, where the configuration has `num_features`; `lengths`, `attention_mask` and `missing`
+                are of these frames. Where convolutions subsample, everything else is of the frames that are left, and
+                so are outputs: row b has `output_lengths(lengths)[b]` of them, from its left edge.
             layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
-                `last_hidden_state` stays flat, `(1, N, C)`.
+                `last_hidden_state` stays flat, `(1, N, C)`. A head embeds frames first: see [`embed_features`].
             past_key_values ([`~transformers.Cache`]): Keys and values of earlier columns; those of now are added. The
                 inputs are then the columns of now alone; `attention_mask`, `layout` and fields are of all.
             encoder_hidden_states (`Tensor` of shape `(1, Nk, C)`): Flat states that cross-attention looks at, in the
@@ -240,8 +298,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         Raises:
             ValueError: The inputs contradict each other or the configuration; the message says what was expected.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        inputs = given_input(self.main_input_name, input_ids, input_features, inputs_embeds)
         output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if output_attentions and self.config._attn_implementation != "eager":
@@ -250,7 +307,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 f"got {self.config._attn_implementation!r}"
             )
         flat_output = layout is not None
-        inputs = input_ids if input_ids is not None else inputs_embeds
+        if input_features is not None:
+            inputs_embeds, layout = self.embed_features(input_features, lengths, attention_mask, missing)
+            inputs = inputs_embeds
         rows, width = inputs.shape[:2]
         if layout is None:
             shape = (rows, width + columns_seen(past_key_values))
@@ -297,6 +356,56 @@ class DynMaskModel(DynMaskPreTrainedModel):
             attentions=tuple(all_weights) if output_attentions else None,
             cross_attentions=tuple(all_cross_weights) if output_attentions and encoder is not None else None,
         )
+
+    def embed_features(
+        self,
+        input_features: Tensor,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        missing: Tensor | None = None,
+    ) -> tuple[Tensor, SequenceLayout]:
+        """Frames as `inputs_embeds`, projected or subsampled by convolutions.
+
+        Args:
+            input_features, lengths, attention_mask, missing: As in [`forward`].
+
+        Returns:
+            `Tensor` of shape `(B, output_lengths(T), embedding_size)` and the [`SequenceLayout`] of the frames in it.
+
+        Raises:
+            ValueError: `input_features` has another shape, or the inputs contradict each other.
+        """
+        if input_features.dim() != 3 or input_features.shape[2] != self.config.num_features:
+            raise ValueError(
+                f"`input_features` must have shape (B, T, num_features={self.config.num_features}); "
+                f"got {tuple(input_features.shape)}"
+            )
+        shape = tuple(input_features.shape[:2])
+        frames = frames_of_batch(shape, input_features.device, lengths, attention_mask, missing)
+        embeds, layout = self.embeddings.feature_embeddings(input_features, frames)
+        return layout.unflatten(embeds), layout.by_length()
+
+    @outside_graph
+    def output_layout(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        missing: Tensor | None = None,
+    ) -> SequenceLayout:
+        """Where outputs sit for inputs of `shape` `(B, T)`: the tokens, or the frames that convolutions leave of them.
+
+        Args:
+            lengths, attention_mask, missing: As in [`forward`].
+
+        Raises:
+            ValueError: The inputs contradict each other.
+        """
+        frames = frames_of_batch(shape, device, lengths, attention_mask, missing)
+        for stride in self.config.conv_stride:
+            frames = frames.subsampled(stride)
+        return frames.present.by_length()
 
     @outside_graph
     def _cross_plan(
@@ -401,6 +510,7 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
         global_tokens: Tensor | None = None,
         mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
+        input_features: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -426,6 +536,7 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
             global_tokens=global_tokens,
             mask_choice=mask_choice,
             missing=missing,
+            input_features=input_features,
             **kwargs,
         )
         loss, logits = self._predict(outputs, layout, labels, num_items_in_batch)
@@ -434,13 +545,19 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
         )
 
     def _encode(
-        self, lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None, **inputs
+        self,
+        lengths: Tensor | None,
+        attention_mask: Tensor | None,
+        missing: Tensor | None,
+        input_features: Tensor | None,
+        **inputs,
     ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
-        """The encoder's outputs, `last_hidden_state` flat, and the batch's layout."""
-        tokens = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-        if tokens is None:
-            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
-        layout = layout_of_batch(tuple(tokens.shape[:2]), tokens.device, lengths, attention_mask, missing)
+        """The encoder's outputs, `last_hidden_state` flat, and their layout."""
+        given = given_input(self.main_input_name, input_features=input_features, **inputs)
+        if input_features is None:
+            layout = layout_of_batch(tuple(given.shape[:2]), given.device, lengths, attention_mask, missing)
+        else:
+            inputs["inputs_embeds"], layout = self.model.embed_features(given, lengths, attention_mask, missing)
         inputs["return_dict"] = True
         explicit = attention_mask if is_explicit(attention_mask) else None
         return self.model(layout=layout, attention_mask=explicit, **inputs), layout
@@ -701,6 +818,37 @@ class DynMaskForSequenceClassification(DynMaskTaskModel):
         return _sequence_loss(logits, labels, self.config, num_items_in_batch), logits
 
 
+class DynMaskForCTC(DynMaskTaskModel):
+    """Connectionist temporal classification (Graves et al., 2006): text that is shorter than its frames, unaligned.
+
+    `labels (B, L)` of token ids, -100 (or the blank) behind the target; logits `(B, output_lengths(T), vocab_size)`, 0
+    where no frame is. The blank is `config.pad_token_id`, as in [`~transformers.Wav2Vec2ForCTC`]. A flat batch has
+    labels `(S, L)`.
+
+    `num_items_in_batch`, where `config.ctc_loss_reduction` is `"mean"`: the loss is summed and divided by it, and so
+    averaged over the labels of all batches of a step, not over sequences.
+
+    Raises:
+        ValueError: A target needs more frames than its sequence has: one a label, and one for the blank between
+            repeated labels. With `config.ctc_zero_infinity` it counts 0 instead.
+    """
+
+    output_class = CausalLMOutput
+
+    def _add_head(self, config):
+        if config.pad_token_id is None or not 0 <= config.pad_token_id < config.vocab_size:
+            raise ValueError(
+                f"`pad_token_id`, the blank, must be from 0 to vocab_size - 1 = {config.vocab_size - 1}; "
+                f"got {config.pad_token_id}"
+            )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        logits = self.lm_head(self.dropout(outputs.last_hidden_state))
+        loss = _ctc_loss(logits, labels, layout, self.config, num_items_in_batch) if labels is not None else None
+        return loss, layout.unflatten(logits)
+
+
 class DynMaskForMultipleChoice(DynMaskTaskModel):
     """One of several texts; inputs `(B, choices, T)`, `lengths (B, choices)`, `labels (B,)`, logits `(B, choices)`."""
 
@@ -711,8 +859,7 @@ class DynMaskForMultipleChoice(DynMaskTaskModel):
         self.classifier = nn.Linear(config.hidden_size, 1)
 
     def _encode(self, **inputs):
-        tokens = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-        choices = tokens.shape[1] if tokens is not None else 1
+        choices = given_input(self.main_input_name, **inputs).shape[1]
         rows = {
             name: value.flatten(0, 1) if isinstance(value, Tensor) and value.dim() > 1 else value
             for name, value in inputs.items()
@@ -753,6 +900,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
         global_tokens: Tensor | None = None,
         mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
+        input_features: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -778,6 +926,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
             global_tokens=global_tokens,
             mask_choice=mask_choice,
             missing=missing,
+            input_features=input_features,
             **kwargs,
         )
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
@@ -831,6 +980,60 @@ def _token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int
     return _averaged(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
 
 
+@outside_graph
+def _ctc_loss(
+    logits: Tensor,
+    labels: Tensor,
+    layout: SequenceLayout,
+    config: DynMaskConfig,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """CTC loss of `logits (1, N, V)` against `labels (S, L)`, reduced by `config.ctc_loss_reduction`."""
+    targets, target_lengths = _ctc_targets(labels, layout, config)
+    if not layout.num_tokens:
+        return logits.sum()  # 0; torch takes no batch without frames
+    in_rows = SequenceLayout.from_lengths(layout.lengths, (layout.num_sequences, layout.max_length))
+    log_probs = in_rows.unflatten(logits.log_softmax(-1, dtype=torch.float32))
+    losses = nn.functional.ctc_loss(
+        log_probs.transpose(0, 1),
+        targets,
+        layout.lengths,
+        target_lengths,
+        blank=config.pad_token_id,
+        reduction="none",
+        zero_infinity=config.ctc_zero_infinity,
+    )
+    if config.ctc_loss_reduction == "sum":
+        return losses.sum()
+    if num_items_in_batch is None:
+        losses = losses / target_lengths.clamp(min=1)
+    return _averaged(losses.sum(), len(losses), num_items_in_batch)
+
+
+def _ctc_targets(labels: Tensor, layout: SequenceLayout, config: DynMaskConfig) -> tuple[Tensor, Tensor]:
+    """Labels of the sequences in flat order, from the left edge, and how many each has; checked against the frames."""
+    if labels.dim() != 2 or len(labels) != layout.num_sequences:
+        raise ValueError(
+            f"`labels` must have shape (sequences, L), with {layout.num_sequences} sequences; got {tuple(labels.shape)}"
+        )
+    labels = labels[layout.rank]
+    real = (labels != IGNORE_INDEX) & (labels != config.pad_token_id)
+    if (wrong := labels[real & ((labels < 0) | (labels >= config.vocab_size))]).numel():
+        raise ValueError(f"`labels` must be from 0 to vocab_size - 1 = {config.vocab_size - 1}; got {wrong[0].item()}")
+    lengths = real.sum(1)
+    order = (~real).long().argsort(dim=1, stable=True)
+    targets, real = labels.gather(1, order), real.gather(1, order)
+    needed = lengths + (real[:, 1:] & (targets[:, 1:] == targets[:, :-1])).sum(1)
+    if not config.ctc_zero_infinity and (needed > layout.lengths).any():
+        place = int((needed - layout.lengths).argmax())
+        raise ValueError(
+            f"a CTC target must fit the frames of its sequence: the {lengths[place]} labels of sequence "
+            f"{layout.rank[place]} need {needed[place]} frames (with one for the blank between repeated labels); "
+            f"got {layout.lengths[place]}. Leave it out, subsample less, or set ctc_zero_infinity=True"
+        )
+    return targets.where(real, 0), lengths
+
+
 def _position_loss(
     scores: Tensor, positions: Tensor, layout: SequenceLayout, num_items_in_batch: Tensor | int | None
 ) -> Tensor:
@@ -862,6 +1065,7 @@ def _sequence_loss(
 
 
 __all__ = [
+    "DynMaskForCTC",
     "DynMaskForCausalLM",
     "DynMaskForMaskedLM",
     "DynMaskForMultipleChoice",

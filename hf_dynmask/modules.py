@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from .attention import attend
 from .configuration_dynmask import DynMaskConfig
+from .features import DynMaskFeatureEmbeddings
 from .masks import TopK, parse
 from .plan import MaskPlan
 
@@ -60,13 +61,16 @@ class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class DynMaskEmbeddings(nn.Module):
-    """Sum of token, position and type embeddings, normalised; `(1, N)` ids to `(1, N, C)` states."""
+    """Sum of token or frame, position and type embeddings, normalised: `(1, N, E)` to `(1, N, C)` states."""
 
     def __init__(self, config: DynMaskConfig):
         super().__init__()
         size = config.embedding_size
         self.scale = config.embedding_scale
-        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        if config.num_features is None:
+            self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        else:
+            self.feature_embeddings = DynMaskFeatureEmbeddings(config)
         self.position_embeddings = None
         if config.position_type == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)

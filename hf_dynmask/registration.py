@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -19,6 +20,7 @@ from transformers import (
 from .configuration_dynmask import DynMaskConfig
 from .modeling_dynmask import (
     DynMaskForCausalLM,
+    DynMaskForCTC,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
     DynMaskForQuestionAnswering,
@@ -31,6 +33,7 @@ from .stock import NAME, dynmask_attention_forward, dynmask_mask, prepare
 AUTO_CLASSES = {
     AutoModel: DynMaskModel,
     AutoModelForCausalLM: DynMaskForCausalLM,
+    AutoModelForCTC: DynMaskForCTC,
     AutoModelForMaskedLM: DynMaskForMaskedLM,
     AutoModelForMultipleChoice: DynMaskForMultipleChoice,
     AutoModelForQuestionAnswering: DynMaskForQuestionAnswering,
