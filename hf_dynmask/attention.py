@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .attention_blocks import attend as attend_blocks
+from .attention_flex import attend as attend_flex
+from .attention_flex import unsupported as unsupported_by_flex
 from .attention_reference import attend as attend_reference
 from .attention_sdpa import attend as attend_sdpa
-from .layout import SequenceLayout
+from .attention_varlen import attend as attend_varlen
+from .attention_varlen import unsupported as unsupported_by_varlen
+from .layout import SequenceLayout, outside_graph
 from .masks import Mask
 from .plan import MaskPlan
 
-IMPLEMENTATIONS = {"blocks": attend_blocks, "reference": attend_reference, "sdpa": attend_sdpa}
+
+class Implementation(NamedTuple):
+    """One way to compute attention.
+
+    Attributes:
+        attend (`Callable`): `(query, key, value, plan, *, scaling, dropout) -> (output, weights | None)`.
+        unsupported (`Callable`):
+            `(plan, query, key, value, dropout) -> str | None`: why it cannot serve these; `None`: it can.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    unsupported: Callable[[MaskPlan, Tensor, Tensor, Tensor, float], str | None] = lambda *_: None
+
+
+IMPLEMENTATIONS = {
+    "varlen": Implementation(attend_varlen, unsupported_by_varlen),
+    "flex": Implementation(attend_flex, unsupported_by_flex),
+    "blocks": Implementation(attend_blocks),
+    "reference": Implementation(attend_reference),
+    "sdpa": Implementation(attend_sdpa),
+}
+CHOSEN_ON_CUDA = ("varlen", "flex")  # by `"auto"`: the first that serves
 
 
 def dynmask_attention(
@@ -52,15 +78,17 @@ def dynmask_attention(
             Learned scores of the keys, for masks with `topk`: it chooses by them, and they are added to the attention
             scores, whence their gradient.
         implementation (`str`, *optional*, defaults to `"auto"`):
-            `"blocks"` (block-sparse, any device), `"reference"` (dense, padded), `"sdpa"` (dense mask, padded), or
-            `"auto"`, which takes `"blocks"`.
+            `"blocks"` (block-sparse, any device), `"varlen"` (flash attention over packed sequences: CUDA, half
+            precision, masks that are `full`, `causal` or windows), `"flex"` (FlexAttention: CUDA, no dropout, no
+            `topk`), `"reference"` (dense, padded), `"sdpa"` (dense mask, padded), or `"auto"`: on CUDA the first of
+            varlen and flex that serves, else blocks.
 
     Returns:
         `Tensor` of shape `(1, H, N, Dv)`: flat; a query with no key to see gives exactly 0.
 
     Raises:
-        ValueError: An unknown implementation; tensors whose shapes do not fit each other or the layouts; a field that
-            the mask needs is missing or has the wrong shape.
+        ValueError: An unknown implementation, or one that cannot serve the mask, the device or the dtype; tensors whose
+            shapes do not fit each other or the layouts; a field that the mask needs is missing or has the wrong shape.
     """
     plan = mask if isinstance(mask, MaskPlan) else MaskPlan(mask, layout, key_layout, fields=fields)
     if plan.layout is not layout:
@@ -104,7 +132,45 @@ def attend(
         if implementation not in ("auto", "reference"):
             raise ValueError(f"`apply_mask_to='weights'` is served by 'reference'; got {implementation!r}")
         return attend_reference(query, key, value, plan, scaling=scaling, dropout=dropout, apply_mask_to="weights")
-    return implementation_named(implementation)(query, key, value, plan, scaling=scaling, dropout=dropout)
+    return _attend(implementation, query, key, value, plan, scaling, dropout)
+
+
+@outside_graph
+def _attend(
+    implementation: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    if implementation == "auto":
+        implementation, _ = auto_choice(plan, query, key, value, dropout)
+    else:
+        _check_serves(implementation, plan, query, key, value, dropout)
+    return IMPLEMENTATIONS[implementation].attend(query, key, value, plan, scaling=scaling, dropout=dropout)
+
+
+def auto_choice(
+    plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0
+) -> tuple[str, dict[str, str]]:
+    """What `implementation="auto"` takes, and why it passed over each that comes before."""
+    passed_over = {}
+    for name in CHOSEN_ON_CUDA:
+        reason = None if query.is_cuda else f"chosen on CUDA devices alone; got '{query.device.type}'"
+        reason = reason or IMPLEMENTATIONS[name].unsupported(plan, query, key, value, dropout)
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    return "blocks", passed_over
+
+
+def _check_serves(name: str, plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"`implementation` must be one of {_listed(['auto', *IMPLEMENTATIONS])}; got {name!r}")
+    reason = IMPLEMENTATIONS[name].unsupported(plan, query, key, value, dropout)
+    if reason is not None:
+        able = [other for other, it in IMPLEMENTATIONS.items() if not it.unsupported(plan, query, key, value, dropout)]
+        raise ValueError(f"`implementation` {name!r} cannot serve this: {reason}. Those that can: {_listed(able)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _with_key_scores(
@@ -124,20 +190,6 @@ def _with_key_scores(
     query = torch.cat([query, ones], dim=-1)
     key = torch.cat([key, nn.functional.pad(scores[..., None].to(key.dtype), (0, extra - 1))], dim=-1)
     return query, key, plan.with_key_scores(scores.repeat_interleave(heads // key_heads, dim=1))
-
-
-def implementation_named(name: str):
-    """The `attend` function of an implementation.
-
-    Raises:
-        ValueError: The name is not known; the message lists the known ones.
-    """
-    if name == "auto":
-        return attend_blocks
-    if name not in IMPLEMENTATIONS:
-        known = ", ".join(map(repr, ("auto", *IMPLEMENTATIONS)))
-        raise ValueError(f"`implementation` must be one of {known}; got {name!r}")
-    return IMPLEMENTATIONS[name]
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> None:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from .attention import auto_choice
 from .fields import FIELD_SHAPES
+from .layout import SequenceLayout
 from .masks import Mask, parse
-from .plan import BLOCK_SIZE
+from .plan import BLOCK_SIZE, MaskPlan
 from .plotting import (
     EMPTY,
     FULL,
@@ -195,6 +199,44 @@ def _print_legend(console: Console, entries: Mapping[str, str]) -> None:
         line.append(GLYPHS[kind] if kind != "empty" else "blank", style=STYLES[kind])
         line.append(f" {text}   ")
     console.print(line)
+
+
+# --- env -------------------------------------------------------------------------------------------------------------
+
+KINDS_OF_MASKS = ["full", "causal", "causal & window(255, 0)", "causal | prefix(16)", "causal & topk(16)"]
+HEAD_SIZE = 64
+CASES = {
+    "bfloat16": (torch.bfloat16, 0.0),
+    "bfloat16, dropout": (torch.bfloat16, 0.1),
+    "float32": (torch.float32, 0.0),
+    "float32, dropout": (torch.float32, 0.1),
+}
+
+
+@app.command()
+def env() -> None:
+    """Say which implementation of attention runs here for which mask, and why not another."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    typer.echo(f"torch {torch.__version__}, transformers {transformers.__version__}; device: {device.type}{name}")
+    typer.echo(f"What runs with attn_implementation='dynmask', for heads of size {HEAD_SIZE}:")
+    table = Table("mask", "for", "runs", "why not another")
+    for text in KINDS_OF_MASKS:
+        cases_of: dict[tuple[str, str], list[str]] = {}
+        for case, (dtype, dropout) in CASES.items():
+            cases_of.setdefault(_runs_here(text, device, dtype, dropout), []).append(case)
+        for (runs, why), cases in cases_of.items():
+            table.add_row(text, "all" if len(cases) == len(CASES) else "\n".join(cases), runs, why)
+        table.add_section()
+    Console(highlight=False).print(table)
+
+
+def _runs_here(text: str, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[str, str]:
+    """[`auto_choice`] for a mask over one short sequence, its reasons as a text."""
+    plan = MaskPlan(text, SequenceLayout.from_lengths(torch.tensor([2])))
+    states = torch.empty(1, 1, 2, HEAD_SIZE, device=device, dtype=dtype)
+    runs, passed_over = auto_choice(plan, states, states, states, dropout)
+    return runs, "\n".join(f"{other}: {reason}" for other, reason in passed_over.items())
 
 
 if __name__ == "__main__":

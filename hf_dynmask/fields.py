@@ -45,14 +45,10 @@ class Fields:
     def __bool__(self) -> bool:
         return bool(self.tables)
 
-    def of_sequence(self, name: str, like: Tensor) -> Tensor:
-        """A field `(B, ...)` shaped to broadcast against `like (B | 1, ...)`; its further dimensions come last."""
-        table = self.tables[name]
-        return (
-            table[0]
-            if table.shape[0] == 1
-            else table.reshape(table.shape[0], *(1,) * (like.dim() - 1), *table.shape[1:])
-        )
+    def of_sequence(self, name: str, like: Tensor, *place: int) -> Tensor:
+        """A field `(B, ...)` at a place of its further dimensions, shaped to broadcast against `like (B | 1, ...)`."""
+        table = self.tables[name][(slice(None), *place)]
+        return table[0] if table.shape[0] == 1 else table.reshape(table.shape[0], *(1,) * (like.dim() - 1))
 
     def of_query(self, name: str, i: Tensor) -> Tensor:
         """A field `(B, T)` at query positions: `(B, ...)`."""

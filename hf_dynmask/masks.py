@@ -540,9 +540,9 @@ class Visible(Leaf):
         return frozenset({"hidden_spans"})
 
     def _spans(self, like: Tensor, fields: Fields) -> list[tuple[Tensor, Tensor]]:
-        # The spans of a sequence are trailing dimensions of what `of_sequence` gives.
-        spans = fields.of_sequence("hidden_spans", like)
-        pairs = (spans[..., k, :].unbind(-1) for k in range(spans.shape[-2]))
+        # Number by number: FlexAttention's kernels go wrong with a table of spans as a value.
+        spans = range(fields.tables["hidden_spans"].shape[1])
+        pairs = ([fields.of_sequence("hidden_spans", like, k, end) for end in (0, 1)] for k in spans)
         return [(start, start + length) for start, length in pairs]
 
     def allowed(self, i, j, fields):

@@ -9,17 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oracle
-from hf_dynmask import masks
-from hf_dynmask.attention import dynmask_attention
+from hf_dynmask import attention, attention_flex, attention_varlen, masks
+from hf_dynmask.attention import auto_choice, dynmask_attention
 from hf_dynmask.attention_reference import attend as attend_reference
 from hf_dynmask.attention_reference import masked_weights
 from hf_dynmask.layout import SequenceLayout
 from hf_dynmask.plan import MaskPlan
 from strategies import LEAVES, batch_of, case_of, cases, examples, flat_side, leaves, without_some
 
-IMPLEMENTATIONS = "blocks", "reference", "sdpa"  # those that serve every mask on every device
+IMPLEMENTATIONS = "blocks", "reference", "sdpa"  # those that serve every mask on every device; others have own files
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 SIZES = st.sampled_from([(3, 3), (4, 4), (4, 7), (6, 2)])  # D, Dv
 MASKS = [
@@ -355,7 +356,63 @@ def test_dropout_keeps_the_expectation_and_its_gradient(text, implementation):
     assert grad.sum().item() == pytest.approx(output.sum().item(), rel=1e-4)  # the weights dropped are the same
 
 
-def test_auto_is_blocks_and_takes_text_mask_and_plan():
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """What implementations ask about a GPU, answered for a recent one."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(attention_varlen, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention_flex, "find_spec", lambda name: name)
+
+
+def states_on(device, dtype):
+    """Queries, keys or values that hold no values."""
+    with FakeTensorMode():
+        return torch.empty(1, 2, 5, 64, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, text, dropout, chosen",
+    [
+        ("cpu", torch.float32, "causal", 0.0, "blocks"),
+        ("cpu", torch.bfloat16, "causal", 0.0, "blocks"),
+        ("mps", torch.bfloat16, "causal", 0.0, "blocks"),
+        *(("cuda", torch.bfloat16, text, 0.0, "varlen") for text in ("full", "causal", "causal & window(2, 0)")),
+        ("cuda", torch.float16, "causal", 0.0, "varlen"),
+        ("cuda", torch.float32, "causal", 0.0, "flex"),
+        ("cuda", torch.bfloat16, "causal | prefix(2)", 0.0, "flex"),
+        ("cuda", torch.bfloat16, "heads(causal, full)", 0.0, "flex"),
+        ("cuda", torch.float64, "causal", 0.0, "blocks"),
+        ("cuda", torch.bfloat16, "causal", 0.1, "blocks"),
+        ("cuda", torch.bfloat16, "causal & topk(2)", 0.0, "blocks"),
+    ],
+)
+def test_auto_chooses_by_device_dtype_and_mask(device, dtype, text, dropout, chosen, fake_gpu):
+    plan = MaskPlan(text, SequenceLayout.from_lengths(torch.tensor([5])))
+    states = states_on(device, dtype)
+    name, passed_over = auto_choice(plan, states, states, states, dropout)
+    assert name == chosen
+    assert list(passed_over) == {"varlen": [], "flex": ["varlen"], "blocks": ["varlen", "flex"]}[chosen]
+
+
+@pytest.mark.parametrize("chosen", ["varlen", "flex", "blocks"])
+def test_auto_runs_what_it_chooses(chosen, monkeypatch):
+    layout = SequenceLayout.from_lengths(torch.tensor([3]))
+    inputs = random_inputs(layout, layout, (2, 2, 4, 4))[:3]
+    result = torch.zeros(1)
+    monkeypatch.setattr(attention, "auto_choice", lambda *_: (chosen, {}))
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, chosen, attention.Implementation(lambda *_, **__: (result, None)))
+    assert attend_with("auto", "full", layout)(*inputs) is result
+
+
+def test_flex_by_name_on_cpu():
+    case = long_case("causal | prefix(3)", (63, 20), heads=2)
+    *inputs, _ = inputs_of(case, 4, 4)
+    output = attend_with("flex", case.plan(), case.layout)(*inputs)
+    check_close([output], [oracle_attention(case)(*inputs)], torch.float64)
+
+
+def test_auto_is_blocks_on_cpu_and_takes_text_mask_and_plan():
     layout = SequenceLayout.from_lengths(torch.tensor([5, 3]), (2, 6))
     query, key, value, _ = random_inputs(layout, layout, (2, 1, 4, 4))
     outputs = [
@@ -384,6 +441,39 @@ def test_an_unknown_implementation_lists_the_known():
     inputs = random_inputs(layout, layout, (2, 2, 4, 4))[:3]
     with pytest.raises(ValueError, match="`implementation` must be one of 'auto', .*'blocks'.*; got 'flash'"):
         attend_with("flash", "full", layout)(*inputs)
+
+
+@pytest.mark.parametrize(
+    "name, options, reason, able",
+    [
+        ("varlen", {"text": "causal"}, "it runs on CUDA devices; got 'cpu'", "'flex', 'blocks', 'reference', 'sdpa'"),
+        ("varlen", {"text": "prefix(2)"}, "it serves `full`, `causal` and windows; got 'prefix(2)'", "'flex', 'blocks"),
+        (
+            "flex",
+            {"text": "full", "needs_grad": True},
+            "it has no backward pass on CPU",
+            "'blocks', 'reference', 'sdpa'",
+        ),
+        ("flex", {"text": "full", "dropout": 0.1}, "it has no dropout", "'blocks', 'reference', 'sdpa'"),
+        ("flex", {"text": "topk(2)"}, "`topk` looks at all keys of a query at once", "'blocks', 'reference', 'sdpa'"),
+    ],
+)
+def test_an_implementation_that_cannot_serve_gives_the_reason_and_names_those_that_can(name, options, reason, able):
+    layout, (query, key, value) = topk_inputs()
+    query.requires_grad_(options.get("needs_grad", False))
+    scores = torch.zeros(1, 1, 5) if "topk" in options["text"] else None
+    attend = attend_with(name, options["text"], layout, dropout=options.get("dropout", 0.0))
+    message = f"`implementation` '{name}' cannot serve this: {reason}. Those that can: {able}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attend(query, key, value, scores)
+
+
+def test_a_dtype_that_an_implementation_cannot_serve(fake_gpu):
+    layout = SequenceLayout.from_lengths(torch.tensor([5]))
+    states = states_on("cuda", torch.float32)
+    message = "'varlen' cannot serve this: it takes .*bfloat16; got torch.float32. Those that can: 'flex', 'blocks'"
+    with pytest.raises(ValueError, match=message):
+        attend_with("varlen", "causal", layout)(states, states, states)
 
 
 def test_a_missing_field_is_named():

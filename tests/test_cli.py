@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import image, pyplot
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
-from hf_dynmask import masks
+from hf_dynmask import attention_flex, attention_varlen, cli, masks
 from hf_dynmask.cli import app
 from hf_dynmask.plotting import EMPTY, FULL, PARTIAL, mask_panels
 
@@ -167,6 +168,82 @@ def test_numbers_from_one(option):
     assert result.exit_code == 2
     assert option in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# --- env -------------------------------------------------------------------------------------------------------------
+
+
+def rows_of_table(output):
+    """The cells of each row of a table; lines that go on with a row are joined to it."""
+    rows = []
+    for line in output.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and (cells[0] or not rows):
+            rows.append([[cell] for cell in cells])
+        elif cells:
+            for whole, cell in zip(rows[-1], cells, strict=True):
+                whole.extend([cell] if cell else [])
+    return [tuple("\n".join(whole) for whole in row) for row in rows]
+
+
+def test_env_without_an_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    result = run("env", width=160)
+    assert result.exit_code == 0
+    assert f"torch {torch.__version__}, " in result.output
+    assert "; device: cpu\n" in result.output
+    reason = "chosen on CUDA devices alone; got 'cpu'"
+    rows = [(text, "all", "blocks", f"varlen: {reason}\nflex: {reason}") for text in cli.KINDS_OF_MASKS]
+    assert rows_of_table(result.output) == rows
+
+
+def without_values(make):
+    """`make` whose tensors hold no values and may be on any device."""
+
+    def make_fake(*sizes, **options):
+        with FakeTensorMode():
+            return make(*sizes, **options)
+
+    return make_fake
+
+
+def test_env_on_cuda(monkeypatch):
+    """The choice is the one that attention makes, and so are its reasons."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(attention_varlen, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention_flex, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch, "empty", without_values(torch.empty))
+    result = run("env", width=200)
+    assert "; device: cuda (A GPU)\n" in result.output
+    rows = rows_of_table(result.output)
+    single = "varlen: it takes torch.float16 and torch.bfloat16; got torch.float32"
+    assert rows[:4] == [
+        ("full", "bfloat16", "varlen", ""),
+        (
+            "full",
+            "bfloat16, dropout",
+            "blocks",
+            "varlen: its dropout is flash-attn's, not installed\nflex: it has no dropout",
+        ),
+        ("full", "float32", "flex", single),
+        ("full", "float32, dropout", "blocks", f"{single}\nflex: it has no dropout"),
+    ]
+    general = "varlen: it serves `full`, `causal` and windows; got 'causal | prefix(16)'"
+    assert rows[-3:-1] == [
+        ("causal | prefix(16)", "bfloat16\nfloat32", "flex", general),
+        (
+            "causal | prefix(16)",
+            "bfloat16, dropout\nfloat32, dropout",
+            "blocks",
+            f"{general}\nflex: it has no dropout",
+        ),
+    ]
+    mask, cases, runs, why = rows[-1]
+    assert (mask, cases, runs) == ("causal & topk(16)", "all", "blocks")
+    assert why.endswith("\nflex: `topk` looks at all keys of a query at once")
 
 
 def test_the_entry_point():
