@@ -6,6 +6,7 @@ Importing the package registers its models with transformers' Auto classes and d
 from . import masks
 from .attention import dynmask_attention
 from .configuration_dynmask import DynMaskConfig
+from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .conversion import from_transformers, to_transformers
 from .data import DataCollatorForFeatures, DataCollatorWithLengths
 from .layout import SequenceLayout
@@ -19,6 +20,11 @@ from .modeling_dynmask import (
     DynMaskForTokenClassification,
     DynMaskModel,
     DynMaskPreTrainedModel,
+)
+from .modeling_dynmask_recurrent import (
+    DynMaskRecurrentForSequenceClassification,
+    DynMaskRecurrentForTokenClassification,
+    DynMaskRecurrentModel,
 )
 from .plan import MaskPlan
 from .registration import register
@@ -40,6 +46,10 @@ __all__ = [
     "DynMaskForTokenClassification",
     "DynMaskModel",
     "DynMaskPreTrainedModel",
+    "DynMaskRecurrentConfig",
+    "DynMaskRecurrentForSequenceClassification",
+    "DynMaskRecurrentForTokenClassification",
+    "DynMaskRecurrentModel",
     "MaskPlan",
     "MaskSchedule",
     "SequenceLayout",

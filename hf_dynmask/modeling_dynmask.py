@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
@@ -467,22 +468,25 @@ class DynMaskModel(DynMaskPreTrainedModel):
             )
 
 
-class DynMaskTaskModel(DynMaskPreTrainedModel):
-    """A head on the encoder. Subclasses say how flat states become a loss and logits."""
+class TaskModel(PreTrainedModel):
+    """A head on an encoder. Subclasses say which encoder, and how flat states become a loss and logits."""
 
     output_class: type
     pooling = False
 
-    def __init__(self, config: DynMaskConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = DynMaskModel(config, add_pooling_layer=self.pooling)
+        self.model = self._new_encoder(config)
         dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
         self.dropout = nn.Dropout(dropout)
         self._add_head(config)
         self.post_init()
 
-    def _add_head(self, config: DynMaskConfig) -> None:
+    def _new_encoder(self, config) -> PreTrainedModel:
+        raise NotImplementedError
+
+    def _add_head(self, config) -> None:
         raise NotImplementedError
 
     def _predict(
@@ -561,6 +565,13 @@ class DynMaskTaskModel(DynMaskPreTrainedModel):
         inputs["return_dict"] = True
         explicit = attention_mask if is_explicit(attention_mask) else None
         return self.model(layout=layout, attention_mask=explicit, **inputs), layout
+
+
+class DynMaskTaskModel(TaskModel, DynMaskPreTrainedModel):
+    """A head on [`DynMaskModel`]."""
+
+    def _new_encoder(self, config):
+        return DynMaskModel(config, add_pooling_layer=self.pooling)
 
 
 class DynMaskForMaskedLM(DynMaskTaskModel):
@@ -787,8 +798,8 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         return model_kwargs
 
 
-class DynMaskForTokenClassification(DynMaskTaskModel):
-    """A class for every token; `labels (B, T)`, logits `(B, T, num_labels)`."""
+class TokenClassification(TaskModel):
+    """What [`DynMaskForTokenClassification`] adds to an encoder."""
 
     output_class = TokenClassifierOutput
 
@@ -801,9 +812,12 @@ class DynMaskForTokenClassification(DynMaskTaskModel):
         return loss, layout.unflatten(logits)
 
 
-class DynMaskForSequenceClassification(DynMaskTaskModel):
-    """A class, several, or a number for every sequence; `labels (B,)`, or `(B, num_labels)` of floats where several
-    classes may hold; logits `(B, num_labels)`. In a flat batch S takes the place of B."""
+class DynMaskForTokenClassification(TokenClassification, DynMaskTaskModel):
+    """A class for every token; `labels (B, T)`, logits `(B, T, num_labels)`."""
+
+
+class SequenceClassification(TaskModel):
+    """What [`DynMaskForSequenceClassification`] adds to an encoder."""
 
     output_class = SequenceClassifierOutput
     pooling = True
@@ -816,6 +830,11 @@ class DynMaskForSequenceClassification(DynMaskTaskModel):
         if labels is None:
             return None, logits
         return _sequence_loss(logits, labels, self.config, num_items_in_batch), logits
+
+
+class DynMaskForSequenceClassification(SequenceClassification, DynMaskTaskModel):
+    """A class, several, or a number for every sequence; `labels (B,)`, or `(B, num_labels)` of floats where several
+    classes may hold; logits `(B, num_labels)`. In a flat batch S takes the place of B."""
 
 
 class DynMaskForCTC(DynMaskTaskModel):

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .configuration_dynmask import DynMaskConfig
+from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .modeling_dynmask import (
     DynMaskForCausalLM,
     DynMaskForCTC,
@@ -28,17 +29,29 @@ from .modeling_dynmask import (
     DynMaskForTokenClassification,
     DynMaskModel,
 )
+from .modeling_dynmask_recurrent import (
+    DynMaskRecurrentForSequenceClassification,
+    DynMaskRecurrentForTokenClassification,
+    DynMaskRecurrentModel,
+)
 from .stock import NAME, dynmask_attention_forward, dynmask_mask, prepare
 
 AUTO_CLASSES = {
-    AutoModel: DynMaskModel,
-    AutoModelForCausalLM: DynMaskForCausalLM,
-    AutoModelForCTC: DynMaskForCTC,
-    AutoModelForMaskedLM: DynMaskForMaskedLM,
-    AutoModelForMultipleChoice: DynMaskForMultipleChoice,
-    AutoModelForQuestionAnswering: DynMaskForQuestionAnswering,
-    AutoModelForSequenceClassification: DynMaskForSequenceClassification,
-    AutoModelForTokenClassification: DynMaskForTokenClassification,
+    DynMaskConfig: {
+        AutoModel: DynMaskModel,
+        AutoModelForCausalLM: DynMaskForCausalLM,
+        AutoModelForCTC: DynMaskForCTC,
+        AutoModelForMaskedLM: DynMaskForMaskedLM,
+        AutoModelForMultipleChoice: DynMaskForMultipleChoice,
+        AutoModelForQuestionAnswering: DynMaskForQuestionAnswering,
+        AutoModelForSequenceClassification: DynMaskForSequenceClassification,
+        AutoModelForTokenClassification: DynMaskForTokenClassification,
+    },
+    DynMaskRecurrentConfig: {
+        AutoModel: DynMaskRecurrentModel,
+        AutoModelForSequenceClassification: DynMaskRecurrentForSequenceClassification,
+        AutoModelForTokenClassification: DynMaskRecurrentForTokenClassification,
+    },
 }
 
 
@@ -47,9 +60,10 @@ def register() -> None:
 
     May be called again.
     """
-    AutoConfig.register(DynMaskConfig.model_type, DynMaskConfig, exist_ok=True)
-    for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(DynMaskConfig, model_class, exist_ok=True)
+    for config_class, model_classes in AUTO_CLASSES.items():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto_class, model_class in model_classes.items():
+            auto_class.register(config_class, model_class, exist_ok=True)
     AttentionInterface.register(NAME, dynmask_attention_forward)
     AttentionMaskInterface.register(NAME, dynmask_mask)
     _prepare_stock_models()

@@ -4,24 +4,27 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from hf_dynmask import DynMaskConfig
+from hf_dynmask import DynMaskConfig, DynMaskRecurrentConfig
 from hf_dynmask.registration import AUTO_CLASSES, register
 
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1}
+SETTINGS = {
+    DynMaskConfig: {"num_attention_heads": 2, "intermediate_size": 8, "mask": "window(3)"},
+    DynMaskRecurrentConfig: {"cell": "gru"},
+}
 
-def config():
-    return DynMaskConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, mask="window(3)"
-    )
 
-
-@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
-def test_auto_class_saves_and_loads(auto_class, tmp_path):
-    model = auto_class.from_config(config())
-    assert type(model) is AUTO_CLASSES[auto_class]
+@pytest.mark.parametrize(
+    "config_class, auto_class", [(config, auto_class) for config in AUTO_CLASSES for auto_class in AUTO_CLASSES[config]]
+)
+def test_auto_class_saves_and_loads(config_class, auto_class, tmp_path):
+    model = auto_class.from_config(config_class(**SIZES, **SETTINGS[config_class]))
+    assert type(model) is AUTO_CLASSES[config_class][auto_class]
     model.save_pretrained(tmp_path)
     loaded = auto_class.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert loaded.config.mask == "window(3)"
+    for name, value in SETTINGS[config_class].items():
+        assert getattr(loaded.config, name) == value
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
 
@@ -29,4 +32,6 @@ def test_auto_class_saves_and_loads(auto_class, tmp_path):
 def test_registering_again_changes_nothing():
     register()
     assert isinstance(AutoConfig.for_model("dynmask"), DynMaskConfig)
-    assert isinstance(AutoModel.from_config(config()), AUTO_CLASSES[AutoModel])
+    for config_class, auto_classes in AUTO_CLASSES.items():
+        model = AutoModel.from_config(config_class(**SIZES, **SETTINGS[config_class]))
+        assert type(model) is auto_classes[AutoModel]

@@ -1,0 +1,63 @@
+"""Configuration of the recurrent baseline."""
+
+# The optional sizes are `None` only until `__post_init__` has run.
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class DynMaskRecurrentConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DynMaskRecurrentModel`] and its heads: recurrent layers to compare attention with on equal data.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 10000): Number of token ids.
+        hidden_size (`int`, *optional*, defaults to 512):
+            Width of a layer's output; of a bidirectional one half of it is of each direction.
+        embedding_size (`int`, *optional*): Width of the token embeddings. `None`: `hidden_size`.
+        num_hidden_layers (`int`, *optional*, defaults to 2): Number of layers.
+        cell (`str`, *optional*, defaults to `"lstm"`): `"lstm"` or `"gru"`, as in `torch.nn`.
+        bidirectional (`bool`, *optional*, defaults to `True`): Whether each layer also reads from the end.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of what each layer reads.
+        classifier_dropout (`float`, *optional*): Dropout before a classifier. `None`: `hidden_dropout_prob`.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of initial embeddings and classifiers; recurrent weights start as in `torch.nn`.
+
+    Raises:
+        StrictDataclassError: A field has the wrong type or is out of its range. (`huggingface_hub` wraps the
+            `ValueError` of every check; its message is kept.)
+    """
+
+    model_type = "dynmask_recurrent"
+
+    vocab_size: int = 10000
+    hidden_size: int = 512
+    embedding_size: int | None = None
+    num_hidden_layers: int = 2
+    cell: str = "lstm"
+    bidirectional: bool = True
+    hidden_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs):
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        for name in ("vocab_size", "hidden_size", "embedding_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}")
+        if self.bidirectional and self.hidden_size % 2:
+            raise ValueError(f"`hidden_size` must be even: half is of each direction; got {self.hidden_size}")
+
+    def validate_cell(self):
+        if self.cell not in ("lstm", "gru"):
+            raise ValueError(f"`cell` must be one of 'lstm', 'gru'; got {self.cell!r}")
+
+
+__all__ = ["DynMaskRecurrentConfig"]
