@@ -131,19 +131,24 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
             layout = layout_of_batch(tuple(inputs.shape[:2]), inputs.device, lengths, attention_mask, missing)
         inputs = layout.flatten(inputs)
         states = inputs if input_ids is None else self.word_embeddings(inputs)
-        all_states, lasts = [states], states.new_zeros(layout.num_sequences, self.config.hidden_size)
+        output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        all_states, lasts = [], states.new_zeros(layout.num_sequences, self.config.hidden_size)
         for layer in self.layers:
+            if output_hidden_states:
+                # Handed back in the batch's layout, and on the way to the output: gradients reach it.
+                all_states.append(layout.unflatten(states))
+                states = layout.flatten(all_states[-1])
             if layout.num_tokens:
                 states, lasts = layer(states, layout)
             else:
                 states = states.new_zeros(1, 0, self.config.hidden_size)
-            all_states.append(states)
-        by_sequence = torch.empty_like(lasts).index_copy(0, layout.rank, lasts)
-        output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        padded = states if flat_output else layout.unflatten(states)
+        if output_hidden_states:
+            all_states.append(layout.unflatten(states) if flat_output else padded)
         return BaseModelOutputWithPooling(
-            last_hidden_state=states if flat_output else layout.unflatten(states),
-            pooler_output=by_sequence,
-            hidden_states=tuple(map(layout.unflatten, all_states)) if output_hidden_states else None,
+            last_hidden_state=padded,
+            pooler_output=torch.empty_like(lasts).index_copy(0, layout.rank, lasts),
+            hidden_states=tuple(all_states) if output_hidden_states else None,
         )
 
 

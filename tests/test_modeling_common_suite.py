@@ -5,15 +5,21 @@ import tempfile
 import unittest
 
 import pytest
+import torch
 
 from hf_dynmask import (
     DynMaskConfig,
+    DynMaskForCTC,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
     DynMaskForQuestionAnswering,
     DynMaskForSequenceClassification,
     DynMaskForTokenClassification,
     DynMaskModel,
+    DynMaskRecurrentConfig,
+    DynMaskRecurrentForSequenceClassification,
+    DynMaskRecurrentForTokenClassification,
+    DynMaskRecurrentModel,
 )
 from transformers_suite import load
 
@@ -29,9 +35,15 @@ MODEL_CLASSES = {
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": DynMaskForQuestionAnswering,
     "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES": DynMaskForMultipleChoice,
 }
-for table, model_class in MODEL_CLASSES.items():
-    names = getattr(modeling_common, table)
-    setattr(modeling_common, table, {**names, DynMaskConfig.model_type: model_class.__name__})
+RECURRENT_CLASSES = {
+    "MODEL_MAPPING_NAMES": DynMaskRecurrentModel,
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": DynMaskRecurrentForSequenceClassification,
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": DynMaskRecurrentForTokenClassification,
+}
+for config_class, model_classes in {DynMaskConfig: MODEL_CLASSES, DynMaskRecurrentConfig: RECURRENT_CLASSES}.items():
+    for table, model_class in model_classes.items():
+        names = getattr(modeling_common, table)
+        setattr(modeling_common, table, {**names, config_class.model_type: model_class.__name__})
 
 # Names of tests (regular expressions that match them whole) -> why they are skipped.
 NOT_FOR_US = {
@@ -52,6 +64,16 @@ NOT_FOR_US = {
     r"test_eager_matches_sdpa_inference_\w+_output_attentions": "weights are an error under `sdpa`, not just absent",
 }
 NOT_WITHOUT_ROTARY = {r"test_model_rope_\w+": "runs on the configuration with rotary positions"}
+NOT_WITH_FRAMES = {
+    r"test_(inputs_embeds\w*|model_get_set_embeddings|resize_(tokens_)?embeddings\w*)": "frames are not in a table",
+    r"test_enable_input_require_grads_with_gradient_checkpointing": "frames are not in a table",
+    r"test_load_with_mismatched_shapes": "it changes `vocab_size`, on which no weight depends",
+}
+NOT_RECURRENT = {
+    r"test_(attention_\w+|can_set_attention_dynamically\w*|eager_matches_sdpa_inference\w*)": "has no attention",
+    r"test_(flash_attn|flex_attention|sdpa)_\w+": "has no attention",
+    r"test_(training_)?(gradient_checkpointing|enable_input_require_grads)\w*": "cells are not checkpointed",
+}
 # These skip themselves where the hardware or the package is not there, or `RUN_SLOW` is not set.
 NEEDS = {
     r"test_(cpu|disk)_offload\w*": "an accelerator",
@@ -105,9 +127,33 @@ class DynMaskModelTester:
         return self.get_config(), inputs
 
 
+class FramesModelTester(DynMaskModelTester):
+    """The same with frames in place of tokens."""
+
+    encoder_seq_length = 4  # behind a stride of 2
+
+    def prepare_config_and_inputs_for_common(self):
+        config = self.get_config()
+        shape = (self.batch_size, self.seq_length)
+        inputs = {
+            "input_features": modeling_common.floats_tensor([*shape, config.num_features]),
+            "attention_mask": modeling_common.random_attention_mask(shape),
+        }
+        return config, inputs
+
+
+class RecurrentModelTester(DynMaskModelTester):
+    """The same for recurrent layers."""
+
+    def get_config(self):
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+        return DynMaskRecurrentConfig(**sizes, **self.options)
+
+
 class CommonModelTests(modeling_common.ModelTesterMixin):
     """The suite on a configuration with `options`, without what `skipped` names."""
 
+    model_tester_class = DynMaskModelTester
     options: dict = {}
     skipped = NOT_FOR_US
     all_model_classes = tuple(MODEL_CLASSES.values())
@@ -120,7 +166,7 @@ class CommonModelTests(modeling_common.ModelTesterMixin):
                 setattr(cls, name, unittest.skip(reason)(getattr(cls, name)))
 
     def setUp(self):
-        self.model_tester = DynMaskModelTester(**self.options)
+        self.model_tester = self.model_tester_class(**self.options)
 
     def skipTest(self, reason):
         if not reason_in(NEEDS, self._testMethodName):
@@ -169,10 +215,40 @@ class TestElectraLikeWithFixedPositions(CommonModelTests, unittest.TestCase):
     skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY
 
 
-SUITES = [TestBertLike, TestLlamaLike, TestElectraLikeWithFixedPositions]
+class TestSpeechLike(CommonModelTests, unittest.TestCase):
+    model_tester_class = FramesModelTester
+    options = {"num_features": 5, "conv_kernel": [3, 3], "conv_stride": [1, 2]}
+    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITH_FRAMES
+    all_model_classes = (DynMaskModel, DynMaskForSequenceClassification, DynMaskForCTC)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels and model_class is DynMaskForCTC:
+            inputs["labels"] = torch.full((self.model_tester.batch_size, 1), 3)
+        return inputs
 
 
-@pytest.mark.parametrize("table", [NOT_FOR_US, NOT_WITHOUT_ROTARY, NEEDS])
+class TestRecurrent(CommonModelTests, unittest.TestCase):
+    model_tester_class = RecurrentModelTester
+    options = {"cell": "gru"}
+    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_RECURRENT
+    all_model_classes = tuple(RECURRENT_CLASSES.values())
+    has_attentions = False
+
+    def test_config(self):
+        configuration_common.ConfigTester(
+            self,
+            config_class=DynMaskRecurrentConfig,
+            common_properties=["hidden_size", "num_hidden_layers"],
+            num_hidden_layers=RecurrentModelTester.num_hidden_layers,
+            **self.options,
+        ).run_common_tests()
+
+
+SUITES = [TestBertLike, TestLlamaLike, TestElectraLikeWithFixedPositions, TestSpeechLike, TestRecurrent]
+
+
+@pytest.mark.parametrize("table", [NOT_FOR_US, NOT_WITHOUT_ROTARY, NOT_WITH_FRAMES, NOT_RECURRENT, NEEDS])
 def test_tables_name_tests_of_the_suite(table):
     names = suite_tests(modeling_common.ModelTesterMixin)
     assert [pattern for pattern in table if not any(re.fullmatch(pattern, name) for name in names)] == []
