@@ -7,6 +7,7 @@ from . import masks
 from .attention import dynmask_attention
 from .configuration_dynmask import DynMaskConfig
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
+from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .conversion import from_transformers, to_transformers
 from .data import DataCollatorForFeatures, DataCollatorWithLengths
 from .layout import SequenceLayout
@@ -26,6 +27,11 @@ from .modeling_dynmask_recurrent import (
     DynMaskRecurrentForTokenClassification,
     DynMaskRecurrentModel,
 )
+from .modeling_dynmask_seq2seq import (
+    DynMaskForConditionalGeneration,
+    DynMaskSeq2SeqForSequenceClassification,
+    DynMaskSeq2SeqModel,
+)
 from .plan import MaskPlan
 from .registration import register
 from .stock import set_mask
@@ -38,6 +44,10 @@ __all__ = [
     "DataCollatorWithLengths",
     "DynMaskConfig",
     "DynMaskForCTC",
+    "DynMaskForConditionalGeneration",
+    "DynMaskSeq2SeqConfig",
+    "DynMaskSeq2SeqForSequenceClassification",
+    "DynMaskSeq2SeqModel",
     "DynMaskForCausalLM",
     "DynMaskForMaskedLM",
     "DynMaskForMultipleChoice",

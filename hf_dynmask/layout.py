@@ -313,13 +313,20 @@ class SequenceLayout:
         Returns:
             `Tensor` of shape `(S, ...)`: in the order in which the batch names its sequences; 0 for an empty one.
         """
-        starts = self.cu_seq_lens[:-1].long()
+        return self._tokens_at(self.cu_seq_lens[:-1].long(), flat)
+
+    @outside_graph
+    def last_tokens(self, flat: Tensor) -> Tensor:
+        """Last token of each of the batch's sequences; see [`first_tokens`]."""
+        return self._tokens_at(self.cu_seq_lens[1:].long() - 1, flat)
+
+    def _tokens_at(self, places: Tensor, flat: Tensor) -> Tensor:
+        """The token at one place in each sequence that has any, in the batch's order of sequences."""
         if 0 not in self.sizes:
-            place = torch.empty_like(starts).scatter_(0, self.rank, starts)
-            return flat[0].index_select(0, place)
+            return flat[0].index_select(0, torch.empty_like(places).scatter_(0, self.rank, places))
         full = self.lengths > 0
-        firsts = flat.new_zeros(self.num_sequences, *flat.shape[2:])
-        return firsts.index_copy(0, self.rank[full], flat[0].index_select(0, starts[full]))
+        tokens = flat.new_zeros(self.num_sequences, *flat.shape[2:])
+        return tokens.index_copy(0, self.rank[full], flat[0].index_select(0, places[full]))
 
     @outside_graph
     def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:

@@ -48,6 +48,7 @@ from .modules import (
     DynMaskRotaryEmbedding,
     DynMaskSinusoidalEmbedding,
     EncoderStates,
+    classifier_dropout,
     make_norm,
 )
 from .plan import MaskPlan
@@ -468,6 +469,25 @@ class DynMaskModel(DynMaskPreTrainedModel):
             )
 
 
+def encoded(
+    model: PreTrainedModel,
+    lengths: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    missing: Tensor | None = None,
+    input_features: Tensor | None = None,
+    **inputs,
+) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
+    """Outputs of a bare model, of which `last_hidden_state (1, N, C)` is flat, and the layout that it is in."""
+    given = given_input(model.main_input_name, input_features=input_features, **inputs)
+    if input_features is None:
+        layout = layout_of_batch(tuple(given.shape[:2]), given.device, lengths, attention_mask, missing)
+    else:
+        inputs["inputs_embeds"], layout = model.embed_features(given, lengths, attention_mask, missing)
+    inputs["return_dict"] = True
+    explicit = attention_mask if is_explicit(attention_mask) else None
+    return model(layout=layout, attention_mask=explicit, **inputs), layout
+
+
 class TaskModel(PreTrainedModel):
     """A head on an encoder. Subclasses say which encoder, and how flat states become a loss and logits."""
 
@@ -478,8 +498,7 @@ class TaskModel(PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = self._new_encoder(config)
-        dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = classifier_dropout(config)
         self._add_head(config)
         self.post_init()
 
@@ -548,23 +567,9 @@ class TaskModel(PreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def _encode(
-        self,
-        lengths: Tensor | None,
-        attention_mask: Tensor | None,
-        missing: Tensor | None,
-        input_features: Tensor | None,
-        **inputs,
-    ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
+    def _encode(self, **inputs) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
         """The encoder's outputs, `last_hidden_state` flat, and their layout."""
-        given = given_input(self.main_input_name, input_features=input_features, **inputs)
-        if input_features is None:
-            layout = layout_of_batch(tuple(given.shape[:2]), given.device, lengths, attention_mask, missing)
-        else:
-            inputs["inputs_embeds"], layout = self.model.embed_features(given, lengths, attention_mask, missing)
-        inputs["return_dict"] = True
-        explicit = attention_mask if is_explicit(attention_mask) else None
-        return self.model(layout=layout, attention_mask=explicit, **inputs), layout
+        return encoded(self.model, **inputs)
 
 
 class DynMaskTaskModel(TaskModel, DynMaskPreTrainedModel):
@@ -597,9 +602,9 @@ class DynMaskForMaskedLM(DynMaskTaskModel):
         labels = layout.flatten(labels)
         if self.training:
             targets = labels != IGNORE_INDEX
-            return _token_loss(self.lm_head(states[targets]), labels[targets], num_items_in_batch), None
+            return token_loss(self.lm_head(states[targets]), labels[targets], num_items_in_batch), None
         logits = self.lm_head(states)
-        return _token_loss(logits, labels, num_items_in_batch), layout.unflatten(logits)
+        return token_loss(logits, labels, num_items_in_batch), layout.unflatten(logits)
 
 
 class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
@@ -706,7 +711,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = _next_tokens(layout.flatten(labels), layout)
             real = targets != IGNORE_INDEX
-            loss = _token_loss(self.lm_head(states[real]), targets[real], num_items_in_batch)
+            loss = token_loss(self.lm_head(states[real]), targets[real], num_items_in_batch)
         if labels is None or not self.training:
             logits = self._logits(states, layout, logits_to_keep)
         return CausalLMOutputWithPast(
@@ -808,7 +813,7 @@ class TokenClassification(TaskModel):
 
     def _predict(self, outputs, layout, labels, num_items_in_batch):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = _token_loss(logits, layout.flatten(labels), num_items_in_batch) if labels is not None else None
+        loss = token_loss(logits, layout.flatten(labels), num_items_in_batch) if labels is not None else None
         return loss, layout.unflatten(logits)
 
 
@@ -829,7 +834,7 @@ class SequenceClassification(TaskModel):
         logits = self.classifier(self.dropout(outputs.pooler_output))
         if labels is None:
             return None, logits
-        return _sequence_loss(logits, labels, self.config, num_items_in_batch), logits
+        return sequence_loss(logits, labels, self.config, num_items_in_batch), logits
 
 
 class DynMaskForSequenceClassification(SequenceClassification, DynMaskTaskModel):
@@ -889,7 +894,7 @@ class DynMaskForMultipleChoice(DynMaskTaskModel):
 
     def _predict(self, outputs, layout, labels, num_items_in_batch):
         logits = self.classifier(self.dropout(outputs.pooler_output)).squeeze(-1)
-        return None if labels is None else _token_loss(logits, labels, num_items_in_batch), logits
+        return None if labels is None else token_loss(logits, labels, num_items_in_batch), logits
 
 
 class DynMaskForQuestionAnswering(DynMaskTaskModel):
@@ -991,7 +996,7 @@ def _averaged(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | i
     return total / torch.as_tensor(items, device=total.device).clamp(min=1)
 
 
-def _token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy of `logits (..., classes)` against `labels (...)`, averaged over the targets."""
     total = nn.functional.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -1061,10 +1066,10 @@ def _position_loss(
     positions = positions.flatten()[layout.rank]
     real = (positions >= 0) & (positions < by_sequence.shape[1])
     real[real.clone()] = by_sequence.detach()[real, positions[real]] != -torch.inf  # a token is there
-    return _token_loss(by_sequence[real], positions[real], num_items_in_batch)
+    return token_loss(by_sequence[real], positions[real], num_items_in_batch)
 
 
-def _sequence_loss(
+def sequence_loss(
     logits: Tensor, labels: Tensor, config: DynMaskConfig, num_items_in_batch: Tensor | int | None
 ) -> Tensor:
     """Loss of `logits (S, num_labels)` by `config.problem_type`, which without a value follows from the labels."""
@@ -1074,7 +1079,7 @@ def _sequence_loss(
     elif problem is None:
         problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
     if problem == "single_label_classification":
-        return _token_loss(logits, labels, num_items_in_batch)
+        return token_loss(logits, labels, num_items_in_batch)
     criteria = {
         "regression": nn.functional.mse_loss,
         "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,

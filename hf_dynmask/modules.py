@@ -33,6 +33,11 @@ def make_norm(config: DynMaskConfig, size: int) -> nn.Module:
     return norms[config.norm_type](size, eps=config.norm_eps)
 
 
+def classifier_dropout(config: DynMaskConfig) -> nn.Dropout:
+    """The dropout before a classifier; without a setting of its own that of the hidden states."""
+    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
 class DynMaskSinusoidalEmbedding(nn.Module):
     """Fixed sine and cosine positions ("Attention Is All You Need", arXiv:1706.03762, section 3.5)."""
 

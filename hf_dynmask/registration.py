@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -19,6 +20,7 @@ from transformers import (
 
 from .configuration_dynmask import DynMaskConfig
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
+from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .modeling_dynmask import (
     DynMaskForCausalLM,
     DynMaskForCTC,
@@ -33,6 +35,11 @@ from .modeling_dynmask_recurrent import (
     DynMaskRecurrentForSequenceClassification,
     DynMaskRecurrentForTokenClassification,
     DynMaskRecurrentModel,
+)
+from .modeling_dynmask_seq2seq import (
+    DynMaskForConditionalGeneration,
+    DynMaskSeq2SeqForSequenceClassification,
+    DynMaskSeq2SeqModel,
 )
 from .stock import NAME, dynmask_attention_forward, dynmask_mask, prepare
 
@@ -51,6 +58,11 @@ AUTO_CLASSES = {
         AutoModel: DynMaskRecurrentModel,
         AutoModelForSequenceClassification: DynMaskRecurrentForSequenceClassification,
         AutoModelForTokenClassification: DynMaskRecurrentForTokenClassification,
+    },
+    DynMaskSeq2SeqConfig: {
+        AutoModel: DynMaskSeq2SeqModel,
+        AutoModelForSeq2SeqLM: DynMaskForConditionalGeneration,
+        AutoModelForSequenceClassification: DynMaskSeq2SeqForSequenceClassification,
     },
 }
 

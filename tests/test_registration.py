@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from hf_dynmask import DynMaskConfig, DynMaskRecurrentConfig
+from hf_dynmask import DynMaskConfig, DynMaskRecurrentConfig, DynMaskSeq2SeqConfig
 from hf_dynmask.registration import AUTO_CLASSES, register
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1}
 SETTINGS = {
     DynMaskConfig: {"num_attention_heads": 2, "intermediate_size": 8, "mask": "window(3)"},
     DynMaskRecurrentConfig: {"cell": "gru"},
+    DynMaskSeq2SeqConfig: {"decoder_start_token_id": 2},
 }
 
 

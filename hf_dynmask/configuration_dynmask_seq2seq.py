@@ -1,0 +1,111 @@
+"""Configuration of the DynMask encoder-decoder."""
+
+# The sides are something else than a `DynMaskConfig` only until `__post_init__` has run.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .configuration_dynmask import DynMaskConfig
+
+OF_BOTH_SIDES = {field.name for field in fields(DynMaskConfig)} - {field.name for field in fields(PreTrainedConfig)}
+OF_A_DECODER = {"mask": "causal", "add_cross_attention": True}
+
+
+@strict
+class DynMaskSeq2SeqConfig(PreTrainedConfig):
+    """
+    Configuration of a [`DynMaskSeq2SeqModel`] and its heads: one [`DynMaskConfig`] a side.
+
+    A field of [`DynMaskConfig`] that is given here is that of both sides; what `encoder` or `decoder` say wins. The
+    three masks are `encoder.mask` (`"full"` unless given), `decoder.mask` (`"causal"`) and `decoder.cross_mask`
+    (`"full"`).
+
+    Args:
+        encoder ([`DynMaskConfig`] or `dict`, *optional*): The encoder, or what in it differs.
+        decoder ([`DynMaskConfig`] or `dict`, *optional*): The decoder, or what in it differs.
+        share_embeddings (`bool`, *optional*):
+            Whether encoder and decoder read tokens through one embedding. `None`: yes, where the encoder reads tokens
+            at all.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the decoder's input and output embeddings are one.
+        decoder_start_token_id (`int`, *optional*): The token that every target is shifted behind.
+        pad_token_id (`int`, *optional*, defaults to 0): Id of padding; stands for an ignored label in decoder inputs.
+        source_model_type (`str`, *optional*): `model_type` of the stock checkpoint that this one was converted from.
+
+    Raises:
+        StrictDataclassError: A side is refused by [`DynMaskConfig`], or the sides do not fit each other.
+
+    Example:
+
+    ```python
+    >>> config = DynMaskSeq2SeqConfig(hidden_size=384, encoder={"num_hidden_layers": 3, "mask": "window(64)"})
+    >>> config.encoder.num_hidden_layers, config.decoder.num_hidden_layers, config.decoder.mask
+    (3, 6, 'causal')
+    ```
+    """
+
+    model_type = "dynmask_seq2seq"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"encoder": DynMaskConfig, "decoder": DynMaskConfig}
+
+    encoder: DynMaskConfig | dict[str, Any] | None = None
+    decoder: DynMaskConfig | dict[str, Any] | None = None
+    share_embeddings: bool | None = None
+    is_encoder_decoder: bool = True
+    tie_word_embeddings: bool = True
+    decoder_start_token_id: int | None = None
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    source_model_type: str | None = None
+
+    def __post_init__(self, **kwargs):
+        common = {name: kwargs.pop(name) for name in OF_BOTH_SIDES & kwargs.keys()}
+        common["pad_token_id"] = self.pad_token_id
+        common["use_pooler"] = False
+        self.encoder = _side(self.encoder, common)
+        self.decoder = _side(self.decoder, common | OF_A_DECODER)
+        if self.share_embeddings is None:
+            self.share_embeddings = self.encoder.num_features is None
+        super().__post_init__(**kwargs)
+
+    def check_shareable(self) -> None:
+        """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""
+        for side in (self.encoder, self.decoder):
+            side.check_shareable()
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.check_shareable()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def validate_sides(self):
+        if not self.decoder.add_cross_attention:
+            raise ValueError("`add_cross_attention` of the decoder must be True; got False")
+        if self.decoder.num_features is not None:
+            raise ValueError(f"`num_features` of the decoder must be None; got {self.decoder.num_features}")
+        if self.encoder.hidden_size != self.decoder.hidden_size:
+            raise ValueError(
+                f"`hidden_size` of the encoder must be the decoder's {self.decoder.hidden_size}; "
+                f"got {self.encoder.hidden_size}"
+            )
+        if self.share_embeddings and self.encoder.num_features is not None:
+            raise ValueError(
+                "`share_embeddings` must be False where the encoder reads frames; "
+                f"got True with num_features={self.encoder.num_features}"
+            )
+        if self.share_embeddings and self.encoder.vocab_size != self.decoder.vocab_size:
+            raise ValueError(
+                f"`vocab_size` of the encoder must be the decoder's {self.decoder.vocab_size} where they share "
+                f"embeddings; got {self.encoder.vocab_size}"
+            )
+
+
+def _side(given: DynMaskConfig | dict[str, Any] | None, common: dict[str, Any]) -> DynMaskConfig:
+    return given if isinstance(given, DynMaskConfig) else DynMaskConfig(**common | (given or {}))
+
+
+__all__ = ["DynMaskSeq2SeqConfig"]
