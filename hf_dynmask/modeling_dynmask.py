@@ -766,9 +766,9 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             layout = layout_of_batch(shape, rows.device, lengths, kwargs.get("attention_mask"))
             if layout.num_sequences != shape[0]:
                 raise ValueError(f"prompts must have a row each; got {layout.num_sequences} in {shape[0]} rows")
-            if 0 in layout.sizes:
-                raise ValueError(f"prompts must have at least one token each; got lengths {list(layout.sizes)}")
             present = layout.unflatten(torch.ones_like(layout.positions)[None])
+            if 0 in layout.sizes:
+                raise ValueError(f"prompts must have at least one token each; got lengths {present.sum(1).tolist()}")
             seen = columns_seen(kwargs.get("past_key_values"))
             if seen and not present[:, seen:].all():
                 raise ValueError(
@@ -778,15 +778,18 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             order = present.argsort(dim=1, stable=True)  # generation needs the last tokens in the last column
             kwargs = {name: _arranged(value, order, name in PER_TOKEN) for name, value in kwargs.items()}
             kwargs["attention_mask"] = present.gather(1, order)
-            outputs = super().generate(_arranged(prompts, order, True), *args, **kwargs)
+            arranged = _arranged(prompts, order, True)
+            outputs = super().generate(arranged, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             return outputs if prompts is None else _with_prompts(outputs, prompts)
-        return super().generate(prompts, *args, **kwargs)
+        return super().generate(prompts, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
         return attention_mask  # which token is there; who sees whom is the plan's affair
 
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):  # it looks for `inputs_embeds`
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         if self.config.position_offset:
             inputs.pop("position_ids", None)  # they know of no offset
         return inputs
