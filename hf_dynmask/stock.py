@@ -31,10 +31,13 @@ from .plan import MaskPlan
 
 NAME = "dynmask"
 CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` keeps its text in a stock model's configuration
+# Settings that let tokens of a row meet outside attention: of MobileBERT, ESM and Switch Transformers.
+MEETINGS = ("trigram_input", "token_dropout", "expert_capacity")
 # Kinds of layers, as configurations name them, in which tokens meet in attention alone.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Arguments of some models' attention that change what is seen, and that no expression stands for.
 UNSERVED_ARGUMENTS = ("block_indices", "cache", "indices", "sinks")
+INPUTS = ("input_ids", "inputs_embeds")
 _FAR = 2**31  # beyond any position
 
 
@@ -102,13 +105,13 @@ class Batch:
         model ([`~transformers.PreTrainedModel`]): The model.
         given (`dict`): Arguments by name.
         takes_positions (`bool`): Whether `position_ids` are among the model's own arguments.
-        is_seen (`bool`): Whether any layer has asked for attention.
+        is_heeded (`bool`): Whether some layer's attention has kept the sequences of the batch apart.
     """
 
     model: PreTrainedModel
     given: dict[str, Any]
     takes_positions: bool
-    is_seen: bool = False
+    is_heeded: bool = False
 
     def tensor(self, name: str, device: torch.device | str) -> Tensor | None:
         """The argument of that name, if there is one."""
@@ -130,9 +133,28 @@ class Batch:
         return torch.arange(width, device=device) < lengths[:, None]
 
     @property
+    def _tokens(self) -> Tensor | None:
+        return next((self.given[name] for name in INPUTS if self.given.get(name) is not None), None)
+
+    @property
     def _rows(self) -> int | None:
-        inputs = self.given.get("input_ids"), self.given.get("inputs_embeds")
-        return next((tensor.shape[0] for tensor in inputs if tensor is not None), None)
+        return None if self._tokens is None else self._tokens.shape[0]
+
+    def position_ids(self) -> Tensor | None:
+        """`(1, T)`: the positions in each sequence of one row, if `lengths` or `cu_seq_lens_q` came without any."""
+        tokens = self._tokens
+        if tokens is None or not self.takes_positions or self.given.get("position_ids") is not None:
+            return None
+        cu_seq_lens = self.cu_seq_lens(tokens.device)
+        if cu_seq_lens is None or (1, int(cu_seq_lens[-1])) != tokens.shape[:2]:
+            return None
+        return SequenceLayout.from_cu_seq_lens(cu_seq_lens).positions[None] + _first_position(self.model)
+
+    @property
+    def has_explicit_mask(self) -> bool:
+        """Whether the caller says himself which token may see which."""
+        attention_mask = self.given.get("attention_mask")
+        return isinstance(attention_mask, Tensor) and attention_mask.dim() > 2
 
     @property
     def is_flat(self) -> bool:
@@ -171,10 +193,16 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 @outside_graph
-def _enter(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+def _enter(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     names = signature(model.forward).parameters
     given = dict(zip(names, args, strict=False)) | kwargs
-    _batches.set((*_batches.get(), Batch(model, given, "position_ids" in names)))
+    batch = Batch(model, given, "position_ids" in names)
+    _batches.set((*_batches.get(), batch))
+    position_ids = batch.position_ids()
+    if position_ids is None or model.config._attn_implementation != NAME:
+        return None
+    given["position_ids"] = position_ids
+    return (), given
 
 
 @outside_graph
@@ -184,7 +212,9 @@ def _leave(model: PreTrainedModel, args: tuple, output: Any) -> None:
         return
     _batches.set(tuple(outer))
     failed = output is None
-    if not failed and not batch.is_seen and model.config._attn_implementation == NAME and batch.is_flat:
+    if failed or batch.is_heeded or model.config._attn_implementation != NAME or batch.has_explicit_mask:
+        return
+    if batch.is_flat:
         raise ValueError(
             f"a flat batch needs a model whose tokens meet in attention; those of {type(model).__name__} do not"
         )
@@ -438,15 +468,20 @@ class StockMask:
             starts = _restarts(position_ids.expand(self.shape[0], -1), self._present(0))
         cu_seq_lens = batch.cu_seq_lens(self.device)
         if cu_seq_lens is not None:
-            starts = self._checked(cu_seq_lens, batch.tensor("cu_seq_lens_k", self.device), starts, has_bias)
+            by_positions, starts = (
+                starts,
+                self._checked(cu_seq_lens, batch.tensor("cu_seq_lens_k", self.device), starts),
+            )
+        else:
+            by_positions = starts
         if starts is None or not bool(starts[:, 1:].any()):
             return None
-        self._check_flat(batch, crosses, has_bias)
+        self._check_flat(batch, crosses, counts_columns=by_positions is None and not has_bias)
+        for heeded in batches:
+            heeded.is_heeded = True
         return starts
 
-    def _checked(
-        self, cu_seq_lens: Tensor, of_keys: Tensor | None, by_positions: Tensor | None, has_bias: bool
-    ) -> Tensor:
+    def _checked(self, cu_seq_lens: Tensor, of_keys: Tensor | None, by_positions: Tensor | None) -> Tensor:
         """Bool `(1, T)`: what `cu_seq_lens` say, if nothing contradicts them."""
         rows, _, width, _ = self.shape
         if rows != 1 or int(cu_seq_lens[-1]) != width:
@@ -460,10 +495,6 @@ class StockMask:
             )
         starts = torch.zeros(1, width + 1, dtype=torch.bool, device=self.device)
         starts = starts.index_fill(1, cu_seq_lens.long(), True)[:, :width]
-        if by_positions is None and not has_bias and bool(starts[:, 1:].any()):
-            raise ValueError(
-                "`position_ids` must come with `cu_seq_lens_q`, and begin anew with each sequence; got none"
-            )
         if by_positions is not None and not torch.equal(by_positions, starts):
             raise ValueError(
                 f"`position_ids` must begin anew where `cu_seq_lens_q` does, {cu_seq_lens.tolist()}; they begin at "
@@ -471,18 +502,15 @@ class StockMask:
             )
         return starts
 
-    def _check_flat(self, batch: Batch, crosses: bool, has_bias: bool) -> None:
+    def _check_flat(self, batch: Batch, crosses: bool, counts_columns: bool) -> None:
         model = f"this {self.model_type} model"
         if crosses:
             raise ValueError(f"a flat batch needs a model without cross-attention; {model} has it")
-        if not batch.takes_positions and not has_bias:
+        if counts_columns:
             raise ValueError(f"a flat batch needs a model that takes `position_ids`; {model} counts columns")
-        others = sorted(set(getattr(batch.model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
-        if others:
-            raise ValueError(
-                f"a flat batch needs a model whose tokens meet in attention alone; {model} has layers of type "
-                f"{', '.join(others)}"
-            )
+        meeting = _meeting(batch.model)
+        if meeting is not None:
+            raise ValueError(f"a flat batch needs a model whose tokens meet in attention alone; {model} has {meeting}")
         if not self._is_square:
             raise ValueError(
                 f"a flat batch must have as many keys as queries, {self.shape[2]}; got {self.shape[3]} (a static cache "
@@ -555,6 +583,26 @@ def _field(name: str, device: torch.device) -> Tensor | None:
     """A field for the chosen expression: an argument of the innermost model that has it."""
     found = (batch.tensor(name, device) for batch in reversed(_batches.get()))
     return next((value for value in found if value is not None), None)
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """The position of a sequence's first token: 0, or in RoBERTa's family the one behind the padding's."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            return part.padding_idx + 1  # type: ignore[operator]
+    return 0
+
+
+def _meeting(model: PreTrainedModel) -> str | None:
+    """What lets tokens of a row meet outside attention, if anything does."""
+    others = sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    if others:
+        return f"layers of type {', '.join(others)}"
+    setting = next((name for name in MEETINGS if getattr(model.config, name, None)), None)
+    if setting is not None:
+        return f"`{setting}`"
+    parts = (name for name, part in model.named_modules() if isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase))
+    return next(parts, None)
 
 
 def _first_and(later: Tensor) -> Tensor:
@@ -651,8 +699,6 @@ def dynmask_attention_forward(
     for name in UNSERVED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation='{NAME}' does not serve the `{name}` of {type(module).__name__}")
-    for batch in _batches.get():
-        batch.is_seen = True
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = position_bias
     if isinstance(attention_mask, StockMask):
@@ -695,8 +741,8 @@ def _check_unnoted(module: nn.Module, query: Tensor, mask: Tensor | None) -> Non
     batches = _batches.get()
     if not batches:
         return
-    flat = batches[-1].is_flat if mask is None else batches[-1].cu_seq_lens(query.device) is not None
-    if flat:
+    batch = batches[-1]
+    if batch.cu_seq_lens(query.device) is not None if batch.has_explicit_mask else batch.is_flat:
         raise ValueError(
             f"a flat batch needs layers that are given the model's mask; {type(module).__name__} got {given}"
         )
