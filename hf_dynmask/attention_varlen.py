@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 LARGEST_TRAINED_HEAD = 192  # of the backward pass on every GPU
 FIRST_CAPABILITY = (8, 0)
-GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # torch 2.11 has no word
+# torch 2.11 groups heads unasked.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 @outside_graph
@@ -42,6 +44,7 @@ def attend(
     if _torch_serves(dropout):
         grouped = GROUPED if q.shape[1] != k.shape[1] else {}
         output = varlen_attn(*packed, scale=scaling, window_size=window, **grouped)
+        assert isinstance(output, Tensor)  # not a pair: nothing else was asked for
     else:
         attend_packed = import_module("flash_attn").flash_attn_varlen_func
         output = attend_packed(*packed, dropout_p=dropout, softmax_scale=scaling, window_size=window)

@@ -31,23 +31,28 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
+def attend_varlen(plan, scaling, **options):
+    return lambda query, key, value: attend(query, key, value, plan, scaling=scaling, **options)[0]
+
+
 # --- what the kernels are called with ----------------------------------------------------------------------------
 
 
-def documented_attention(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling, window):
+def documented_attention(packed, scaling, window):
     """Attention of packed `(tokens, heads, size)`, one sequence at a time, as both kernels' documentation has it."""
+    q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k = packed
     left, right = window
     outputs = [q.new_empty(0, q.shape[1], v.shape[2])]
     for cu_seq_lens in (cu_seq_lens_q, cu_seq_lens_k):
         assert cu_seq_lens.dtype == torch.int32
         assert cu_seq_lens[0] == 0
-    for packed in zip(
+    for sequence in zip(
         q.split(cu_seq_lens_q.diff().tolist()),
         k.split(cu_seq_lens_k.diff().tolist()),
         v.split(cu_seq_lens_k.diff().tolist()),
         strict=True,
     ):
-        query, key, value = (states.transpose(0, 1) for states in packed)
+        query, key, value = (states.transpose(0, 1) for states in sequence)
         queries, keys = query.shape[1], key.shape[1]
         assert queries <= max_length_q < 2**31 > max_length_k >= keys
         assert max(window) < 2**31
@@ -64,7 +69,7 @@ def kernel(name, dropouts=None):
     def of_torch(*packed, **options):
         given = inspect.signature(varlen_attn).bind(*packed, **options)
         assert packed[0].shape[1] == packed[1].shape[1] or options.get("enable_gqa")
-        return documented_attention(*packed, given.arguments["scale"], given.arguments["window_size"])
+        return documented_attention(packed, given.arguments["scale"], given.arguments["window_size"])
 
     def of_flash_attn(
         q,
@@ -82,7 +87,7 @@ def kernel(name, dropouts=None):
         if dropouts is not None:
             dropouts.append(dropout_p)
         packed = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        return documented_attention(*packed, softmax_scale, (window_size[0], 0) if causal else window_size)
+        return documented_attention(packed, softmax_scale, (window_size[0], 0) if causal else window_size)
 
     module = ModuleType("flash_attn")
     module.__spec__ = ModuleSpec("flash_attn", None)
@@ -103,7 +108,7 @@ def test_output_and_gradients_equal_the_oracle(case, name):
     *inputs, grad = inputs_of(case, 4, 4)
     expected = with_gradients(oracle_attention(case, scaling=0.3), *inputs, grad=grad)
     with kernel(name):
-        found = with_gradients(lambda *states: attend(*states, plan, scaling=0.3)[0], *inputs, grad=grad)
+        found = with_gradients(attend_varlen(plan, 0.3), *inputs, grad=grad)
     check_close(found, expected, torch.float64)
 
 
@@ -127,7 +132,7 @@ def test_window(text, window):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_varlen, "varlen_attn", record)
         patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-        attend(*inputs, MaskPlan(text, layout), scaling=0.5)
+        attend_varlen(MaskPlan(text, layout), 0.5)(*inputs)
     assert found == [(window, 0.5, True)]
 
 
@@ -135,7 +140,7 @@ def test_dropout_is_flash_attns():
     layout, dropouts = SequenceLayout.from_lengths(torch.tensor([7, 3])), []
     inputs = random_inputs(layout, layout, (2, 2, 8, 8))[:3]
     with kernel("flash-attn", dropouts):
-        attend(*inputs, MaskPlan("causal", layout), scaling=0.5, dropout=0.25)
+        attend_varlen(MaskPlan("causal", layout), 0.5, dropout=0.25)(*inputs)
     assert dropouts == [0.25]
 
 
@@ -147,7 +152,7 @@ def test_torch_takes_what_it_is_called_with(text, key_heads, monkeypatch):
     layout = SequenceLayout.from_lengths(torch.tensor([7, 3])).to("meta")
     *inputs, grad = (x.to("meta") for x in random_inputs(layout, layout, (4, key_heads, 64, 64), torch.bfloat16))
     plan = MaskPlan(text, layout)
-    results = with_gradients(lambda *states: attend(*states, plan, scaling=0.5)[0], *inputs, grad=grad)
+    results = with_gradients(attend_varlen(plan, 0.5), *inputs, grad=grad)
     assert [result.shape for result in results] == [grad.shape, *(x.shape for x in inputs)]
 
 
@@ -158,7 +163,7 @@ def test_batches_without_a_pair(queries, keys):
     )
     *inputs, grad = random_inputs(layout, key_layout, (4, 2, 8, 8))
     plan = MaskPlan("full", layout, key_layout)
-    output, *grads = with_gradients(lambda *states: attend(*states, plan, scaling=0.5)[0], *inputs, grad=grad)
+    output, *grads = with_gradients(attend_varlen(plan, 0.5), *inputs, grad=grad)
     assert torch.equal(output, torch.zeros_like(grad))
     for x, found in zip(inputs, grads, strict=True):
         assert torch.equal(found, torch.zeros_like(x))
@@ -254,7 +259,8 @@ def test_output_and_gradients_are_no_worse_than_twice_the_eager_error(text, head
         text, key_layout = "full", SequenceLayout.from_lengths(torch.tensor([63, 5, 0, 300, 1])).by_length().to("cuda")
     plan = MaskPlan(text, layout, key_layout)
     inputs = [x.cuda() for x in random_inputs(layout, key_layout, (*heads, 64, 64))]
-    assert unsupported(plan, *(x.to(dtype) for x in inputs[:3])) is None
+    query, key, value = (x.to(dtype) for x in inputs[:3])
+    assert unsupported(plan, query, key, value) is None
 
     def results(implementation, dtype):
         *states, grad = (x.to(dtype) for x in inputs)
