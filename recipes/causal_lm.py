@@ -1,0 +1,267 @@
+"""
+Trains a Llama-like language model from scratch, with the stock `Trainer`, on flat batches: no padding, no packing code.
+
+    python recipes/causal_lm.py
+
+takes sections of WikiText-2. To train the stock Llama on padded batches too, from the same weights:
+
+    python recipes/causal_lm.py --baseline
+
+With a checkpoint and data of your own, from the Hub or from disk (column `text`):
+
+    python recipes/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --dataset notes.txt --learning_rate 1e-4
+
+Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from common import (
+    Results,
+    check_reloaded,
+    describe_environment,
+    describe_source,
+    describe_training,
+    model_card,
+    padding_share,
+    parse_arguments,
+    summary,
+    train_and_evaluate,
+    write_report,
+)
+from hf_dynmask import (
+    DataCollatorWithLengths,
+    DynMaskConfig,
+    DynMaskForCausalLM,
+    from_transformers,
+    to_transformers,
+)
+from samples import resolve_dataset, resolve_model
+
+METRIC = "perplexity"
+IGNORED = -100
+END, PADDING = "<|endoftext|>", "<|padding|>"
+DEFAULTS = {
+    "output_dir": "outputs/causal_lm",
+    "max_steps": 400,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.98,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import pipeline
+
+writer = pipeline("text-generation", model="path/to/this/folder")
+writer("The history of", max_new_tokens=40)
+"""
+
+
+@dataclass
+class RecipeArguments:
+    model: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new Llama-like model."}
+    )
+    dataset: str = field(
+        default="sample:wikitext",
+        metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
+    )
+    mask: str = field(default="causal", metadata={"help": "Who sees whom, such as `causal & window(127, 0)`."})
+    max_length: int = field(default=512, metadata={"help": "Tokens of a document; longer ones are cut in pieces."})
+    vocab_size: int = field(default=4096, metadata={"help": "Of a new model."})
+    hidden_size: int = field(default=256, metadata={"help": "Of a new model."})
+    num_layers: int = field(default=4, metadata={"help": "Of a new model."})
+    eval_rows: int = field(default=400, metadata={"help": "Documents that the model is evaluated on, at most."})
+    baseline: bool = field(
+        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
+    )
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results and model card."}
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
+
+    texts = load_texts(recipe.dataset)
+    checkpoint = None if recipe.model is None else resolve_model(recipe.model)
+    if checkpoint is None:
+        tokenizer = new_tokenizer(texts["train"]["text"], recipe.vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    data = DatasetDict({name: tokenize(rows, tokenizer, recipe.max_length) for name, rows in texts.items()})
+    data["test"] = data["test"].select(range(min(recipe.eval_rows, len(data["test"]))))
+
+    set_seed(training.seed)
+    model = new_model(recipe, tokenizer) if checkpoint is None else load_model(checkpoint, recipe.mask)
+    stock = to_transformers(model, model.config.source_model_type or "llama") if recipe.baseline else None
+
+    trainer = make_trainer(model, DataCollatorWithLengths(tokenizer, flat=True), training, data, tokenizer)
+    runs = {"dynmask": train_and_evaluate(trainer, METRIC)}
+    if stock is not None:
+        apart = copy.copy(training)
+        apart.output_dir = str(Path(training.output_dir, "baseline"))
+        padded = DataCollatorForTokenClassification(tokenizer, return_tensors="pt")
+        runs["stock"] = train_and_evaluate(make_trainer(stock, padded, apart, data, tokenizer), METRIC)
+
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    reloaded = AutoModelForCausalLM.from_pretrained(training.output_dir)
+    check_reloaded(
+        make_trainer(reloaded, trainer.data_collator, training, data, tokenizer), METRIC, runs["dynmask"][METRIC]
+    )
+
+    in_rows = make_trainer(model, DataCollatorWithLengths(tokenizer), training, data, tokenizer)
+    results = {
+        "recipe": "causal_lm",
+        "task": "text-generation",
+        "metric": METRIC,
+        "model": describe_source(recipe.model or f"a new model, {recipe.num_layers} layers of {recipe.hidden_size}"),
+        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
+        "trivial": {"what": "from the frequency of each token alone", METRIC: unigram_perplexity(data)},
+        "runs": runs,
+        "padding_share": padding_share(in_rows.get_train_dataloader()),
+        "training": describe_training(training) | {"mask": recipe.mask, "max_length": recipe.max_length},
+        "environment": describe_environment(training.device),
+    }
+    if trainer.is_world_process_zero():
+        write_report(results, make_card(results), training.output_dir, recipe.model_card_dir)
+        print(summary(results))
+
+
+def load_texts(source: str) -> DatasetDict:
+    """The column `text` of a data set, without empty rows."""
+    data = resolve_dataset(source)
+    columns = data["train"].column_names
+    if "text" not in columns:
+        raise ValueError(f"data set `{source}` must have the column `text`; got {', '.join(columns)}")
+    return data.select_columns(["text"]).filter(lambda row: bool(row["text"].strip()))
+
+
+def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte pairs ("Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909) of the texts."""
+    pairs = ByteLevelBPETokenizer()
+    pairs.train_from_iterator(iter(texts), vocab_size, special_tokens=[END, PADDING], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=END, bos_token=END, pad_token=PADDING)
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Pieces of at most `max_length` tokens; the end of a text is a token, and a piece's first one is no target."""
+    end = tokenizer.eos_token_id
+
+    def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        whole = [ids + [end] for ids in tokenizer(batch["text"], add_special_tokens=False)["input_ids"]]
+        cut = [ids[start : start + max_length] for ids in whole for start in range(0, len(ids), max_length)]
+        cut = [ids for ids in cut if len(ids) > 1]
+        return {"input_ids": cut, "labels": [[IGNORED, *ids[1:]] for ids in cut]}
+
+    return rows.map(pieces, batched=True, remove_columns=rows.column_names)
+
+
+def new_model(recipe: RecipeArguments, tokenizer: Any) -> DynMaskForCausalLM:
+    """A Llama-like decoder: rotary positions, RMSNorm before each sublayer, gated feed-forward, no biases."""
+    config = DynMaskConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=max(1, recipe.hidden_size // 64),
+        intermediate_size=8 * recipe.hidden_size // 3 // 8 * 8,
+        hidden_act="silu",
+        gated_feed_forward=True,
+        norm_type="rms_norm",
+        norm_placement="before",
+        embedding_norm=False,
+        position_type="rotary",
+        attention_bias=False,
+        feed_forward_bias=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        use_pooler=False,
+        max_position_embeddings=recipe.max_length,
+        mask=recipe.mask,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return DynMaskForCausalLM(config)
+
+
+def load_model(checkpoint: str, mask: str) -> Any:
+    """A DynMask language model: the checkpoint as it is, or converted from a stock one."""
+    if AutoConfig.from_pretrained(checkpoint).model_type == DynMaskConfig.model_type:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, mask=mask)
+    return from_transformers(checkpoint, "causal-lm", mask=mask)
+
+
+def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
+    return Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=perplexity,
+        preprocess_logits_for_metrics=surprise,
+    )
+
+
+def surprise(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood `(B, T - 1)` of each token after the first, 0 where there is no target."""
+    return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """`exp` of the mean over all targets."""
+    targets = np.asarray(prediction.label_ids)[:, 1:] != IGNORED
+    return {METRIC: exp(float(np.asarray(prediction.predictions)[targets].mean(dtype=np.float64)))}
+
+
+def unigram_perplexity(data: DatasetDict) -> float:
+    """Perplexity of the test targets under the frequencies of the training targets, each one more than counted."""
+    counts = Counter(label for labels in data["train"]["labels"] for label in labels[1:])
+    targets = [label for labels in data["test"]["labels"] for label in labels[1:]]
+    total = sum(counts.values()) + len(counts.keys() | set(targets))
+    return exp(-sum(log((counts[label] + 1) / total) for label in targets) / len(targets))
+
+
+def make_card(results: Results) -> ModelCard:
+    return model_card(results, title="Language model", usage=USAGE)
+
+
+if __name__ == "__main__":
+    main()
