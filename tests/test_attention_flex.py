@@ -235,7 +235,7 @@ def test_block_mask_is_made_100_times_faster_than_by_torch(documents, one_thread
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
-@examples(40)
+@examples(30)
 @given(cases(templates=SERVED), st.sampled_from([(3, 3), (4, 7), (6, 2)]), st.sampled_from([0.3, 1.0]))
 def test_output_on_cpu_equals_the_oracle(case, sizes, scaling):
     *inputs, _ = inputs_of(case, *sizes)
