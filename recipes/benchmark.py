@@ -3,9 +3,10 @@ Times a DynMask model and the stock model that it equals, on the same examples.
 
     python recipes/benchmark.py
 
-measures MiniLM in float32 and bfloat16. A larger model, or a part of the table:
+measures MiniLM in float32 and bfloat16. Other models, or a part of the table:
 
     python recipes/benchmark.py --shapes bert-base --dtypes float32 --lengths reviews --repeats 3
+    python recipes/benchmark.py --shapes llama bart --dtypes float32 --batch_size 16
 
 Four methods to compute texts of different lengths, without dropout, forward and forward with backward:
 
@@ -18,8 +19,8 @@ and one attention layer with a window at 8,192 tokens, against `scaled_dot_produ
 
 The runs take turns, and a time is the median over the repeats. Work is counted in floating-point operations:
 `2 * weights * tokens + 4 * layers * hidden_size * pairs` forward, three times that with backward (weights: of the
-layers' matrices; pairs: of a token and one that it sees). The ideal speed-up is the ratio of the work on padded rows to
-the work on real tokens.
+layers' matrices, and of a language model's output; pairs: of a token and one that it sees). The ideal speed-up is the
+ratio of the work on padded rows to the work on real tokens.
 """
 
 import ctypes
@@ -30,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +39,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
     BertConfig,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -51,10 +56,47 @@ from samples import resolve_dataset, resolve_model
 
 Job = Callable[[], object]  # does some work; what it returns is freed after the clock has stopped
 Batch = dict[str, Tensor]
+Lengths = tuple[int, ...]  # of one example: its tokens, and of an encoder-decoder those of its target
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
-    "bert-base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+
+class Shape(NamedTuple):
+    """A stock model of a certain size, and the distributions of lengths that it is measured on."""
+
+    config: type[PreTrainedConfig]
+    auto_class: Any
+    sizes: dict[str, Any]
+    lengths: tuple[str, ...]
+
+
+TEXTS = ("reviews", "uniform", "heavy-tailed", "equal")
+SHAPES = {
+    "minilm": Shape(
+        BertConfig,
+        AutoModelForSequenceClassification,
+        {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+        TEXTS,
+    ),
+    "bert-base": Shape(
+        BertConfig,
+        AutoModelForSequenceClassification,
+        {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+        TEXTS,
+    ),
+    "llama": Shape(
+        LlamaConfig,
+        AutoModelForCausalLM,
+        {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024}
+        | {"vocab_size": 8192, "pad_token_id": 0},
+        ("sections", "uniform"),
+    ),
+    "bart": Shape(
+        BartConfig,
+        AutoModelForSeq2SeqLM,
+        {"encoder_layers": 3, "decoder_layers": 3, "d_model": 384, "vocab_size": 8192}
+        | {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
+        | {"encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536},
+        ("pairs",),
+    ),
 }
 PASSES = {"forward": False, "forward+backward": True}
 MASK = "causal & window(255, 0)"
@@ -66,28 +108,45 @@ MASK_MEMORY_TOKENS = (2048, 4096, 8192, 16384)
 # --- Lengths ---------------------------------------------------------------------------------------------------------
 
 
-def review_lengths(count: int) -> list[int]:
-    """Of the first sample reviews, which stand in random order already."""
+def token_counts(texts: list[str]) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("sample:minilm"))
-    texts = resolve_dataset("sample:reviews")["train"]["text"][:count]
     return [len(input_ids) for input_ids in tokenizer(texts)["input_ids"]]
 
 
-def uniform_lengths(count: int) -> list[int]:
-    return torch.randint(8, 257, (count,)).tolist()
+def review_lengths(count: int) -> list[Lengths]:
+    """Of the first sample reviews, which stand in random order already."""
+    return [(length,) for length in token_counts(resolve_dataset("sample:reviews")["train"]["text"][:count])]
 
 
-def heavy_tailed_lengths(count: int) -> list[int]:
+def section_lengths(count: int) -> list[Lengths]:
+    """Of random sections of WikiText-2, cut off at 512."""
+    texts = resolve_dataset("sample:wikitext")["train"].shuffle(seed=0)["text"][:count]
+    return [(min(length, 512),) for length in token_counts(texts)]
+
+
+def pair_lengths(count: int) -> list[Lengths]:
+    """Of random English sentences and their translations into Spanish."""
+    pairs = resolve_dataset("sample:spanish")["train"].shuffle(seed=0)[:count]
+    return list(zip(token_counts(pairs["source"]), token_counts(pairs["target"]), strict=True))
+
+
+def uniform_lengths(count: int) -> list[Lengths]:
+    return [(length,) for length in torch.randint(8, 257, (count,)).tolist()]
+
+
+def heavy_tailed_lengths(count: int) -> list[Lengths]:
     """A Pareto distribution from 16 on, of index 1, cut off at 512."""
-    return (16 / torch.rand(count)).clamp(max=512).long().tolist()
+    return [(length,) for length in (16 / torch.rand(count)).clamp(max=512).long().tolist()]
 
 
-def equal_lengths(count: int) -> list[int]:
-    return [64] * count
+def equal_lengths(count: int) -> list[Lengths]:
+    return [(64,)] * count
 
 
 LENGTHS = {
     "reviews": review_lengths,
+    "sections": section_lengths,
+    "pairs": pair_lengths,
     "uniform": uniform_lengths,
     "heavy-tailed": heavy_tailed_lengths,
     "equal": equal_lengths,
@@ -104,9 +163,10 @@ class BenchmarkArguments:
         metadata={"help": "Of weights and activations.", "choices": ["float32", "bfloat16"]},
     )
     lengths: list[str] = field(
-        default_factory=lambda: list(LENGTHS),
+        default_factory=list,
         metadata={
-            "help": "Of the sample reviews, uniform from 8 to 256, heavy-tailed from 16 to 512, all 64.",
+            "help": "Of the sample reviews, uniform from 8 to 256, heavy-tailed from 16 to 512, all 64; of a language "
+            "model sections of WikiText-2; of an encoder-decoder pairs of sentences. None: all that fit the shape.",
             "choices": list(LENGTHS),
         },
     )
@@ -142,10 +202,10 @@ def benchmark_models(options: BenchmarkArguments, device: torch.device) -> Itera
         for dtype in options.dtypes:
             stock, ours = make_models(shape, dtype, device)
             models = {"padded": stock, "sorted": stock, "dynmask": ours, "floor": stock}
-            for name in tqdm(options.lengths, desc=f"{shape} {dtype}"):
+            for name in tqdm(options.lengths or SHAPES[shape].lengths, desc=f"{shape} {dtype}"):
                 torch.manual_seed(0)
                 lengths = LENGTHS[name](options.batch_size * options.batches)
-                batches = make_batches(lengths, options.batch_size, stock.config.vocab_size, device)
+                batches = make_batches(lengths, options.batch_size, stock.config, device)
                 for pass_name in PASSES:
                     figures = benchmark_model(models, batches, PASSES[pass_name], options.repeats, device)
                     yield {"shape": shape, "dtype": dtype, "lengths": name, "pass": pass_name} | figures
@@ -154,24 +214,28 @@ def benchmark_models(options: BenchmarkArguments, device: torch.device) -> Itera
 def make_models(shape: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The stock model with random weights, and the DynMask model with the same."""
     torch.manual_seed(0)
-    config = BertConfig(**SHAPES[shape], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = SHAPES[shape].config(**SHAPES[shape].sizes)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     with device:
-        stock = AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
+        stock = SHAPES[shape].auto_class.from_config(config, dtype=getattr(torch, dtype))
     return stock, from_transformers(stock)
 
 
 def make_batches(
-    lengths: Sequence[int], batch_size: int, vocab_size: int, device: torch.device
+    lengths: Sequence[Lengths], batch_size: int, config: PreTrainedConfig, device: torch.device
 ) -> dict[str, list[Batch]]:
     """Batches of examples with these lengths for each method."""
-    examples = [torch.randint(1, vocab_size, (length,)) for length in lengths]
+    examples = [_example(of_one, config) for of_one in lengths]
     groups = _groups(examples, batch_size)
     padded = [_padded(group) for group in groups]
+    by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
     batches = {
         "padded": padded,
-        "sorted": [_padded(group) for group in _groups(sorted(examples, key=len), batch_size)],
-        "dynmask": [_with_lengths(batch) for batch in padded],
-        "floor": [_equal_rows(group, vocab_size) for group in groups],
+        "sorted": [_padded(group) for group in _groups(by_length, batch_size)],
+        "dynmask": [_with_lengths(batch, config) for batch in padded],
+        "floor": [_equal_rows(group, config) for group in _groups(lengths, batch_size)],
     }
     return {
         method: [{name: values.to(device) for name, values in batch.items()} for batch in batches[method]]
@@ -179,28 +243,43 @@ def make_batches(
     }
 
 
-def _groups(examples: list[Tensor], size: int) -> list[list[Tensor]]:
+def _example(lengths: Lengths, config: PreTrainedConfig) -> Batch:
+    """Random tokens, and labels: a class, the tokens themselves, or the target."""
+    input_ids, *target = (torch.randint(1, config.vocab_size, (length,)) for length in lengths)
+    if isinstance(config, LlamaConfig):
+        target = [input_ids]
+    return {"input_ids": input_ids, "labels": target[0] if target else torch.tensor(0)}
+
+
+def _groups(examples: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
-def _padded(examples: list[Tensor]) -> Batch:
-    mask = pad_sequence([torch.ones_like(example) for example in examples], batch_first=True)
+def _padded(examples: Sequence[Batch]) -> Batch:
+    input_ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
+    by_token = labels[0].dim() == 1
     return {
-        "input_ids": pad_sequence(examples, batch_first=True),
-        "attention_mask": mask,
-        "labels": torch.zeros(len(examples), dtype=torch.long),
+        "input_ids": pad_sequence(input_ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100) if by_token else torch.stack(labels),
     }
 
 
-def _with_lengths(batch: Batch) -> Batch:
-    return {"input_ids": batch["input_ids"], "lengths": batch["attention_mask"].sum(-1), "labels": batch["labels"]}
+def _with_lengths(batch: Batch, config: PreTrainedConfig) -> Batch:
+    """The same with lengths in place of the mask."""
+    with_lengths = {name: values for name, values in batch.items() if name != "attention_mask"}
+    with_lengths["lengths"] = batch["attention_mask"].sum(-1)
+    if config.is_encoder_decoder:
+        with_lengths["decoder_lengths"] = (batch["labels"] != -100).sum(-1)
+    return with_lengths
 
 
-def _equal_rows(examples: list[Tensor], vocab_size: int) -> Batch:
-    """As many rows, all of the examples' mean length."""
-    rows, tokens = len(examples), sum(map(len, examples))
-    input_ids = torch.randint(1, vocab_size, (rows, round(tokens / rows)))
-    return {"input_ids": input_ids, "labels": torch.zeros(rows, dtype=torch.long)}
+def _equal_rows(lengths: Sequence[Lengths], config: PreTrainedConfig) -> Batch:
+    """As many rows, all of the mean lengths."""
+    rows = len(lengths)
+    mean = tuple(round(sum(side) / rows) for side in zip(*lengths, strict=True))
+    batch = _padded([_example(mean, config) for _ in range(rows)])
+    return {name: values for name, values in batch.items() if name != "attention_mask"}
 
 
 def benchmark_model(
@@ -215,12 +294,14 @@ def benchmark_model(
         method: [partial(run_model, models[method], batch, training) for batch in batches[method]] for method in batches
     }
     seconds = time_in_turns(jobs, repeats, device)
-    lengths = {method: computed_lengths(batches[method]) for method in batches}
-    work = {method: flops(models["padded"].config, lengths[method], training) for method in lengths}
-    tokens = {method: sum(lengths["floor" if method == "floor" else "dynmask"]) for method in lengths}
+    config = models["padded"].config
+    lengths = {method: computed_lengths(batches[method], config) for method in batches}
+    work = {method: flops(config, lengths[method], training) for method in lengths}
+    computed = {method: sum(map(sum, lengths[method])) for method in lengths}
+    tokens = {method: computed["floor" if method == "floor" else "dynmask"] for method in lengths}
     speedup, ideal = seconds["padded"] / seconds["dynmask"], work["padded"] / work["dynmask"]
     return {
-        "padding_share": 1 - tokens["dynmask"] / sum(lengths["padded"]),
+        "padding_share": 1 - computed["dynmask"] / computed["padded"],
         "seconds": seconds,
         "real_tokens_per_second": {method: tokens[method] / seconds[method] for method in seconds},
         "peak_mib": {method: peak_memory(jobs[method], device) for method in jobs},
@@ -240,22 +321,50 @@ def run_model(model: PreTrainedModel, batch: Batch, training: bool) -> Any:
     return torch.autograd.grad(outputs.loss, list(model.parameters())) if training else outputs
 
 
-def computed_lengths(batches: Iterable[Batch]) -> list[int]:
-    """Tokens that are computed for each example: its own, or the width of its row where there are no `lengths`."""
-    lengths = []
+def computed_lengths(batches: Iterable[Batch], config: PreTrainedConfig) -> list[Lengths]:
+    """Tokens that are computed for each example: its own, or the width of its row where there are no lengths."""
+    lengths: list[Lengths] = []
     for batch in batches:
-        rows, width = batch["input_ids"].shape
-        lengths += batch["lengths"].tolist() if "lengths" in batch else [width] * rows
+        sides = [_side(batch, "input_ids", "lengths")]
+        if config.is_encoder_decoder:
+            sides.append(_side(batch, "labels", "decoder_lengths"))
+        lengths += zip(*sides, strict=True)
     return lengths
 
 
-def flops(config: PreTrainedConfig, lengths: Sequence[int], training: bool) -> int:
-    """Floating-point operations on sequences of these lengths, as the head of this file counts them."""
+def _side(batch: Batch, tokens: str, lengths: str) -> list[int]:
+    rows, width = batch[tokens].shape
+    return batch[lengths].tolist() if lengths in batch else [width] * rows
+
+
+def flops(config: PreTrainedConfig, lengths: Sequence[Lengths], training: bool) -> int:
+    """Floating-point operations on examples of these lengths, as the head of this file counts them."""
+    forward = sum(WORK[type(config)](config, *of_one) for of_one in lengths)
+    return 3 * forward if training else forward
+
+
+def bert_work(config: Any, tokens: int) -> int:
     layers, width = config.num_hidden_layers, config.hidden_size
     weights = layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    pairs = sum(length**2 for length in lengths)
-    forward = 2 * weights * sum(lengths) + 4 * layers * width * pairs
-    return 3 * forward if training else forward
+    return 2 * weights * tokens + 4 * layers * width * tokens**2
+
+
+def llama_work(config: Any, tokens: int) -> int:
+    layers, width = config.num_hidden_layers, config.hidden_size
+    weights = layers * (4 * width**2 + 3 * width * config.intermediate_size) + width * config.vocab_size
+    return 2 * weights * tokens + 4 * layers * width * tokens * (tokens + 1) // 2
+
+
+def bart_work(config: Any, source: int, target: int) -> int:
+    """The keys and values of cross-attention are work on tokens of the source, by weights of the decoder."""
+    width, encoders, decoders = config.d_model, config.encoder_layers, config.decoder_layers
+    of_source = encoders * (4 * width**2 + 2 * width * config.encoder_ffn_dim) + decoders * 2 * width**2
+    of_target = decoders * (6 * width**2 + 2 * width * config.decoder_ffn_dim) + width * config.vocab_size
+    pairs = encoders * source**2 + decoders * (target * (target + 1) // 2 + source * target)
+    return 2 * (of_source * source + of_target * target) + 4 * width * pairs
+
+
+WORK: dict[type, Callable[..., int]] = {BertConfig: bert_work, LlamaConfig: llama_work, BartConfig: bart_work}
 
 
 # --- One attention layer ---------------------------------------------------------------------------------------------

@@ -6,18 +6,23 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BartConfig, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import benchmark
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
+SMALLER = {"bart": {"d_model": 16} | {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in SIDES.items()}}
+PAIRS = [(3, 2), (9, 4), (1, 6), (7, 1)]
 CPU = torch.device("cpu")
 METHODS = ["padded", "sorted", "dynmask", "floor"]
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(benchmark.SHAPES, "minilm", SHAPE | {"vocab_size": 100})
+    for name, shape in benchmark.SHAPES.items():
+        sizes = SMALLER.get(name, SHAPE) | {"vocab_size": 100}
+        monkeypatch.setitem(benchmark.SHAPES, name, shape._replace(sizes=sizes))
     monkeypatch.setattr(benchmark, "MASK_TOKENS", 600)
     monkeypatch.setattr(benchmark, "MASK_MEMORY_TOKENS", (300, 600))
 
@@ -62,41 +67,72 @@ def test_flops_by_hand():
     """Two layers of width 4 and 8: 2 * (4 * 4 * 4 + 2 * 4 * 8) = 256 weights; 8 tokens; 9 + 25 = 34 pairs."""
     config = BertConfig(num_hidden_layers=2, hidden_size=4, num_attention_heads=2, intermediate_size=8, vocab_size=9)
     forward = 2 * 256 * 8 + 4 * 2 * 4 * 34
-    assert benchmark.flops(config, [3, 5], training=False) == forward == 5184
-    assert benchmark.flops(config, [3, 5], training=True) == 3 * 5184
+    assert benchmark.flops(config, [(3,), (5,)], training=False) == forward == 5184
+    assert benchmark.flops(config, [(3,), (5,)], training=True) == 3 * 5184
     matrices = [weight for weight in BertModel(config).encoder.parameters() if weight.dim() == 2]
     assert sum(weight.numel() for weight in matrices) == 256
 
 
+def test_flops_of_a_causal_model():
+    """A layer's matrices and the output's are 160 + 36 weights; 6 + 15 = 21 pairs."""
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=4, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    assert benchmark.flops(config, [(3,), (5,)], training=False) == 2 * (160 + 36) * 8 + 4 * 4 * 21
+    matrices = [weight for name, weight in LlamaForCausalLM(config).named_parameters() if "embed" not in name]
+    assert sum(weight.numel() for weight in matrices if weight.dim() == 2) == 160 + 36
+
+
+def test_flops_of_an_encoder_decoder():
+    """An encoder layer has 128 weights; of a decoder layer 96 + 64 act on its tokens, 32 on those of the source."""
+    config = BartConfig(
+        encoder_layers=1, decoder_layers=1, d_model=4, encoder_ffn_dim=8, decoder_ffn_dim=8, vocab_size=9
+    )
+    expected = 2 * ((128 + 32) * 3 + (96 + 64 + 36) * 2) + 4 * 4 * (9 + 3 + 6)
+    assert benchmark.flops(config, [(3, 2)], training=False) == expected
+
+
 def test_batches():
-    lengths = [3, 9, 1, 7, 2, 4]
-    batches = benchmark.make_batches(lengths, batch_size=3, vocab_size=50, device=CPU)
+    lengths = [(3,), (9,), (1,), (7,), (2,), (4,)]
+    batches = benchmark.make_batches(lengths, 3, BertConfig(vocab_size=50), CPU)
     assert list(batches) == METHODS
     assert {len(batches[method]) for method in METHODS} == {2}
     for padded, ours in zip(batches["padded"], batches["dynmask"], strict=True):
         assert torch.equal(padded["input_ids"], ours["input_ids"])
         assert torch.equal(padded["attention_mask"], (ours["input_ids"] > 0).long())
-    computed = {method: benchmark.computed_lengths(batches[method]) for method in METHODS}
+    computed = {method: benchmark.computed_lengths(batches[method], BertConfig()) for method in METHODS}
     assert computed == {
-        "padded": [9, 9, 9, 7, 7, 7],
-        "sorted": [3, 3, 3, 9, 9, 9],
+        "padded": [(9,)] * 3 + [(7,)] * 3,
+        "sorted": [(3,)] * 3 + [(9,)] * 3,
         "dynmask": lengths,
-        "floor": [4, 4, 4, 4, 4, 4],
+        "floor": [(4,)] * 6,
     }
     tokens = [torch.cat([b["input_ids"].flatten() for b in batches[m]]) for m in ("padded", "sorted")]
     first, second = (ids[ids > 0].sort().values for ids in tokens)
     assert torch.equal(first, second)
 
 
-def test_methods_compute_the_same(tiny):
-    stock, ours = benchmark.make_models("minilm", "float32", CPU)
+def test_batches_of_pairs():
+    config = BartConfig(vocab_size=50)
+    batches = benchmark.make_batches(PAIRS, 2, config, CPU)
+    computed = {method: benchmark.computed_lengths(batches[method], config) for method in METHODS}
+    assert computed == {
+        "padded": [(9, 4)] * 2 + [(7, 6)] * 2,
+        "sorted": [(3, 6)] * 2 + [(9, 4)] * 2,
+        "dynmask": PAIRS,
+        "floor": [(6, 3)] * 2 + [(4, 4)] * 2,
+    }
+
+
+@pytest.mark.parametrize("shape", ["minilm", "llama", "bart"])
+def test_methods_compute_the_same(tiny, shape):
+    stock, ours = benchmark.make_models(shape, "float32", CPU)
     assert stock.config._attn_implementation == "sdpa"
-    batches = benchmark.make_batches([3, 9, 1, 7], 4, 100, CPU)
+    lengths = PAIRS if shape == "bart" else [(source,) for source, _ in PAIRS]
+    batches = benchmark.make_batches(lengths, 4, stock.config, CPU)
     for training in (False, True):
         expected = benchmark.run_model(stock, batches["padded"][0], training)
         found = benchmark.run_model(ours, batches["dynmask"][0], training)
         if not training:
-            expected, found = ([outputs.loss, outputs.logits] for outputs in (expected, found))
+            expected, found = (outputs.loss for outputs in (expected, found))
         else:
             expected, found = (sorted(gradient.norm() for gradient in gradients) for gradients in (expected, found))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -104,7 +140,7 @@ def test_methods_compute_the_same(tiny):
 
 @pytest.mark.parametrize("name, low, high", [("uniform", 8, 256), ("heavy-tailed", 16, 512), ("equal", 64, 64)])
 def test_lengths(name, low, high):
-    lengths = benchmark.LENGTHS[name](20000)
+    lengths = [length for (length,) in benchmark.LENGTHS[name](20000)]
     assert len(lengths) == 20000
     assert (min(lengths), max(lengths)) == (low, high)
 
