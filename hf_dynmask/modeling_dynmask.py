@@ -653,6 +653,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -667,6 +668,8 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
                 `config.use_cache` says, not while training.
             labels (`Tensor` of shape `(B, T)`): Token ids, -100 where there is no target; each is predicted from the
                 token before it.
+            shift_labels (`Tensor` of shape `(B, T)`): Labels that stand at the token before already; they win over
+                `labels`. Training with split sequences hands them over.
             num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
             logits_to_keep (`int` or `Tensor` of columns): Logits of the last columns alone, or of these; 0: of all.
 
@@ -708,11 +711,11 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         layout = whole if past_key_values is None else last_columns(whole, width)
         states = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None:
-            targets = _next_tokens(layout.flatten(labels), layout)
+        targets = _aligned_targets(labels, shift_labels, layout)
+        if targets is not None:
             real = targets != IGNORE_INDEX
             loss = token_loss(self.lm_head(states[real]), targets[real], num_items_in_batch)
-        if labels is None or not self.training:
+        if targets is None or not self.training:
             logits = self._logits(states, layout, logits_to_keep)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -969,6 +972,13 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
+    """Targets `(1, N)`, each at the token that predicts it; `None` where there are none."""
+    if shift_labels is not None:
+        return layout.flatten(shift_labels)
+    return None if labels is None else _next_tokens(layout.flatten(labels), layout)
 
 
 def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:

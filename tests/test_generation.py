@@ -278,6 +278,16 @@ def test_the_first_token_of_a_document_is_no_target(model):
     assert model(**batch | {"labels": alone}).loss == 0
 
 
+def test_labels_that_are_aligned_already_are_taken_as_they_are(model):
+    batch = flat_batch([6, 1, 4, 9])
+    labels = batch.pop("labels")
+    aligned = labels.roll(-1, dims=1)
+    aligned[0, batch["lengths"].cumsum(0) - 1] = -100
+    expected = model(**batch, labels=labels).loss
+    torch.testing.assert_close(model(**batch, shift_labels=aligned).loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(model(**batch, shift_labels=aligned, labels=aligned).loss, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_without_a_target_the_loss_is_zero(training):
     model = of_stock(random_stock("llama", "causal-lm")).train(training)

@@ -9,6 +9,7 @@ import torch
 
 from hf_dynmask import (
     DynMaskConfig,
+    DynMaskForCausalLM,
     DynMaskForCTC,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
@@ -29,6 +30,7 @@ configuration_common = load("test_configuration_common")
 # The suite knows what a model is for by the tables of the Auto classes, into which `register` does not write.
 MODEL_CLASSES = {
     "MODEL_MAPPING_NAMES": DynMaskModel,
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": DynMaskForCausalLM,
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES": DynMaskForMaskedLM,
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": DynMaskForSequenceClassification,
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": DynMaskForTokenClassification,
@@ -50,7 +52,7 @@ NOT_FOR_US = {
     r"test_sdpa_can_dispatch_non_composite_models": "it wants `sdpa` as the default; ours is `dynmask`",
     r"test_\w+_composite_models?": "a DynMask model is not made of several models",
     r"test_internal_model_config_and_subconfig_are_same": "DynMaskConfig has no configurations inside",
-    r"test_causal_lm_loss_honors_shift_labels": "there is no causal language model",
+    r"test_generation_tester_mixin_inheritance": "the source distribution has no generation tests: test_generation.py",
     r"test_encoder_decoder_loss_no_double_shift": "there is no encoder-decoder",
     r"test_(moe|output_router|eager_matches_batched_and_grouped)_\w+": "there is no mixture of experts",
     r"test_(can_load_from_already_mapped_keys|reverse_loading_mapping)": "no weights are renamed while loading",
@@ -74,6 +76,7 @@ NOT_RECURRENT = {
     r"test_(flash_attn|flex_attention|sdpa)_\w+": "has no attention",
     r"test_(training_)?(gradient_checkpointing|enable_input_require_grads)\w*": "cells are not checkpointed",
 }
+NOT_WITHOUT_DECODER = {r"test_causal_lm_loss_honors_shift_labels": "runs on the configuration with a causal mask"}
 # These skip themselves where the hardware or the package is not there, or `RUN_SLOW` is not set.
 NEEDS = {
     r"test_(cpu|disk)_offload\w*": "an accelerator",
@@ -156,7 +159,7 @@ class CommonModelTests(modeling_common.ModelTesterMixin):
     model_tester_class = DynMaskModelTester
     options: dict = {}
     skipped = NOT_FOR_US
-    all_model_classes = tuple(MODEL_CLASSES.values())
+    all_model_classes = tuple(each for each in MODEL_CLASSES.values() if each is not DynMaskForCausalLM)
     test_can_init_all_missing_weights_before_2023 = True  # it runs for old models on demand, and ours bears no year
 
     def __init_subclass__(cls, **kwargs):
@@ -193,10 +196,11 @@ class CommonModelTests(modeling_common.ModelTesterMixin):
 
 class TestBertLike(CommonModelTests, unittest.TestCase):
     options = {"type_vocab_size": 2}
-    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY
+    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER
 
 
 class TestLlamaLike(CommonModelTests, unittest.TestCase):
+    all_model_classes = tuple(MODEL_CLASSES.values())
     options = {
         "norm_placement": "before",
         "norm_type": "rms_norm",
@@ -212,13 +216,13 @@ class TestLlamaLike(CommonModelTests, unittest.TestCase):
 
 class TestElectraLikeWithFixedPositions(CommonModelTests, unittest.TestCase):
     options = {"embedding_size": 16, "position_type": "sinusoidal", "layer_masks": ["full", "causal | prefix(2)"]}
-    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY
+    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER
 
 
 class TestSpeechLike(CommonModelTests, unittest.TestCase):
     model_tester_class = FramesModelTester
     options = {"num_features": 5, "conv_kernel": [3, 3], "conv_stride": [1, 2]}
-    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITH_FRAMES
+    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER | NOT_WITH_FRAMES
     all_model_classes = (DynMaskModel, DynMaskForSequenceClassification, DynMaskForCTC)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
@@ -231,7 +235,7 @@ class TestSpeechLike(CommonModelTests, unittest.TestCase):
 class TestRecurrent(CommonModelTests, unittest.TestCase):
     model_tester_class = RecurrentModelTester
     options = {"cell": "gru"}
-    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_RECURRENT
+    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER | NOT_RECURRENT
     all_model_classes = tuple(RECURRENT_CLASSES.values())
     has_attentions = False
 
@@ -248,7 +252,9 @@ class TestRecurrent(CommonModelTests, unittest.TestCase):
 SUITES = [TestBertLike, TestLlamaLike, TestElectraLikeWithFixedPositions, TestSpeechLike, TestRecurrent]
 
 
-@pytest.mark.parametrize("table", [NOT_FOR_US, NOT_WITHOUT_ROTARY, NOT_WITH_FRAMES, NOT_RECURRENT, NEEDS])
+@pytest.mark.parametrize(
+    "table", [NOT_FOR_US, NOT_WITHOUT_ROTARY, NOT_WITHOUT_DECODER, NOT_WITH_FRAMES, NOT_RECURRENT, NEEDS]
+)
 def test_tables_name_tests_of_the_suite(table):
     names = suite_tests(modeling_common.ModelTesterMixin)
     assert [pattern for pattern in table if not any(re.fullmatch(pattern, name) for name in names)] == []
