@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -38,17 +39,57 @@ class Bucket(NamedTuple):
 
     Attributes:
         group (`GroupPlan`): The groups joined, sizes filled up.
-        queries, keys (`int`): Tokens on the two sides before filling up.
         mask_of (`Callable`): Mask of one of the group's tiles, `None` where all its pairs are allowed or it is causal.
         q_places, k_places (`Places`, *optional*): How each side is filled up; `None`: not at all.
     """
 
     group: GroupPlan
-    queries: int
-    keys: int
     mask_of: Callable[[Tile], Tensor | None]
     q_places: Places | None = None
     k_places: Places | None = None
+
+
+class Stretches(NamedTuple):
+    """Tokens in the order of the batch, cut where the sequences of one bucket end: no token is moved without need.
+
+    Attributes:
+        sizes (`list[int]`): Tokens of each stretch.
+        of_buckets (`list[list[int]]`): The stretches that each bucket consists of.
+    """
+
+    sizes: list[int]
+    of_buckets: list[list[int]]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], order: list[int], buckets: list[Bucket]) -> Stretches:
+        """Of sequences of `sizes`, which the buckets take in `order`."""
+        stretches = []  # (first sequence, bucket, tokens)
+        waiting = iter(order)
+        for number, bucket in enumerate(buckets):
+            sequences = enumerate(islice(waiting, bucket.group.count))
+            runs = [[s for _, s in run] for _, run in groupby(sequences, key=lambda placed: placed[1] - placed[0])]
+            stretches += [(run[0], number, sum(sizes[s] for s in run)) for run in runs] or [(0, number, 0)]
+        in_batch = sorted(stretches)
+        place = {stretch: place for place, stretch in enumerate(in_batch)}
+        of_buckets = [[place[stretch] for stretch in run] for _, run in groupby(stretches, key=itemgetter(1))]
+        return cls([size for _, _, size in in_batch], of_buckets)
+
+    def taken(self, states: Tensor) -> list[Tensor]:
+        """`(1, H, N, D)` as the tokens of each bucket, `(tokens, H, D)`."""
+        pieces = states[0].transpose(0, 1).split(self.sizes)
+        return [_cat([pieces[stretch] for stretch in stretches]) for stretches in self.of_buckets]
+
+    def put_back(self, states: list[Tensor]) -> Tensor:
+        """The inverse of [`taken`]."""
+        placed = {}
+        for bucket, stretches in zip(states, self.of_buckets, strict=True):
+            pieces = bucket.split([self.sizes[stretch] for stretch in stretches])
+            placed.update(zip(stretches, pieces, strict=True))
+        return _cat([placed[stretch] for stretch in range(len(self.sizes))]).transpose(0, 1).unsqueeze(0)
+
+
+def _cat(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 @outside_graph
@@ -67,34 +108,14 @@ def attend(
         return torch.cat(outputs, dim=1), None
     plan = runs[0][1]
     in_half_kernel = query.device.type == "cpu" and query.dtype in HALF and not _is_slow_in_kernel(query, dropout)
-    buckets = plan.derived(_buckets, LONGEST_FILLED_HALF if in_half_kernel else LONGEST_FILLED)
-    q_order, k_order = plan.token_orders
-    q_sizes, k_sizes = [bucket.queries for bucket in buckets], [bucket.keys for bucket in buckets]
-    pieces = zip(
-        buckets,
-        _token_major(query, q_order, q_sizes),
-        _token_major(key, k_order, k_sizes),
-        _token_major(value, k_order, k_sizes),
-        strict=True,
-    )
-    outputs = [_attend_bucket(bucket, q, k, v, scaling, dropout) for bucket, q, k, v in pieces]
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if q_order is not None:
-        output = torch.empty_like(output).index_copy(0, q_order, output)
-    return output.transpose(0, 1).unsqueeze(0), None
+    buckets, queries, keys = plan.derived(_buckets, LONGEST_FILLED_HALF if in_half_kernel else LONGEST_FILLED)
+    pieces = zip(buckets, queries.taken(query), keys.taken(key), keys.taken(value), strict=True)
+    return queries.put_back([_attend_bucket(*piece, scaling, dropout) for piece in pieces]), None
 
 
-def _token_major(states: Tensor, order: Tensor | None, sizes: list[int]) -> Sequence[Tensor]:
-    """`(1, H, N, D)` in the plan's order as pieces `(size, H, D)`."""
-    states = states[0].transpose(0, 1)
-    if order is not None:
-        states = states.index_select(0, order)
-    return (states,) if len(sizes) == 1 else states.split(sizes)
-
-
-def _buckets(plan: MaskPlan, longest: int) -> list[Bucket]:
-    """The plan's groups; those of up to `longest` tokens that one tile covers are joined with neighbours that fill up
-    to the same size."""
+def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Stretches, Stretches]:
+    """The plan's groups, and where their queries and keys stand; groups of up to `longest` tokens that one tile covers
+    are joined with neighbours that fill up to the same size."""
 
     def filled_sizes(numbered: tuple[int, GroupPlan]) -> tuple[int, int]:
         number, group = numbered
@@ -104,7 +125,10 @@ def _buckets(plan: MaskPlan, longest: int) -> list[Bucket]:
     runs = ((sizes, [group for _, group in run]) for sizes, run in groupby(enumerate(plan.groups), key=filled_sizes))
     device = plan.layout.rank.device
     buckets = [_alone(plan, run[0]) if sizes[0] < 0 else _joined(plan, run, *sizes, device) for sizes, run in runs]
-    return buckets or [_alone(plan, GroupPlan(0, 0, 0))]
+    buckets = buckets or [_alone(plan, GroupPlan(0, 0, 0))]
+    sides = zip((plan.layout, plan.key_layout), plan.orders, strict=True)
+    queries, keys = (Stretches.of(layout.sizes, order, buckets) for layout, order in sides)
+    return buckets, queries, keys
 
 
 def _filled(size: int) -> int:
@@ -112,7 +136,7 @@ def _filled(size: int) -> int:
 
 
 def _alone(plan: MaskPlan, group: GroupPlan) -> Bucket:
-    return Bucket(group, group.count * group.queries, group.count * group.keys, partial(plan.tile_mask, group))
+    return Bucket(group, partial(plan.tile_mask, group))
 
 
 def _joined(plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Bucket:
@@ -125,7 +149,7 @@ def _joined(plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, de
     q_places = _places(q_sizes, queries, device)
     k_places = q_places if k_sizes == q_sizes else _places(k_sizes, keys, device)
     group = GroupPlan(len(q_sizes), queries, keys, tiles=(tile,))
-    return Bucket(group, sum(q_sizes), sum(k_sizes), lambda _: mask, q_places, k_places)
+    return Bucket(group, lambda _: mask, q_places, k_places)
 
 
 def _joined_mask(

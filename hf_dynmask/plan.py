@@ -176,7 +176,7 @@ class MaskPlan:
     # --- Tiles -------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _order(self) -> tuple[list[int], list[int]]:
+    def orders(self) -> tuple[list[int], list[int]]:
         """Places of the query and of the key sequences such that sequences of equal sizes become neighbours."""
         queries, keys = self.layout, self.key_layout
         sequences = list(range(queries.num_sequences))
@@ -189,16 +189,9 @@ class MaskPlan:
     @cached_property
     def arranged(self) -> tuple[SequenceLayout, SequenceLayout]:
         """Query and key layout with sequences of equal sizes as neighbours."""
-        q_order, k_order = self._order
+        q_order, k_order = self.orders
         queries = self.layout.reordered(q_order)
         return queries, queries if self.layout is self.key_layout else self.key_layout.reordered(k_order)
-
-    @cached_property
-    def token_orders(self) -> tuple[Tensor | None, Tensor | None]:
-        """Places `(N,)` that bring query and key tokens into the order of [`arranged`]; `None`: they stand that way."""
-        sides = zip((self.layout, self.key_layout), self.arranged, self._order, strict=True)
-        q_tokens, k_tokens = (None if new is old else old.token_order(order) for old, new, order in sides)
-        return q_tokens, k_tokens
 
     @cached_property
     def groups(self) -> tuple[GroupPlan, ...]:
