@@ -9,7 +9,7 @@ from .configuration_dynmask import DynMaskConfig
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .conversion import from_transformers, to_transformers
-from .data import DataCollatorForFeatures, DataCollatorWithLengths
+from .data import DataCollatorForFeatures, DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
 from .layout import SequenceLayout
 from .modeling_dynmask import (
     DynMaskForCausalLM,
@@ -41,6 +41,7 @@ register()
 
 __all__ = [
     "DataCollatorForFeatures",
+    "DataCollatorForSeq2SeqWithLengths",
     "DataCollatorWithLengths",
     "DynMaskConfig",
     "DynMaskForCTC",

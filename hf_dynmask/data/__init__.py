@@ -1,6 +1,12 @@
 """Collators: from features to batches that carry lengths."""
 
-from .collators import DataCollatorForFeatures, DataCollatorWithLengths
+from .collators import DataCollatorForFeatures, DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
 from .images import patch_positions, patches
 
-__all__ = ["DataCollatorForFeatures", "DataCollatorWithLengths", "patch_positions", "patches"]
+__all__ = [
+    "DataCollatorForFeatures",
+    "DataCollatorForSeq2SeqWithLengths",
+    "DataCollatorWithLengths",
+    "patch_positions",
+    "patches",
+]

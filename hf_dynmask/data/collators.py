@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling_dynmask_seq2seq import DynMaskSeq2SeqPreTrainedModel
+
 Columns = dict[str, list[Tensor]]  # one tensor an example
 
 
@@ -132,11 +134,11 @@ class DataCollatorWithLengths(CollatorWithLengths):
     main: ClassVar[str] = "input_ids"
 
     def _check_main(self, values):
-        for input_ids in values:
-            if input_ids.ndim != 1 or input_ids.dtype != torch.int64:
+        for ids in values:
+            if ids.ndim != 1 or ids.dtype != torch.int64:
                 raise ValueError(
-                    "`input_ids` of an example must be a list of integers, shape (T,); "
-                    f"got shape {tuple(input_ids.shape)} of {input_ids.dtype}"
+                    f"`{self.main}` of an example must be a list of integers, shape (T,); "
+                    f"got shape {tuple(ids.shape)} of {ids.dtype}"
                 )
 
     def _padding(self, name):
@@ -215,6 +217,90 @@ class DataCollatorForFeatures(CollatorWithLengths):
         if name == "labels" and all(value.ndim == 1 and value.dtype == torch.int64 for value in values):
             return pad_sequence(values, batch_first=True, padding_value=self.label_pad_token_id)
         return super()._stack(name, values)
+
+
+@dataclass
+class DataCollatorForSeq2SeqWithLengths:
+    """
+    Collates pairs of a source and a target into a batch that carries the lengths of both.
+
+    The target are the columns `labels` and those whose names begin with `decoder_`; all others are the source. Columns
+    of a side find their place as in [`DataCollatorWithLengths`], the target's by the tokens of `labels`. A source of
+    frames, `input_features`, is collated as by [`DataCollatorForFeatures`].
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
+        model ([`DynMaskForConditionalGeneration`], *optional*):
+            Makes decoder inputs of the labels, by its `prepare_decoder_input_ids_from_labels`. Label smoothing in the
+            [`~transformers.Trainer`] needs these. `None`: there are none, and a model makes its own.
+        flat (`bool`, *optional*, defaults to `False`): Put all sequences of a side end to end, without padding.
+        label_pad_token_id (`int`, *optional*, defaults to -100): Label of the absent tokens of a row.
+
+    Returns:
+        `dict[str, Tensor]`:
+
+        - `input_ids (B, T)`, or `input_features (B, T, F)`, and `lengths (B,)`, with the source's other columns: as
+          from the collator of that side alone. With `flat`: `(1, N, …)`.
+        - `labels`, int64 `(B, U)`: `label_pad_token_id` behind each target. With `flat`: `(1, M)`.
+        - `decoder_lengths`, int64 `(B,)`: tokens of each target.
+        - `decoder_input_ids`, int64, with `model`: of the shape of `labels`.
+
+        Examples without a target give the source alone.
+
+    Raises:
+        ValueError: A side is refused as there; a target has columns, but no `labels`, or these are not a list of
+            integers.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForSeq2SeqWithLengths(tokenizer)
+    >>> collator([{"input_ids": [5, 6, 7], "labels": [8]}, {"input_ids": [9], "labels": [4, 5]}])
+    {'input_ids': tensor([[5, 6, 7],
+            [9, 0, 0]]), 'lengths': tensor([3, 1]), 'labels': tensor([[   8, -100],
+            [   4,    5]]), 'decoder_lengths': tensor([1, 2])}
+    ```
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    model: DynMaskSeq2SeqPreTrainedModel | None = None
+    flat: bool = False
+    label_pad_token_id: int = -100
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        sources = [{name: feature[name] for name in feature if not _of_target(name)} for feature in features]
+        targets = [
+            {name.removeprefix("decoder_"): feature[name] for name in feature if _of_target(name)}
+            for feature in features
+        ]
+        batch = self._source_collator(sources)(sources)
+        return batch | self._target(targets) if any(targets) else batch
+
+    def _source_collator(self, sources: Sequence[Mapping[str, Any]]) -> CollatorWithLengths:
+        if any("input_features" in source for source in sources):
+            return DataCollatorForFeatures(flat=self.flat)
+        return DataCollatorWithLengths(self.tokenizer, flat=self.flat)
+
+    def _target(self, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        try:
+            batch = _DataCollatorForTargets(self.tokenizer, self.flat, self.label_pad_token_id)(targets)
+        except ValueError as error:
+            raise ValueError(f"of the target: {error}") from error
+        batch = {name if name == "labels" else f"decoder_{name}": values for name, values in batch.items()}
+        if self.model is not None and "decoder_input_ids" not in batch:
+            shifted = self.model.prepare_decoder_input_ids_from_labels(batch["labels"], batch["decoder_lengths"])
+            batch["decoder_input_ids"] = shifted
+        return batch
+
+
+class _DataCollatorForTargets(DataCollatorWithLengths):
+    """A target alone, its columns without `decoder_`."""
+
+    main: ClassVar[str] = "labels"
+
+
+def _of_target(name: str) -> bool:
+    return name in ("label", "label_ids", "labels") or name.startswith("decoder_")
 
 
 def _columns(features: Sequence[Mapping[str, Any]]) -> Columns:

@@ -1,0 +1,182 @@
+"""DataCollatorForSeq2SeqWithLengths: its two sides. (What each does with its columns is in the other files.)"""
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+
+from hf_dynmask import DynMaskForConditionalGeneration, DynMaskSeq2SeqConfig
+from hf_dynmask.data import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
+
+PAD, START = 3, 2
+EXAMPLES = [{"input_ids": [5, 6, 7], "labels": [8, 9]}, {"input_ids": [9], "labels": [4, 5, 6, 7]}]
+ROWS = {"input_ids": [[5, 6, 7], [9, PAD, PAD]], "lengths": [3, 1]}
+TARGETS = {"labels": [[8, 9, -100, -100], [4, 5, 6, 7]], "decoder_lengths": [2, 4]}
+
+
+def assert_equal(batch, **expected):
+    """Same columns, numbers and dtypes."""
+    assert set(batch) == set(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(batch[name], torch.as_tensor(values), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "[PAD]": PAD})), pad_token="[PAD]")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 12,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    config = DynMaskSeq2SeqConfig(encoder=sizes, decoder=sizes, decoder_start_token_id=START, pad_token_id=PAD)
+    return DynMaskForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def collator(tokenizer):
+    return DataCollatorForSeq2SeqWithLengths(tokenizer)
+
+
+def test_rows(collator):
+    assert_equal(collator(EXAMPLES), **ROWS, **TARGETS)
+
+
+def test_flat(tokenizer, model):
+    expected: dict[str, Any] = {"input_ids": [[5, 6, 7, 9]], "lengths": [3, 1]}
+    expected |= {"labels": [[8, 9, 4, 5, 6, 7]], "decoder_lengths": [2, 4]}
+    assert_equal(DataCollatorForSeq2SeqWithLengths(tokenizer, flat=True)(EXAMPLES), **expected)
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model, flat=True)(EXAMPLES)
+    assert_equal(batch, **expected, decoder_input_ids=[[START, 8, START, 4, 5, 6]])
+
+
+def test_decoder_inputs_by_the_rule_of_the_model(tokenizer, model):
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model)(EXAMPLES)
+    assert_equal(batch, **ROWS, **TARGETS, decoder_input_ids=[[START, 8, PAD, PAD], [START, 4, 5, 6]])
+
+
+def test_decoder_inputs_of_the_examples_win(tokenizer, model):
+    features = [{**example, "decoder_input_ids": [1] * len(example["labels"])} for example in EXAMPLES]
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model)(features)
+    assert_equal(batch, **ROWS, **TARGETS, decoder_input_ids=[[1, 1, PAD, PAD], [1, 1, 1, 1]])
+
+
+def test_loss_is_that_of_padded_batches(tokenizer, model):
+    """Rows, flat rows and the stock collator's attention mask say the same to a model."""
+    stock = DataCollatorForSeq2Seq(tokenizer, model=None)
+    expected = model(**stock(EXAMPLES)).loss
+    for flat in (False, True):
+        for given in (None, model):
+            batch = DataCollatorForSeq2SeqWithLengths(tokenizer, given, flat=flat)(EXAMPLES)
+            torch.testing.assert_close(model(**batch).loss, expected)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_source_is_that_of_the_collator_of_one_side(tokenizer, flat):
+    columns = [
+        {"token_type_ids": [0, 1, 1], "attention_mask": [1, 0, 1], "prefix_lengths": 2},
+        {"token_type_ids": [1], "attention_mask": [1], "prefix_lengths": 0},
+    ]
+    sources = [{"input_ids": e["input_ids"], **column} for e, column in zip(EXAMPLES, columns, strict=True)]
+    features = [{**source, "labels": e["labels"]} for source, e in zip(sources, EXAMPLES, strict=True)]
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, flat=flat)(features)
+    expected = DataCollatorWithLengths(tokenizer, flat=flat)(sources)
+    assert_equal({name: values for name, values in batch.items() if name in expected}, **expected)
+    assert set(batch) == {*expected, "labels", "decoder_lengths"}
+
+
+def test_columns_of_the_target(collator):
+    features = [
+        {**EXAMPLES[0], "decoder_segment_ids": [0, 1], "decoder_prefix_lengths": 1, "decoder_hidden_spans": [[0, 1]]},
+        {**EXAMPLES[1], "decoder_segment_ids": [0, 0, 1, 1], "decoder_prefix_lengths": 2, "decoder_hidden_spans": []},
+    ]
+    assert_equal(
+        collator(features),
+        **ROWS,
+        **TARGETS,
+        decoder_segment_ids=[[0, 1, 0, 0], [0, 0, 1, 1]],
+        decoder_prefix_lengths=[1, 2],
+        decoder_hidden_spans=[[[0, 1]], [[0, 0]]],
+    )
+
+
+def test_absent_tokens_of_the_target(collator):
+    padded = [
+        {"input_ids": [5, 6, 7], "labels": [0, 8, 9], "decoder_attention_mask": [0, 1, 1]},
+        {"input_ids": [9], "labels": [4, 5, 6, 7, 0], "decoder_attention_mask": [1, 1, 1, 1, 0]},
+    ]
+    assert_equal(collator(padded), **ROWS, **TARGETS)
+
+
+def test_target_as_long_as_the_source_stays_whole(collator):
+    """Labels are no column of the source's tokens, also where there are as many."""
+    features = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0], "labels": [7, 8, 9]}]
+    assert_equal(collator(features), input_ids=[[5, 6]], lengths=[2], labels=[[7, 8, 9]], decoder_lengths=[3])
+
+
+def test_empty_target(collator):
+    features = [{"input_ids": [5], "labels": []}, {"input_ids": [6], "labels": [7]}]
+    assert_equal(collator(features), input_ids=[[5], [6]], lengths=[1, 1], labels=[[-100], [7]], decoder_lengths=[0, 1])
+
+
+def test_without_target(tokenizer, model):
+    features = [{"input_ids": example["input_ids"]} for example in EXAMPLES]
+    assert_equal(DataCollatorForSeq2SeqWithLengths(tokenizer, model)(features), **ROWS)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_source_of_frames(tokenizer, flat):
+    frames = [[[0.5], [1.0]], [[2.0]]]
+    features = [{"input_features": f, "labels": e["labels"]} for f, e in zip(frames, EXAMPLES, strict=True)]
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, flat=flat)(features)
+    rows = [[[0.5], [1.0]], [[2.0], [0.0]]]
+    targets = {"labels": [[8, 9, 4, 5, 6, 7]], "decoder_lengths": [2, 4]} if flat else TARGETS
+    assert_equal(batch, input_features=[[[0.5], [1.0], [2.0]]] if flat else rows, lengths=[2, 1], **targets)
+
+
+def test_label_pad_token_id(tokenizer):
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, label_pad_token_id=-1)(EXAMPLES)
+    assert batch["labels"].tolist() == [[8, 9, -1, -1], [4, 5, 6, 7]]
+
+
+def test_pickle(collator):
+    assert_equal(pickle.loads(pickle.dumps(collator))(EXAMPLES), **ROWS, **TARGETS)
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        ([], "`features` must hold at least one example; got none"),
+        ([{"labels": [1]}], "^examples must have a column `input_ids`; got no numbers"),
+        ([{"input_ids": [1], "decoder_position_ids": [0]}], "of the target: .* a column `labels`; got position_ids"),
+        (
+            [{"input_ids": [1], "labels": 1}],
+            r"of the target: `labels` .* list of integers, shape \(T,\); got shape \(\)",
+        ),
+        ([{"input_ids": [1], "labels": [0.5]}], r"`labels` .* list of integers.* got shape \(1,\) of torch.float32"),
+        ([EXAMPLES[0], {"input_ids": [1]}], "of the target: column `labels` must be in every example; got none in"),
+        (
+            [{"input_ids": [1], "labels": [2], "decoder_lengths": 1}],
+            "of the target: `lengths` must be left to the collator, which counts `labels`; got a column of it",
+        ),
+        (
+            [{"input_ids": [1], "labels": [2], "decoder_attention_mask": [1, 0]}],
+            r"of the target: `attention_mask` .* shape \(1,\); got shape \(2,\)",
+        ),
+        ([{"input_ids": [1], "lengths": 1, "labels": [2]}], "^`lengths` must be left to the collator"),
+    ],
+)
+def test_bad_examples(collator, features, message):
+    with pytest.raises(ValueError, match=message):
+        collator(features)
