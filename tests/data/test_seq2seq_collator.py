@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_dynmask import DynMaskForConditionalGeneration, DynMaskSeq2SeqConfig
 from hf_dynmask.data import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
@@ -143,6 +143,38 @@ def test_source_of_frames(tokenizer, flat):
     rows = [[[0.5], [1.0]], [[2.0], [0.0]]]
     targets = {"labels": [[8, 9, 4, 5, 6, 7]], "decoder_lengths": [2, 4]} if flat else TARGETS
     assert_equal(batch, input_features=[[[0.5], [1.0], [2.0]]] if flat else rows, lengths=[2, 1], **targets)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_trainer(tokenizer, model, tmp_path, smoothing):
+    """The stock trainer generates from batches as they come, and smooths labels, as with the stock collator's."""
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path),
+        predict_with_generate=True,
+        generation_max_length=6,
+        label_smoothing_factor=smoothing,
+        per_device_eval_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    collators = [DataCollatorForSeq2SeqWithLengths(tokenizer, model), DataCollatorForSeq2Seq(tokenizer, model)]
+    found: Any
+    expected: Any
+    found, expected = (
+        Seq2SeqTrainer(model, arguments, collator, processing_class=tokenizer).predict(EXAMPLES)  # pyright: ignore
+        for collator in collators
+    )
+    assert found.predictions.tolist() == expected.predictions.tolist()
+    assert found.label_ids.tolist() == expected.label_ids.tolist()
+    assert found.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"])
+
+
+def test_generation_from_targets_of_some_length(model):
+    message = r"`decoder_lengths` must come with `labels`.*`decoder_attention_mask`.* got \[1, 2\] alone"
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([[5], [6]]), decoder_lengths=torch.tensor([1, 2]))
 
 
 def test_label_pad_token_id(tokenizer):
