@@ -41,7 +41,9 @@ from .modeling_dynmask_seq2seq import (
     DynMaskSeq2SeqForSequenceClassification,
     DynMaskSeq2SeqModel,
 )
-from .stock import NAME, dynmask_attention_forward, dynmask_mask, prepare
+from .stock import dynmask_attention_forward
+from .stock_batches import NAME, prepare
+from .stock_masks import dynmask_mask
 
 AUTO_CLASSES = {
     DynMaskConfig: {

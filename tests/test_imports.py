@@ -22,7 +22,7 @@ LEVELS = [
     ["cached"],
     ["attention_*"],
     ["attention"],
-    ["features", "stock"],
+    ["features", "stock", "stock_*"],
     ["modules"],
     ["modeling_*"],
     ["registration", "conversion", "sharing", "data", "training", "plotting"],
