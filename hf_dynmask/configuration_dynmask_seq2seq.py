@@ -12,7 +12,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from .configuration_dynmask import DynMaskConfig
 
 OF_BOTH_SIDES = {field.name for field in fields(DynMaskConfig)} - {field.name for field in fields(PreTrainedConfig)}
-OF_A_DECODER = {"mask": "causal", "add_cross_attention": True}
+OF_A_DECODER = {
+    "mask": "causal",
+    "layer_masks": None,
+    "add_cross_attention": True,
+    "num_features": None,
+    "conv_kernel": (),
+    "conv_stride": (),
+}
 
 
 @strict
@@ -20,16 +27,16 @@ class DynMaskSeq2SeqConfig(PreTrainedConfig):
     """
     Configuration of a [`DynMaskSeq2SeqModel`] and its heads: one [`DynMaskConfig`] a side.
 
-    A field of [`DynMaskConfig`] that is given here is that of both sides; what `encoder` or `decoder` say wins. The
-    three masks are `encoder.mask` (`"full"` unless given), `decoder.mask` (`"causal"`) and `decoder.cross_mask`
-    (`"full"`).
+    A field of [`DynMaskConfig`] that is given here is that of both sides, or, of a mask or of frames, that of the
+    encoder; what `encoder` or `decoder` say wins. The three masks are `encoder.mask` (`"full"` unless given),
+    `decoder.mask` (`"causal"`) and `decoder.cross_mask` (`"full"`).
 
     Args:
         encoder ([`DynMaskConfig`] or `dict`, *optional*): The encoder, or what in it differs.
         decoder ([`DynMaskConfig`] or `dict`, *optional*): The decoder, or what in it differs.
         share_embeddings (`bool`, *optional*):
-            Whether encoder and decoder read tokens through one embedding. `None`: yes, where the encoder reads tokens
-            at all.
+            Whether encoder and decoder read tokens through one embedding, which is then the output's, too. `None`: yes,
+            where the encoder reads tokens and `tie_word_embeddings` is set.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the decoder's input and output embeddings are one.
         decoder_start_token_id (`int`, *optional*): The token that every target is shifted behind.
@@ -70,7 +77,7 @@ class DynMaskSeq2SeqConfig(PreTrainedConfig):
         self.encoder = _side(self.encoder, common)
         self.decoder = _side(self.decoder, common | OF_A_DECODER)
         if self.share_embeddings is None:
-            self.share_embeddings = self.encoder.num_features is None
+            self.share_embeddings = self.encoder.num_features is None and self.tie_word_embeddings
         super().__post_init__(**kwargs)
 
     def check_shareable(self) -> None:
@@ -92,6 +99,8 @@ class DynMaskSeq2SeqConfig(PreTrainedConfig):
                 f"`hidden_size` of the encoder must be the decoder's {self.decoder.hidden_size}; "
                 f"got {self.encoder.hidden_size}"
             )
+        if self.share_embeddings and not self.tie_word_embeddings:
+            raise ValueError("`share_embeddings` must be False without `tie_word_embeddings`; got True")
         if self.share_embeddings and self.encoder.num_features is not None:
             raise ValueError(
                 "`share_embeddings` must be False where the encoder reads frames; "

@@ -101,7 +101,7 @@ class DynMaskEmbeddings(nn.Module):
             else:
                 states = states + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
-            states = states + self.position_embeddings(position_ids)
+            states = states + self.position_embeddings(position_ids).to(states.dtype)
         return self.projection(self.dropout(self.norm(states)))
 
 

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
@@ -25,6 +27,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ..configuration_dynmask import DynMaskConfig
+from ..configuration_dynmask_seq2seq import OF_BOTH_SIDES, DynMaskSeq2SeqConfig
+from ..masks import parse
 from ..modeling_dynmask import (
     DynMaskForCausalLM,
     DynMaskForMaskedLM,
@@ -35,12 +39,19 @@ from ..modeling_dynmask import (
     DynMaskModel,
     DynMaskPreTrainedModel,
 )
+from ..modeling_dynmask_seq2seq import (
+    DynMaskForConditionalGeneration,
+    DynMaskSeq2SeqForSequenceClassification,
+    DynMaskSeq2SeqModel,
+)
+from .bart import BART
 from .bert import BERT
 from .distilbert import DISTILBERT
 from .electra import ELECTRA
-from .family import Family, Settings, classifier_dropout
+from .family import Family, OurConfig, Settings, classifier_dropout
 from .gpt2 import GPT2
 from .llama import LLAMA
+from .marian import MARIAN
 from .mistral import MISTRAL
 from .qwen import QWEN2, QWEN3
 from .roberta import ROBERTA
@@ -48,28 +59,38 @@ from .weights import to_ours, to_theirs
 
 
 class Task(NamedTuple):
-    """The classes of a task: the stock ones by config class, and ours."""
+    """The classes of a task: the stock ones by config class, and ours, one a config class."""
 
     stock: Mapping[type[PreTrainedConfig], Any]
-    ours: type[DynMaskPreTrainedModel]
+    ours: tuple[Any, ...]
+
+    def ours_of(self, family: Family) -> Any:
+        """Our class for models of `family`."""
+        return next(cls for cls in self.ours if cls.config_class is family.config_class)
 
 
 TASKS = {
-    "base": Task(MODEL_MAPPING, DynMaskModel),
-    "causal-lm": Task(MODEL_FOR_CAUSAL_LM_MAPPING, DynMaskForCausalLM),
-    "masked-lm": Task(MODEL_FOR_MASKED_LM_MAPPING, DynMaskForMaskedLM),
-    "sequence-classification": Task(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, DynMaskForSequenceClassification),
-    "token-classification": Task(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, DynMaskForTokenClassification),
-    "question-answering": Task(MODEL_FOR_QUESTION_ANSWERING_MAPPING, DynMaskForQuestionAnswering),
-    "multiple-choice": Task(MODEL_FOR_MULTIPLE_CHOICE_MAPPING, DynMaskForMultipleChoice),
+    "base": Task(MODEL_MAPPING, (DynMaskModel, DynMaskSeq2SeqModel)),
+    "causal-lm": Task(MODEL_FOR_CAUSAL_LM_MAPPING, (DynMaskForCausalLM,)),
+    "masked-lm": Task(MODEL_FOR_MASKED_LM_MAPPING, (DynMaskForMaskedLM,)),
+    "seq2seq-lm": Task(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, (DynMaskForConditionalGeneration,)),
+    "sequence-classification": Task(
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        (DynMaskForSequenceClassification, DynMaskSeq2SeqForSequenceClassification),
+    ),
+    "token-classification": Task(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, (DynMaskForTokenClassification,)),
+    "question-answering": Task(MODEL_FOR_QUESTION_ANSWERING_MAPPING, (DynMaskForQuestionAnswering,)),
+    "multiple-choice": Task(MODEL_FOR_MULTIPLE_CHOICE_MAPPING, (DynMaskForMultipleChoice,)),
 }
 
 FAMILIES = {
+    "bart": BART,
     "bert": BERT,
     "distilbert": DISTILBERT,
     "electra": ELECTRA,
     "gpt2": GPT2,
     "llama": LLAMA,
+    "marian": MARIAN,
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
@@ -87,6 +108,7 @@ REQUIRED = {
 
 COMMON_FIELDS = {field.name for field in fields(PreTrainedConfig)}
 OUR_FIELDS = [field.name for field in fields(DynMaskConfig) if field.name not in COMMON_FIELDS]
+SIDES = tuple(DynMaskSeq2SeqConfig.sub_configs)
 
 
 def from_transformers(
@@ -98,18 +120,19 @@ def from_transformers(
     Args:
         source (`str`, `os.PathLike` or [`PreTrainedModel`]):
             A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `distilbert`, `electra`, `roberta`
-            or `xlm-roberta`, or a decoder of type `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`, whose masks, sliding
-            windows included, become expressions.
+            or `xlm-roberta`; a decoder of type `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`, whose masks, sliding
+            windows included, become expressions; or an encoder-decoder of type `bart` or `marian`.
         task (`str`, *optional*):
             `"base"`, `"token-classification"` or `"question-answering"`; of an encoder `"masked-lm"`,
-            `"sequence-classification"` or `"multiple-choice"`, of a decoder `"causal-lm"`. `None`: the one of the
-            checkpoint's `architectures`, or of the loaded model's class; `"base"` where a checkpoint names no such
-            class.
+            `"sequence-classification"` or `"multiple-choice"`, of a decoder `"causal-lm"`, of an encoder-decoder
+            `"seq2seq-lm"` or (BART) `"sequence-classification"` beside `"base"`. `None`: the one of the checkpoint's
+            `architectures`, or of the loaded model's class; `"base"` where a checkpoint names no such class.
         overrides (*optional*):
             Config fields. One that the stock config has (`num_labels`, `hidden_dropout_prob`, …) goes to the stock
             model's `from_pretrained`, and so does each option of loading (`dtype`, `revision`, …). One that only
             [`DynMaskConfig`] has (`mask`, `layer_masks`, `attn_implementation`, …) is set on the converted config. With
-            a loaded model only the fields of [`DynMaskConfig`] can be given.
+            a loaded model only the fields of [`DynMaskConfig`] can be given. Of an encoder-decoder the fields are those
+            of [`DynMaskSeq2SeqConfig`]: `encoder={...}` and `decoder={...}` say what differs from the stock sides.
 
     Returns:
         [`DynMaskPreTrainedModel`]: The model of the task, in the dtype, on the device and in the mode (train or eval)
@@ -135,7 +158,7 @@ def from_transformers(
         family = _family(stock_config.model_type)
         task = _task_of_model(source, task)
         set_on_ours, set_on_theirs = _split(overrides, stock_config)
-        _set(stock_config, set_on_theirs)
+        _set(stock_config, set_on_theirs, family)
         _check_supported(stock_config, task)
         stock = source
     else:
@@ -147,10 +170,11 @@ def from_transformers(
         stock = TASKS[task].stock[type(stock_config)].from_pretrained(source, **set_on_theirs)
         stock_config = stock.config
     with no_init_weights():
-        model = TASKS[task].ours(_our_config(stock_config, task, **set_on_ours))
-    links = family.links(task, model.base_model_prefix, stock.base_model_prefix, stock_config.num_hidden_layers)
-    weights = _weights(stock) if stock is not source else _cloned(_weights(stock))
-    _fill(model, to_ours(weights, links))
+        model = TASKS[task].ours_of(family)(_our_config(stock_config, task, **set_on_ours))
+    _check_tables(stock, family)
+    links = family.links(task, model.base_model_prefix, stock.base_model_prefix, _num_layers(model.config))
+    weights = _weights(stock, family) if stock is not source else _cloned(_weights(stock, family))
+    _fill(model, to_ours(weights, links), family)
     _hand_on(stock, model)
     return model
 
@@ -180,7 +204,7 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     """
     task = next((task for task, (_, ours) in TASKS.items() if isinstance(model, ours)), None)
     if task is None:
-        known = ", ".join(ours.__name__ for _, ours in TASKS.values())
+        known = ", ".join(ours.__name__ for _, classes in TASKS.values() for ours in classes)
         raise ValueError(f"`model` must be one of {known}; got {type(model).__name__}")
     config = model.config
     model_type = model_type or config.source_model_type
@@ -196,8 +220,10 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     stock_config = _stock_config(config, model_type, task)
     with no_init_weights():
         stock = TASKS[task].stock[type(stock_config)](stock_config)
-    links = family.links(task, model.base_model_prefix, stock.base_model_prefix, config.num_hidden_layers)
-    _fill(stock, to_theirs(_cloned(_weights(model)), links, _weights(stock)))
+    links = family.links(task, model.base_model_prefix, stock.base_model_prefix, _num_layers(config))
+    _fill(stock, to_theirs(_cloned(_weights(model, family)), links, _weights(stock, family)), family)
+    for table in _tables(stock, family).values():
+        stock._init_weights(table.to(model.dtype))
     _hand_on(model, stock)
     return stock
 
@@ -238,46 +264,66 @@ def _task_of_model(model: PreTrainedModel, task: str | None) -> str:
     return found
 
 
+def _our_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    """What the constructor takes: of a configuration of two sides also the fields of these."""
+    names = {field.name for field in fields(config_class)}
+    return names | OF_BOTH_SIDES if config_class is DynMaskSeq2SeqConfig else names
+
+
 def _split(overrides: Settings, stock_config: PreTrainedConfig) -> tuple[Settings, Settings]:
     """What is set on the converted config, and what on the stock one or its loading."""
-    alone = {name for name in OUR_FIELDS if not hasattr(stock_config, name)} | {"attn_implementation"}
+    fields_of_ours = _our_fields(FAMILIES[stock_config.model_type].config_class)
+    alone = {name for name in fields_of_ours if not hasattr(stock_config, name)} | {"attn_implementation"}
     ours = {name: value for name, value in overrides.items() if name in alone}
     return ours, {name: value for name, value in overrides.items() if name not in alone}
 
 
-def _set(stock_config: PreTrainedConfig, overrides: Settings) -> None:
+def _set(stock_config: PreTrainedConfig, overrides: Settings, family: Family) -> None:
     for name, value in overrides.items():
-        if name not in OUR_FIELDS:
-            raise ValueError(f"`{name}` must be a field of DynMaskConfig with a loaded model; got {name}={value!r}")
+        if name not in _our_fields(family.config_class) - COMMON_FIELDS:
+            raise ValueError(
+                f"`{name}` must be a field of {family.config_class.__name__} with a loaded model; got {name}={value!r}"
+            )
         setattr(stock_config, name, value)
 
 
-def _shared_fields(stock_class: type[PreTrainedConfig]) -> set[str]:
-    ours, theirs = ({field.name for field in fields(config_class)} for config_class in (DynMaskConfig, stock_class))
-    return ours & theirs - {"transformers_version", "architectures"}
+def _shared_fields(family: Family, stock_class: type[PreTrainedConfig]) -> set[str]:
+    theirs = {field.name for field in fields(stock_class)}
+    return _our_fields(family.config_class) & theirs - {"transformers_version", "architectures"}
 
 
-def _our_config(stock_config: PreTrainedConfig, task: str, **overrides: Any) -> DynMaskConfig:
+def _our_config(stock_config: PreTrainedConfig, task: str, **overrides: Any) -> OurConfig:
     family = FAMILIES[stock_config.model_type]
-    settings = {name: getattr(stock_config, name) for name in _shared_fields(type(stock_config))}
+    settings = {name: getattr(stock_config, name) for name in _shared_fields(family, type(stock_config))}
     settings |= {ours: getattr(stock_config, theirs) for ours, theirs in family.renamed.items()}
     settings |= family.implied(stock_config, task)
     settings |= {"source_model_type": stock_config.model_type, "name_or_path": stock_config.name_or_path}
     if "mask" in overrides:
         settings["layer_masks"] = None  # which would win over it
+    overrides |= {side: settings.get(side, {}) | overrides[side] for side in SIDES if side in overrides}
     try:
-        return DynMaskConfig(**settings | overrides)
+        return family.config_class(**settings | overrides)
     except StrictDataclassError as error:
         raise ValueError(f"cannot convert a {stock_config.model_type!r} model: {error.__cause__ or error}") from error
 
 
-def _stock_config(config: DynMaskConfig, model_type: str, task: str) -> PreTrainedConfig:
+def _stock_config(config: OurConfig, model_type: str, task: str) -> PreTrainedConfig:
     family = FAMILIES[model_type]
-    shared = _shared_fields(type(AutoConfig.for_model(model_type)))
-    settings = {name: copy.deepcopy(getattr(config, name)) for name in shared}
-    settings |= {theirs: getattr(config, ours) for ours, theirs in family.renamed.items()}
+    shared = _shared_fields(family, type(AutoConfig.for_model(model_type)))
+    settings = {name: copy.deepcopy(_value(config, name)) for name in shared}
+    settings |= {theirs: _value(config, ours) for ours, theirs in family.renamed.items()}
     settings |= family.restored(config, task)
     return AutoConfig.for_model(model_type, **settings, name_or_path=config.name_or_path)
+
+
+def _value(config: OurConfig, name: str) -> Any:
+    """A field; where a configuration of two sides has none of this name, the decoder's."""
+    return getattr(config if hasattr(config, name) else config.decoder, name)
+
+
+def _num_layers(config: OurConfig) -> int:
+    sides = [getattr(config, side) for side in SIDES] if isinstance(config, DynMaskSeq2SeqConfig) else [config]
+    return max(side.num_hidden_layers for side in sides)
 
 
 def _unsupported(stock_config: PreTrainedConfig, task: str) -> list[str]:
@@ -291,22 +337,36 @@ def _check_supported(stock_config: PreTrainedConfig, task: str) -> None:
         raise ValueError(f"cannot convert a {stock_config.model_type!r} model: {'; '.join(problems)}")
 
 
-def _unrepresentable(config: DynMaskConfig, model_type: str, task: str) -> list[str]:
+def _unrepresentable(config: OurConfig, model_type: str, task: str) -> list[str]:
     """What keeps a DynMask model from being a stock one, a phrase each: what is lost on the way there and back."""
-    if task not in FAMILIES[model_type].heads:
+    family = FAMILIES[model_type]
+    if not isinstance(config, family.config_class):
+        return [f"it has a {family.config_class.__name__}, and the model a {type(config).__name__}"]
+    if task not in family.heads:
         return [f"it has no model for {task!r}"]
     stock_config = _stock_config(config, model_type, task)
     expected, found = (_function(side, task) for side in (_our_config(stock_config, task), config))
     return _differences(expected, found) + _unsupported(stock_config, task)
 
 
-def _function(config: DynMaskConfig, task: str) -> Settings:
+def _function(config: OurConfig, task: str) -> Settings:
     """The fields that say what a model computes."""
-    unread = {"source_model_type", "layer_masks"} | ({"use_pooler"} if task != "base" else set())
+    if isinstance(config, DynMaskSeq2SeqConfig):
+        of_sides = {
+            f"{side}.{name}": value for side in SIDES for name, value in _function(getattr(config, side), task).items()
+        }
+        return of_sides | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
+    unread = {"source_model_type", "layer_masks"}
+    if task != "base":
+        unread |= {"use_pooler"}
+    if not config.add_cross_attention:
+        unread |= {"cross_mask"}
     settings = {name: getattr(config, name) for name in OUR_FIELDS if name not in unread}
     masks = [str(mask) for mask in config.masks()]
-    one_for_all = masks[0] if len(set(masks)) == 1 else masks
-    return settings | {"mask": one_for_all, "classifier_dropout": classifier_dropout(config)}
+    settings["mask"] = masks[0] if len(set(masks)) == 1 else masks
+    if config.add_cross_attention:
+        settings["cross_mask"] = str(parse(config.cross_mask))
+    return settings | {"classifier_dropout": classifier_dropout(config)}
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -314,20 +374,34 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[
     return [f"`{n}` must be {expected.get(n, 'absent')!r}; got {found.get(n, 'nothing')!r}" for n in names]
 
 
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters of `model`, of tied ones only that to which the others are tied."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name: weight.detach() for name, weight in parameters if name not in model.all_tied_weights_keys}
+def _weights(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
+    """The weights of `model`, of tied ones only that to which the others are tied; without tables."""
+    left_out = {*model.all_tied_weights_keys, *(f"{name}.weight" for name in _tables(model, family))}
+    return {name: weight for name, weight in model.state_dict().items() if name not in left_out}
+
+
+def _tables(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:
+    """The modules of a stock model whose weights follow from its code."""
+    return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in family.tables}
+
+
+def _check_tables(stock: PreTrainedModel, family: Family) -> None:
+    for name, table in _tables(stock, family).items():
+        computed = copy.deepcopy(table)
+        stock._init_weights(computed)
+        given, expected = (each.get_parameter("weight") for each in (table, computed))
+        if not torch.allclose(given, expected, atol=1e-2):
+            raise ValueError(f"`{name}` must hold what a {stock.config.model_type!r} model computes; got other numbers")
 
 
 def _cloned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in weights.items()}
 
 
-def _fill(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Makes the tensors, without a copy, the parameters of `model`."""
+def _fill(model: PreTrainedModel, weights: dict[str, Tensor], family: Family) -> None:
+    """Makes the tensors, without a copy, the weights of `model`."""
     shapes, expected = (
-        {name: tuple(weight.shape) for name, weight in side.items()} for side in (weights, _weights(model))
+        {name: tuple(weight.shape) for name, weight in side.items()} for side in (weights, _weights(model, family))
     )
     if problems := _differences(expected, shapes):
         raise ValueError(f"the weights do not fit: {'; '.join(problems)}")

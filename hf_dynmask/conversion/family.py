@@ -9,10 +9,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..configuration_dynmask import DynMaskConfig
+from ..configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .weights import Link
 
 Names = Mapping[str | tuple[str, ...], str]
 Settings = dict[str, Any]
+OurConfig = DynMaskConfig | DynMaskSeq2SeqConfig
 
 # The heads that have the same names everywhere.
 TOKEN_HEADS: dict[str, Names] = {
@@ -44,15 +46,21 @@ class Family:
             `(stock_config, task) -> dict`: stock settings that must have a value for the model to be convertible.
         transposed (`tuple[str, ...]`, *optional*):
             Stock modules, by the last part of their names, that keep their weights as `(inputs, outputs)`.
+        tables (`tuple[str, ...]`, *optional*):
+            Stock modules, by the last part of their names, whose weights are not learned but computed, on both sides.
+        config_class (`type`, *optional*, defaults to [`DynMaskConfig`]):
+            The class of our configuration. `renamed` and `implied` may name any field that its constructor takes.
     """
 
     modules: Names
     heads: Mapping[str, Names]
     renamed: Mapping[str, str]
     implied: Callable[[PreTrainedConfig, str], Settings]
-    restored: Callable[[DynMaskConfig, str], Settings] = lambda config, task: {}
+    restored: Callable[[Any, str], Settings] = lambda config, task: {}
     required: Callable[[PreTrainedConfig, str], Settings] = lambda config, task: {}
     transposed: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    config_class: type[OurConfig] = DynMaskConfig
 
     def links(self, task: str, our_prefix: str, their_prefix: str, num_layers: int) -> dict[str, Link]:
         """Where each stock module, by its full name, stands with us. A prefix is the name of the bare model in a model
