@@ -126,7 +126,7 @@ def section_lengths(count: int) -> list[Lengths]:
 
 def pair_lengths(count: int) -> list[Lengths]:
     """Of random English sentences and their translations into Spanish."""
-    pairs = resolve_dataset("sample:spanish")["train"].shuffle(seed=0)[:count]
+    pairs = resolve_dataset("sample:sentences")["train"].shuffle(seed=0)[:count]
     return list(zip(token_counts(pairs["source"]), token_counts(pairs["target"]), strict=True))
 
 
