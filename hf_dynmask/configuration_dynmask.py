@@ -48,6 +48,10 @@ class DynMaskConfig(PreTrainedConfig):
         norm_placement (`str`, *optional*, defaults to `"after"`):
             `"after"` normalises each residual sum (BERT); `"before"` each sublayer's input and the last output (Llama).
         norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of every norm.
+        norm_bias (`bool`, *optional*, defaults to `True`): Whether a LayerNorm has a bias.
+        first_attention_norm (`bool`, *optional*, defaults to `True`):
+            Whether the first layer has a norm before its attention, where norms come before (ModernBERT: no, its
+            embeddings are normalised).
         embedding_scale (`float`, *optional*, defaults to 1.0): Factor of the token embeddings (BART, Marian).
         embedding_norm (`bool`, *optional*, defaults to `True`): Whether the summed embeddings are normalised.
         position_type (`str`, *optional*, defaults to `"learned"`):
@@ -59,6 +63,8 @@ class DynMaskConfig(PreTrainedConfig):
             read as they are.
         max_position_embeddings (`int`, *optional*, defaults to 10000): Rows of the position table.
         rope_parameters (`dict`, *optional*): Rotary parameters as in transformers (`rope_theta`, `rope_type`, …).
+        layer_rope_theta (`list[float]`, *optional*):
+            A base of the rotary positions for each layer; wins over `rope_theta` of `rope_parameters` (ModernBERT).
         type_vocab_size (`int`, *optional*, defaults to 0): Number of token types; with 0 `token_type_ids` are ignored.
         attention_bias (`bool`, *optional*, defaults to `True`): Whether the attention projections have biases.
         attention_output_bias (`bool`, *optional*): Whether the output projection has one. `None`: `attention_bias`.
@@ -72,6 +78,7 @@ class DynMaskConfig(PreTrainedConfig):
         pooler_act (`str`, *optional*, defaults to `"tanh"`): Activation of the pooler.
         pooler_dropout (`float`, *optional*, defaults to 0.0): Dropout before the pooler.
         lm_head_act (`str`, *optional*, defaults to `"gelu"`): Activation inside the masked-LM head.
+        lm_head_bias (`bool`, *optional*, defaults to `True`): Whether the dense layer inside that head has a bias.
         mask (`str`, *optional*):
             Mask expression of every layer; see [`hf_dynmask.masks`]. `None`: `"full"`, or `"causal"` in a causal
             language model.
@@ -116,6 +123,8 @@ class DynMaskConfig(PreTrainedConfig):
     norm_type: str = "layer_norm"
     norm_placement: str = "after"
     norm_eps: float = 1e-5
+    norm_bias: bool = True
+    first_attention_norm: bool = True
     embedding_scale: float | int = 1.0
     embedding_norm: bool = True
     position_type: str = "learned"
@@ -123,6 +132,7 @@ class DynMaskConfig(PreTrainedConfig):
     position_offset: int = 0
     max_position_embeddings: int = 10000
     rope_parameters: RopeParameters | dict | None = None
+    layer_rope_theta: list[float] | None = None
     type_vocab_size: int = 0
     attention_bias: bool = True
     attention_output_bias: bool | None = None
@@ -135,6 +145,7 @@ class DynMaskConfig(PreTrainedConfig):
     pooler_act: str = "tanh"
     pooler_dropout: float | int = 0.0
     lm_head_act: str = "gelu"
+    lm_head_bias: bool = True
     mask: str | None = None
     layer_masks: list[str] | None = None
     add_cross_attention: bool = False
@@ -195,6 +206,12 @@ class DynMaskConfig(PreTrainedConfig):
         texts = self.layer_masks if self.layer_masks is not None else [self.mask or "full"] * self.num_hidden_layers
         return [parse(text) for text in texts]
 
+    def rope_thetas(self) -> list[float]:
+        """The base of each layer's rotary positions (a list of `num_hidden_layers`)."""
+        if self.layer_rope_theta is not None:
+            return self.layer_rope_theta
+        return [(self.rope_parameters or {}).get("rope_theta", 10000.0)] * self.num_hidden_layers
+
     def validate_sizes(self):
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "head_dim"):
             if getattr(self, name) < 1:
@@ -229,14 +246,24 @@ class DynMaskConfig(PreTrainedConfig):
         _one_of("apply_mask_to", self.apply_mask_to, ("scores", "weights"))
         _one_of("norm_type", self.norm_type, ("layer_norm", "rms_norm"))
         _one_of("norm_placement", self.norm_placement, ("after", "before"))
+        if self.norm_placement == "after" and not self.first_attention_norm:
+            raise ValueError("`first_attention_norm` must be True with norm_placement='after'; got False")
         _one_of("position_type", self.position_type, ("learned", "sinusoidal", "rotary", "none"))
 
-    def validate_masks(self):
-        if self.layer_masks is not None and len(self.layer_masks) != self.num_hidden_layers:
+    def validate_rotary(self):
+        self._check_one_a_layer("layer_rope_theta")
+        if self.layer_rope_theta is not None and self.position_type != "rotary":
+            raise ValueError(f"`layer_rope_theta` needs position_type='rotary'; got {self.position_type!r}")
+
+    def _check_one_a_layer(self, name: str) -> None:
+        entries = getattr(self, name)
+        if entries is not None and len(entries) != self.num_hidden_layers:
             raise ValueError(
-                f"`layer_masks` must have one entry a layer, num_hidden_layers={self.num_hidden_layers}; "
-                f"got {len(self.layer_masks)}"
+                f"`{name}` must have one entry a layer, num_hidden_layers={self.num_hidden_layers}; got {len(entries)}"
             )
+
+    def validate_masks(self):
+        self._check_one_a_layer("layer_masks")
         parse(self.mask or "full")
         for mask in [*self.masks(), parse(self.cross_mask)]:
             head_runs(mask, self.num_attention_heads)

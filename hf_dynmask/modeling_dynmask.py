@@ -229,7 +229,10 @@ class DynMaskModel(DynMaskPreTrainedModel):
     def __init__(self, config: DynMaskConfig, add_pooling_layer: bool | None = None):
         super().__init__(config)
         self.embeddings = DynMaskEmbeddings(config)
-        self.rotary_emb = DynMaskRotaryEmbedding(config) if config.position_type == "rotary" else None
+        bases = dict.fromkeys(config.layer_rope_theta or ())
+        rotary = config.position_type == "rotary"
+        self.rotary_emb = DynMaskRotaryEmbedding(config) if rotary and not bases else None
+        self.rotary_by_base = nn.ModuleList([DynMaskRotaryEmbedding(config, base) for base in bases])
         self.layers = nn.ModuleList([DynMaskLayer(config, layer) for layer in range(config.num_hidden_layers)])
         norm_before = config.norm_placement == "before"
         self.final_norm = make_norm(config, config.hidden_size) if norm_before else nn.Identity()
@@ -318,7 +321,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
             layout = layout_of_batch(shape, inputs.device, lengths, attention_mask, missing)
         whole, layout = layout, last_columns(layout, width) if past_key_values is not None else layout
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
-        rotary = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
+        rotary = self._rotary(states, position_ids)
         fields = {
             "segment_ids": segment_ids,
             "prefix_lengths": prefix_lengths,
@@ -336,13 +339,13 @@ class DynMaskModel(DynMaskPreTrainedModel):
             )
 
         all_states, all_weights, all_cross_weights = [], [], []
-        for layer, plan in zip(self.layers, plans, strict=True):
+        for layer, plan, turns in zip(self.layers, plans, rotary, strict=True):
             if output_hidden_states:
                 # Handed back in the batch's layout, and on the way to the output: gradients reach it.
                 all_states.append(layout.unflatten(states))
                 states = layout.flatten(all_states[-1])
             states, weights, cross_weights = layer(
-                states, plan=plan, rotary=rotary, past_key_values=past_key_values, encoder=encoder
+                states, plan=plan, rotary=turns, past_key_values=past_key_values, encoder=encoder
             )
             all_weights.append(weights)
             all_cross_weights.append(cross_weights)
@@ -408,6 +411,15 @@ class DynMaskModel(DynMaskPreTrainedModel):
         for stride in self.config.conv_stride:
             frames = frames.subsampled(stride)
         return frames.present.by_length()
+
+    def _rotary(self, states: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Each layer's (cos, sin) `(1, N, D)`, or `None` for models without rotary positions."""
+        if not self.rotary_by_base:
+            shared = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
+            return [shared] * len(self.layers)
+        turns = {rotary.config.rope_parameters["rope_theta"]: rotary for rotary in self.rotary_by_base}
+        turns = {base: rotary(states, position_ids) for base, rotary in turns.items()}
+        return [turns[base] for base in self.config.layer_rope_theta]
 
     @outside_graph
     def _cross_plan(

@@ -8,6 +8,7 @@ Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and D
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,9 @@ ATTENTION_IMPLEMENTATIONS = {"dynmask": "auto", "eager": "reference", "sdpa": "s
 
 def make_norm(config: DynMaskConfig, size: int) -> nn.Module:
     """The norm that `config.norm_type` names, over the last dimension of `size`."""
-    norms = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
-    return norms[config.norm_type](size, eps=config.norm_eps)
+    if config.norm_type == "rms_norm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def classifier_dropout(config: DynMaskConfig) -> nn.Dropout:
@@ -62,7 +64,18 @@ class DynMaskSinusoidalEmbedding(nn.Module):
 
 
 class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
-    """Rotary positions (arXiv:2104.09864) as transformers computes them for Llama, every `rope_type` included."""
+    """Rotary positions (arXiv:2104.09864) as transformers computes them for Llama, every `rope_type` included.
+
+    Args:
+        config ([`DynMaskConfig`]): With `rope_parameters`.
+        theta (`float`, *optional*): A base in place of the configuration's.
+    """
+
+    def __init__(self, config: DynMaskConfig, theta: float | None = None):
+        if theta is not None:
+            config = copy.copy(config)
+            config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
+        super().__init__(config)
 
 
 class DynMaskEmbeddings(nn.Module):
@@ -251,7 +264,8 @@ class DynMaskLayer(GradientCheckpointingLayer):
     def __init__(self, config: DynMaskConfig, layer_idx: int):
         super().__init__()
         self.attention = DynMaskAttention(config, layer_idx, chooses_keys=config.has_mask(TopK))
-        self.attention_norm = make_norm(config, config.hidden_size)
+        has_norm = layer_idx > 0 or config.first_attention_norm
+        self.attention_norm = make_norm(config, config.hidden_size) if has_norm else nn.Identity()
         self.cross_attention = None
         if config.add_cross_attention:
             chooses_keys = parse(config.cross_mask).holds(TopK)
@@ -309,7 +323,7 @@ class DynMaskLMHead(nn.Module):
 
     def __init__(self, config: DynMaskConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size, bias=config.lm_head_bias)
         self.act = ACT2FN[config.lm_head_act]
         self.norm = make_norm(config, config.embedding_size)
         self.decoder = nn.Linear(config.embedding_size, config.vocab_size)

@@ -67,6 +67,7 @@ SIZES = {
     "llama": {**LLAMA_SIZES, "attention_bias": True, "mlp_bias": True, "head_dim": 6},
     "marian": {**BART_SIZES, "pad_token_id": 1, "decoder_start_token_id": 1},
     "mistral": {**LLAMA_SIZES, "sliding_window": 4},
+    "modernbert": {**BERT_SIZES, "hidden_size": 18, "local_attention": 4, "pad_token_id": 0},
     "qwen2": {**LLAMA_SIZES, **SLIDING},
     "qwen3": {**LLAMA_SIZES, **SLIDING, "head_dim": 6, "tie_word_embeddings": True},
     "roberta": BERT_SIZES,

@@ -53,6 +53,7 @@ from .gpt2 import GPT2
 from .llama import LLAMA
 from .marian import MARIAN
 from .mistral import MISTRAL
+from .modernbert import MODERNBERT
 from .qwen import QWEN2, QWEN3
 from .roberta import ROBERTA
 from .weights import to_ours, to_theirs
@@ -92,6 +93,7 @@ FAMILIES = {
     "llama": LLAMA,
     "marian": MARIAN,
     "mistral": MISTRAL,
+    "modernbert": MODERNBERT,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "roberta": ROBERTA,
@@ -119,14 +121,15 @@ def from_transformers(
 
     Args:
         source (`str`, `os.PathLike` or [`PreTrainedModel`]):
-            A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `distilbert`, `electra`, `roberta`
-            or `xlm-roberta`; a decoder of type `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`, whose masks, sliding
-            windows included, become expressions; or an encoder-decoder of type `bart` or `marian`.
+            A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `distilbert`, `electra`,
+            `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`;
+            or an encoder-decoder of type `bart` or `marian`. Sliding windows become mask expressions.
         task (`str`, *optional*):
             `"base"`, `"token-classification"` or `"question-answering"`; of an encoder `"masked-lm"`,
-            `"sequence-classification"` or `"multiple-choice"`, of a decoder `"causal-lm"`, of an encoder-decoder
-            `"seq2seq-lm"` or (BART) `"sequence-classification"` beside `"base"`. `None`: the one of the checkpoint's
-            `architectures`, or of the loaded model's class; `"base"` where a checkpoint names no such class.
+            `"sequence-classification"` or `"multiple-choice"`, of a decoder `"causal-lm"`; of ModernBERT `"base"` or
+            `"masked-lm"` alone; of an encoder-decoder `"seq2seq-lm"` or (BART) `"sequence-classification"` beside
+            `"base"`. `None`: the one of the checkpoint's `architectures`, or of the loaded model's class; `"base"`
+            where a checkpoint names no such class.
         overrides (*optional*):
             Config fields. One that the stock config has (`num_labels`, `hidden_dropout_prob`, …) goes to the stock
             model's `from_pretrained`, and so does each option of loading (`dtype`, `revision`, …). One that only

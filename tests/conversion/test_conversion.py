@@ -632,6 +632,52 @@ def test_a_sliding_window_becomes_a_mask_of_as_many_keys(width):
     assert_close(found[real], expected[real])
 
 
+@pytest.mark.parametrize("width", [1, 2, 6, 7, 50])
+@pytest.mark.parametrize("bases", [(160000.0, 10000.0), (500.0, 500.0)])
+def test_local_layers_of_modernbert_see_as_far_to_both_sides(width, bases):
+    rotary = {
+        kind: {"rope_type": "default", "rope_theta": base}
+        for kind, base in zip(("full_attention", "sliding_attention"), bases, strict=True)
+    }
+    stock = random_stock("modernbert", "base", local_attention=width, rope_parameters=rotary)
+    model = from_transformers(stock)
+    half = width // 2
+    assert model.config.layer_masks == ["full", f"window({half})", f"window({half})"]
+    assert model.config.rope_thetas() == [bases[0], bases[1], bases[1]]
+    batch = random_batch(stock, "base")
+    with torch.no_grad():
+        expected, found = stock(**batch).last_hidden_state, model(**in_lengths(batch)).last_hidden_state
+    real = batch["attention_mask"].bool()
+    assert_close(found[real], expected[real])
+    assert to_transformers(model).config.rope_parameters == rotary
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_modernbert_with_layers_of_one_kind(kind):
+    stock = random_stock("modernbert", "base", layer_types=[kind] * 3, local_attention=128)
+    restored = to_transformers(from_transformers(stock))
+    assert_same_weights(restored, stock)
+    assert restored.config.to_dict() == stock.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"embedding_dropout": 0.1}, "`embedding_dropout` must be 0.0; got 0.1"),
+        ({"attention_dropout": 0.1}, "`attention_dropout` must be 0.0; got 0.1"),
+        ({"mlp_dropout": 0.1}, "`mlp_dropout` must be 0.0; got 0.1"),
+        ({"decoder_bias": False}, "`decoder_bias` must be True; got False"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+            "`rope_parameters` must be .*'full_attention': {'rope_type': 'default'.*; got .*'linear'",
+        ),
+    ],
+)
+def test_settings_of_modernbert_without_counterpart_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        from_transformers(random_stock("modernbert", "masked-lm", **settings))
+
+
 def test_layers_slide_or_not():
     model = from_transformers(random_stock("qwen2", "base"))
     assert model.config.layer_masks == ["causal", "causal & window(2, 0)", "causal & window(2, 0)"]

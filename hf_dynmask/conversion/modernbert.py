@@ -1,0 +1,93 @@
+"""ModernBERT (arXiv:2412.13663), after `transformers.models.modernbert.modeling_modernbert`.
+
+Its other heads normalise what they classify, which ours do not: fine-tune from the bare model.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from ..configuration_dynmask import DynMaskConfig
+from .family import Family, Settings
+
+_KINDS = ("full_attention", "sliding_attention")
+
+
+def _rotary(bases: dict[str, float]) -> Settings:
+    """Plain rotary positions with a base for each kind of layer, as the stock configuration has them."""
+    return {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+
+
+def _implied(config: PreTrainedConfig, task: str) -> Settings:
+    masks = dict(zip(_KINDS, ("full", f"window({config.local_attention // 2})"), strict=True))
+    thetas = [config.rope_parameters[kind]["rope_theta"] for kind in config.layer_types]
+    return {
+        "layer_masks": [masks[kind] for kind in config.layer_types],
+        "rope_parameters": {"rope_type": "default", "rope_theta": thetas[0] if thetas else 10000.0},
+        "layer_rope_theta": thetas if len(set(thetas)) > 1 else None,
+        "position_type": "rotary",
+        "norm_placement": "before",
+        "first_attention_norm": False,
+        "gated_feed_forward": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout": None,
+        "use_pooler": False,
+    }
+
+
+def _restored(config: DynMaskConfig, task: str) -> Settings:
+    widths = [left for left, _ in (mask.band() or (None, None) for mask in config.masks())]
+    kinds = [_KINDS[width is not None] for width in widths]
+    widest = max((width for width in widths if width is not None), default=None)
+    bases = dict(zip(kinds, config.rope_thetas(), strict=True))
+    return {
+        "layer_types": kinds,
+        "rope_parameters": _rotary(bases),
+        "classifier_dropout": 0.0,
+        **({} if widest is None else {"local_attention": 2 * widest}),
+    }
+
+
+def _required(config: PreTrainedConfig, task: str) -> Settings:
+    bases = {kind: rotary["rope_theta"] for kind, rotary in config.rope_parameters.items()}
+    return {
+        # Ours has one dropout for embeddings and sublayers, and none inside the feed-forward layer.
+        "embedding_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "mlp_dropout": 0.0,
+        "decoder_bias": True,
+        "rope_parameters": _rotary(bases),
+    }
+
+
+MODERNBERT = Family(
+    modules={
+        "embeddings.word_embeddings": "embeddings.tok_embeddings",
+        "embeddings.norm": "embeddings.norm",
+        "layers.{i}.attention_norm": "layers.{i}.attn_norm",
+        (
+            "layers.{i}.attention.q_proj",
+            "layers.{i}.attention.k_proj",
+            "layers.{i}.attention.v_proj",
+        ): "layers.{i}.attn.Wqkv",
+        "layers.{i}.attention.o_proj": "layers.{i}.attn.Wo",
+        "layers.{i}.feed_forward_norm": "layers.{i}.mlp_norm",
+        ("layers.{i}.feed_forward.gate_proj", "layers.{i}.feed_forward.up_proj"): "layers.{i}.mlp.Wi",
+        "layers.{i}.feed_forward.down_proj": "layers.{i}.mlp.Wo",
+        "final_norm": "final_norm",
+    },
+    heads={
+        "base": {},
+        "masked-lm": {"lm_head.dense": "head.dense", "lm_head.norm": "head.norm", "lm_head.decoder": "decoder"},
+    },
+    renamed={
+        "hidden_act": "hidden_activation",
+        "feed_forward_bias": "mlp_bias",
+        "lm_head_act": "classifier_activation",
+        "lm_head_bias": "classifier_bias",
+    },
+    implied=_implied,
+    restored=_restored,
+    required=_required,
+)
