@@ -11,8 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForTextEncoding,
+    BertConfig,
     DataCollatorWithFlattening,
+    PreTrainedModel,
 )
 
 import hf_dynmask
@@ -267,3 +271,33 @@ def test_an_expression_on_a_stock_model():
     torch.testing.assert_close(found, states(stock, input_ids=tokens, attention_mask=bias), **CLOSE)
     hf_dynmask.set_mask(model, None)
     torch.testing.assert_close(states(model, input_ids=tokens), states(stock, input_ids=tokens), **CLOSE)
+
+
+@pytest.mark.parametrize("family, auto_class", [("bert", AutoModelForMaskedLM), ("llama", AutoModelForCausalLM)])
+@pytest.mark.parametrize("told_by", TOLD_BY)
+def test_heads_hand_on_what_a_flat_batch_says(family, auto_class, told_by):
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    model = auto_class.from_config(config, attn_implementation="dynmask").eval()
+    with torch.no_grad():
+        found = model(**TOLD_BY[told_by](family)).logits[0]
+        single = [model(input_ids=document[None]).logits[0] for document in DOCUMENTS]
+    torch.testing.assert_close(found, torch.cat(single), **CLOSE)
+
+
+class Wrapper(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        self.post_init()
+
+    def forward(self, input_ids, lengths=None):
+        return self.model(input_ids)
+
+
+def test_a_head_that_keeps_it_to_itself():
+    model = Wrapper._from_config(BertConfig(**SIZES), attn_implementation="dynmask")
+    with pytest.raises(ValueError, match="a flat batch needs a model whose tokens meet in attention; those of Wrapper"):
+        model(TOKENS_OF_DOCUMENTS[None], lengths=torch.tensor(SIZES_OF_DOCUMENTS))
+    model(TOKENS_OF_DOCUMENTS[None], lengths=torch.tensor([20]))
