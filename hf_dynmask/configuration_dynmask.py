@@ -1,7 +1,7 @@
 """Configuration of the DynMask models."""
 
 # The optional sizes are `None` only until `__post_init__` has run.
-# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false, reportReturnType=false
 
 from math import prod
 

@@ -8,7 +8,9 @@ Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vo
 # transformers' own typing of `**kwargs` repeats named parameters, and its configurations' fields are optional.
 # pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportArgumentType=false
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalIterable=false
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -504,6 +506,7 @@ class TaskModel(PreTrainedModel):
     """A head on an encoder. Subclasses say which encoder, and how flat states become a loss and logits."""
 
     output_class: type
+    model: Any
     pooling = False
 
     def __init__(self, config: PreTrainedConfig):

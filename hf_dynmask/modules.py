@@ -4,7 +4,7 @@ Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and D
 """
 # A configuration's optional sizes are `None` only until it is made.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalOperand=false, reportCallIssue=false
-# pyright: reportOptionalCall=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalCall=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
