@@ -14,12 +14,10 @@ With a checkpoint and data of your own, from the Hub or from disk (column `text`
 Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import exp, log
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +49,7 @@ from common import (
     model_card,
     padding_share,
     parse_arguments,
+    set_apart,
     summary,
     train_and_evaluate,
     write_report,
@@ -133,8 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = make_trainer(model, DataCollatorWithLengths(tokenizer, flat=True), training, data, tokenizer)
     runs = {"dynmask": train_and_evaluate(trainer, METRIC)}
     if stock is not None:
-        apart = copy.copy(training)
-        apart.output_dir = str(Path(training.output_dir, "baseline"))
+        apart = set_apart(training, "baseline")
         padded = DataCollatorForTokenClassification(tokenizer, return_tensors="pt")
         runs["stock"] = train_and_evaluate(make_trainer(stock, padded, apart, data, tokenizer), METRIC)
 

@@ -1,20 +1,24 @@
 """What the recipes share: arguments, a measured training run, and the results file and model card that come of it."""
 
+import copy
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import DatasetDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from samples import DATASETS, MODELS, PREFIX
 
 Results = dict[str, Any]
+Batch = dict[str, Tensor]
 
 HYPER_PARAMETERS = (
     "num_train_epochs",
@@ -29,7 +33,11 @@ HYPER_PARAMETERS = (
     "bf16",
     "seed",
 )
-RUNS = {"dynmask": "hf_dynmask, lengths", "stock": "stock model, padded batches"}
+RUNS = {
+    "dynmask": "hf_dynmask, lengths",
+    "stock": "stock model, padded batches",
+    "padded": "the same model, padded batches",  # where transformers has no twin of it
+}
 
 
 def parse_arguments(
@@ -51,27 +59,52 @@ def parse_arguments(
 # --- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def train_and_evaluate(trainer: Trainer, metric: str) -> Results:
+def set_apart(training: TrainingArguments, name: str) -> TrainingArguments:
+    """The same arguments for another run, which has a folder inside the output folder."""
+    apart = copy.copy(training)
+    apart.output_dir = str(Path(str(training.output_dir), name))
+    return apart
+
+
+def without_lengths(collator: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
+    """A collator whose batches do not tell padding from data, so that a model computes on all of it."""
+
+    def collate(examples: list[Any]) -> Batch:
+        return {name: values for name, values in collator(examples).items() if name != "lengths"}
+
+    return collate
+
+
+def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
     """
     Runs a trainer and says how fast it was and how good its model became.
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            Its `compute_metrics` gives `metric`; its arguments have `include_num_input_tokens_seen="non_padding"`.
-        metric (`str`): Name of the measure of quality.
+            Its `compute_metrics` gives the metrics; its arguments have `include_num_input_tokens_seen="non_padding"`
+            where its model reads ids.
+        metrics (`str`): Names of the measures of quality.
 
     Returns:
-        `dict`: The metric under its name, `tokens_per_second` (real tokens, while training), `train_tokens`,
-        `train_seconds`.
+        `dict`: The metrics under their names, `tokens_per_second` (real tokens or frames, while training),
+        `train_tokens`, `train_seconds`.
     """
     seconds = trainer.train().metrics["train_runtime"]
-    tokens = trainer.state.num_input_tokens_seen
-    return {
-        metric: trainer.evaluate()[f"eval_{metric}"],
+    tokens = _tokens_seen(trainer)
+    evaluated = trainer.evaluate()
+    return {metric: evaluated[f"eval_{metric}"] for metric in metrics} | {
         "tokens_per_second": tokens / seconds,
         "train_tokens": tokens,
         "train_seconds": seconds,
     }
+
+
+def _tokens_seen(trainer: Trainer) -> int:
+    """Real tokens or frames of a training. The trainer itself counts ids alone."""
+    if trainer.state.num_input_tokens_seen:
+        return trainer.state.num_input_tokens_seen
+    examples: Any = trainer.train_dataset
+    return round(trainer.state.epoch * sum(len(example["input_features"]) for example in examples))
 
 
 def check_reloaded(trainer: Trainer, metric: str, expected: float) -> None:
@@ -81,12 +114,39 @@ def check_reloaded(trainer: Trainer, metric: str, expected: float) -> None:
         raise RuntimeError(f"the saved model must have the {metric} {expected}; got {found}")
 
 
+def best_constant(
+    data: DatasetDict,
+    metric: str,
+    score: Callable[[list[str], list[str]], Mapping[str, float]],
+    lower_is_better: bool = False,
+) -> Results:
+    """
+    What can be reached without a look at the inputs.
+
+    Args:
+        data (`DatasetDict`): The splits `train` and `test` with a column `text`.
+        metric (`str`): Name of the measure of quality.
+        score (`Callable`): Takes the texts and the answers, and gives the metric under its name.
+        lower_is_better (`bool`, *optional*, defaults to `False`): Whether the metric counts mistakes.
+
+    Returns:
+        `dict`: `what` was done, and the metric: of the 100 most frequent texts of `train` the one that is best on
+        `test` when it answers everything.
+    """
+    texts = list(data["test"]["text"])
+    candidates = [text for text, _ in Counter(data["train"]["text"]).most_common(100)]
+    scores = {text: score(texts, [text] * len(texts))[metric] for text in candidates}
+    best = (min if lower_is_better else max)(scores, key=lambda text: scores[text])
+    return {"what": f"always {best!r}, the best of the {len(candidates)} most frequent texts", metric: scores[best]}
+
+
 def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Share of padding in batches of rows `(B, T)` with `lengths (B,)`: what a padded model computes for nothing."""
+    """Share of padding in batches of rows `(B, T, …)` with `lengths (B,)`: what a padded model computes for nothing."""
     tokens = places = 0
     for batch in batches:
         tokens += int(batch["lengths"].sum())
-        places += batch["input_ids"].numel()
+        rows = next(batch[name] for name in ("input_ids", "input_features") if name in batch)
+        places += rows.shape[0] * rows.shape[1]
     return 1 - tokens / places
 
 
@@ -99,6 +159,11 @@ def describe_source(source: str) -> Results:
     if source in samples:
         return {"name": source, "origin": samples[source].source, "licence": samples[source].licence}
     return {"name": source} if Path(source).exists() else {"name": source, "hub_id": source}
+
+
+def describe_new_model(model: PreTrainedModel) -> Results:
+    """A model that began with random weights."""
+    return {"name": f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} million weights, random at first"}
 
 
 def describe_training(arguments: TrainingArguments) -> Results:
@@ -141,12 +206,19 @@ def write_report(results: Results, card: ModelCard, output_dir: str, model_card_
 def summary(results: Results) -> str:
     """The measured figures, in Markdown."""
     runs, metric = results["runs"], results["metric"]
+    metrics = [metric, *results.get("others", [])]
+    unit = "frames" if results.get("frames") else "tokens"
     rows = [
-        [RUNS[name], f"{run[metric]:.3f}", f"{run['tokens_per_second']:,.0f}", f"{run['train_seconds']:,.0f}"]
+        [
+            RUNS[name],
+            *(f"{run[measure]:.3f}" for measure in metrics),
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['train_seconds']:,.0f}",
+        ]
         for name, run in runs.items()
     ]
     parts = [
-        table(["training", metric, "real tokens per second", "seconds"], rows),
+        table(["training", *metrics, f"real {unit} per second", "seconds"], rows),
         f"Padding avoided: {results['padding_share']:.1%} of the places in padded batches.",
     ]
     if "trivial" in results:
@@ -155,8 +227,8 @@ def summary(results: Results) -> str:
             f"Without a model, {trivial['what']}: {metric} {trivial[metric]:.3f}. "
             f"The model's is {found - trivial[metric]:+.3f} of that."
         )
-    if "stock" in runs:
-        ratio = runs["dynmask"]["tokens_per_second"] / runs["stock"]["tokens_per_second"]
+    for padded in runs.keys() - {"dynmask"}:
+        ratio = runs["dynmask"]["tokens_per_second"] / runs[padded]["tokens_per_second"]
         parts.append(f"Speed-up over padded batches: {ratio:.2f}.")
     return "\n\n".join(parts)
 
@@ -169,7 +241,8 @@ def model_card(results: Results, title: str, usage: str) -> ModelCard:
         results (`dict`):
             `recipe`, `task` (as the Hub names it), `metric`, `model` and `dataset` (as [`describe_source`] gives them,
             with `rows` of each split), `runs` (as [`train_and_evaluate`] gives them), `padding_share`, `training`,
-            `environment`.
+            `environment`. Not all have: `others` (further metrics), `trivial` (as [`best_constant`] gives it), `frames`
+            (whether these are what a model reads, in place of tokens).
         title (`str`): The heading.
         usage (`str`): Python code that uses the model.
     """

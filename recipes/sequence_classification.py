@@ -14,9 +14,7 @@ With a model and data of your own, from the Hub or from disk (columns `text` and
 Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
 """
 
-import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +41,7 @@ from common import (
     model_card,
     padding_share,
     parse_arguments,
+    set_apart,
     summary,
     train_and_evaluate,
     write_report,
@@ -114,8 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = make_trainer(model, DataCollatorWithLengths(tokenizer), training, data, tokenizer)
     runs = {"dynmask": train_and_evaluate(trainer, METRIC)}
     if stock is not None:
-        apart = copy.copy(training)
-        apart.output_dir = str(Path(training.output_dir, "baseline"))
+        apart = set_apart(training, "baseline")
         baseline = make_trainer(stock, DataCollatorWithPadding(tokenizer), apart, data, tokenizer)
         runs["stock"] = train_and_evaluate(baseline, METRIC)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from samples import (
     fetch,
     fetch_source_distribution,
     resolve_dataset,
+    resolve_files,
     resolve_model,
 )
 
@@ -137,6 +139,84 @@ def test_source_distribution(index):
     assert (fetch_source_distribution("tiny-sample", "1.0") / "tests/test_tiny.py").read_text() == "assert True\n"
 
 
+# --- Debian packages -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def programs(index, monkeypatch):
+    """A folder that holds all programs there are: none as yet."""
+    folder = index.parent / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+@pytest.fixture
+def package(index):
+    return Sample(
+        requirement="tiny-sample",
+        file="tiny-sample.deb",
+        sha256=None,
+        path="usr/share/words.txt",
+        licence="CC0-1.0",
+        source="these tests",
+    )
+
+
+def write_program(folder: Path, name: str, body: str) -> None:
+    """One that runs `body`, in the words of Python, with its own arguments as `arguments`."""
+    file = folder / name
+    file.write_text(f"#!{sys.executable}\nimport pathlib, sys\narguments = sys.argv[1:]\n{body}\n")
+    file.chmod(0o755)
+
+
+DOWNLOAD = (
+    "assert arguments == ['download', 'tiny-sample']; pathlib.Path('tiny-sample_1.0_all.deb').write_text('packed')"
+)
+EXTRACT = """
+option, file, folder = arguments
+assert option == '--extract' and pathlib.Path(file).read_text() == 'packed'
+pathlib.Path(folder, 'usr/share').mkdir(parents=True)
+pathlib.Path(folder, 'usr/share/words.txt').write_text('one two')
+"""
+
+
+def test_debian_package(programs, package, cache, capsys):
+    write_program(programs, "apt-get", DOWNLOAD)
+    write_program(programs, "dpkg-deb", EXTRACT)
+    path = fetch(package)
+    assert path == cache / "tiny-sample/usr/share/words.txt"
+    assert path.read_text() == "one two"
+    assert capsys.readouterr().err == "Fetching tiny-sample: these tests. Licence: CC0-1.0.\n"
+    (programs / "apt-get").unlink()
+    assert fetch(package) == path
+
+
+@pytest.mark.parametrize("there, missing", [([], "apt-get"), (["apt-get"], "dpkg-deb")])
+def test_no_debian(programs, package, cache, there, missing):
+    for name in there:
+        write_program(programs, name, DOWNLOAD)
+    with pytest.raises(SampleError, match=rf"`{missing}` must be installed .* Debian package tiny-sample.*`--dataset`"):
+        fetch(package)
+    assert folders(cache) == []
+
+
+def test_apt_cannot_find_the_package(programs, package, cache):
+    write_program(programs, "apt-get", "sys.exit('E: Unable to locate package tiny-sample')")
+    message = "tiny-sample could not be fetched with apt-get:\nE: Unable .*\n.*`apt-get download tiny-sample`"
+    with pytest.raises(SampleError, match=message):
+        fetch(package)
+
+
+def test_broken_package(programs, package, cache):
+    write_program(programs, "dpkg-deb", "sys.exit('not a Debian format archive')")
+    cache.mkdir()
+    (cache / package.file).write_text("broken")
+    with pytest.raises(SampleError, match=r"tiny-sample.deb could not be unpacked:\nnot a Debian format archive"):
+        fetch(package)
+    assert folders(cache) == []
+
+
 # --- by name ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +236,39 @@ def test_reviews():
         assert sum(rows["label"]) * 2 == len(rows)
     assert not set(reviews["train"]["text"]) & set(reviews["test"]["text"])
     assert list(resolve_dataset("sample:reviews")["test"]["text"]) == list(reviews["test"]["text"])
+
+
+@pytest.fixture
+def stamps(tmp_path):
+    """A folder as the Debian package has it."""
+    for i in range(30):
+        name = tmp_path / f"birds/{i}"
+        name.parent.mkdir(exist_ok=True)
+        name.with_suffix(".txt").write_text(f"A bird {i}. \nde.utf8=Ein Vogel.\nes.utf8=Un pájaro{'o' * (i // 2)}.\n")
+        name.with_suffix(".png").write_bytes(b"")
+        name.with_name(f"{i}_desc_es.ogg").write_bytes(b"")
+        name.with_name(f"{i}_desc_de.ogg").write_bytes(b"")
+    (tmp_path / "birds/1.txt").write_text("A coin.\nes.utf8=Una moneda (1 €).\n")
+    (tmp_path / "birds/1_mirror.png").write_bytes(b"")
+    return tmp_path
+
+
+def test_phrases(stamps):
+    """As they are spoken: a text with figures is left out. No phrase is in both splits."""
+    splits = DATASETS["phrases"].read(stamps)
+    train, test = (set(splits[name]["text"]) for name in ("train", "test"))
+    assert len(train | test) == 15 and test and not train & test
+    assert sum(len(rows) for rows in splits.values()) == 29
+    row = next(row for row in splits["train"].to_list() + splits["test"].to_list() if row["text"] == "Un pájaroo.")
+    assert row["file_name"] in (str(stamps / f"birds/{i}_desc_es.ogg") for i in (2, 3))
+
+
+def test_pictures(stamps):
+    splits = DATASETS["pictures"].read(stamps)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 27, "test": 3}
+    captions = {row["file_name"]: row["text"] for rows in splits.values() for row in rows.to_list()}
+    assert captions[str(stamps / "birds/7.png")] == "A bird 7."
+    assert captions[str(stamps / "birds/1.png")] == "A coin."
 
 
 @pytest.mark.parametrize("resolve, known", [(resolve_model, MODELS), (resolve_dataset, DATASETS)])
@@ -216,3 +329,33 @@ def test_local_folder_without_training_data(data):
     write_csv(data / "test.csv", 2)
     with pytest.raises(ValueError, match="must have a split `train`; got test"):
         resolve_dataset(str(data))
+
+
+def test_files_of_a_folder(data):
+    names = [f"{i}.png" for i in range(20)]
+    for name in names:
+        (data / name).write_bytes(b"")
+    (data / "metadata.csv").write_text("file_name,text,size\n" + "".join(f"{name},picture,1\n" for name in names))
+    for source in (data, data / "metadata.csv"):
+        splits = resolve_files(str(source))
+        assert {name: len(rows) for name, rows in splits.items()} == {"train": 18, "test": 2}
+        assert splits["train"].column_names == ["file_name", "text"]
+        found = [row["file_name"] for rows in splits.values() for row in rows.to_list()]
+        assert sorted(found) == sorted(str(data / name) for name in names)
+
+
+def test_file_is_missing(data):
+    (data / "metadata.csv").write_text("file_name,text\n" + "gone.wav,word\n" * 20)
+    with pytest.raises(ValueError, match=r"`file_name` must name a file beside `.*metadata.csv`; got 'gone.wav'"):
+        resolve_files(str(data))
+
+
+def test_column_of_files_is_missing(data):
+    (data / "metadata.csv").write_text("file,text\n" + "a.wav,word\n" * 20)
+    with pytest.raises(ValueError, match="must have the columns `file_name` and `text`; got file, text"):
+        resolve_files(str(data))
+
+
+def test_table_of_files_is_missing(data):
+    with pytest.raises(FileNotFoundError, match=r"`.*metadata.csv` must be a table .*; got none"):
+        resolve_files(str(data))

@@ -1,0 +1,258 @@
+"""
+Trains a speech recogniser from random weights, with the stock `Trainer`, on batches of frames that carry lengths.
+
+    python recipes/speech_recognition.py
+
+takes short phrases of spoken Spanish. To train the same model on padded batches too:
+
+    python recipes/speech_recognition.py --baseline
+
+With recordings of your own, in any format that libsndfile reads, and `metadata.csv` beside them, of columns `file_name`
+and `text`:
+
+    python recipes/speech_recognition.py --dataset path/to/folder --num_hidden_layers 12 --hidden_size 512
+
+Log-mel frames go through two convolutions and an encoder; connectionist temporal classification (CTC) spells the text.
+Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import soundfile
+import torch
+from datasets import Array2D, DatasetDict, Features, List, Value
+from huggingface_hub import ModelCard
+from scipy.signal import resample_poly
+from torch import Tensor
+from transformers import (
+    AutoModelForCTC,
+    EvalPrediction,
+    Speech2TextFeatureExtractor,
+    Trainer,
+    TrainingArguments,
+    Wav2Vec2CTCTokenizer,
+    set_seed,
+)
+
+from common import (
+    Results,
+    best_constant,
+    check_reloaded,
+    describe_environment,
+    describe_new_model,
+    describe_source,
+    describe_training,
+    model_card,
+    padding_share,
+    parse_arguments,
+    set_apart,
+    summary,
+    train_and_evaluate,
+    without_lengths,
+    write_report,
+)
+from hf_dynmask import DataCollatorForFeatures, DynMaskConfig, DynMaskForCTC
+from samples import resolve_files
+
+METRIC, OTHERS = "cer", ["wer"]
+MEL_BINS = 80
+DEFAULTS = {
+    "output_dir": "outputs/speech_recognition",
+    "num_train_epochs": 40,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+import soundfile
+from transformers import pipeline
+
+recognizer = pipeline("automatic-speech-recognition", model="path/to/this/folder")
+sound, sampling_rate = soundfile.read("speech.wav")  # one channel, 16,000 Hz
+recognizer({"raw": sound, "sampling_rate": sampling_rate})
+"""
+
+
+@dataclass
+class RecipeArguments:
+    dataset: str = field(
+        default="sample:phrases",
+        metadata={"help": "A folder of recordings with `metadata.csv`, or a sample."},
+    )
+    hidden_size: int = field(default=192, metadata={"help": "Width of the encoder; 64 a head."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the encoder."})
+    dropout: float = field(default=0.1, metadata={"help": "Of hidden states and attention weights."})
+    baseline: bool = field(default=False, metadata={"help": "Also train the same model on padded batches."})
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results and model card."}
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+
+    texts = resolve_files(recipe.dataset).map(lambda row: {"text": normalize(row["text"])})
+    tokenizer = make_tokenizer(texts["train"]["text"], Path(training.output_dir))
+    extractor = Speech2TextFeatureExtractor(feature_size=MEL_BINS, num_mel_bins=MEL_BINS)
+    data = extract_features(texts, extractor, tokenizer)
+
+    collator = DataCollatorForFeatures()
+    trainer = make_trainer(make_model(recipe, tokenizer, training.seed), collator, training, data, tokenizer)
+    runs = {"dynmask": train_and_evaluate(trainer, METRIC, *OTHERS)}
+    if recipe.baseline:
+        apart = set_apart(training, "baseline")
+        model = make_model(recipe, tokenizer, training.seed)
+        baseline = make_trainer(model, without_lengths(collator), apart, data, tokenizer)
+        runs["padded"] = train_and_evaluate(baseline, METRIC, *OTHERS)
+
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    reloaded = AutoModelForCTC.from_pretrained(training.output_dir)
+    check_reloaded(make_trainer(reloaded, collator, training, data, tokenizer), METRIC, runs["dynmask"][METRIC])
+
+    results = {
+        "recipe": "speech_recognition",
+        "task": "automatic-speech-recognition",
+        "metric": METRIC,
+        "others": OTHERS,
+        "frames": True,
+        "model": describe_new_model(reloaded),
+        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
+        "runs": runs,
+        "trivial": best_constant(texts, METRIC, error_rates, lower_is_better=True),
+        "padding_share": padding_share(trainer.get_train_dataloader()),
+        "training": describe_training(training) | {"dropout": recipe.dropout},
+        "environment": describe_environment(training.device),
+    }
+    if trainer.is_world_process_zero():
+        extractor.save_pretrained(training.output_dir)
+        write_report(results, make_card(results), training.output_dir, recipe.model_card_dir)
+        print(summary(results))
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def normalize(text: str) -> str:
+    """A text as it is spelt: lower case, letters and apostrophes and figures, words apart by one space."""
+    composed = unicodedata.normalize("NFC", text).lower().replace("’", "'")
+    spelt = " ".join(re.sub(r"[^\w\s']|_", " ", composed).split())
+    if not spelt:
+        raise ValueError(f"`text` must hold letters; got {text!r}")
+    return spelt
+
+
+def make_tokenizer(texts: Iterable[str], folder: Path) -> Wav2Vec2CTCTokenizer:
+    """A token for each character of the texts; `<pad>`, the blank of CTC, is the first."""
+    characters = sorted(set("".join(texts)) - {" "})
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {character: i for i, character in enumerate(["<pad>", "<unk>", "|", *characters])}
+    file = folder / "vocab.json"
+    file.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    return Wav2Vec2CTCTokenizer(str(file), bos_token=None, eos_token=None)  # pyright: ignore[reportArgumentType]
+
+
+def extract_features(
+    texts: DatasetDict, extractor: Speech2TextFeatureExtractor, tokenizer: Wav2Vec2CTCTokenizer
+) -> DatasetDict:
+    """Columns `input_features (T, MEL_BINS)`, a frame every 10 ms, and `labels`, of `file_name` and `text`."""
+
+    def extract(row: dict[str, str]) -> dict[str, Any]:
+        return {
+            "input_features": log_mel(row["file_name"], extractor),
+            "labels": tokenizer(row["text"])["input_ids"],
+        }
+
+    features = Features(input_features=Array2D((None, MEL_BINS), "float32"), labels=List(Value("int64")))
+    data = texts.map(extract, features=features, remove_columns=texts["train"].column_names, desc="Log-mel frames")
+    return data.with_format("torch")
+
+
+def log_mel(file: str, extractor: Speech2TextFeatureExtractor) -> np.ndarray:
+    """Frames `(T, MEL_BINS)` of a recording, each bin of mean 0 and variance 1."""
+    sound, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    common = gcd(rate, extractor.sampling_rate)
+    mono = resample_poly(sound.mean(1), extractor.sampling_rate // common, rate // common)
+    seconds = len(mono) / extractor.sampling_rate
+    if seconds < 0.05 or not mono.any():
+        found = f"{seconds:.3f} s" if mono.any() else "silence"
+        raise ValueError(f"`{file}` must hold at least 0.05 s of sound; got {found}")
+    return extractor(mono, sampling_rate=extractor.sampling_rate)["input_features"][0]
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+def make_model(recipe: RecipeArguments, tokenizer: Wav2Vec2CTCTokenizer, seed: int) -> DynMaskForCTC:
+    """A new model, the same for every call with one seed."""
+    set_seed(seed)
+    config = DynMaskConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.get_vocab()["<pad>"],
+        num_features=MEL_BINS,
+        conv_kernel=[3, 3],
+        conv_stride=[2, 2],
+        hidden_size=recipe.hidden_size,
+        intermediate_size=4 * recipe.hidden_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=recipe.hidden_size // 64,
+        norm_placement="before",
+        embedding_norm=False,
+        position_type="rotary",
+        hidden_dropout_prob=recipe.dropout,
+        attention_probs_dropout_prob=recipe.dropout,
+        ctc_zero_infinity=True,
+    )
+    return DynMaskForCTC(config)
+
+
+def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
+    def spelling_mistakes(prediction: EvalPrediction) -> dict[str, float]:
+        def decode(ids, collapse: bool) -> list[str]:
+            return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), group_tokens=collapse)
+
+        return error_rates(decode(prediction.label_ids, False), decode(prediction.predictions, True))
+
+    return Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=spelling_mistakes,
+        preprocess_logits_for_metrics=most_likely,
+    )
+
+
+def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
+    """The token of each frame `(B, T)`. Where no frame is, logits are 0 and it is the first, the blank."""
+    return logits.argmax(-1)
+
+
+def error_rates(texts: list[str], hypotheses: list[str]) -> dict[str, float]:
+    """Edits of characters (`cer`) and of words (`wer`), over those of the texts."""
+    return {"cer": jiwer.cer(texts, hypotheses), "wer": jiwer.wer(texts, hypotheses)}
+
+
+def make_card(results: Results) -> ModelCard:
+    return model_card(results, title="Speech recognition by characters", usage=USAGE)
+
+
+if __name__ == "__main__":
+    main()
