@@ -10,6 +10,8 @@ Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vo
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalIterable=false
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,10 +40,9 @@ from .configuration_dynmask import DynMaskConfig
 from .features import Frames
 from .fields import TOKEN_FIELDS, key_name
 from .layout import SequenceLayout, outside_graph
-from .masks import Dense, TopK
+from .masks import Dense, TopK, parse
 from .modules import (
     ATTENTION_IMPLEMENTATIONS,
-    DynMaskAttention,
     DynMaskEmbeddings,
     DynMaskKeyScores,
     DynMaskLayer,
@@ -49,7 +50,6 @@ from .modules import (
     DynMaskPooler,
     DynMaskRotaryEmbedding,
     DynMaskSinusoidalEmbedding,
-    EncoderStates,
     classifier_dropout,
     make_norm,
 )
@@ -187,25 +187,29 @@ class DynMaskPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: The expression does not parse, or there are not as many as layers.
         """
-        changed = {"layer_masks": None, "mask": mask} if isinstance(mask, str) else {"layer_masks": list(mask)}
-        before = {name: getattr(self.config, name) for name in changed}
-        try:
-            for name, value in changed.items():
-                setattr(self.config, name, value)
-            self.config.validate_masks()
-            self._check_scores()
-        except Exception:
-            for name, value in before.items():
-                setattr(self.config, name, value)
-            raise
+        changed = self.checked_masks(mask)
+        for name, value in changed.items():
+            setattr(self.config, name, value)
 
-    def _check_scores(self) -> None:
-        layers = [module for module in self.modules() if isinstance(module, DynMaskAttention)]
-        for attention, mask in zip(layers, self.config.masks(), strict=False):
-            if mask.holds(TopK) and attention.key_scores is None:
-                raise ValueError(
-                    f"the mask '{mask}' needs weights that score keys; make the model with a mask that has `topk`"
-                )
+    def checked_masks(self, mask: str | list[str] | None = None, cross_mask: str | None = None) -> dict[str, Any]:
+        """The fields of the configuration that hold these masks, once it is sure that they fit the model."""
+        changed = {"cross_mask": self.config.cross_mask if cross_mask is None else cross_mask}
+        if mask is not None:
+            by_layer = not isinstance(mask, str)
+            changed |= {"layer_masks": list(mask)} if by_layer else {"layer_masks": None, "mask": mask}
+        config = copy.copy(self.config)
+        for name, value in changed.items():
+            setattr(config, name, value)
+        config.validate_masks()
+        cross = parse(config.cross_mask)
+        layers = [module for module in self.modules() if isinstance(module, DynMaskLayer)]
+        for layer, of_layer in zip(layers, config.masks(), strict=False):
+            for attention, text in ((layer.attention, of_layer), (layer.cross_attention, cross)):
+                if attention is not None and text.holds(TopK) and attention.key_scores is None:
+                    raise ValueError(
+                        f"the mask '{text}' needs weights that score keys; make the model with a mask that has `topk`"
+                    )
+        return changed
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.check_shareable()
@@ -334,11 +338,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
         }
         fields = {name: field for name, field in fields.items() if field is not None}
         plans = self._plans(layout, whole, past_key_values, fields)
-        encoder = None
+        cross_plan = None
         if encoder_hidden_states is not None:
-            encoder = EncoderStates(
-                self._cross_plan(layout, encoder_layout, fields, encoder_fields or {}), encoder_hidden_states
-            )
+            cross_plan = self._cross_plan(layout, encoder_layout, fields, encoder_fields or {})
 
         all_states, all_weights, all_cross_weights = [], [], []
         for layer, plan, turns in zip(self.layers, plans, rotary, strict=True):
@@ -347,7 +349,12 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 all_states.append(layout.unflatten(states))
                 states = layout.flatten(all_states[-1])
             states, weights, cross_weights = layer(
-                states, plan=plan, rotary=turns, past_key_values=past_key_values, encoder=encoder
+                states,
+                encoder_hidden_states,  # not by name: gradient checkpointing would not find its gradient
+                plan=plan,
+                cross_plan=cross_plan,
+                rotary=turns,
+                past_key_values=past_key_values,
             )
             all_weights.append(weights)
             all_cross_weights.append(cross_weights)
@@ -361,7 +368,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
             hidden_states=tuple(all_states) if output_hidden_states else None,
             past_key_values=past_key_values,
             attentions=tuple(all_weights) if output_attentions else None,
-            cross_attentions=tuple(all_cross_weights) if output_attentions and encoder is not None else None,
+            cross_attentions=tuple(all_cross_weights) if output_attentions and cross_plan is not None else None,
         )
 
     def embed_features(
@@ -816,12 +823,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
         )
-        for name in FIELDS_PER_TOKEN:  # new tokens go on as the last one did, and are not missing
-            if model_kwargs.get(name) is not None:
-                field = model_kwargs[name]
-                new = field[:, -1:].expand(-1, num_new_tokens)
-                model_kwargs[name] = torch.cat([field, torch.zeros_like(new) if name == "missing" else new], dim=1)
-        return model_kwargs
+        return model_kwargs | fields_of_new_tokens(model_kwargs, FIELDS_PER_TOKEN, num_new_tokens)
 
 
 class TokenClassification(TaskModel):
@@ -1002,6 +1004,17 @@ def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
     same = layout.sequence_ids[1:] == layout.sequence_ids[:-1]
     targets[:, :-1] = torch.where(same, labels[:, 1:], IGNORE_INDEX)
     return targets
+
+
+def fields_of_new_tokens(inputs: dict[str, Any], names: Iterable[str], new: int) -> dict[str, Tensor]:
+    """Those of the `inputs` that have a value a token `(B, T)`, with more columns: new tokens go on as the last one
+    did, and are not missing."""
+    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    last = {name: field[:, -1:].expand(-1, new) for name, field in given.items()}
+    return {
+        name: torch.cat([field, torch.zeros_like(last[name]) if name == "missing" else last[name]], dim=1)
+        for name, field in given.items()
+    }
 
 
 def _arranged(value, order: Tensor, per_token: bool):

@@ -22,17 +22,19 @@ from transformers.modeling_outputs import (
     Seq2SeqSequenceClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cached import columns_seen, last_columns
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
+from .fields import TOKEN_FIELDS
 from .layout import SequenceLayout, outside_graph
 from .modeling_dynmask import (
     IGNORE_INDEX,
     DynMaskModel,
     DynMaskPreTrainedModel,
     encoded,
+    fields_of_new_tokens,
     is_explicit,
     layout_of_batch,
     sequence_loss,
@@ -44,17 +46,18 @@ ENCODER = "encoder.embeddings.word_embeddings.weight"
 DECODER = "decoder.embeddings.word_embeddings.weight"
 SOURCE_INPUTS = ("input_ids", "inputs_embeds", "input_features")
 FIELDS = ("segment_ids", "prefix_lengths", "hidden_spans", "global_tokens", "mask_choice")
+Inputs = dict[str, Any]
 
 
-class Sides(NamedTuple):
-    """What both sides gave: outputs whose `last_hidden_state` is flat, and the layouts of these."""
+class BothSides(NamedTuple):
+    """What encoder and decoder gave: outputs whose `last_hidden_state` is flat, and the layouts of these."""
 
     encoder: BaseModelOutputWithPoolingAndCrossAttentions
     encoder_layout: SequenceLayout
     decoder: BaseModelOutputWithPoolingAndCrossAttentions
     decoder_layout: SequenceLayout
 
-    def common(self) -> dict:
+    def common(self) -> dict[str, Any]:
         """What the outputs of all classes hold."""
         return {
             "past_key_values": self.decoder.past_key_values,
@@ -76,283 +79,6 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         super().__init__(config)
         if config.encoder.num_features is not None:
             self.main_input_name = "input_features"
-
-    @property
-    def sides(self) -> "DynMaskSeq2SeqModel":
-        """The encoder-decoder itself."""
-        return self.base_model
-
-    def output_lengths(self, lengths: Tensor) -> Tensor:
-        """See [`DynMaskModel.output_lengths`]: of the encoder."""
-        return self.sides.encoder.output_lengths(lengths)
-
-    def set_mask(
-        self,
-        mask: str | list[str] | None = None,
-        decoder_mask: str | list[str] | None = None,
-        cross_mask: str | None = None,
-    ) -> None:
-        """Put other masks on the model, to be used from the next forward pass on and saved with its configuration.
-
-        Args:
-            mask, decoder_mask (`str` or `list[str]`, *optional*):
-                An expression for every layer of the encoder, or of the decoder, or one each. `None`: as it is.
-            cross_mask (`str`, *optional*): An expression of which token of the source a token of the target may see.
-
-        Raises:
-            ValueError: An expression does not parse, or there are not as many as layers.
-        """
-        decoder = self.sides.decoder.config
-        before = {name: getattr(decoder, name) for name in ("mask", "layer_masks", "cross_mask")}
-        try:
-            if cross_mask is not None:
-                decoder.cross_mask = cross_mask
-                decoder.validate_masks()
-            if decoder_mask is not None:
-                self.sides.decoder.set_mask(decoder_mask)
-            if mask is not None:
-                self.sides.encoder.set_mask(mask)
-        except Exception:
-            for name, value in before.items():
-                setattr(decoder, name, value)
-            raise
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The tokens' table: the encoder's, or the decoder's where the encoder reads frames."""
-        reads_frames = self.config.encoder.num_features is not None
-        return (self.sides.decoder if reads_frames else self.sides.encoder).get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        shared = self.config.share_embeddings
-        for side in (self.sides.encoder, self.sides.decoder):
-            if shared or side.get_input_embeddings() is self.get_input_embeddings():
-                side.set_input_embeddings(value)
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
-        if not (self.config.share_embeddings or self.config.encoder.num_features is not None):
-            raise ValueError("`resize_token_embeddings` needs one vocabulary, share_embeddings=True; got one a side")
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        for side in (self.config.encoder, self.config.decoder):
-            if side.num_features is None:
-                side.vocab_size = embeddings.weight.shape[0]
-        return embeddings
-
-    def prepare_decoder_input_ids_from_labels(self, labels: Tensor, decoder_lengths: Tensor | None = None) -> Tensor:
-        """Decoder inputs of labels: one step to the right in each sequence, behind the start token.
-
-        Args:
-            labels (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Targets; an ignored one, -100, becomes padding.
-            decoder_lengths (`Tensor` of shape `(B,)` or `(S,)`, *optional*): Tokens of each target.
-
-        Raises:
-            ValueError: The configuration has no `decoder_start_token_id` or `pad_token_id`.
-        """
-        layout = layout_of_batch(tuple(labels.shape), labels.device, decoder_lengths, None)
-        return self._shifted(labels, layout)
-
-    def _shifted(self, labels: Tensor, layout: SequenceLayout) -> Tensor:
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or pad is None:
-            raise ValueError(
-                "`decoder_start_token_id` and `pad_token_id` must be in the configuration to make decoder inputs of "
-                f"labels; got {start} and {pad}"
-            )
-        flat = layout.flatten(labels)
-        shifted = nn.functional.pad(flat, (1, 0), value=start)[:, :-1]
-        begins = torch.ones_like(layout.sequence_ids, dtype=torch.bool)
-        begins[1:] = layout.sequence_ids[1:] != layout.sequence_ids[:-1]
-        shifted = shifted.masked_fill(shifted == IGNORE_INDEX, pad).masked_fill(begins, start)
-        return layout.unflatten(shifted, fill=pad)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, DynMaskForConditionalGeneration):
-            init.zeros_(module.final_logits_bias)
-
-
-class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
-    """The bare encoder-decoder: two [`DynMaskModel`]s, the second of which looks at the first's states."""
-
-    def __init__(self, config: DynMaskSeq2SeqConfig):
-        super().__init__(config)
-        self.encoder = DynMaskModel(config.encoder, add_pooling_layer=False)
-        self.decoder = DynMaskModel(config.decoder, add_pooling_layer=False)
-        self._tied_weights_keys = {DECODER: ENCODER} if config.share_embeddings else {}
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        lengths: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_lengths: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        decoder_position_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        input_features: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        prefix_lengths: Tensor | None = None,
-        hidden_spans: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        mask_choice: Tensor | None = None,
-        missing: Tensor | None = None,
-        decoder_segment_ids: Tensor | None = None,
-        decoder_prefix_lengths: Tensor | None = None,
-        decoder_hidden_spans: Tensor | None = None,
-        decoder_global_tokens: Tensor | None = None,
-        decoder_mask_choice: Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqModelOutput:
-        r"""
-        The encoder's inputs are those of [`DynMaskModel.forward`], `input_features` and fields included. Beside them:
-
-        Args:
-            decoder_input_ids (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Tokens of the targets.
-            decoder_lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `decoder_lengths[b]` of
-                them from its left edge.
-            decoder_attention_mask (`Tensor` of shape `(B, U)`): 0 where no token is; an alternative to
-                `decoder_lengths`. Neither: all tokens are there. Or an explicit mask, as for the encoder.
-            decoder_position_ids (`Tensor` of shape `(B, U)`), decoder_inputs_embeds (`Tensor` of shape `(B, U, C)`):
-                As the encoder's.
-            decoder_segment_ids, decoder_prefix_lengths, decoder_hidden_spans, decoder_global_tokens,
-                decoder_mask_choice (`Tensor`): Fields of the decoder's mask. The cross mask reads fields of tokens from
-                both sides, and others from the encoder's.
-            encoder_outputs ([`~transformers.modeling_outputs.BaseModelOutput`]): States `(B, T, C)` that the encoder
-                has given before, in place of its inputs; `lengths` or `attention_mask` say where its tokens are.
-            past_key_values ([`~transformers.EncoderDecoderCache`]): Keys and values of earlier columns of the decoder,
-                and those of the encoder.
-            use_cache (`bool`): Whether to hand back keys and values. `None`: as the decoder's configuration says, and
-                not in training.
-
-        Returns:
-            [`~transformers.modeling_outputs.Seq2SeqModelOutput`]: `last_hidden_state (B, U, C)` and
-            `encoder_last_hidden_state (B, T, C)`, 0 where no token is; the rest as there.
-
-        Raises:
-            ValueError: The inputs of a side contradict each other; the sides have not as many sequences.
-        """
-        sides = self.run(**_arguments(locals()), **kwargs)
-        states = sides.decoder_layout.unflatten(sides.decoder.last_hidden_state)
-        return Seq2SeqModelOutput(last_hidden_state=states, **sides.common())
-
-    def run(
-        self,
-        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **inputs,
-    ) -> Sides:
-        """[`forward`] for a head, which goes on with real tokens alone."""
-        inputs.pop("return_dict", None)
-        of_decoder = [name for name in inputs if name.startswith("decoder_")]
-        target = {name.removeprefix("decoder_"): inputs.pop(name) for name in of_decoder}
-        common = {name: inputs[name] for name in ("output_hidden_states", "output_attentions") if name in inputs}
-        if encoder_outputs is None:
-            encoder, encoder_layout = encoded(self.encoder, **inputs)
-        else:
-            encoder, encoder_layout = self._given(encoder_outputs, **inputs)
-        decoder, decoder_layout = self._decode(
-            encoder.last_hidden_state,
-            encoder_layout,
-            {name: inputs[name] for name in FIELDS if inputs.get(name) is not None},
-            past_key_values,
-            use_cache,
-            **target,
-            **common,
-        )
-        return Sides(encoder, encoder_layout, decoder, decoder_layout)
-
-    def _given(
-        self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...], **inputs
-    ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
-        """Outputs of the encoder in rows as [`encoded`] gives them."""
-        states = encoder_outputs[0]
-        rows, width = states.shape[:2]
-        ratio = self.config.encoder.inputs_to_logits_ratio
-        of_inputs = (inputs.get(name) for name in (*SOURCE_INPUTS, "missing", "attention_mask"))
-        width = next((given.shape[1] for given in of_inputs if given is not None), width * ratio)
-        layout = self.encoder.output_layout(
-            (rows, width), states.device, inputs.get("lengths"), inputs.get("attention_mask"), inputs.get("missing")
-        )
-        if layout.shape != (rows, states.shape[1]):
-            raise ValueError(
-                f"`encoder_outputs` must have the shape {(*layout.shape, states.shape[2])} of the encoder's inputs; "
-                f"got {tuple(states.shape)}"
-            )
-        further = {name: getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")}
-        return BaseModelOutputWithPoolingAndCrossAttentions(layout.flatten(states), **further), layout
-
-    def _decode(
-        self,
-        encoder_states: Tensor,
-        encoder_layout: SequenceLayout,
-        encoder_fields: dict[str, Tensor],
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        lengths: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **inputs,
-    ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
-        """The decoder's outputs, `last_hidden_state` flat, and the layout of the columns of now."""
-        given = [inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "exactly one of `decoder_input_ids` and `decoder_inputs_embeds` must be given, or `labels` to make "
-                f"ids of; got {len(given)}"
-            )
-        rows, width = given[0].shape[:2]
-        seen = columns_seen(past_key_values)
-        if seen and lengths is not None:
-            raise ValueError(
-                "`decoder_lengths` must come with the first columns; later ones take a `decoder_attention_mask` of all"
-            )
-        whole = self._target_layout((rows, seen + width), given[0].device, lengths, attention_mask)
-        if whole.num_sequences != encoder_layout.num_sequences:
-            raise ValueError(
-                f"`decoder_lengths` must be of as many sequences as the encoder's {encoder_layout.num_sequences}; "
-                f"got {whole.num_sequences}"
-            )
-        if use_cache is None:
-            use_cache = self.config.decoder.use_cache and not self.training
-        if use_cache and past_key_values is None and rows == whole.num_sequences == encoder_layout.shape[0]:
-            caches = (DynamicCache(config=self.config.decoder) for _ in range(2))
-            past_key_values = EncoderDecoderCache(*caches)
-        outputs = self.decoder(
-            layout=whole,
-            attention_mask=attention_mask if is_explicit(attention_mask) else None,
-            past_key_values=past_key_values,
-            encoder_hidden_states=encoder_states,
-            encoder_layout=encoder_layout,
-            encoder_fields=encoder_fields,
-            **inputs | {"return_dict": True},
-        )
-        return outputs, whole if past_key_values is None else last_columns(whole, width)
-
-    @staticmethod
-    @outside_graph
-    def _target_layout(
-        shape: tuple[int, int], device: torch.device, lengths: Tensor | None, attention_mask: Tensor | None
-    ) -> SequenceLayout:
-        try:
-            return layout_of_batch(shape, device, lengths, attention_mask)
-        except ValueError as error:
-            raise ValueError(f"of the decoder's inputs: {error}") from error
-
-
-class DynMaskSeq2SeqTaskModel(DynMaskSeq2SeqPreTrainedModel):
-    """A head on the encoder-decoder. Subclasses say what the decoder reads, and how its states become a loss and
-    logits."""
-
-    output_class: type
 
     @can_return_tuple
     def forward(
@@ -388,38 +114,282 @@ class DynMaskSeq2SeqTaskModel(DynMaskSeq2SeqPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ):
         r"""
-        Inputs as in [`DynMaskSeq2SeqModel.forward`], and:
+        The encoder's inputs are those of [`DynMaskModel.forward`], `input_features` and fields included. Beside them:
 
         Args:
+            decoder_input_ids (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Tokens of the targets. `None`: what the
+                class makes of `labels` or of the source.
+            decoder_lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `decoder_lengths[b]` of
+                them from its left edge.
+            decoder_attention_mask (`Tensor` of shape `(B, U)`): 0 where no token is; an alternative to
+                `decoder_lengths`. Neither: all tokens are there. Or an explicit mask, as for the encoder.
+            decoder_position_ids (`Tensor` of shape `(B, U)`), decoder_inputs_embeds (`Tensor` of shape `(B, U, C)`):
+                As the encoder's.
+            decoder_segment_ids, decoder_prefix_lengths, decoder_hidden_spans, decoder_global_tokens,
+                decoder_mask_choice (`Tensor`): Fields of the decoder's mask. The cross mask reads fields of tokens from
+                both sides, and others from the encoder's.
+            encoder_outputs ([`~transformers.modeling_outputs.BaseModelOutput`]): States `(B, T, C)` that the encoder
+                has given before, in place of its inputs; `lengths` or `attention_mask` say where its tokens are.
+            past_key_values ([`~transformers.EncoderDecoderCache`]): Keys and values of earlier columns of the decoder,
+                and those of the encoder. The decoder's inputs are then the columns of now; `decoder_attention_mask` and
+                the decoder's fields are of all, and `decoder_lengths` is for the first ones.
+            use_cache (`bool`): Whether to hand back keys and values, which a flat batch never does. `None`: as the
+                decoder's configuration says, and not in training or with labels.
             labels (`Tensor`): Targets, -100 where there is none: see the class for their shape.
             num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
+
+        Returns:
+            The output of the class: `encoder_last_hidden_state (B, T, C)`, and what is of the decoder's tokens
+            `(B, U, ...)`, 0 where no token is.
+
+        Raises:
+            ValueError: The inputs of a side contradict each other; the sides have not as many sequences; the decoder's
+                mask sees tokens that a cache does not have.
         """
-        given = _arguments(locals(), "labels", "num_items_in_batch")
+        source = {
+            "input_ids": input_ids,
+            "lengths": lengths,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            "input_features": input_features,
+            "segment_ids": segment_ids,
+            "prefix_lengths": prefix_lengths,
+            "hidden_spans": hidden_spans,
+            "global_tokens": global_tokens,
+            "mask_choice": mask_choice,
+            "missing": missing,
+        }
+        target = {
+            "input_ids": decoder_input_ids,
+            "lengths": decoder_lengths,
+            "attention_mask": decoder_attention_mask,
+            "position_ids": decoder_position_ids,
+            "inputs_embeds": decoder_inputs_embeds,
+            "segment_ids": decoder_segment_ids,
+            "prefix_lengths": decoder_prefix_lengths,
+            "hidden_spans": decoder_hidden_spans,
+            "global_tokens": decoder_global_tokens,
+            "mask_choice": decoder_mask_choice,
+        }
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            given |= self._decoder_inputs(labels, given)
-        sides = self.model.run(**given, **kwargs)
-        loss, logits = self._predict(sides.decoder.last_hidden_state, sides.decoder_layout, labels, num_items_in_batch)
-        return self.output_class(loss=loss, logits=logits, **sides.common())
+            target |= self._made_target(source, target, labels)
+        if use_cache is None:
+            use_cache = self.config.decoder.use_cache and not self.training and labels is None
+        sides = self.base_model.run(source, target, encoder_outputs, past_key_values, use_cache, **kwargs)
+        return self._outputs(sides, labels, num_items_in_batch)
 
-    def _decoder_inputs(self, labels: Tensor | None, given: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of the decoder where the batch has none."""
+    def _made_target(self, source: Inputs, target: Inputs, labels: Tensor | None) -> Inputs:
+        """Inputs of the decoder where the batch has no tokens for it."""
+        return {}
+
+    def _outputs(self, sides: BothSides, labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> ModelOutput:
+        """The output of the class."""
         raise NotImplementedError
 
-    def _predict(
-        self, states: Tensor, layout: SequenceLayout, labels: Tensor | None, num_items_in_batch: Tensor | int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(loss, logits) from the decoder's flat states `(1, N, C)`."""
-        raise NotImplementedError
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """See [`DynMaskModel.output_lengths`]: of the encoder."""
+        return self.base_model.encoder.output_lengths(lengths)
+
+    def set_mask(
+        self,
+        mask: str | list[str] | None = None,
+        decoder_mask: str | list[str] | None = None,
+        cross_mask: str | None = None,
+    ) -> None:
+        """Put other masks on the model, to be used from the next forward pass on and saved with its configuration.
+
+        Args:
+            mask, decoder_mask (`str` or `list[str]`, *optional*):
+                An expression for every layer of the encoder, or of the decoder, or one each. `None`: as it is.
+            cross_mask (`str`, *optional*): An expression of which token of the source a token of the target may see.
+
+        Raises:
+            ValueError: An expression does not parse, or there are not as many as layers; all masks stay as they are.
+        """
+        encoder, decoder = self.base_model.encoder, self.base_model.decoder
+        checked = encoder.checked_masks(mask), decoder.checked_masks(decoder_mask, cross_mask)
+        for side, changed in zip((encoder, decoder), checked, strict=True):
+            for name, value in changed.items():
+                setattr(side.config, name, value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The tokens' table: the encoder's, or the decoder's where the encoder reads frames."""
+        return self._readers()[0].get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        for side in self._readers():
+            side.set_input_embeddings(value)
+
+    def _readers(self) -> list[DynMaskModel]:
+        """The sides that read tokens through the table of [`get_input_embeddings`]."""
+        encoder, decoder = self.base_model.encoder, self.base_model.decoder
+        if self.config.share_embeddings:
+            return [encoder, decoder]
+        return [encoder if self.config.encoder.num_features is None else decoder]
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
+        if not (self.config.share_embeddings or self.config.encoder.num_features is not None):
+            raise ValueError("`resize_token_embeddings` needs one vocabulary, share_embeddings=True; got one a side")
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for side in (self.config.encoder, self.config.decoder):
+            if side.num_features is None:
+                side.vocab_size = embeddings.weight.shape[0]
+        return embeddings
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor, decoder_lengths: Tensor | None = None) -> Tensor:
+        """Decoder inputs of labels: one step to the right in each sequence, behind the start token.
+
+        Args:
+            labels (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Targets; an ignored one, -100, becomes padding.
+            decoder_lengths (`Tensor` of shape `(B,)` or `(S,)`, *optional*): Tokens of each target.
+
+        Raises:
+            ValueError: The configuration has no `decoder_start_token_id` or `pad_token_id`.
+        """
+        return self._shifted(labels, target_layout(labels, decoder_lengths, None))
+
+    def _shifted(self, labels: Tensor, layout: SequenceLayout) -> Tensor:
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or pad is None:
+            raise ValueError(
+                "`decoder_start_token_id` and `pad_token_id` must be in the configuration to make decoder inputs of "
+                f"labels; got {start} and {pad}"
+            )
+        flat = layout.flatten(labels)
+        shifted = nn.functional.pad(flat, (1, 0), value=start)[:, :-1]
+        begins = torch.ones_like(layout.sequence_ids, dtype=torch.bool)
+        begins[1:] = layout.sequence_ids[1:] != layout.sequence_ids[:-1]
+        shifted = shifted.masked_fill(shifted == IGNORE_INDEX, pad).masked_fill(begins, start)
+        return layout.unflatten(shifted, fill=pad)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DynMaskForConditionalGeneration):
+            init.zeros_(module.final_logits_bias)
 
 
-class DynMaskForConditionalGeneration(DynMaskSeq2SeqTaskModel, GenerationMixin):
+class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
+    """The bare encoder-decoder: two [`DynMaskModel`]s, the second of which looks at the first's states."""
+
+    def __init__(self, config: DynMaskSeq2SeqConfig):
+        super().__init__(config)
+        self.encoder = DynMaskModel(config.encoder, add_pooling_layer=False)
+        self.decoder = DynMaskModel(config.decoder, add_pooling_layer=False)
+        self._tied_weights_keys = {DECODER: ENCODER} if config.share_embeddings else {}
+        self.post_init()
+
+    def _outputs(self, sides, labels, num_items_in_batch):
+        if labels is not None:
+            raise ValueError("`labels` need a model with a head; got them for the bare model")
+        states = sides.decoder_layout.unflatten(sides.decoder.last_hidden_state)
+        return Seq2SeqModelOutput(last_hidden_state=states, **sides.common())
+
+    def run(
+        self,
+        source: Inputs,
+        target: Inputs,
+        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None,
+        past_key_values: Cache | None,
+        use_cache: bool,
+        **kwargs,
+    ) -> BothSides:
+        """Both sides, for [`forward`], which goes on with real tokens alone.
+
+        Args:
+            source, target (`dict`): Inputs of the encoder and of the decoder by their names in [`DynMaskModel`].
+            encoder_outputs, past_key_values, use_cache: As there.
+            kwargs: `output_hidden_states` and `output_attentions` are of both sides; others are ignored.
+        """
+        asked = {
+            name: kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        }
+        if encoder_outputs is None:
+            encoder, encoder_layout = encoded(self.encoder, **source, **asked)
+        else:
+            encoder, encoder_layout = self._given(encoder_outputs, source)
+        tokens, seen, mask = self._target_tokens(target), columns_seen(past_key_values), target["attention_mask"]
+        if seen and target["lengths"] is not None:
+            raise ValueError(
+                "`decoder_lengths` must come with the first columns; later ones take a `decoder_attention_mask` of all"
+            )
+        layout = target_layout(tokens, target["lengths"], mask, seen)
+        past_key_values = self._cache(past_key_values, use_cache, encoder_layout, layout)
+        decoder = self.decoder(
+            **target | {"lengths": None, "attention_mask": mask if is_explicit(mask) else None},
+            **asked,
+            layout=layout,
+            past_key_values=past_key_values,
+            encoder_hidden_states=encoder.last_hidden_state,
+            encoder_layout=encoder_layout,
+            encoder_fields={name: source[name] for name in FIELDS if source[name] is not None},
+            return_dict=True,
+        )
+        of_now = layout if past_key_values is None else last_columns(layout, tokens.shape[1])
+        return BothSides(encoder, encoder_layout, decoder, of_now)
+
+    @staticmethod
+    def _target_tokens(target: Inputs) -> Tensor:
+        given = [target[name] for name in ("input_ids", "inputs_embeds") if target[name] is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "exactly one of `decoder_input_ids` and `decoder_inputs_embeds` must be given, or `labels` to make "
+                f"ids of; got {'both' if given else 'neither'}"
+            )
+        return given[0]
+
+    def _cache(
+        self, given: Cache | None, use_cache: bool, encoder_layout: SequenceLayout, layout: SequenceLayout
+    ) -> Cache | None:
+        """The cache to decode with, if any; the sides must have sequences for each other."""
+        sequences, rows = (
+            (encoder_layout.num_sequences, layout.num_sequences),
+            (encoder_layout.shape[0], layout.shape[0]),
+        )
+        if sequences[0] != sequences[1]:
+            raise ValueError(
+                f"`decoder_lengths` must be of as many sequences as the encoder's {sequences[0]}; got {sequences[1]}"
+            )
+        in_rows = sequences == rows
+        if given is not None and not in_rows:
+            raise ValueError(
+                f"`past_key_values` needs a batch of one sequence a row; got {sequences[0]} in {rows[0]} rows of the "
+                f"encoder and {rows[1]} of the decoder"
+            )
+        if given is None and use_cache and in_rows:
+            return EncoderDecoderCache(*(DynamicCache(config=self.config.decoder) for _ in range(2)))
+        return given
+
+    def _given(
+        self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...], source: Inputs
+    ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
+        """Outputs of the encoder in rows as [`encoded`] gives them."""
+        states = encoder_outputs[0]
+        of_inputs = (source[name] for name in (*SOURCE_INPUTS, "missing", "attention_mask"))
+        width = next(
+            (given.shape[1] for given in of_inputs if given is not None),
+            states.shape[1] * self.config.encoder.inputs_to_logits_ratio,
+        )
+        layout = self.encoder.output_layout(
+            (states.shape[0], width), states.device, source["lengths"], source["attention_mask"], source["missing"]
+        )
+        if layout.shape != tuple(states.shape[:2]):
+            raise ValueError(
+                f"`encoder_outputs` must have the shape {(*layout.shape, states.shape[2])} of the encoder's inputs; "
+                f"got {tuple(states.shape)}"
+            )
+        further = {name: getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")}
+        return BaseModelOutputWithPoolingAndCrossAttentions(layout.flatten(states), **further), layout
+
+
+class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationMixin):
     """Sequence to sequence: translation, summarisation, speech, captions.
 
     `labels (B, U)`, or flat `(1, N)`, logits `(B, U, V)`. Decoder inputs are by default the labels, moved to the right.
     While training with labels, logits are computed for the targets alone and not handed back (`logits` is `None`).
     """
-
-    output_class = Seq2SeqLMOutput
 
     def __init__(self, config: DynMaskSeq2SeqConfig):
         super().__init__(config)
@@ -444,14 +414,13 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqTaskModel, GenerationMixin):
         self.final_logits_bias = nn.functional.pad(self.final_logits_bias, (0, added))
         return embeddings
 
-    def _decoder_inputs(self, labels, given):
+    def _made_target(self, source, target, labels):
         if labels is None:
             return {}
-        mask = given["decoder_attention_mask"]
-        layout = layout_of_batch(tuple(labels.shape), labels.device, given["decoder_lengths"], mask)
-        return {"decoder_input_ids": self._shifted(labels, layout)}
+        return {"input_ids": self._shifted(labels, target_layout(labels, target["lengths"], target["attention_mask"]))}
 
-    def _predict(self, states, layout, labels, num_items_in_batch):
+    def _outputs(self, sides, labels, num_items_in_batch):
+        states, layout = sides.decoder.last_hidden_state, sides.decoder_layout
         loss = logits = None
         if labels is not None:
             targets = layout.flatten(labels)
@@ -459,7 +428,7 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqTaskModel, GenerationMixin):
             loss = token_loss(self._logits(states[real]), targets[real], num_items_in_batch)
         if labels is None or not self.training:
             logits = layout.unflatten(self._logits(states))
-        return loss, logits
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **sides.common())
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.lm_head(states) + self.final_logits_bias.view(-1)
@@ -490,17 +459,28 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqTaskModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs.pop("decoder_position_ids", None)  # the layout knows them
+        mask = inputs.get("decoder_attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError(
+                "`decoder_attention_mask` must be 1 in the last column, after which tokens are generated: pad prompts "
+                f"on the left; got {mask[:, -1].tolist()}"
+            )
         return inputs
 
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens: int = 1, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+        )
+        names = (f"decoder_{name}" for name in TOKEN_FIELDS)
+        return model_kwargs | fields_of_new_tokens(model_kwargs, names, num_new_tokens)
 
-class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqTaskModel):
+
+class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
     """A class for every sequence, read off the decoder's last token (BART, arXiv:1910.13461, section 3.1).
 
     Decoder inputs are by default the source, moved to the right. Labels and logits are those of
     [`DynMaskForSequenceClassification`].
     """
-
-    output_class = Seq2SeqSequenceClassifierOutput
 
     def __init__(self, config: DynMaskSeq2SeqConfig):
         super().__init__(config)
@@ -511,28 +491,36 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqTaskModel):
         self.classifier = nn.Linear(config.decoder.hidden_size, config.num_labels)
         self.post_init()
 
-    def _decoder_inputs(self, labels, given):
-        ids, lengths, mask = (given[name] for name in ("input_ids", "lengths", "attention_mask"))
+    def _made_target(self, source, target, labels):
+        ids, lengths, mask = (source[name] for name in ("input_ids", "lengths", "attention_mask"))
         if ids is None:
             raise ValueError(
                 "`decoder_input_ids` must be given where no `input_ids` are there to make them of; got none"
             )
         layout = layout_of_batch(tuple(ids.shape), ids.device, lengths, mask)
         return {
-            "decoder_input_ids": self._shifted(ids, layout),
-            "decoder_lengths": lengths,
-            "decoder_attention_mask": None if is_explicit(mask) else mask,
+            "input_ids": self._shifted(ids, layout),
+            "lengths": lengths,
+            "attention_mask": None if is_explicit(mask) else mask,
         }
 
-    def _predict(self, states, layout, labels, num_items_in_batch):
-        logits = self.classifier(self.dropout(self.pooler(layout.last_tokens(states))))
+    def _outputs(self, sides, labels, num_items_in_batch):
+        last = sides.decoder_layout.last_tokens(sides.decoder.last_hidden_state)
+        logits = self.classifier(self.dropout(self.pooler(last)))
         loss = None if labels is None else sequence_loss(logits, labels, self.config, num_items_in_batch)
-        return loss, logits
+        return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **sides.common())
 
 
-def _arguments(scope: dict[str, Any], *but: str) -> dict[str, Any]:
-    """The named arguments of a method, from its `locals()`."""
-    return {name: value for name, value in scope.items() if name not in ("self", "kwargs", *but)}
+@outside_graph
+def target_layout(
+    tokens: Tensor, lengths: Tensor | None, attention_mask: Tensor | None, columns_before: int = 0
+) -> SequenceLayout:
+    """Where the decoder's tokens sit, those of columns before `tokens` `(B, U, ...)` included."""
+    rows, width = tokens.shape[:2]
+    try:
+        return layout_of_batch((rows, columns_before + width), tokens.device, lengths, attention_mask)
+    except ValueError as error:
+        raise ValueError(f"of the decoder's inputs: {error}") from error
 
 
 __all__ = [

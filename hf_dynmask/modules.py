@@ -9,7 +9,7 @@ Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and D
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -251,13 +251,6 @@ class DynMaskFeedForward(nn.Module):
         return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class EncoderStates(NamedTuple):
-    """What a decoder looks at: the plan of its queries over the encoder's tokens, and their states `(1, Nk, C)`."""
-
-    plan: MaskPlan
-    states: Tensor
-
-
 class DynMaskLayer(GradientCheckpointingLayer):
     """Attention, in a decoder cross-attention, and feed-forward, each with a residual and a norm before or after it."""
 
@@ -279,20 +272,23 @@ class DynMaskLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        encoder_states: Tensor | None = None,
+        *,
         plan: MaskPlan,
+        cross_plan: MaskPlan | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
-        encoder: EncoderStates | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """States `(1, N, C)` to states `(1, N, C)` and, where computed, weights `(B, H, T, T)` and `(B, H, T, Tk)`."""
+        """States `(1, N, C)`, and of an encoder `(1, Nk, C)`, to states `(1, N, C)` and, where computed, weights
+        `(B, H, T, T)` and `(B, H, T, Tk)`."""
         cache = past_key_values
         of_self = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         states, weights = self._sublayer(hidden_states, self.attention_norm, self.attention, plan, rotary, of_self)
         cross_weights = None
-        if self.cross_attention is not None and encoder is not None:
+        if self.cross_attention is not None and encoder_states is not None:
             of_both = cache if isinstance(cache, EncoderDecoderCache) else None
             states, cross_weights = self._sublayer(
-                states, self.cross_attention_norm, self.cross_attention, *encoder, of_both
+                states, self.cross_attention_norm, self.cross_attention, cross_plan, encoder_states, of_both
             )
         states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward)
         return states, weights, cross_weights
