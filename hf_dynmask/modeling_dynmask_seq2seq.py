@@ -456,6 +456,25 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
         return attention_mask  # which token is there; who sees whom is the plan's affair
 
+    def generate(self, *args, decoder_lengths: Tensor | None = None, **kwargs):
+        r"""
+        [`~transformers.GenerationMixin.generate`] from sources padded on any side, or given with `lengths`.
+
+        Args:
+            decoder_lengths (`Tensor`, *optional*): Ignored: in a batch of training they are of the targets, which are
+                not read here.
+
+        Raises:
+            ValueError: `decoder_lengths` come with `decoder_input_ids`, which are prompts; or prompts do not end in the
+                last column.
+        """
+        if decoder_lengths is not None and kwargs.get("decoder_input_ids") is not None:
+            raise ValueError(
+                "`decoder_lengths` must be None with `decoder_input_ids`: pad prompts on the left and give their "
+                f"`decoder_attention_mask`; got {decoder_lengths.tolist()}"
+            )
+        return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs.pop("decoder_position_ids", None)  # the layout knows them
