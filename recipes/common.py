@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import DatasetDict
@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArg
 
 from samples import DATASETS, MODELS, PREFIX
 
+ArgumentsType = TypeVar("ArgumentsType", bound=TrainingArguments)
 Results = dict[str, Any]
 Batch = dict[str, Tensor]
 
@@ -59,7 +60,7 @@ def parse_arguments(
 # --- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def set_apart(training: TrainingArguments, name: str) -> TrainingArguments:
+def set_apart(training: ArgumentsType, name: str) -> ArgumentsType:
     """The same arguments for another run, which has a folder inside the output folder."""
     apart = copy.copy(training)
     apart.output_dir = str(Path(str(training.output_dir), name))
@@ -70,7 +71,7 @@ def without_lengths(collator: Callable[[list[Any]], Batch]) -> Callable[[list[An
     """A collator whose batches do not tell padding from data, so that a model computes on all of it."""
 
     def collate(examples: list[Any]) -> Batch:
-        return {name: values for name, values in collator(examples).items() if name != "lengths"}
+        return {name: values for name, values in collator(examples).items() if not name.endswith("lengths")}
 
     return collate
 
@@ -207,7 +208,7 @@ def summary(results: Results) -> str:
     """The measured figures, in Markdown."""
     runs, metric = results["runs"], results["metric"]
     metrics = [metric, *results.get("others", [])]
-    unit = "frames" if results.get("frames") else "tokens"
+    unit = results.get("unit", "tokens")
     rows = [
         [
             RUNS[name],
@@ -241,8 +242,8 @@ def model_card(results: Results, title: str, usage: str) -> ModelCard:
         results (`dict`):
             `recipe`, `task` (as the Hub names it), `metric`, `model` and `dataset` (as [`describe_source`] gives them,
             with `rows` of each split), `runs` (as [`train_and_evaluate`] gives them), `padding_share`, `training`,
-            `environment`. Not all have: `others` (further metrics), `trivial` (as [`best_constant`] gives it), `frames`
-            (whether these are what a model reads, in place of tokens).
+            `environment`. Not all have: `others` (further metrics), `trivial` (as [`best_constant`] gives it), `unit`
+            (what a model reads in place of tokens).
         title (`str`): The heading.
         usage (`str`): Python code that uses the model.
     """

@@ -67,7 +67,7 @@ METRIC, OTHERS = "cer", ["wer"]
 MEL_BINS = 80
 DEFAULTS = {
     "output_dir": "outputs/speech_recognition",
-    "num_train_epochs": 40,
+    "num_train_epochs": 20,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "learning_rate": 1e-3,
@@ -96,7 +96,7 @@ class RecipeArguments:
     )
     hidden_size: int = field(default=192, metadata={"help": "Width of the encoder; 64 a head."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the encoder."})
-    dropout: float = field(default=0.1, metadata={"help": "Of hidden states and attention weights."})
+    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
     baseline: bool = field(default=False, metadata={"help": "Also train the same model on padded batches."})
     model_card_dir: str | None = field(
         default=None, metadata={"help": "A folder for a second copy of results and model card."}
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         "task": "automatic-speech-recognition",
         "metric": METRIC,
         "others": OTHERS,
-        "frames": True,
+        "unit": "frames",
         "model": describe_new_model(reloaded),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
         "runs": runs,
