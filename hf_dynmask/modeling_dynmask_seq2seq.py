@@ -433,26 +433,6 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
     def _logits(self, states: Tensor) -> Tensor:
         return self.lm_head(states) + self.final_logits_bias.view(-1)
 
-    def generate(self, inputs: Tensor | None = None, *args, decoder_lengths: Tensor | None = None, **kwargs):
-        r"""
-        [`~transformers.GenerationMixin.generate`] for sources with `lengths` or an `attention_mask`.
-
-        Args:
-            inputs (`Tensor` of shape `(B, T)`): The sources.
-            decoder_lengths (`Tensor` of shape `(B,)`):
-                Those of `labels`, which come along when the [`~transformers.Seq2SeqTrainer`] evaluates; neither is
-                looked at.
-
-        Raises:
-            ValueError: There are `decoder_lengths` without `labels`.
-        """
-        if decoder_lengths is not None and kwargs.get("labels") is None:
-            raise ValueError(
-                "`decoder_lengths` must come with `labels`: targets that have begun, `decoder_input_ids`, take a "
-                f"`decoder_attention_mask`, with padding on the left; got {decoder_lengths.tolist()} alone"
-            )
-        return super().generate(inputs, *args, **kwargs)
-
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
         return attention_mask  # which token is there; who sees whom is the plan's affair
 

