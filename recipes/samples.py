@@ -118,17 +118,16 @@ def _read_sentences(path: Path) -> DatasetDict:
     """Sentences of up to seven words, each once, with the first of its translations."""
     table = pd.read_csv(path, sep="\t", names=["source", "target", "licence"], quoting=csv.QUOTE_NONE)
     table = table.drop_duplicates("source")
-    table = table[table["source"].str.split().str.len() <= 7].sample(30_500, random_state=0)
-    dataset = Dataset.from_pandas(table[["source", "target"]], preserve_index=False)
+    short = table.loc[table["source"].str.split().str.len() <= 7, ["source", "target"]]
+    dataset = Dataset.from_pandas(short, preserve_index=False).shuffle(seed=0).select(range(30_500))
     return dataset.train_test_split(test_size=500, seed=0)
 
 
 def _read_news(path: Path) -> DatasetDict:
+    """The articles of HaluEval with what it calls their right summaries."""
     table = pd.read_json(path, lines=True).drop_duplicates("document")
-    table["right_summary"] = table["right_summary"].str.strip()
-    table = table.rename(columns={"document": "text", "right_summary": "summary"})
-    dataset = Dataset.from_pandas(table[["text", "summary"]], preserve_index=False)
-    return dataset.train_test_split(test_size=500, seed=0)
+    columns = {"text": table["document"].tolist(), "summary": table["right_summary"].str.strip().tolist()}
+    return Dataset.from_dict(columns).train_test_split(test_size=500, seed=0)
 
 
 MODELS = {
