@@ -100,7 +100,7 @@ def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
     }
 
 
-def _tokens_seen(trainer: Trainer) -> int:
+def _tokens_seen(trainer: Any) -> int:
     """Real tokens or frames of a training, of both sides where there are two. The trainer itself counts ids alone."""
     has_two_sides = trainer.model.config.is_encoder_decoder
     if trainer.state.num_input_tokens_seen and not has_two_sides:
