@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         "recipe": "image_captioning",
         "task": "image-to-text",
         "metric": METRIC,
-        "unit": "patches",
+        "unit": "patches and tokens",
         "model": describe_new_model(reloaded),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
         "runs": runs,

@@ -102,9 +102,10 @@ def test_it_beats_what_needs_no_model(results):
     assert results["runs"]["dynmask"]["chrf"] > results["trivial"]["chrf"] + 10
 
 
-def test_real_patches_are_counted(results, folder):
-    files = resolve_files(str(folder))["train"]["file_name"]
-    counted = sum(len(read_picture(file, 24, 4)["input_features"]) for file in files)
+def test_real_patches_and_tokens_are_counted(output, results, folder):
+    train, tokenizer = resolve_files(str(folder))["train"], AutoTokenizer.from_pretrained(output)
+    counted = sum(len(read_picture(file, 24, 4)["input_features"]) for file in train["file_name"])
+    counted += sum(len(ids) + 1 for ids in tokenizer(list(train["text"]))["input_ids"])  # and the end of each
     for figures in results["runs"].values():
         assert figures["train_tokens"] == EPOCHS * counted
     assert 0.1 < results["padding_share"] < 0.7
