@@ -675,7 +675,6 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -691,13 +690,15 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             labels (`Tensor` of shape `(B, T)`): Token ids, -100 where there is no target; each is predicted from the
                 token before it.
             shift_labels (`Tensor` of shape `(B, T)`): Labels that stand at the token before already; they win over
-                `labels`. Training with split sequences hands them over.
+                `labels`. Training with split sequences hands them over. A keyword that is not in the signature: there
+                the `Trainer` would take it for labels that every batch must have.
             num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
             logits_to_keep (`int` or `Tensor` of columns): Logits of the last columns alone, or of these; 0: of all.
 
         Raises:
             ValueError: The inputs contradict each other; the mask sees tokens that a cache does not have.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")

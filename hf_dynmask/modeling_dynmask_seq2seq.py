@@ -421,14 +421,16 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
 
     def _outputs(self, sides, labels, num_items_in_batch):
         states, layout = sides.decoder.last_hidden_state, sides.decoder_layout
-        loss = logits = None
-        if labels is not None:
-            targets = layout.flatten(labels)
-            real = targets != IGNORE_INDEX
-            loss = token_loss(self._logits(states[real]), targets[real], num_items_in_batch)
-        if labels is None or not self.training:
-            logits = layout.unflatten(self._logits(states))
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **sides.common())
+        if labels is None:
+            return Seq2SeqLMOutput(logits=layout.unflatten(self._logits(states)), **sides.common())
+        labels = layout.flatten(labels)
+        if self.training:
+            targets = labels != IGNORE_INDEX
+            loss = token_loss(self._logits(states[targets]), labels[targets], num_items_in_batch)
+            return Seq2SeqLMOutput(loss=loss, **sides.common())
+        logits = self._logits(states)
+        loss = token_loss(logits, labels, num_items_in_batch)
+        return Seq2SeqLMOutput(loss=loss, logits=layout.unflatten(logits), **sides.common())
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.lm_head(states) + self.final_logits_bias.view(-1)

@@ -50,6 +50,7 @@ from common import (
     padding_share,
     parse_arguments,
     set_apart,
+    special_token_ids,
     summary,
     train_and_evaluate,
     write_report,
@@ -211,9 +212,7 @@ def new_model(recipe: RecipeArguments, tokenizer: Any) -> DynMaskForCausalLM:
         use_pooler=False,
         max_position_embeddings=recipe.max_length,
         mask=recipe.mask,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **special_token_ids(tokenizer),
     )
     return DynMaskForCausalLM(config)
 

@@ -13,7 +13,7 @@ import torch
 from datasets import DatasetDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from samples import DATASETS, MODELS, PREFIX
 
@@ -65,6 +65,11 @@ def set_apart(training: ArgumentsType, name: str) -> ArgumentsType:
     apart = copy.copy(training)
     apart.output_dir = str(Path(str(training.output_dir), name))
     return apart
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a configuration says of a tokenizer: `pad_token_id`, `bos_token_id` and `eos_token_id`."""
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def without_lengths(collator: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:

@@ -48,6 +48,7 @@ from common import (
     padding_share,
     parse_arguments,
     set_apart,
+    special_token_ids,
     summary,
     train_and_evaluate,
     without_lengths,
@@ -205,13 +206,12 @@ def make_model(
         "hidden_dropout_prob": recipe.dropout,
         "attention_probs_dropout_prob": recipe.dropout,
     }
+    ids = special_token_ids(tokenizer)
     config = DynMaskSeq2SeqConfig(
         encoder=side | {"num_features": 3 * recipe.patch**2, "max_position_embeddings": columns**2},
         decoder=side | {"vocab_size": len(tokenizer), "max_position_embeddings": recipe.max_target_tokens},
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=ids["bos_token_id"],
+        **ids,
     )
     model = DynMaskForConditionalGeneration(config)
     model.generation_config.update(max_length=recipe.max_target_tokens)

@@ -32,6 +32,7 @@ from common import (
     padding_share,
     parse_arguments,
     set_apart,
+    special_token_ids,
     summary,
     train_and_evaluate,
     write_report,
@@ -234,7 +235,7 @@ def make_model(
         "hidden_dropout_prob": recipe.dropout,
         "attention_probs_dropout_prob": recipe.dropout,
     }
-    ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = special_token_ids(tokenizer)
     config = DynMaskSeq2SeqConfig(encoder=side, decoder=side, decoder_start_token_id=ids["bos_token_id"], **ids)
     model = DynMaskForConditionalGeneration(config)
     model.generation_config.update(max_length=recipe.max_target_tokens + 1, **generation)
@@ -272,7 +273,7 @@ def make_trainer(model, collator, training, data: DatasetDict, evaluation: Evalu
         training,
         data_collator=collator,
         train_dataset=data["train"],
-        eval_dataset=data["test"],
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
         processing_class=evaluation.tokenizer,
         compute_metrics=evaluation,
     )

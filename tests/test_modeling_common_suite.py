@@ -10,6 +10,7 @@ import torch
 from hf_dynmask import (
     DynMaskConfig,
     DynMaskForCausalLM,
+    DynMaskForConditionalGeneration,
     DynMaskForCTC,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
@@ -21,6 +22,9 @@ from hf_dynmask import (
     DynMaskRecurrentForSequenceClassification,
     DynMaskRecurrentForTokenClassification,
     DynMaskRecurrentModel,
+    DynMaskSeq2SeqConfig,
+    DynMaskSeq2SeqForSequenceClassification,
+    DynMaskSeq2SeqModel,
 )
 from transformers_suite import load
 
@@ -42,18 +46,25 @@ RECURRENT_CLASSES = {
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": DynMaskRecurrentForSequenceClassification,
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": DynMaskRecurrentForTokenClassification,
 }
-for config_class, model_classes in {DynMaskConfig: MODEL_CLASSES, DynMaskRecurrentConfig: RECURRENT_CLASSES}.items():
+SEQ2SEQ_CLASSES = {
+    "MODEL_MAPPING_NAMES": DynMaskSeq2SeqModel,
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": DynMaskForConditionalGeneration,
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": DynMaskSeq2SeqForSequenceClassification,
+}
+FAMILIES = {
+    DynMaskConfig: MODEL_CLASSES,
+    DynMaskRecurrentConfig: RECURRENT_CLASSES,
+    DynMaskSeq2SeqConfig: SEQ2SEQ_CLASSES,
+}
+for config_class, model_classes in FAMILIES.items():
     for table, model_class in model_classes.items():
         names = getattr(modeling_common, table)
         setattr(modeling_common, table, {**names, config_class.model_type: model_class.__name__})
 
 # Names of tests (regular expressions that match them whole) -> why they are skipped.
 NOT_FOR_US = {
-    r"test_sdpa_can_dispatch_non_composite_models": "it wants `sdpa` as the default; ours is `dynmask`",
-    r"test_\w+_composite_models?": "a DynMask model is not made of several models",
-    r"test_internal_model_config_and_subconfig_are_same": "DynMaskConfig has no configurations inside",
     r"test_generation_tester_mixin_inheritance": "the source distribution has no generation tests: test_generation.py",
-    r"test_encoder_decoder_loss_no_double_shift": "there is no encoder-decoder",
+    r"test_sdpa_can_dispatch_non_composite_models": "it wants `sdpa` as the default; ours is `dynmask`",
     r"test_(moe|output_router|eager_matches_batched_and_grouped)_\w+": "there is no mixture of experts",
     r"test_(can_load_from_already_mapped_keys|reverse_loading_mapping)": "no weights are renamed while loading",
     r"test_keep_in_fp32_modules(_exist)?": "no module has to stay in float32",
@@ -64,6 +75,11 @@ NOT_FOR_US = {
     r"test_(tp_plan|tied_head_has_a_tp_plan)_\w+": "there is no tensor-parallel plan",
     r"test_(vision_axial_rope|model_rope_with_partial_rotation)": "rotary positions have one axis and turn whole heads",
     r"test_eager_matches_sdpa_inference_\w+_output_attentions": "weights are an error under `sdpa`, not just absent",
+}
+NOT_WITH_ONE_SIDE = {
+    r"test_\w+_composite_models?": "a DynMask model is not made of several models",
+    r"test_internal_model_config_and_subconfig_are_same": "DynMaskConfig has no configurations inside",
+    r"test_encoder_decoder_loss_no_double_shift": "there is no encoder-decoder",
 }
 NOT_WITHOUT_ROTARY = {r"test_model_rope_\w+": "runs on the configuration with rotary positions"}
 NOT_WITH_FRAMES = {
@@ -77,6 +93,12 @@ NOT_RECURRENT = {
     r"test_(training_)?(gradient_checkpointing|enable_input_require_grads)\w*": "cells are not checkpointed",
 }
 NOT_WITHOUT_DECODER = {r"test_causal_lm_loss_honors_shift_labels": "runs on the configuration with a causal mask"}
+NOT_WITH_TWO_SIDES = {
+    r"test_load_with_mismatched_shapes": "it changes `vocab_size`, which each side has for itself",
+    r"test_encoder_decoder_loss_no_double_shift": "the loss is of real tokens, before logits go back into rows",
+    r"test_\w+_composite_models?": "its sides are DynMask models alike; see test_implementations_agree",
+}
+NOT_IN_AN_ENCODER = NOT_FOR_US | NOT_WITH_ONE_SIDE | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER
 # These skip themselves where the hardware or the package is not there, or `RUN_SLOW` is not set.
 NEEDS = {
     r"test_(cpu|disk)_offload\w*": "an accelerator",
@@ -153,12 +175,32 @@ class RecurrentModelTester(DynMaskModelTester):
         return DynMaskRecurrentConfig(**sizes, **self.options)
 
 
+class Seq2SeqModelTester(DynMaskModelTester):
+    """The same for two sides."""
+
+    def get_config(self):
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        sizes = {name: getattr(self, name) for name in names}
+        sizes |= {"intermediate_size": 37, "max_position_embeddings": 64}
+        return DynMaskSeq2SeqConfig(decoder_start_token_id=2, **sizes, **self.options)
+
+    def prepare_config_and_inputs_for_common(self):
+        shape = (self.batch_size, self.seq_length)
+        inputs = {
+            "input_ids": modeling_common.ids_tensor(shape, self.vocab_size),
+            "attention_mask": modeling_common.random_attention_mask(shape),
+            "decoder_input_ids": modeling_common.ids_tensor(shape, self.vocab_size),
+            "decoder_attention_mask": modeling_common.random_attention_mask(shape),
+        }
+        return self.get_config(), inputs
+
+
 class CommonModelTests(modeling_common.ModelTesterMixin):
     """The suite on a configuration with `options`, without what `skipped` names."""
 
     model_tester_class = DynMaskModelTester
     options: dict = {}
-    skipped = NOT_FOR_US
+    skipped = NOT_FOR_US | NOT_WITH_ONE_SIDE
     all_model_classes = tuple(each for each in MODEL_CLASSES.values() if each is not DynMaskForCausalLM)
     test_can_init_all_missing_weights_before_2023 = True  # it runs for old models on demand, and ours bears no year
 
@@ -196,7 +238,7 @@ class CommonModelTests(modeling_common.ModelTesterMixin):
 
 class TestBertLike(CommonModelTests, unittest.TestCase):
     options = {"type_vocab_size": 2}
-    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER
+    skipped = NOT_IN_AN_ENCODER
 
 
 class TestLlamaLike(CommonModelTests, unittest.TestCase):
@@ -216,13 +258,13 @@ class TestLlamaLike(CommonModelTests, unittest.TestCase):
 
 class TestElectraLikeWithFixedPositions(CommonModelTests, unittest.TestCase):
     options = {"embedding_size": 16, "position_type": "sinusoidal", "layer_masks": ["full", "causal | prefix(2)"]}
-    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER
+    skipped = NOT_IN_AN_ENCODER
 
 
 class TestSpeechLike(CommonModelTests, unittest.TestCase):
     model_tester_class = FramesModelTester
     options = {"num_features": 5, "conv_kernel": [3, 3], "conv_stride": [1, 2]}
-    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER | NOT_WITH_FRAMES
+    skipped = NOT_IN_AN_ENCODER | NOT_WITH_FRAMES
     all_model_classes = (DynMaskModel, DynMaskForSequenceClassification, DynMaskForCTC)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
@@ -235,7 +277,7 @@ class TestSpeechLike(CommonModelTests, unittest.TestCase):
 class TestRecurrent(CommonModelTests, unittest.TestCase):
     model_tester_class = RecurrentModelTester
     options = {"cell": "gru"}
-    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER | NOT_RECURRENT
+    skipped = NOT_IN_AN_ENCODER | NOT_RECURRENT
     all_model_classes = tuple(RECURRENT_CLASSES.values())
     has_attentions = False
 
@@ -249,12 +291,39 @@ class TestRecurrent(CommonModelTests, unittest.TestCase):
         ).run_common_tests()
 
 
-SUITES = [TestBertLike, TestLlamaLike, TestElectraLikeWithFixedPositions, TestSpeechLike, TestRecurrent]
+class TestSeq2Seq(CommonModelTests, unittest.TestCase):
+    model_tester_class = Seq2SeqModelTester
+    skipped = NOT_FOR_US | NOT_WITHOUT_ROTARY | NOT_WITHOUT_DECODER | NOT_WITH_TWO_SIDES
+    all_model_classes = tuple(SEQ2SEQ_CLASSES.values())
+    is_encoder_decoder = True
+
+    def test_config(self):
+        tester = configuration_common.ConfigTester(
+            self, config_class=DynMaskSeq2SeqConfig, has_text_modality=False, common_properties=["encoder", "decoder"]
+        )
+        # Both sides are of one class: which of them `DynMaskConfig.from_pretrained` reads is not said.
+        tester.create_and_test_config_from_and_save_pretrained_composite = lambda: None
+        tester.run_common_tests()
+
+    def test_load_save_without_tied_weights(self):
+        self.model_tester.options = {"share_embeddings": False}  # shared ones are tied by definition
+        super().test_load_save_without_tied_weights()
 
 
-@pytest.mark.parametrize(
-    "table", [NOT_FOR_US, NOT_WITHOUT_ROTARY, NOT_WITHOUT_DECODER, NOT_WITH_FRAMES, NOT_RECURRENT, NEEDS]
-)
+SUITES = [TestBertLike, TestLlamaLike, TestElectraLikeWithFixedPositions, TestSpeechLike, TestRecurrent, TestSeq2Seq]
+TABLES = [
+    NOT_FOR_US,
+    NOT_WITH_ONE_SIDE,
+    NOT_WITH_TWO_SIDES,
+    NOT_WITHOUT_ROTARY,
+    NOT_WITHOUT_DECODER,
+    NOT_WITH_FRAMES,
+    NOT_RECURRENT,
+    NEEDS,
+]
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_tables_name_tests_of_the_suite(table):
     names = suite_tests(modeling_common.ModelTesterMixin)
     assert [pattern for pattern in table if not any(re.fullmatch(pattern, name) for name in names)] == []

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
+from transformers.utils.generic import find_labels
 
 from hf_dynmask import DynMaskConfig, DynMaskRecurrentConfig, DynMaskSeq2SeqConfig
 from hf_dynmask.registration import AUTO_CLASSES, register
@@ -15,9 +16,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
+all_auto_classes = pytest.mark.parametrize(
     "config_class, auto_class", [(config, auto_class) for config in AUTO_CLASSES for auto_class in AUTO_CLASSES[config]]
 )
+
+
+@all_auto_classes
 def test_auto_class_saves_and_loads(config_class, auto_class, tmp_path):
     model = auto_class.from_config(config_class(**SIZES, **SETTINGS[config_class]))
     assert type(model) is AUTO_CLASSES[config_class][auto_class]
@@ -28,6 +32,13 @@ def test_auto_class_saves_and_loads(config_class, auto_class, tmp_path):
         assert getattr(loaded.config, name) == value
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
+
+
+@all_auto_classes
+def test_the_trainer_finds_the_labels_of_every_batch(config_class, auto_class):
+    if auto_class is not AutoModel:
+        expected = ["start_positions", "end_positions"] if auto_class is AutoModelForQuestionAnswering else ["labels"]
+        assert find_labels(AUTO_CLASSES[config_class][auto_class]) == expected
 
 
 def test_registering_again_changes_nothing():

@@ -208,6 +208,12 @@ def test_settings_of_generation_carry_over():
     assert to_transformers(model).generation_config.to_dict() == stock.generation_config.to_dict()
 
 
+def test_special_tokens_that_a_trainer_writes_into_a_side_do_not_matter():
+    model = from_transformers(stock_model("bart", "seq2seq-lm", {}))
+    model.config.decoder.bos_token_id, model.config.decoder.eos_token_id = 5, EOS
+    assert to_transformers(model).config.eos_token_id == EOS
+
+
 def test_masks_and_settings_can_be_given(tmp_path):
     stock = stock_model("bart", "seq2seq-lm", {})
     stock.save_pretrained(tmp_path)
