@@ -8,11 +8,13 @@ measures MiniLM in float32 and bfloat16. Other models, or a part of the table:
     python recipes/benchmark.py --shapes bert-base --dtypes float32 --lengths reviews --repeats 3
     python recipes/benchmark.py --shapes llama bart --dtypes float32 --batch_size 16
 
-Four methods to compute texts of different lengths, without dropout, forward and forward with backward:
+Methods to compute texts of different lengths, without dropout, forward and forward with backward:
 
     padded     the stock model on padded rows with an attention mask
     sorted     the same, after the examples were sorted by length, so that rows of a batch are alike
     dynmask    the DynMask model with the same weights, on the batches of `padded`, with lengths
+    flat       the stock model with `attn_implementation="dynmask"`, on one row of all the tokens (not of an
+               encoder-decoder)
     floor      the stock model without a mask on rows of one length, as many tokens in all: nothing is wasted here
 
 and one attention layer with a window at 8,192 tokens, against `scaled_dot_product_attention` with the mask as a matrix.
@@ -23,6 +25,7 @@ layers' matrices, and of a language model's output; pairs: of a token and one th
 ratio of the work on padded rows to the work on real tokens.
 """
 
+import copy
 import ctypes
 import sys
 import time
@@ -41,10 +44,11 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BartConfig,
     BertConfig,
+    DataCollatorWithFlattening,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -55,7 +59,7 @@ from hf_dynmask import SequenceLayout, dynmask_attention, from_transformers, mas
 from samples import resolve_dataset, resolve_model
 
 Job = Callable[[], object]  # does some work; what it returns is freed after the clock has stopped
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and the lengths of the longest sequences
 Lengths = tuple[int, ...]  # of one example: its tokens, and of an encoder-decoder those of its target
 
 
@@ -72,13 +76,13 @@ TEXTS = ("reviews", "uniform", "heavy-tailed", "equal")
 SHAPES = {
     "minilm": Shape(
         BertConfig,
-        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
         {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
         TEXTS,
     ),
     "bert-base": Shape(
         BertConfig,
-        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
         {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
         TEXTS,
     ),
@@ -202,6 +206,9 @@ def benchmark_models(options: BenchmarkArguments, device: torch.device) -> Itera
         for dtype in options.dtypes:
             stock, ours = make_models(shape, dtype, device)
             models = {"padded": stock, "sorted": stock, "dynmask": ours, "floor": stock}
+            if not stock.config.is_encoder_decoder:
+                models["flat"] = copy.deepcopy(stock)
+                models["flat"].set_attn_implementation("dynmask")
             for name in tqdm(options.lengths or SHAPES[shape].lengths, desc=f"{shape} {dtype}"):
                 torch.manual_seed(0)
                 lengths = LENGTHS[name](options.batch_size * options.batches)
@@ -237,18 +244,21 @@ def make_batches(
         "dynmask": [_with_lengths(batch, config) for batch in padded],
         "floor": [_equal_rows(group, config) for group in _groups(lengths, batch_size)],
     }
-    return {
-        method: [{name: values.to(device) for name, values in batch.items()} for batch in batches[method]]
-        for method in batches
-    }
+    if not config.is_encoder_decoder:
+        batches["flat"] = [_flat(group) for group in _groups(examples, batch_size)]
+    return {method: [_on(batch, device) for batch in batches[method]] for method in batches}
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return {name: values.to(device) if isinstance(values, Tensor) else values for name, values in batch.items()}
 
 
 def _example(lengths: Lengths, config: PreTrainedConfig) -> Batch:
-    """Random tokens, and labels: a class, the tokens themselves, or the target."""
+    """Random tokens, and labels: the target, the tokens themselves, or one of two classes for each."""
     input_ids, *target = (torch.randint(1, config.vocab_size, (length,)) for length in lengths)
-    if isinstance(config, LlamaConfig):
-        target = [input_ids]
-    return {"input_ids": input_ids, "labels": target[0] if target else torch.tensor(0)}
+    if not target:
+        target = [input_ids if isinstance(config, LlamaConfig) else input_ids % 2]
+    return {"input_ids": input_ids, "labels": target[0]}
 
 
 def _groups(examples: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -257,12 +267,17 @@ def _groups(examples: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 def _padded(examples: Sequence[Batch]) -> Batch:
     input_ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
-    by_token = labels[0].dim() == 1
     return {
         "input_ids": pad_sequence(input_ids, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100) if by_token else torch.stack(labels),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
+
+
+def _flat(examples: Sequence[Batch]) -> Batch:
+    """The batch that [`~transformers.DataCollatorWithFlattening`] makes."""
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    return collate([{name: values.tolist() for name, values in example.items()} for example in examples])
 
 
 def _with_lengths(batch: Batch, config: PreTrainedConfig) -> Batch:
@@ -310,6 +325,7 @@ def benchmark_model(
         "share_of_ideal": speedup / ideal,
         "share_of_floor_rate": work["dynmask"] / seconds["dynmask"] / (work["floor"] / seconds["floor"]),
         "speedup_over_sorted": seconds["sorted"] / seconds["dynmask"],
+        "flat_over_dynmask": seconds["dynmask"] / seconds["flat"] if "flat" in seconds else None,
     }
 
 
@@ -334,6 +350,8 @@ def computed_lengths(batches: Iterable[Batch], config: PreTrainedConfig) -> list
 
 def _side(batch: Batch, tokens: str, lengths: str) -> list[int]:
     rows, width = batch[tokens].shape
+    if "cu_seq_lens_q" in batch:
+        return batch["cu_seq_lens_q"].diff().tolist()
     return batch[lengths].tolist() if lengths in batch else [width] * rows
 
 
@@ -477,10 +495,10 @@ def report(results: Results) -> str:
 def _model_tables(records: list[Results]) -> list[str]:
     keys = ["shape", "dtype", "lengths", "pass"]
     names = [[record[key] for key in keys] for record in records]
-    methods = list(records[0]["seconds"])
+    methods = max((list(record["seconds"]) for record in records), key=len)
     speeds = [
-        [f"{record['real_tokens_per_second'][method]:,.0f}" for method in methods]
-        + [_mib(record["peak_mib"][method]) for method in methods]
+        [_cell(record["real_tokens_per_second"].get(method), ",.0f") for method in methods]
+        + [_cell(record["peak_mib"].get(method), ",.0f") for method in methods]
         for record in records
     ]
     ratios = [
@@ -491,11 +509,13 @@ def _model_tables(records: list[Results]) -> list[str]:
             f"{record['share_of_ideal']:.3f}",
             f"{record['share_of_floor_rate']:.3f}",
             f"{record['speedup_over_sorted']:.2f}",
+            _cell(record["flat_over_dynmask"], ".3f"),
         ]
         for record in records
     ]
     speed_header = [f"{method} tokens/s" for method in methods] + [f"{method} MiB" for method in methods]
     ratio_header = ["padding", "speed-up", "ideal", "share of ideal", "share of floor's rate", "speed-up over sorted"]
+    ratio_header.append("flat / dynmask")
     return [
         table(keys + header, [name + row for name, row in zip(names, rows, strict=True)], names=len(keys))
         for header, rows in ((speed_header, speeds), (ratio_header, ratios))
@@ -513,16 +533,16 @@ def _mask_table(records: list[Results]) -> str:
             f"{1000 * record['seconds']['matrix']:,.1f}",
             f"{1000 * record['seconds']['dynmask']:,.1f}",
             f"{record['speedup']:.1f}",
-            _mib(record["matrix_mib"]),
-            *(_mib(record["dynmask_mib"][count]) for count in tokens),
+            _cell(record["matrix_mib"], ",.0f"),
+            *(_cell(record["dynmask_mib"][count], ",.0f") for count in tokens),
         ]
         for record in records
     ]
     return table(["mask", "dtype", "pass", *times, *(f"dynmask MiB at {count}" for count in tokens)], rows, names=3)
 
 
-def _mib(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:,.0f}"
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

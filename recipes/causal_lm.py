@@ -17,6 +17,7 @@ Every option of `TrainingArguments` applies. Results, model card and model go to
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from math import exp, log
 from typing import Any
 
@@ -41,19 +42,15 @@ from transformers import (
 )
 
 from common import (
+    Contenders,
     Results,
-    check_reloaded,
-    describe_environment,
+    compare,
     describe_source,
     describe_training,
     model_card,
-    padding_share,
     parse_arguments,
-    set_apart,
+    report,
     special_token_ids,
-    summary,
-    train_and_evaluate,
-    write_report,
 )
 from hf_dynmask import (
     DataCollatorWithLengths,
@@ -128,23 +125,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     set_seed(training.seed)
     model = new_model(recipe, tokenizer) if checkpoint is None else load_model(checkpoint, recipe.mask)
-    stock = to_transformers(model, model.config.source_model_type or "llama") if recipe.baseline else None
+    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer, flat=True))}
+    if recipe.baseline:
+        stock = to_transformers(model, model.config.source_model_type or "llama")
+        contenders["stock"] = (stock, DataCollatorForTokenClassification(tokenizer, return_tensors="pt"))
+    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
+    compared = compare(contenders, trainer_of, training, AutoModelForCausalLM, [METRIC])
 
-    trainer = make_trainer(model, DataCollatorWithLengths(tokenizer, flat=True), training, data, tokenizer)
-    runs = {"dynmask": train_and_evaluate(trainer, METRIC)}
-    if stock is not None:
-        apart = set_apart(training, "baseline")
-        padded = DataCollatorForTokenClassification(tokenizer, return_tensors="pt")
-        runs["stock"] = train_and_evaluate(make_trainer(stock, padded, apart, data, tokenizer), METRIC)
-
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
-    reloaded = AutoModelForCausalLM.from_pretrained(training.output_dir)
-    check_reloaded(
-        make_trainer(reloaded, trainer.data_collator, training, data, tokenizer), METRIC, runs["dynmask"][METRIC]
-    )
-
-    in_rows = make_trainer(model, DataCollatorWithLengths(tokenizer), training, data, tokenizer)
     results = {
         "recipe": "causal_lm",
         "task": "text-generation",
@@ -152,14 +139,10 @@ def main(arguments: list[str] | None = None) -> None:
         "model": describe_source(recipe.model or f"a new model, {recipe.num_layers} layers of {recipe.hidden_size}"),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
         "trivial": {"what": "from the frequency of each token alone", METRIC: unigram_perplexity(data)},
-        "runs": runs,
-        "padding_share": padding_share(in_rows.get_train_dataloader()),
         "training": describe_training(training) | {"mask": recipe.mask, "max_length": recipe.max_length},
-        "environment": describe_environment(training.device),
+        **compared,
     }
-    if trainer.is_world_process_zero():
-        write_report(results, make_card(results), training.output_dir, recipe.model_card_dir)
-        print(summary(results))
+    report(results, make_card(results), training, recipe.model_card_dir)
 
 
 def load_texts(source: str) -> DatasetDict:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from datasets import DatasetDict
@@ -17,9 +17,10 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 
 from samples import DATASETS, MODELS, PREFIX
 
-ArgumentsType = TypeVar("ArgumentsType", bound=TrainingArguments)
 Results = dict[str, Any]
 Batch = dict[str, Tensor]
+Collator = Callable[[list[Any]], Any]
+Contenders = dict[str, tuple[Any, Collator]]  # names as in `RUNS`, models and what makes their batches
 
 HYPER_PARAMETERS = (
     "num_train_epochs",
@@ -60,11 +61,43 @@ def parse_arguments(
 # --- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def set_apart(training: ArgumentsType, name: str) -> ArgumentsType:
-    """The same arguments for another run, which has a folder inside the output folder."""
-    apart = copy.copy(training)
-    apart.output_dir = str(Path(str(training.output_dir), name))
-    return apart
+def compare(
+    contenders: Contenders,
+    make_trainer: Callable[[Any, Collator, Any], Trainer],
+    training: TrainingArguments,
+    auto_class: Any,
+    metrics: Sequence[str],
+) -> Results:
+    """
+    Trains one model after another. The first is saved, loaded again, and held to the quality that it had before.
+
+    Args:
+        contenders (`dict[str, tuple[PreTrainedModel, Callable]]`): Models and their collators, by name.
+        make_trainer (`Callable`): Takes model, collator and arguments, and gives a [`~transformers.Trainer`].
+        training ([`~transformers.TrainingArguments`]): Of the first; the others have a folder inside its own.
+        auto_class (`type`): Loads the saved model.
+        metrics (`list[str]`): Measures of quality, the main one first.
+
+    Returns:
+        `dict`: `runs` (of each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are filled up)
+        and `environment`.
+    """
+    (first, (model, collator)), *others = contenders.items()
+    trainer = make_trainer(model, collator, training)
+    runs = {first: train_and_evaluate(trainer, *metrics)}
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    reloaded = auto_class.from_pretrained(training.output_dir)
+    check_reloaded(make_trainer(reloaded, collator, training), metrics[0], runs[first][metrics[0]])
+    for name, (model, collator) in others:
+        apart = copy.copy(training)
+        apart.output_dir = str(Path(str(training.output_dir), name))
+        runs[name] = train_and_evaluate(make_trainer(model, collator, apart), *metrics)
+    return {
+        "runs": runs,
+        "padding_share": padding_share(trainer.get_train_dataloader()),
+        "environment": describe_environment(training.device),
+    }
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -72,7 +105,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
-def without_lengths(collator: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
+def without_lengths(collator: Collator) -> Collator:
     """A collator whose batches do not tell padding from data, so that a model computes on all of it."""
 
     def collate(examples: list[Any]) -> Batch:
@@ -149,17 +182,10 @@ def best_constant(
 
 
 def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Share of padding in batches of rows `(B, T, …)` with `lengths (B,)`, and of targets `(B, U)` where these have
-    `decoder_lengths (B,)`: what a padded model computes for nothing."""
-    tokens = places = 0
-    for batch in batches:
-        rows = [next(batch[name] for name in ("input_ids", "input_features") if name in batch)]
-        tokens += int(batch["lengths"].sum())
-        if "decoder_lengths" in batch:
-            rows.append(batch["labels"])
-            tokens += int(batch["decoder_lengths"].sum())
-        places += sum(side.shape[0] * side.shape[1] for side in rows)
-    return 1 - tokens / places
+    """Share of padding in rows that are filled up to the longest of their batch, which has `lengths`, and
+    `decoder_lengths` where there are targets: what a padded model computes for nothing."""
+    sides = [batch[name] for batch in batches for name in ("lengths", "decoder_lengths") if name in batch]
+    return 1 - sum(int(side.sum()) for side in sides) / sum(len(side) * int(side.max()) for side in sides)
 
 
 # --- What a run was made of ------------------------------------------------------------------------------------------
@@ -206,13 +232,17 @@ def write_json(path: Path, results: Results) -> None:
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def write_report(results: Results, card: ModelCard, output_dir: str, model_card_dir: str | None) -> None:
-    """Results and card beside the model, and under the recipe's name among the model cards."""
+def report(results: Results, card: ModelCard, training: TrainingArguments, model_card_dir: str | None) -> None:
+    """Results and card beside the model, and under the recipe's name among the model cards; a summary on the screen."""
+    if training.process_index > 0:
+        return
+    output_dir = str(training.output_dir)
     write_json(Path(output_dir, "results.json"), results)
     card.save(Path(output_dir, "README.md"))
     if model_card_dir is not None:
         write_json(Path(model_card_dir, f"{results['recipe']}.json"), results)
         card.save(Path(model_card_dir, f"{results['recipe']}.md"))
+    print(summary(results))
 
 
 def summary(results: Results) -> str:

@@ -15,8 +15,10 @@ With pictures of your own and `metadata.csv` beside them, of columns `file_name`
 Every option of `Seq2SeqTrainingArguments` applies. Results, model card and model go to `--output_dir`.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,22 +39,18 @@ from transformers import (
 )
 
 from common import (
+    Contenders,
     Results,
     best_constant,
-    check_reloaded,
-    describe_environment,
+    compare,
     describe_new_model,
     describe_source,
     describe_training,
     model_card,
-    padding_share,
     parse_arguments,
-    set_apart,
+    report,
     special_token_ids,
-    summary,
-    train_and_evaluate,
     without_lengths,
-    write_report,
 )
 from hf_dynmask import (
     DataCollatorForSeq2SeqWithLengths,
@@ -114,35 +112,26 @@ def main(arguments: list[str] | None = None) -> None:
     data = extract_features(texts, tokenizer, recipe)
 
     collator = DataCollatorForSeq2SeqWithLengths(tokenizer)
-    trainer = make_trainer(make_model(recipe, tokenizer, training.seed), collator, training, data, tokenizer)
-    runs = {"dynmask": train_and_evaluate(trainer, METRIC)}
+    set_seed(training.seed)
+    model = make_model(recipe, tokenizer)
+    contenders: Contenders = {"dynmask": (model, collator)}
     if recipe.baseline:
-        apart = set_apart(training, "baseline")
-        model = make_model(recipe, tokenizer, training.seed)
-        baseline = make_trainer(model, without_lengths(collator), apart, data, tokenizer)
-        runs["padded"] = train_and_evaluate(baseline, METRIC)
-
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
-    reloaded = AutoModelForSeq2SeqLM.from_pretrained(training.output_dir)
-    check_reloaded(make_trainer(reloaded, collator, training, data, tokenizer), METRIC, runs["dynmask"][METRIC])
+        contenders["padded"] = (copy.deepcopy(model), without_lengths(collator))
+    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
+    compared = compare(contenders, trainer_of, training, AutoModelForSeq2SeqLM, [METRIC])
 
     results = {
         "recipe": "image_captioning",
         "task": "image-to-text",
         "metric": METRIC,
         "unit": "patches and tokens",
-        "model": describe_new_model(reloaded),
+        "model": describe_new_model(model),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "runs": runs,
         "trivial": best_constant(texts, METRIC, character_f_score),
-        "padding_share": padding_share(trainer.get_train_dataloader()),
         "training": describe_training(training) | {"dropout": recipe.dropout},
-        "environment": describe_environment(training.device),
+        **compared,
     }
-    if trainer.is_world_process_zero():
-        write_report(results, make_card(results), training.output_dir, recipe.model_card_dir)
-        print(summary(results))
+    report(results, make_card(results), training, recipe.model_card_dir)
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -191,11 +180,8 @@ def read_picture(file: str, max_side: int, patch: int) -> dict[str, Tensor]:
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 
-def make_model(
-    recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> DynMaskForConditionalGeneration:
-    """A new model, the same for every call with one seed."""
-    set_seed(seed)
+def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> DynMaskForConditionalGeneration:
+    """A model with random weights."""
     columns = -(-recipe.max_side // recipe.patch)
     side: dict[str, Any] = {
         "hidden_size": recipe.hidden_size,

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,16 @@ from transformers import (
 )
 
 from common import (
+    Contenders,
     Results,
-    check_reloaded,
-    describe_environment,
+    compare,
     describe_new_model,
     describe_source,
     describe_training,
     model_card,
-    padding_share,
     parse_arguments,
-    set_apart,
+    report,
     special_token_ids,
-    summary,
-    train_and_evaluate,
-    write_report,
 )
 from hf_dynmask import (
     DataCollatorForSeq2SeqWithLengths,
@@ -123,22 +120,12 @@ def run(task: Task, arguments: list[str] | None = None, defaults: dict[str, Any]
 
     set_seed(training.seed)
     model = make_model(recipe, tokenizer, task.generation)
-    stock = stock_twin(model) if recipe.baseline else None
-
-    collator = DataCollatorForSeq2SeqWithLengths(tokenizer, model)
-    trainer = make_trainer(model, collator, training, data, evaluate)
-    runs = {"dynmask": train_and_evaluate(trainer, task.metric, *task.others)}
-    if stock is not None:
-        apart = set_apart(training, "baseline")
-        baseline = make_trainer(stock, DataCollatorForSeq2Seq(tokenizer, stock), apart, data, evaluate)
-        runs["stock"] = train_and_evaluate(baseline, task.metric, *task.others)
-
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
-    reloaded = AutoModelForSeq2SeqLM.from_pretrained(training.output_dir)
-    check_reloaded(
-        make_trainer(reloaded, collator, training, data, evaluate), task.metric, runs["dynmask"][task.metric]
-    )
+    contenders: Contenders = {"dynmask": (model, DataCollatorForSeq2SeqWithLengths(tokenizer, model))}
+    if recipe.baseline:
+        stock = stock_twin(model)
+        contenders["stock"] = (stock, DataCollatorForSeq2Seq(tokenizer, stock))
+    trainer_of = partial(make_trainer, data=data, evaluation=evaluate)
+    compared = compare(contenders, trainer_of, training, AutoModelForSeq2SeqLM, [task.metric, *task.others])
 
     what, answers = task.trivial
     results = {
@@ -148,15 +135,11 @@ def run(task: Task, arguments: list[str] | None = None, defaults: dict[str, Any]
         "others": task.others,
         "model": describe_new_model(model),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "runs": runs,
         "trivial": {"what": what, **task.score(answers(texts), evaluate.references)},
-        "padding_share": padding_share(trainer.get_train_dataloader()),
         "training": describe_training(training) | {"dropout": recipe.dropout},
-        "environment": describe_environment(training.device),
+        **compared,
     }
-    if trainer.is_world_process_zero():
-        write_report(results, make_card(task, results), training.output_dir, recipe.model_card_dir)
-        print(summary(results))
+    report(results, make_card(task, results), training, recipe.model_card_dir)
 
 
 def make_card(task: Task, results: Results) -> ModelCard:

@@ -15,6 +15,7 @@ Every option of `TrainingArguments` applies. Results, model card and model go to
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,18 +34,14 @@ from transformers import (
 )
 
 from common import (
+    Contenders,
     Results,
-    check_reloaded,
-    describe_environment,
+    compare,
     describe_source,
     describe_training,
     model_card,
-    padding_share,
     parse_arguments,
-    set_apart,
-    summary,
-    train_and_evaluate,
-    write_report,
+    report,
 )
 from hf_dynmask import (
     DataCollatorWithLengths,
@@ -108,21 +105,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     set_seed(training.seed)
     model = load_model(checkpoint, labels, recipe.dropout)
-    stock = to_transformers(model) if recipe.baseline else None
-
-    trainer = make_trainer(model, DataCollatorWithLengths(tokenizer), training, data, tokenizer)
-    runs = {"dynmask": train_and_evaluate(trainer, METRIC)}
-    if stock is not None:
-        apart = set_apart(training, "baseline")
-        baseline = make_trainer(stock, DataCollatorWithPadding(tokenizer), apart, data, tokenizer)
-        runs["stock"] = train_and_evaluate(baseline, METRIC)
-
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
-    reloaded = AutoModelForSequenceClassification.from_pretrained(training.output_dir)
-    check_reloaded(
-        make_trainer(reloaded, trainer.data_collator, training, data, tokenizer), METRIC, runs["dynmask"][METRIC]
-    )
+    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer))}
+    if recipe.baseline:
+        contenders["stock"] = (to_transformers(model), DataCollatorWithPadding(tokenizer))
+    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
+    compared = compare(contenders, trainer_of, training, AutoModelForSequenceClassification, [METRIC])
 
     results = {
         "recipe": "sequence_classification",
@@ -131,14 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
         "model": describe_source(recipe.model),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
         "labels": labels,
-        "runs": runs,
-        "padding_share": padding_share(trainer.get_train_dataloader()),
         "training": describe_training(training) | {"dropout": recipe.dropout},
-        "environment": describe_environment(training.device),
+        **compared,
     }
-    if trainer.is_world_process_zero():
-        write_report(results, make_card(results), training.output_dir, recipe.model_card_dir)
-        print(summary(results))
+    report(results, make_card(results), training, recipe.model_card_dir)
 
 
 def load_texts(source: str) -> DatasetDict:

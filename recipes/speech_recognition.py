@@ -16,11 +16,13 @@ Log-mel frames go through two convolutions and an encoder; connectionist tempora
 Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
 """
 
+import copy
 import json
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -44,21 +46,17 @@ from transformers import (
 )
 
 from common import (
+    Contenders,
     Results,
     best_constant,
-    check_reloaded,
-    describe_environment,
+    compare,
     describe_new_model,
     describe_source,
     describe_training,
     model_card,
-    padding_share,
     parse_arguments,
-    set_apart,
-    summary,
-    train_and_evaluate,
+    report,
     without_lengths,
-    write_report,
 )
 from hf_dynmask import DataCollatorForFeatures, DynMaskConfig, DynMaskForCTC
 from samples import resolve_files
@@ -111,19 +109,17 @@ def main(arguments: list[str] | None = None) -> None:
     extractor = Speech2TextFeatureExtractor(feature_size=MEL_BINS, num_mel_bins=MEL_BINS)
     data = extract_features(texts, extractor, tokenizer)
 
-    collator = DataCollatorForFeatures()
-    trainer = make_trainer(make_model(recipe, tokenizer, training.seed), collator, training, data, tokenizer)
-    runs = {"dynmask": train_and_evaluate(trainer, METRIC, *OTHERS)}
-    if recipe.baseline:
-        apart = set_apart(training, "baseline")
-        model = make_model(recipe, tokenizer, training.seed)
-        baseline = make_trainer(model, without_lengths(collator), apart, data, tokenizer)
-        runs["padded"] = train_and_evaluate(baseline, METRIC, *OTHERS)
+    if training.process_index == 0:
+        extractor.save_pretrained(training.output_dir)
 
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
-    reloaded = AutoModelForCTC.from_pretrained(training.output_dir)
-    check_reloaded(make_trainer(reloaded, collator, training, data, tokenizer), METRIC, runs["dynmask"][METRIC])
+    collator = DataCollatorForFeatures()
+    set_seed(training.seed)
+    model = make_model(recipe, tokenizer)
+    contenders: Contenders = {"dynmask": (model, collator)}
+    if recipe.baseline:
+        contenders["padded"] = (copy.deepcopy(model), without_lengths(collator))
+    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
+    compared = compare(contenders, trainer_of, training, AutoModelForCTC, [METRIC, *OTHERS])
 
     results = {
         "recipe": "speech_recognition",
@@ -131,18 +127,13 @@ def main(arguments: list[str] | None = None) -> None:
         "metric": METRIC,
         "others": OTHERS,
         "unit": "frames",
-        "model": describe_new_model(reloaded),
+        "model": describe_new_model(model),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "runs": runs,
         "trivial": best_constant(texts, METRIC, error_rates, lower_is_better=True),
-        "padding_share": padding_share(trainer.get_train_dataloader()),
         "training": describe_training(training) | {"dropout": recipe.dropout},
-        "environment": describe_environment(training.device),
+        **compared,
     }
-    if trainer.is_world_process_zero():
-        extractor.save_pretrained(training.output_dir)
-        write_report(results, make_card(results), training.output_dir, recipe.model_card_dir)
-        print(summary(results))
+    report(results, make_card(results), training, recipe.model_card_dir)
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -198,9 +189,8 @@ def log_mel(file: str, extractor: Speech2TextFeatureExtractor) -> np.ndarray:
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 
-def make_model(recipe: RecipeArguments, tokenizer: Wav2Vec2CTCTokenizer, seed: int) -> DynMaskForCTC:
-    """A new model, the same for every call with one seed."""
-    set_seed(seed)
+def make_model(recipe: RecipeArguments, tokenizer: Wav2Vec2CTCTokenizer) -> DynMaskForCTC:
+    """A model with random weights."""
     config = DynMaskConfig(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.get_vocab()["<pad>"],

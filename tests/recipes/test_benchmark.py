@@ -15,7 +15,7 @@ SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
 SMALLER = {"bart": {"d_model": 16} | {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in SIDES.items()}}
 PAIRS = [(3, 2), (9, 4), (1, 6), (7, 1)]
 CPU = torch.device("cpu")
-METHODS = ["padded", "sorted", "dynmask", "floor"]
+METHODS = ["padded", "sorted", "dynmask", "floor", "flat"]
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_run(tiny, tmp_path, capsys):
         assert record["speedup"] == seconds["padded"] / seconds["dynmask"]
         assert record["share_of_ideal"] == record["speedup"] / record["ideal_speedup"]
         assert record["speedup_over_sorted"] == seconds["sorted"] / seconds["dynmask"]
+        assert record["flat_over_dynmask"] == seconds["dynmask"] / seconds["flat"]
         assert f"{record['share_of_floor_rate']:.3f}" in printed
         if record["lengths"] == "equal":
             assert (record["padding_share"], record["ideal_speedup"]) == (0, 1)
@@ -104,6 +105,7 @@ def test_batches():
         "sorted": [(3,)] * 3 + [(9,)] * 3,
         "dynmask": lengths,
         "floor": [(4,)] * 6,
+        "flat": lengths,
     }
     tokens = [torch.cat([b["input_ids"].flatten() for b in batches[m]]) for m in ("padded", "sorted")]
     first, second = (ids[ids > 0].sort().values for ids in tokens)
@@ -113,13 +115,19 @@ def test_batches():
 def test_batches_of_pairs():
     config = BartConfig(vocab_size=50)
     batches = benchmark.make_batches(PAIRS, 2, config, CPU)
-    computed = {method: benchmark.computed_lengths(batches[method], config) for method in METHODS}
+    computed = {method: benchmark.computed_lengths(batches[method], config) for method in batches}
     assert computed == {
         "padded": [(9, 4)] * 2 + [(7, 6)] * 2,
         "sorted": [(3, 6)] * 2 + [(9, 4)] * 2,
         "dynmask": PAIRS,
         "floor": [(6, 3)] * 2 + [(4, 4)] * 2,
     }
+
+
+def loss_or_norms(model, batch, training):
+    """The loss, or the norms of all gradients while training."""
+    computed = benchmark.run_model(model, batch, training)
+    return sorted(gradient.norm() for gradient in computed) if training else computed.loss
 
 
 @pytest.mark.parametrize("shape", ["minilm", "llama", "bart"])
@@ -129,13 +137,23 @@ def test_methods_compute_the_same(tiny, shape):
     lengths = PAIRS if shape == "bart" else [(source,) for source, _ in PAIRS]
     batches = benchmark.make_batches(lengths, 4, stock.config, CPU)
     for training in (False, True):
-        expected = benchmark.run_model(stock, batches["padded"][0], training)
-        found = benchmark.run_model(ours, batches["dynmask"][0], training)
-        if not training:
-            expected, found = (outputs.loss for outputs in (expected, found))
-        else:
-            expected, found = (sorted(gradient.norm() for gradient in gradients) for gradients in (expected, found))
+        expected = loss_or_norms(stock, batches["padded"][0], training)
+        found = loss_or_norms(ours, batches["dynmask"][0], training)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["minilm", "llama"])
+def test_the_stock_model_on_flat_batches_computes_the_same(tiny, shape):
+    """Apart from the labels of first tokens, which the flat batch has not, as no causal model predicts them."""
+    stock, _ = benchmark.make_models(shape, "float32", CPU)
+    batches = benchmark.make_batches([(source,) for source, _ in PAIRS], 4, stock.config, CPU)
+    padded = batches["padded"][0]
+    padded["labels"][:, 0] = -100
+    expected = [loss_or_norms(stock, padded, training) for training in (False, True)]
+    stock.set_attn_implementation("dynmask")
+    for training in (False, True):
+        found = loss_or_norms(stock, batches["flat"][0], training)
+        torch.testing.assert_close(found, expected[training], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name, low, high", [("uniform", 8, 256), ("heavy-tailed", 16, 512), ("equal", 64, 64)])

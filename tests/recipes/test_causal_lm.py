@@ -65,7 +65,7 @@ def test_results_and_card(run):
 def test_the_saved_model_is_the_baseline_s_twin(run):
     output, _ = run
     model = AutoModelForCausalLM.from_pretrained(output)
-    stock = AutoModelForCausalLM.from_pretrained(output / "baseline" / "checkpoint-6")
+    stock = AutoModelForCausalLM.from_pretrained(output / "stock" / "checkpoint-6")
     assert isinstance(model, DynMaskForCausalLM)
     assert isinstance(stock, LlamaForCausalLM)
     inputs = AutoTokenizer.from_pretrained(output)("the film was not", return_tensors="pt")

@@ -89,7 +89,7 @@ def test_saved_model_has_the_quality(run):
 def test_baseline_follows_the_same_course(run):
     """Same weights to start from, same batches: after four epochs the two models still say the same."""
     model = AutoModelForSeq2SeqLM.from_pretrained(run.output)
-    (checkpoint,) = (run.output / "baseline").glob("checkpoint-36")
+    (checkpoint,) = (run.output / "stock").glob("checkpoint-36")
     stock = AutoModelForSeq2SeqLM.from_pretrained(checkpoint)
     assert isinstance(stock, BartForConditionalGeneration)
     batch = AutoTokenizer.from_pretrained(run.output)(["the old house", "tree"], padding=True, return_tensors="pt")

@@ -102,7 +102,7 @@ def test_saved_model_has_the_accuracy(output, results, splits):
 def test_baseline_follows_the_same_course(output, folder):
     """Same weights to start from, same batches: after two epochs the two models still say the same."""
     model = AutoModelForSequenceClassification.from_pretrained(output)
-    (checkpoint,) = (output / "baseline").glob("checkpoint-6")
+    (checkpoint,) = (output / "stock").glob("checkpoint-6")
     stock = AutoModelForSequenceClassification.from_pretrained(checkpoint)
     assert isinstance(stock, BertForSequenceClassification)
     set_seed(42)  # as the run did
