@@ -9,7 +9,12 @@ from .configuration_dynmask import DynMaskConfig
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .conversion import from_transformers, to_transformers
-from .data import DataCollatorForFeatures, DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
+from .data import (
+    DataCollatorForDynamicMasking,
+    DataCollatorForFeatures,
+    DataCollatorForSeq2SeqWithLengths,
+    DataCollatorWithLengths,
+)
 from .layout import SequenceLayout
 from .modeling_dynmask import (
     DynMaskForCausalLM,
@@ -35,11 +40,12 @@ from .modeling_dynmask_seq2seq import (
 from .plan import MaskPlan
 from .registration import register
 from .stock import set_mask
-from .training import MaskSchedule
+from .training import DynamicMaskingMixin, MaskSchedule
 
 register()
 
 __all__ = [
+    "DataCollatorForDynamicMasking",
     "DataCollatorForFeatures",
     "DataCollatorForSeq2SeqWithLengths",
     "DataCollatorWithLengths",
@@ -61,6 +67,7 @@ __all__ = [
     "DynMaskRecurrentForSequenceClassification",
     "DynMaskRecurrentForTokenClassification",
     "DynMaskRecurrentModel",
+    "DynamicMaskingMixin",
     "MaskPlan",
     "MaskSchedule",
     "SequenceLayout",
