@@ -293,7 +293,7 @@ class SequenceLayout:
         if self.is_contiguous:
             return flat.reshape(rows, width, *flat.shape[2:])
         padded = flat.new_full((rows * width, *flat.shape[2:]), fill)
-        return padded.index_copy(0, self.indices, flat[0]).view(rows, width, *flat.shape[2:])
+        return padded.index_copy_(0, self.indices, flat[0]).view(rows, width, *flat.shape[2:])
 
     def flatten_heads(self, padded: Tensor) -> Tensor:
         """`(B, H, T, D)` as flat `(1, H, N, D)`."""
@@ -326,7 +326,7 @@ class SequenceLayout:
             return flat[0].index_select(0, torch.empty_like(places).scatter_(0, self.rank, places))
         full = self.lengths > 0
         tokens = flat.new_zeros(self.num_sequences, *flat.shape[2:])
-        return tokens.index_copy(0, self.rank[full], flat[0].index_select(0, places[full]))
+        return tokens.index_copy_(0, self.rank[full], flat[0].index_select(0, places[full]))
 
     @outside_graph
     def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
@@ -340,7 +340,7 @@ class SequenceLayout:
             `Tensor` of shape `(S, max position + 1, ...)`: sequences in flat order.
         """
         table = flat.new_full((self.num_sequences, self.extent, *flat.shape[2:]), fill)
-        return table.index_put((self.sequence_ids, self.positions), flat[0])
+        return table.index_put_((self.sequence_ids, self.positions), flat[0])
 
     def to(self, device: torch.device | str) -> SequenceLayout:
         """The same layout with its tensors on `device`."""

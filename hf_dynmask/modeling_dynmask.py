@@ -11,7 +11,7 @@ Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vo
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalIterable=false
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -735,11 +735,15 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         states = outputs.last_hidden_state
         loss = logits = None
         targets = _aligned_targets(labels, shift_labels, layout)
-        if targets is not None:
+        if targets is None:
+            logits = _in_columns(states, layout, logits_to_keep, self.lm_head)
+        elif self.training:
             real = targets != IGNORE_INDEX
             loss = token_loss(self.lm_head(states[real]), targets[real], num_items_in_batch)
-        if targets is None or not self.training:
-            logits = self._logits(states, layout, logits_to_keep)
+        else:
+            of_tokens = self.lm_head(states)
+            loss = token_loss(of_tokens, targets, num_items_in_batch)
+            logits = _in_columns(of_tokens, layout, logits_to_keep)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -747,25 +751,6 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    @outside_graph
-    def _logits(self, states: Tensor, layout: SequenceLayout, logits_to_keep: int | Tensor) -> Tensor:
-        """Logits `(B, columns, V)` of the columns to keep, 0 where no token is."""
-        rows, width = layout.shape
-        if isinstance(logits_to_keep, int):
-            if logits_to_keep == 0:
-                return layout.unflatten(self.lm_head(states))
-            logits_to_keep = torch.arange(max(width - logits_to_keep, 0), width, device=states.device)
-        columns = logits_to_keep.to(states.device)
-        place = torch.full((width,), -1, device=states.device).index_copy(
-            0, columns, torch.arange(len(columns), device=states.device)
-        )
-        row, column = layout.indices // max(width, 1), place[layout.indices % max(width, 1)]
-        kept = column >= 0
-        logits = self.lm_head(states[0, kept])
-        padded = logits.new_zeros(rows * len(columns), logits.shape[-1])
-        padded = padded.index_copy(0, (row * len(columns) + column)[kept], logits)
-        return padded.view(rows, len(columns), -1)
 
     # --- Generation --------------------------------------------------------------------------------------------------
 
@@ -990,6 +975,28 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+@outside_graph
+def _in_columns(
+    values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """A function of values `(1, N, …)` as `(B, columns, …)`: of the last columns alone, or of these; 0: of all. It is 0
+    where no token is, and not computed elsewhere."""
+    rows, width = layout.shape
+    if isinstance(to_keep, int):
+        if to_keep == 0:
+            return layout.unflatten(function(values))
+        to_keep = torch.arange(max(width - to_keep, 0), width, device=values.device)
+    columns = to_keep.to(values.device)
+    place = torch.full((width,), -1, device=values.device)
+    place[columns] = torch.arange(len(columns), device=values.device)
+    row, column = layout.indices // max(width, 1), place[layout.indices % max(width, 1)]
+    kept = column >= 0
+    computed = function(values[0, kept])
+    padded = computed.new_zeros(rows * len(columns), *computed.shape[1:])
+    padded.index_copy_(0, (row * len(columns) + column)[kept], computed)
+    return padded.view(rows, len(columns), *computed.shape[1:])
 
 
 def _aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
