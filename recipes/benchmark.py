@@ -182,6 +182,8 @@ class BenchmarkArguments:
 
 def main(arguments: list[str] | None = None) -> None:
     (options,) = parse_arguments([BenchmarkArguments], arguments)
+    for shape in options.shapes:
+        check_lengths(shape, options.lengths)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = {
         "environment": describe_environment(device),
@@ -195,6 +197,12 @@ def main(arguments: list[str] | None = None) -> None:
     }
     write_json(Path(options.output), results)
     print(report(results))
+
+
+def check_lengths(shape: str, lengths: list[str]) -> None:
+    known = SHAPES[shape].lengths
+    if unknown := [name for name in lengths if name not in known]:
+        raise ValueError(f"`lengths` of {shape!r} must be of {', '.join(known)}; got {', '.join(unknown)}")
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------

@@ -64,6 +64,11 @@ def test_run(tiny, tmp_path, capsys):
     assert f"threads {torch.get_num_threads()}" in printed
 
 
+def test_lengths_have_to_fit_the_shape():
+    with pytest.raises(ValueError, match=r"`lengths` of 'bart' must be of pairs; got reviews, equal"):
+        benchmark.main(["--shapes", "minilm", "bart", "--lengths", "reviews", "equal"])
+
+
 def test_flops_by_hand():
     """Two layers of width 4 and 8: 2 * (4 * 4 * 4 + 2 * 4 * 8) = 256 weights; 8 tokens; 9 + 25 = 34 pairs."""
     config = BertConfig(num_hidden_layers=2, hidden_size=4, num_attention_heads=2, intermediate_size=8, vocab_size=9)
