@@ -14,6 +14,8 @@ from .data import (
     DataCollatorForFeatures,
     DataCollatorForSeq2SeqWithLengths,
     DataCollatorWithLengths,
+    TokenBudgetBatchSampler,
+    TokenBudgetIterableDataset,
 )
 from .layout import SequenceLayout
 from .modeling_dynmask import (
@@ -40,7 +42,7 @@ from .modeling_dynmask_seq2seq import (
 from .plan import MaskPlan
 from .registration import register
 from .stock import set_mask
-from .training import DynamicMaskingMixin, MaskSchedule
+from .training import DynamicMaskingMixin, MaskSchedule, TokenBudgetMixin
 
 register()
 
@@ -71,6 +73,9 @@ __all__ = [
     "MaskPlan",
     "MaskSchedule",
     "SequenceLayout",
+    "TokenBudgetBatchSampler",
+    "TokenBudgetIterableDataset",
+    "TokenBudgetMixin",
     "dynmask_attention",
     "from_transformers",
     "masks",

@@ -1,6 +1,7 @@
-"""What joins a Trainer: masks that change in the course of training, targets that change with every epoch."""
+"""What joins a Trainer: changing masks, targets drawn anew in every epoch, batches of a budget of tokens."""
 
 from .dynamic_masking import DynamicMaskingMixin
 from .mask_schedule import MaskSchedule
+from .token_budget import TokenBudgetMixin
 
-__all__ = ["DynamicMaskingMixin", "MaskSchedule"]
+__all__ = ["DynamicMaskingMixin", "MaskSchedule", "TokenBudgetMixin"]

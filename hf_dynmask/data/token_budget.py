@@ -1,0 +1,399 @@
+"""Batches by a budget of tokens: as many examples as fit, in place of a fixed number."""
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from operator import index
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, Sampler
+
+from .collators import _columns, _per_token
+
+logger = getLogger(__name__)
+
+Step = list[list[int]]  # indices of the examples in the batch of each process
+
+MAIN_COLUMNS = ("input_ids", "input_features")
+# Lengths are multiplied by random numbers of up to this before they are sorted. The first that fits the budget is
+# taken, and 1, examples strictly by length, always does: the number of steps is chosen so.
+JITTERS = (1.25, 1.1, 1.0)
+
+
+class TokenBudgetBatchSampler(Sampler[list[int]]):
+    """
+    Batches of examples whose lengths sum up to a budget of tokens at most.
+
+    Models that take `lengths` do no work on padding, so the budget counts real tokens, not rows times their width.
+
+    - An epoch has every example exactly once, in equally many steps on each process, `num_steps`. These are the same
+      in every epoch, as the [`~transformers.Trainer`] and learning rate schedules expect.
+    - The work of linear layers, the sum of lengths L, is evened out over all batches: examples are taken by falling
+      length, each into the batch with the fewest tokens so far (longest processing time first; Graham, 1969). The
+      work of attention, the sum of L², is evened out over the processes of each step: batches that have the most alike
+      sums of L² make a step.
+    - Shuffled, batches are made anew each epoch: lengths are sorted by up to a quarter off, less where that does not
+      fit the budget, and those of equal length stand in random order. Steps come in random order. All this is a pure
+      function of (`seed`, epoch).
+
+    With `rank=None` the batches of all processes come one after another, those of a step together. This is what
+    Accelerate deals out to its processes: prepare the [`~torch.utils.data.DataLoader`], with
+    `DataLoaderConfiguration(even_batches=False)` on older releases. It calls [`set_epoch`] itself, and
+    [`~accelerate.skip_first_batches`] resumes in mid-epoch. [`TokenBudgetMixin`] does all of it for a Trainer.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each example of the dataset, in its order.
+        max_tokens (`int`): The budget: most tokens in a batch of one process.
+        num_replicas (`int`, *optional*, defaults to 1): Number of processes among which each step is divided.
+        rank (`int`, *optional*): Yield the batches of this process alone. `None`: those of all, in turn.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            `False`: the same batches every epoch, those with the longest examples first.
+        seed (`int`, *optional*, defaults to 0): Seed of the shuffling; the same on all processes.
+        truncate (`bool`, *optional*, defaults to `False`):
+            Count an example beyond the budget as `max_tokens` long, in place of refusing it. The examples themselves
+            are for the collator to cut.
+
+    Yields:
+        `list[int]`: indices of the examples of a batch; at least one.
+
+    Raises:
+        ValueError: `lengths` are not whole numbers from 0, one for each of at least one example; `max_tokens`,
+            `num_replicas`, `rank` or `seed` is out of range; an example is longer than the budget; the examples cannot
+            make equally many batches on each process, as there are fewer than processes or too few fit into one batch.
+
+    Example:
+
+    ```python
+    >>> sampler = TokenBudgetBatchSampler([5, 3, 4, 2, 2], max_tokens=8, shuffle=False)
+    >>> list(sampler)
+    [[0, 1], [2, 3, 4]]
+    ```
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray | torch.Tensor,
+        max_tokens: int,
+        *,
+        num_replicas: int = 1,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        truncate: bool = False,
+    ):
+        _check_positive(max_tokens=max_tokens, num_replicas=num_replicas)
+        if rank is not None and not 0 <= rank < num_replicas:
+            raise ValueError(f"`rank` must be from 0 to num_replicas - 1 = {num_replicas - 1}, or None; got {rank}")
+        self.lengths = _within(_checked(lengths), max_tokens, truncate)
+        self.max_tokens = max_tokens
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.shuffle = shuffle
+        self.seed = _checked_seed(seed)
+        self.epoch = 0
+        self.sampler = self  # where Accelerate looks for `set_epoch`, however deep it wraps a batch sampler
+        self.num_steps = _num_steps(self.lengths, max_tokens, num_replicas)
+        if not self.num_steps:
+            raise ValueError(
+                f"{len(self.lengths)} examples cannot make equally many batches of max_tokens={max_tokens} on each of "
+                f"num_replicas={num_replicas} processes, every example once and at least one a batch. Raise "
+                "`max_tokens`, so that more of them fit into one batch, or leave some out"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is of: other batches in each."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.num_steps * (self.num_replicas if self.rank is None else 1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
+        for step in _steps(self.lengths, self.max_tokens, self.num_replicas, self.num_steps, generator):
+            yield from step if self.rank is None else [step[self.rank]]
+
+
+class TokenBudgetIterableDataset(IterableDataset):
+    """
+    A stream of examples as a stream of batches of a budget of tokens.
+
+    Examples wait in a buffer. Whenever it is full, they make batches as in [`TokenBudgetBatchSampler`]; half of these
+    are handed out, the examples of the others wait on. So every example comes exactly once, except that at the end of
+    the stream up to `num_replicas - 1` examples may be too few for a batch on each process; these are left out, with a
+    warning.
+
+    Each process has to read the same stream. The batches of all processes come one after another, those of a step
+    together, as [`~accelerate.data_loader.IterableDatasetShard`] with `batch_size=1` deals them out.
+
+    Args:
+        dataset (`Iterable[Mapping]`): The examples. Its `set_epoch`, where it has one, is called with ours.
+        max_tokens (`int`): The budget: most tokens in a batch of one process.
+        num_replicas (`int`, *optional*, defaults to 1): Number of processes among which each step is divided.
+        buffer_size (`int`, *optional*, defaults to 1000):
+            Most examples that wait. More of them fill batches better and mix the stream more. The buffer should hold
+            several steps.
+        length_column (`str`, *optional*, defaults to `"length"`): See [`example_length`].
+        seed (`int`, *optional*, defaults to 0): Seed of the shuffling; the same on all processes.
+        truncate (`bool`, *optional*, defaults to `False`):
+            Count an example beyond the budget as `max_tokens` long, in place of refusing it.
+
+    Yields:
+        `list[Mapping]`: the examples of a batch; at least one.
+
+    Raises:
+        ValueError: A number is out of range. While iterating: an example has no length, or one beyond the budget.
+    """
+
+    def __init__(
+        self,
+        dataset: Iterable[Mapping[str, Any]],
+        max_tokens: int,
+        *,
+        num_replicas: int = 1,
+        buffer_size: int = 1000,
+        length_column: str = "length",
+        seed: int = 0,
+        truncate: bool = False,
+    ):
+        _check_positive(max_tokens=max_tokens, num_replicas=num_replicas)
+        if buffer_size < num_replicas:
+            raise ValueError(
+                f"`buffer_size` must be at least num_replicas={num_replicas}, an example a process; got {buffer_size}"
+            )
+        self.dataset = dataset
+        self.max_tokens = max_tokens
+        self.num_replicas = num_replicas
+        self.buffer_size = buffer_size
+        self.length_column = length_column
+        self.seed = _checked_seed(seed)
+        self.truncate = truncate
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is of: other batches in each."""
+        self._epoch.fill_(epoch)
+        set_epoch = getattr(self.dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[Mapping[str, Any]]]:
+        generator = np.random.default_rng([self.seed, int(self._epoch)])
+        lengths: list[int] = []
+        examples: list[Mapping[str, Any]] = []
+        for number, example in enumerate(self.dataset):
+            length = example_length(example, self.length_column, number)
+            lengths.append(_within(np.array([length]), self.max_tokens, self.truncate, number).item())
+            examples.append(example)
+            if len(examples) == self.buffer_size:
+                steps = self._full_steps(lengths, generator)
+                steps = steps[: math.ceil(len(steps) / 2)]
+                yield from ([examples[k] for k in batch] for step in steps for batch in step)
+                gone = {k for step in steps for batch in step for k in batch}
+                lengths = [length for k, length in enumerate(lengths) if k not in gone]
+                examples = [example for k, example in enumerate(examples) if k not in gone]
+        steps = self._all_steps(lengths, generator)
+        yield from ([examples[k] for k in batch] for step in steps for batch in step)
+        left_out = len(examples) - sum(len(batch) for step in steps for batch in step)
+        if left_out:
+            logger.warning(
+                f"the last {left_out} examples of the stream are left out: they are too few for a batch on each of "
+                f"{self.num_replicas} processes"
+            )
+
+    def _full_steps(self, lengths: list[int], generator: np.random.Generator) -> list[Step]:
+        """Steps of the oldest examples, as many as fill their budget all but a little; of all if these fill none."""
+        capacity = self.max_tokens * self.num_replicas
+        full = sum(lengths) // capacity
+        # 3 % are left free: room to pack in.
+        taken = int(np.searchsorted(np.cumsum(lengths), 0.97 * full * capacity, side="right")) if full else 0
+        return self._all_steps(lengths[:taken], generator) or self._all_steps(lengths, generator)
+
+    def _all_steps(self, lengths: list[int], generator: np.random.Generator) -> list[Step]:
+        """Steps of all examples, but for as many of the last as must be left out to have any; maybe none."""
+        for number in range(len(lengths), max(0, len(lengths) - self.num_replicas), -1):
+            some = np.array(lengths[:number])
+            num_steps = _num_steps(some, self.max_tokens, self.num_replicas)
+            if num_steps:
+                return _steps(some, self.max_tokens, self.num_replicas, num_steps, generator)
+        return []
+
+
+@dataclass
+class CollatorWithinBudget:
+    """A collator whose examples, cut to the budget if asked, and whose batches stay within a budget of tokens."""
+
+    collator: Callable[[list[Any]], Any]
+    max_tokens: int
+    truncate: bool
+
+    def __call__(self, features: list[Any]) -> Any:
+        batch = self.collator(_truncated(features, self.max_tokens) if self.truncate else features)
+        tokens = int(batch["lengths"].sum()) if "lengths" in batch else 0
+        if tokens > self.max_tokens:
+            raise ValueError(
+                f"a batch has {tokens} tokens, more than the budget `max_tokens`={self.max_tokens}: the lengths it was "
+                "made by do not fit the dataset"
+            )
+        return batch
+
+
+def example_length(example: Mapping[str, Any], column: str = "length", number: int = 0) -> int:
+    """
+    Tokens of an example: what its column says, or else `lengths`, or else the entries of `input_ids` or
+    `input_features`, those alone that are 1 in `attention_mask` where it has one.
+
+    Raises:
+        ValueError: The example, called by its `number`, has none of these, or the column is no whole number from 0.
+    """
+    for name in (column, "lengths"):
+        if name in example:
+            return _whole(example[name], name, number)
+    for name in MAIN_COLUMNS:
+        if name in example:
+            mask = example.get("attention_mask")
+            return len(example[name]) if mask is None else int(np.sum(np.asarray(mask)))
+    raise ValueError(
+        f"examples must have a column `{column}` or `lengths` that counts their tokens, or else `input_ids` or "
+        f"`input_features`; got {', '.join(example) or 'no columns'} in example {number}"
+    )
+
+
+def example_lengths(dataset: Any, column: str = "length") -> list[int]:
+    """Tokens of each example of a map-style dataset; see [`example_length`]."""
+    names = getattr(dataset, "column_names", [])
+    names = [name for name in (column, "lengths") if name in names][:1] or [
+        name for name in (*MAIN_COLUMNS, "attention_mask") if name in names
+    ]
+    examples = dataset.select_columns(names) if names else dataset  # of a `datasets.Dataset`, no more than it takes
+    if not hasattr(examples, "__iter__"):
+        examples = (dataset[number] for number in range(len(dataset)))
+    return [example_length(example, column, number) for number, example in enumerate(examples)]
+
+
+# --- Which examples go together ---------------------------------------------------------------------------------------
+
+
+def _num_steps(lengths: np.ndarray, max_tokens: int, num_replicas: int) -> int:
+    """The fewest steps, to 2 %, in which examples by falling length fit their batches; 0 if there are none."""
+    order = _order(lengths, 1.0, None)
+    steps = max(1, math.ceil(int(lengths.sum()) / (max_tokens * num_replicas)))
+    most = len(lengths) // num_replicas  # a batch has an example at least
+    while steps <= most:
+        if _pack(lengths, order, max_tokens, steps * num_replicas):
+            return steps
+        more = steps + 1 + steps // 50
+        steps = min(more, most) if steps < most else more
+    return 0
+
+
+def _steps(
+    lengths: np.ndarray, max_tokens: int, num_replicas: int, num_steps: int, generator: np.random.Generator | None
+) -> list[Step]:
+    """All examples in `num_steps` steps; those with the most work first if no generator shuffles them."""
+    batches: Step | None = None
+    for jitter in JITTERS if generator is not None else JITTERS[-1:]:
+        batches = _pack(lengths, _order(lengths, jitter, generator), max_tokens, num_steps * num_replicas)
+        if batches is not None:
+            break
+    assert batches is not None, "`num_steps` is such that examples by falling length fit"
+    batches.sort(key=lambda batch: int((lengths[batch] ** 2).sum()), reverse=True)
+    steps = [batches[start : start + num_replicas] for start in range(0, len(batches), num_replicas)]
+    if generator is not None:
+        generator.shuffle(steps)
+        for step in steps:
+            generator.shuffle(step)  # no process always has the most
+    return steps
+
+
+def _order(lengths: np.ndarray, jitter: float, generator: np.random.Generator | None) -> list[int]:
+    """Indices by falling length, give or take; those of equal length in random order."""
+    if generator is None:
+        return np.argsort(-lengths, kind="stable").tolist()
+    keys = lengths * generator.uniform(1, jitter, len(lengths))
+    return np.lexsort((generator.random(len(lengths)), -keys)).tolist()
+
+
+def _pack(lengths: np.ndarray, order: list[int], max_tokens: int, number: int) -> Step | None:
+    """Examples into a number of batches, each into the one with the fewest tokens so far; `None` if they do not fit."""
+    tokens = lengths.tolist()
+    batches: Step = [[] for _ in range(number)]
+    loads = [(0, 0, k) for k in range(number)]  # a heap: tokens, examples, which batch
+    for example in order:
+        load, size, k = loads[0]
+        if load + tokens[example] > max_tokens:
+            return None
+        heapq.heapreplace(loads, (load + tokens[example], size + 1, k))
+        batches[k].append(example)
+    return batches
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {number}")
+
+
+def _checked_seed(seed: int) -> int:
+    if seed < 0:
+        raise ValueError(f"`seed` must be at least 0; got {seed}")
+    return seed
+
+
+def _checked(lengths: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+    values = np.asarray(lengths)
+    if values.ndim != 1 or not len(values) or values.dtype.kind not in "iu" or values.min() < 0:
+        raise ValueError(
+            "`lengths` must be whole numbers from 0, one for each of at least one example; "
+            f"got {values.dtype} of shape {values.shape}" + (f" from {values.min()}" if values.size else "")
+        )
+    return values.astype(np.int64)
+
+
+def _within(lengths: np.ndarray, max_tokens: int, truncate: bool, first: int = 0) -> np.ndarray:
+    """The lengths, cut to the budget or none beyond it. `first` is the number of the first example."""
+    if not truncate and lengths.max() > max_tokens:
+        raise ValueError(
+            f"`max_tokens` must be at least the longest example's length; got max_tokens={max_tokens}, and example "
+            f"{first + int(lengths.argmax())} has {lengths.max()} tokens. Raise it, or set `truncate=True`"
+        )
+    return lengths.clip(max=max_tokens)
+
+
+def _whole(value: Any, column: str, number: int) -> int:
+    try:
+        length = index(value)
+    except TypeError:
+        length = -1
+    if length < 0:
+        raise ValueError(
+            f"column `{column}` must hold the tokens of an example, a whole number from 0; "
+            f"got {value!r} in example {number}"
+        )
+    return length
+
+
+# --- Truncation -------------------------------------------------------------------------------------------------------
+
+
+def _truncated(features: list[Any], max_tokens: int) -> list[Any]:
+    """The examples with the first `max_tokens` tokens each, in all columns that have an entry a token."""
+    main = next((name for name in MAIN_COLUMNS if features and name in features[0]), None)
+    if main is None or all(len(feature[main]) <= max_tokens for feature in features):
+        return features
+    per_token = _per_token(_columns(features), main)
+    if "labels" in per_token:
+        per_token |= {"label", "label_ids"}
+    cut = []
+    for feature in features:
+        mask = feature.get("attention_mask")
+        present = np.ones(len(feature[main]), int) if mask is None else np.asarray(mask)
+        end = int(np.searchsorted(np.cumsum(present), max_tokens, side="right"))  # absent ones do not count
+        cut.append({name: value[:end] if name in per_token else value for name, value in feature.items()})
+    return cut

@@ -1,0 +1,180 @@
+"""A Trainer whose batches follow a budget of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..data.token_budget import (
+    CollatorWithinBudget,
+    TokenBudgetBatchSampler,
+    TokenBudgetIterableDataset,
+    example_lengths,
+)
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+else:
+    Trainer = object  # the real one is heavy, and stands behind the mixin in the class it makes
+
+# What a data loader of ours has of the Trainer's own.
+SETTINGS = ["num_workers", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor"]
+SETTINGS += ["persistent_workers", "in_order"]
+
+
+class TokenBudgetMixin(Trainer):
+    """
+    Trains on batches of a budget of tokens, see [`TokenBudgetBatchSampler`], in any [`~transformers.Trainer`] class.
+
+    Evaluation and prediction are the Trainer's own. So are the training loop, the loss, checkpoints, and resuming:
+    in mid-epoch as well, with `ignore_data_skip=False`, on the same number of processes. Batches are drawn with
+    `data_seed`, or else `seed`.
+
+    Lengths come from the column `length_column_name` of the training arguments (`"length"`), or else `lengths`, or
+    else are counted in `input_ids` or `input_features` when training begins. For an encoder-decoder, give a column
+    that counts source and target.
+
+    - **`max_tokens`** is the budget of a batch, on one process, in one forward pass.
+    - **`per_device_train_batch_size`**: with `max_tokens=None`, the examples of a batch on average. The budget is the
+      tokens that so many examples of mean length have (the longest example's, if that is more), so an epoch has as many
+      steps as with the Trainer's own batches. With `max_tokens` it is not used, and neither is `auto_find_batch_size`.
+    - **`gradient_accumulation_steps`** is the number of such batches before an optimizer step, as ever. With G of them
+      on P processes, an optimizer step sees up to G * P * `max_tokens` tokens.
+    - `dataloader_drop_last` has no meaning: no batch is incomplete.
+
+    A stream (a [`~torch.utils.data.IterableDataset`]) needs `max_tokens` and, as ever, `max_steps`; every process reads
+    all of it. See [`TokenBudgetIterableDataset`].
+
+    Args:
+        max_tokens (`int`, *optional*): The budget.
+        truncate (`bool`, *optional*, defaults to `False`):
+            Cut examples that are longer than the budget to their first `max_tokens` tokens, in all columns with an
+            entry a token; a token that ends a sequence goes with the rest. `False`: refuse them.
+        buffer_size (`int`, *optional*, defaults to 1000): Examples of a stream among which batches are made.
+        args, kwargs: The Trainer's own.
+
+    Raises:
+        ValueError: When training begins: `max_tokens` is smaller than the longest example, or missing for a stream; an
+            example has no length; the examples cannot make equally many batches on each process; there are several
+            devices in this process; `train_sampling_strategy` is not `"random"`; `split_batches` or `dispatch_batches`
+            is set. In training: a batch has more tokens than the budget, since its column of lengths is wrong.
+
+    Example:
+
+    ```python
+    >>> class TokenBudgetTrainer(TokenBudgetMixin, Trainer):
+    ...     pass
+    >>> trainer = TokenBudgetTrainer(model, args, train_dataset=dataset, data_collator=collator, max_tokens=4096)
+    ```
+    """
+
+    def __init__(
+        self, *args: Any, max_tokens: int | None = None, truncate: bool = False, buffer_size: int = 1000, **kwargs: Any
+    ):
+        self.max_tokens = max_tokens
+        self.truncate = truncate
+        self.buffer_size = buffer_size
+        self._batch_sampler: TokenBudgetBatchSampler | None = None
+        super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own data loader, its batches replaced."""
+        _check(self.args)
+        stock = super().get_train_dataloader()
+        if isinstance(self.train_dataset, IterableDataset):
+            return self._loader_of_stream(stock, self.train_dataset)
+        self._batch_sampler = self._make_batch_sampler(self.train_dataset)
+        collator = CollatorWithinBudget(stock.collate_fn, self._batch_sampler.max_tokens, self.truncate)
+        loader = self._prepare(stock, stock.dataset, collate_fn=collator, batch_sampler=self._batch_sampler)
+        loader.set_sampler(self._batch_sampler)  # so that `set_epoch` reaches it behind skipped batches, too
+        return loader
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Examples of an optimizer step on all processes, on average."""
+        sampler = self._batch_sampler
+        if sampler is None:
+            return super().get_total_train_batch_size(args)
+        return max(1, round(len(sampler.lengths) / sampler.num_steps * args.gradient_accumulation_steps))
+
+    def _make_batch_sampler(self, dataset: Any) -> TokenBudgetBatchSampler:
+        lengths = example_lengths(dataset, self.args.length_column_name)
+        max_tokens = self.max_tokens
+        if max_tokens is None:
+            of_batch = math.ceil(sum(lengths) * self._train_batch_size / max(1, len(lengths)))
+            max_tokens = max(1, of_batch, max(lengths, default=0))
+        return TokenBudgetBatchSampler(
+            lengths, max_tokens, num_replicas=self._num_replicas, seed=self._data_seed, truncate=self.truncate
+        )
+
+    def _loader_of_stream(self, stock: DataLoader, dataset: IterableDataset) -> DataLoader:
+        if self.max_tokens is None:
+            raise ValueError("`max_tokens` must be given for a stream, whose mean length is not known; got None")
+        batches = TokenBudgetIterableDataset(
+            dataset,
+            self.max_tokens,
+            num_replicas=self._num_replicas,
+            buffer_size=self.buffer_size,
+            length_column=self.args.length_column_name,
+            seed=self._data_seed,
+            truncate=self.truncate,
+        )
+        collator = CollatorWithinBudget(stock.collate_fn, self.max_tokens, self.truncate)
+        # Accelerate deals out what a stream yields by `batch_size`: one batch of ours to each process.
+        return self._prepare(stock, batches, collate_fn=partial(_collate_only, collator), batch_size=1)
+
+    def _prepare(self, stock: DataLoader, dataset: Any, **arguments: Any) -> Any:
+        settings = {name: getattr(stock, name) for name in SETTINGS}
+        with _batches_as_they_are(self.accelerator):
+            return self.accelerator.prepare(DataLoader(dataset, **arguments, **settings))
+
+    @property
+    def _num_replicas(self) -> int:
+        """Processes that have batches of their own, unlike those which share the work on one batch."""
+        total = super().get_total_train_batch_size(self.args)
+        return total // (self._train_batch_size * self.args.gradient_accumulation_steps)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+
+def _check(args: TrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"a budget of tokens is that of one device, but this process has {args.n_gpu}: start one process a device, "
+            "with `accelerate launch` or `torchrun`"
+        )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            "`train_sampling_strategy` must be 'random' with TokenBudgetMixin, which makes batches by length itself; "
+            f"got {args.train_sampling_strategy!r}"
+        )
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"`accelerator_config.{name}` must not be set with TokenBudgetMixin, whose batches are made for one "
+                "process each; got True"
+            )
+
+
+@contextmanager
+def _batches_as_they_are(accelerator: Accelerator) -> Iterator[None]:
+    """Accelerate hands each process whole batches in turn: it evens out none, and takes none apart."""
+    config = accelerator.dataloader_config
+    given = config.even_batches, config.dispatch_batches
+    config.even_batches = config.dispatch_batches = False
+    try:
+        yield
+    finally:
+        config.even_batches, config.dispatch_batches = given
+
+
+def _collate_only(collator: CollatorWithinBudget, batches: list) -> Any:
+    (batch,) = batches
+    return collator(batch)

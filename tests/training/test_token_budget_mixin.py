@@ -1,0 +1,309 @@
+"""TokenBudgetMixin: what batches hold, real training, resuming, streams, two processes, bad settings."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from hf_dynmask import DynMaskConfig, DynMaskForSequenceClassification, TokenBudgetMixin
+
+ROWS = 60
+MAX_TOKENS = 40
+SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+class TokenBudgetTrainer(TokenBudgetMixin, Trainer):
+    """As users write it."""
+
+
+with_budget = partial(TokenBudgetTrainer, max_tokens=MAX_TOKENS)
+
+
+class Collator:
+    """Rows with lengths. Remembers the batches it made, by the first token of each example, its number."""
+
+    def __init__(self):
+        self.batches, self.lengths = [], []
+
+    def __call__(self, features):
+        lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
+        self.batches.append([int(feature["input_ids"][0]) for feature in features])
+        self.lengths.append(lengths.tolist())
+        ids = [torch.as_tensor(feature["input_ids"]) for feature in features]
+        labels = torch.tensor([int(feature["labels"]) for feature in features])
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        return {"input_ids": padded, "lengths": lengths, "labels": labels}
+
+
+def make_model():
+    torch.manual_seed(0)
+    return DynMaskForSequenceClassification(DynMaskConfig(vocab_size=ROWS, **SHAPE))
+
+
+def rows(number=ROWS, /, **columns: Any):
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 13, (number,), generator=generator).tolist()
+    data = [{"input_ids": [k] * length, "labels": k % 2} for k, length in enumerate(lengths)]
+    return Dataset.from_list([{**row, **{name: make(row) for name, make in columns.items()}} for row in data])
+
+
+def make_trainer(folder, data=None, trainer_class: Any = with_budget, **settings):
+    names = ("max_tokens", "truncate", "buffer_size")
+    of_trainer = {name: settings.pop(name) for name in names if name in settings}
+    defaults: dict[str, Any] = {"num_train_epochs": 2, "save_strategy": "no", "learning_rate": 1e-3, "logging_steps": 1}
+    arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **defaults | settings)
+    data = {"train_dataset": rows() if data is None else data, "eval_dataset": rows(8)}
+    return trainer_class(make_model(), arguments, data_collator=Collator(), **data, **of_trainer)
+
+
+def batches_of(trainer):
+    return trainer.data_collator.batches
+
+
+def numbers(batches):
+    return sorted(number for batch in batches for number in batch)
+
+
+def weights(trainer):
+    return trainer.model.state_dict()
+
+
+def same_weights(one, other):
+    return all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_has_every_example_once_within_the_budget(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    lengths = [len(row) for row in trainer.train_dataset["input_ids"]]
+    steps = trainer.state.max_steps // 2
+    assert trainer.state.global_step == len(batches_of(trainer)) == 2 * steps
+    assert steps <= 1.1 * sum(lengths) / MAX_TOKENS + 1
+    epochs = [batches_of(trainer)[:steps], batches_of(trainer)[steps:]]
+    for batches in epochs:
+        assert numbers(batches) == list(range(ROWS))
+        assert all(sum(lengths[number] for number in batch) <= MAX_TOKENS for batch in batches)
+    assert {frozenset(batch) for batch in epochs[0]} != {frozenset(batch) for batch in epochs[1]}
+
+
+def test_evaluation_is_the_trainers_own(tmp_path):
+    ours = make_trainer(tmp_path, per_device_eval_batch_size=3)
+    stock = make_trainer(tmp_path, trainer_class=Trainer, per_device_eval_batch_size=3)
+    assert ours.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
+    assert batches_of(ours) == batches_of(stock) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("size, accumulation", [(4, 1), (4, 2), (7, 3)])
+def test_without_a_budget_the_batch_size_is_that_of_the_mean_batch(size, accumulation, tmp_path):
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    ours = make_trainer(tmp_path, max_tokens=None, **settings)
+    stock = make_trainer(tmp_path, trainer_class=Trainer, **settings)
+    ours.train()
+    stock.train()
+    assert ours.state.max_steps == stock.state.max_steps
+    assert len(batches_of(ours)) == len(batches_of(stock))
+    assert ours.get_total_train_batch_size(ours.args) == pytest.approx(size * accumulation, rel=0.1)
+
+
+def test_gradient_accumulation_counts_batches(tmp_path):
+    one = make_trainer(tmp_path, num_train_epochs=1)
+    three = make_trainer(tmp_path, num_train_epochs=1, gradient_accumulation_steps=3)
+    one.train()
+    three.train()
+    assert batches_of(one) == batches_of(three)
+    assert three.state.global_step == -(-one.state.global_step // 3)
+    mean = 3 * ROWS / len(batches_of(three))
+    assert three.get_total_train_batch_size(three.args) == round(mean)
+
+
+def test_the_seed_of_the_data(tmp_path):
+    def batches(**seeds):
+        trainer = make_trainer(tmp_path, **seeds)
+        return list(trainer.get_train_dataloader().batch_sampler)
+
+    assert batches(seed=5) == batches(seed=6, data_seed=5)
+    assert batches(seed=5) != batches(seed=6)
+
+
+def test_settings_of_the_trainers_loader_are_kept(tmp_path):
+    settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 3}
+    ours = make_trainer(tmp_path, **settings).get_train_dataloader()
+    stock = make_trainer(tmp_path, trainer_class=Trainer, **settings).get_train_dataloader()
+    for name in ("num_workers", "persistent_workers", "prefetch_factor", "pin_memory", "in_order"):
+        assert getattr(ours, name) == getattr(stock, name)
+    assert ours.worker_init_fn.keywords == stock.worker_init_fn.keywords
+    assert ours.dataset.column_names == stock.dataset.column_names
+    trainer = make_trainer(tmp_path)
+    trainer.get_train_dataloader()
+    assert trainer.accelerator.even_batches
+    assert trainer.accelerator.dispatch_batches is None
+
+
+@pytest.mark.parametrize("column", ["length", "lengths", "tokens"])
+def test_lengths_from_a_column(column, tmp_path):
+    """Every example counts as half the budget."""
+    data = rows(**{column: lambda row: MAX_TOKENS // 2})
+    column = column if column == "tokens" else "length"
+    loader = make_trainer(tmp_path, data, length_column_name=column).get_train_dataloader()
+    assert {len(batch) for batch in loader.batch_sampler} == {2}
+
+
+# --- Resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [3, 8])
+def test_resumed_in_mid_epoch_ends_like_an_unbroken_run(stop, tmp_path):
+    """Bit for bit, with dropout, in the first and in the second epoch."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    unbroken = make_trainer(tmp_path, **settings)
+    unbroken.train()
+    per_epoch = unbroken.state.max_steps // 2
+    assert stop % per_epoch
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert same_weights(unbroken, resumed)
+    assert numbers(batches_of(resumed)) == numbers(batches_of(unbroken)[-len(batches_of(resumed)) :])
+    assert len(batches_of(resumed)) < len(batches_of(unbroken))
+
+
+def test_a_resumed_stream_ends_like_an_unbroken_run(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "buffer_size": 30}
+    unbroken, resumed = (make_trainer(tmp_path, rows().to_iterable_dataset(), **settings) for _ in range(2))
+    unbroken.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same_weights(unbroken, resumed)
+
+
+# --- Streams and truncation ------------------------------------------------------------------------------------------
+
+
+def test_a_stream(tmp_path):
+    lengths = [len(row) for row in rows()["input_ids"]]
+    trainer = make_trainer(tmp_path, rows().to_iterable_dataset(), max_steps=30, buffer_size=20)
+    trainer.train()
+    assert trainer.state.global_step == 30
+    seen = batches_of(trainer)
+    assert all(sum(lengths[number] for number in batch) <= MAX_TOKENS for batch in seen)
+    assert sorted({number for batch in seen for number in batch}) == list(range(ROWS))
+    once = [number for batch in seen for number in batch][:ROWS]
+    assert sorted(once) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("make", [rows, lambda: rows().to_iterable_dataset()])
+def test_examples_beyond_the_budget_are_cut(make, tmp_path):
+    trainer = make_trainer(tmp_path, make(), max_tokens=6, truncate=True, max_steps=40, buffer_size=30)
+    trainer.train()
+    lengths = trainer.data_collator.lengths
+    assert max(sum(batch) for batch in lengths) == max(max(batch) for batch in lengths) == 6
+
+
+# --- Several processes -----------------------------------------------------------------------------------------------
+
+
+def of_process(folder):
+    """What each process of the test below runs: two epochs, the same resumed in the second, and a stream."""
+    settings = {"max_tokens": 80, "ddp_find_unused_parameters": False, "logging_steps": 100}
+    steps = len(make_trainer(folder, **settings).get_train_dataloader())
+    stop = steps + 2
+    unbroken = make_trainer(folder, save_strategy="steps", save_steps=stop, **settings)
+    unbroken.train()
+    resumed = make_trainer(folder, **settings)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
+    stream = make_trainer(folder, rows().to_iterable_dataset(), max_steps=3, buffer_size=30, **settings)
+    stream.train()
+    trainers = {"unbroken": unbroken, "resumed": resumed, "stream": stream}
+    report = {name: batches_of(trainer) for name, trainer in trainers.items()}
+    report |= {"steps": steps, "same weights": same_weights(unbroken, resumed)}
+    report["mean examples"] = unbroken.get_total_train_batch_size(unbroken.args)
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = Path(__file__)
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [here.parents[2], here.parents[1]]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error::UserWarning", str(here), str(tmp_path)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    lengths = [len(row) for row in rows()["input_ids"]]
+    steps = ranks[0]["steps"]
+    for start in (0, steps):
+        batches = [batch for rank in ranks for batch in rank["unbroken"][start : start + steps]]
+        assert numbers(batches) == list(range(ROWS))
+    for rank in ranks:
+        assert len(rank["unbroken"]) == 2 * steps
+        assert all(sum(lengths[number] for number in batch) <= 80 for batch in rank["unbroken"])
+        assert rank["resumed"] == rank["unbroken"][steps + 2 :]
+        assert rank["same weights"]
+        assert rank["mean examples"] == round(ROWS / steps)
+    assert [len(rank["stream"]) for rank in ranks] == [3, 3]
+    of_stream = [batch for rank in ranks for batch in rank["stream"]]
+    assert len(numbers(of_stream)) == len(set(numbers(of_stream)))
+
+
+# --- Bad settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"max_tokens": 11},
+            "must be at least the longest example's length; got max_tokens=11, and example .* has 12 tok",
+        ),
+        ({"max_tokens": 0}, "`max_tokens` must be at least 1; got 0"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "`train_sampling_strategy` must be 'random' .*'group_by_length'",
+        ),
+        ({"accelerator_config": {"split_batches": True}}, "`accelerator_config.split_batches` must not be set"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "`accelerator_config.dispatch_batches` must not be set"),
+        ({"data": Dataset.from_dict({"labels": [1]})}, "must have a column `length` or `lengths` .*; got labels in"),
+        ({"data": rows(length=lambda row: 1)}, "a batch has .* tokens, more than .*=40: .* do not fit the dataset"),
+        ({"data": rows(length=str)}, "column `length` must hold the tokens of an example, a whole number from 0"),
+        ({"data": rows().to_iterable_dataset(), "max_tokens": None}, "`max_tokens` must be given for a stream"),
+        (
+            {"data": Dataset.from_dict({"labels": [1]}).to_iterable_dataset()},
+            "or else `input_ids` or .*; got labels in",
+        ),
+    ],
+)
+def test_bad_settings(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **{"max_steps": 1, "data": rows(), **settings}).train()
+
+
+def test_several_devices_in_a_process(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer.args, "_n_gpu", 2)
+    with pytest.raises(ValueError, match="this process has 2: start one process a device, with `accelerate launch`"):
+        trainer.train()
+
+
+if __name__ == "__main__":
+    of_process(Path(sys.argv[1]))
