@@ -127,7 +127,8 @@ class TokenBudgetIterableDataset(IterableDataset):
     warning.
 
     Each process has to read the same stream. The batches of all processes come one after another, those of a step
-    together, as [`~accelerate.data_loader.IterableDatasetShard`] with `batch_size=1` deals them out.
+    together, as [`~accelerate.data_loader.IterableDatasetShard`] with `batch_size=1` deals them out. With several
+    workers in a data loader the stream has to divide itself among them, as those of `datasets` do.
 
     Args:
         dataset (`Iterable[Mapping]`): The examples. Its `set_epoch`, where it has one, is called with ours.

@@ -140,8 +140,8 @@ def test_epochs_have_other_batches(lengths):
     second = list(sampler)
     assert len(first) == len(second)
     assert len(groups(first) & groups(second)) <= 0.1 * len(first)
-    totals = np.array([lengths[batch].mean() for batch in first])
-    assert (np.diff(totals) > 0).any() and (np.diff(totals) < 0).any() or len(set(lengths)) == 1  # in no order
+    work = [(lengths[batch] ** 2).sum() for batch in first]
+    assert work != sorted(work, reverse=True)  # as unshuffled
 
     assert list(sampler) == second
     sampler.set_epoch(0)
@@ -223,7 +223,7 @@ def test_bad_arguments(arguments, message):
 
 def test_an_example_beyond_the_budget_may_be_counted_as_cut():
     sampler = TokenBudgetBatchSampler([3, 50, 2, 7], 10, truncate=True)
-    assert groups(sampler) == {frozenset({1}), frozenset({3, 0}), frozenset({2})} or sampler.num_steps == 3
+    assert groups(sampler) == {frozenset({1}), frozenset({3}), frozenset({0, 2})}
     assert sampler.lengths.tolist() == [3, 10, 2, 7]
 
 
