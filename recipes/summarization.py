@@ -22,7 +22,7 @@ from statistics import fmean
 from datasets import DatasetDict
 from rouge_score.rouge_scorer import RougeScorer
 
-from seq2seq import HEAD_SIZE, Seq2SeqArguments, Task, run
+from seq2seq import Seq2SeqArguments, Task, run
 
 METRICS = ["rouge1", "rouge2", "rougeL"]
 USAGE = """
@@ -42,8 +42,6 @@ class RecipeArguments(Seq2SeqArguments):
         default="sample:news",
         metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `summary`."},
     )
-    hidden_size: int = field(default=256, metadata={"help": f"Width of both sides; {HEAD_SIZE} a head."})
-    num_hidden_layers: int = field(default=2, metadata={"help": "Layers of each side."})
     max_source_tokens: int = field(default=128, metadata={"help": "Tokens of a text that are read."})
     max_target_tokens: int = field(default=64, metadata={"help": "Tokens of a summary, at most."})
 
@@ -77,7 +75,7 @@ TASK = Task(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(TASK, arguments, {"per_device_train_batch_size": 16})
+    run(TASK, arguments, {"num_train_epochs": 2, "per_device_train_batch_size": 32})
 
 
 if __name__ == "__main__":

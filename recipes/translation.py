@@ -71,7 +71,7 @@ TASK = Task(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(TASK, arguments)
+    run(TASK, arguments, {"num_train_epochs": 4})
 
 
 if __name__ == "__main__":
