@@ -42,7 +42,7 @@ from .modeling_dynmask_seq2seq import (
 from .plan import MaskPlan
 from .registration import register
 from .stock import set_mask
-from .training import DynamicMaskingMixin, MaskSchedule, TokenBudgetMixin
+from .training import DynamicMaskingMixin, MaskSchedule, ThroughputCallback, TokenBudgetMixin
 
 register()
 
@@ -73,6 +73,7 @@ __all__ = [
     "MaskPlan",
     "MaskSchedule",
     "SequenceLayout",
+    "ThroughputCallback",
     "TokenBudgetBatchSampler",
     "TokenBudgetIterableDataset",
     "TokenBudgetMixin",

@@ -25,7 +25,9 @@ LEVELS = [
     ["features", "stock", "stock_*"],
     ["modules"],
     ["modeling_*"],
+    ["work", "texts"],
     ["registration", "conversion", "sharing", "data", "training", "plotting"],
+    ["audit", "check"],
     ["cli"],
 ]
 TRAVELS_WITH_A_CHECKPOINT = ["configuration_*", "modeling_*"]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from ..masks import parse
 from ..stock import set_mask
-
-if TYPE_CHECKING:
-    from transformers import Trainer
+from .callbacks import log, unwrapped
 
 
 class MaskSchedule(TrainerCallback):
@@ -65,14 +60,14 @@ class MaskSchedule(TrainerCallback):
         self._starts = _starts(self.masks, state.max_steps)
         self._stage = self._logged = None
         for mask in self.masks.values():  # one that the model refuses is found now, not when its turn comes
-            set_mask(_unwrapped(model), mask)
+            set_mask(unwrapped(model), mask)
         self._follow(state, model)
 
     def on_step_begin(self, args, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs):
         self._follow(state, model)
         if self._stage != self._logged:
             self._logged = self._stage
-            _log(state, control, {"mask": self._mask, "mask_stage": self._stage})
+            log(state, control, {"mask": self._mask, "mask_stage": self._stage})
 
     on_step_end = on_step_begin
 
@@ -80,7 +75,7 @@ class MaskSchedule(TrainerCallback):
         stage = bisect_right(self._starts, state.global_step) - 1
         if stage != self._stage:
             self._stage = stage
-            set_mask(_unwrapped(model), self._mask)
+            set_mask(unwrapped(model), self._mask)
 
     @property
     def _mask(self) -> str:
@@ -126,32 +121,3 @@ def _starts(masks: Mapping[int | float, str], max_steps: int) -> list[int]:
                 f"after {before!r}, which is step {starts[before]}"
             )
     return list(starts.values())
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    """The model inside DataParallel, DistributedDataParallel, FSDP, DeepSpeed and torch.compile."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def _log(state: TrainerState, control: TrainerControl, logs: dict[str, Any]) -> None:
-    """Write to the Trainer's log: `state.log_history`, the progress bar and every tracker it reports to."""
-    trainer = _calling_trainer()
-    if trainer is None:
-        state.log_history.append({**logs, "step": state.global_step})
-        return
-    should_log = control.should_log
-    trainer.log(logs)
-    control.should_log = should_log  # any log clears it, and the loss of this step may still have to be logged
-
-
-def _calling_trainer() -> Trainer | None:
-    """The Trainer that called back. It hands its callbacks everything but itself, and trackers hear only its `log`."""
-    from transformers import Trainer  # heavy; here it is loaded already
-
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back
-    return None

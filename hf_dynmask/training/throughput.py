@@ -1,0 +1,348 @@
+"""How fast a training is, by the real tokens that it learns from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from operator import add
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+from ..layout import outside_graph
+from ..modeling_dynmask import IGNORE_INDEX, DynMaskPreTrainedModel, layout_of_batch
+from ..modeling_dynmask_recurrent import DynMaskRecurrentPreTrainedModel
+from ..plan import MaskPlan
+from ..work import AttentionWork, ModelWork, Sizes, model_work, plan_pairs
+from .callbacks import log, unwrapped
+
+OURS = (DynMaskPreTrainedModel, DynMaskRecurrentPreTrainedModel)
+INPUTS = ("input_ids", "inputs_embeds", "input_features")
+PREFIXES = ("", "decoder_")  # of the arguments for each side
+PASSES = 3  # of training, in units of the forward pass: backward takes two
+
+
+class ThroughputCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] that logs how fast a training is, counted by real tokens.
+
+    Whenever the Trainer logs its loss, and of the whole training at its end (with `train_` before each name), the log,
+    and with it the progress bar and every tracker in `report_to`, gets:
+
+    - `real_tokens_per_second`: tokens, or frames of `input_features`, of both sides of an encoder-decoder; no padding;
+    - `padding_avoided`: share of the places in padded rows that nothing was computed for. 0 for a stock model on padded
+      rows, 1 minus the share of real tokens for a DynMask model with `lengths` or `attention_mask`, or a flat batch;
+    - `real_flops_per_second`: floating-point operations that real tokens need,
+      `6 * weights * tokens + 12 * layers * H * D * pairs` (see [`hf_dynmask.work`]), whatever else was computed; pairs
+      are those that the mask allows;
+    - `share_of_matmul_peak`: of the rate at which the devices multiplied large matrices before training began, in the
+      dtype of the training;
+    - `peak_memory_gib`: the most memory that a process has held: of its accelerator, since the start or the last
+      `torch.accelerator.reset_peak_memory_stats`; on the CPU, resident, where the system tells.
+
+    Everything is of all processes together, memory of the one with the most. Evaluation and saving do not count, nor
+    does their time. `train_real_tokens` and `train_real_flops` are the sums of a `train()` call.
+
+    Batches are seen as the model is given them, in a hook on its forward pass; their lengths stay on the device until
+    something is logged. Masks that read fields are the exception: their pairs are counted batch by batch (in
+    cross-attention, and behind convolutions, all pairs).
+
+    Raises:
+        ValueError: In training: the model is given no tokens, embeddings or frames that it could count, or a stock
+            model frames.
+
+    Example:
+
+    ```python
+    >>> trainer = Trainer(model, args, train_dataset=dataset, data_collator=collator, callbacks=[ThroughputCallback()])
+    ```
+    """
+
+    def __init__(self):
+        self._hook: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state, control, *, model: nn.Module, **kwargs):
+        inner = unwrapped(model)
+        self._remove_hook()
+        self._batches = _Batches(inner, model_work(inner))
+        self._hook = inner.register_forward_pre_hook(self._batches.see, with_kwargs=True)
+        self._peak = matmul_peak(args.device, _dtype(args, inner))
+        self._total = _Measured()
+        self._seconds = 0.0
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
+        counted = self._batches.counted() if control.should_log else None  # before the clock: it waits for the device
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._since = now
+        if counted is not None:
+            _log_rates(state, control, self._measured(args, counted))
+
+    def on_epoch_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
+        if control.should_log:
+            _log_rates(state, control, self._measured(args, self._batches.counted()))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()  # what came since the last step was no training
+
+    on_save = on_evaluate
+
+    def on_predict(self, args, state, control, metrics, **kwargs):
+        self.on_evaluate(args, state, control)
+
+    def on_train_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
+        self._remove_hook()
+        self._measured(args, self._batches.counted())
+        totals = self._total.counted
+        logs = {"real_tokens": totals.tokens, "real_flops": totals.flops} | self._total.rates()
+        log(state, control, {f"train_{name}": value for name, value in logs.items()})
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _measured(self, args: TrainingArguments, counted: _Counted) -> _Measured:
+        """What all processes have measured since the last time; also added to the total."""
+        of_process = [*counted, self._seconds, self._peak, peak_memory(args.device) or 0]
+        self._seconds = 0.0
+        device = args.device if args.world_size > 1 else "cpu"
+        table = gather(torch.tensor([of_process], dtype=torch.float64, device=device))
+        *sums, seconds, peak, memory = table.unbind(1)  # type: ignore[union-attr]
+        measured = _Measured(
+            _Counted._make(values.sum().item() for values in sums),
+            seconds.mean().item(),
+            peak.sum().item(),
+            memory.max().item(),
+        )
+        self._total = self._total.and_then(measured)
+        return measured
+
+
+def _log_rates(state: TrainerState, control: TrainerControl, measured: _Measured) -> None:
+    if measured.counted.tokens:  # the last step of an epoch may have been logged already
+        log(state, control, measured.rates())
+
+
+class _Counted(NamedTuple):
+    """What batches held: real tokens, places of padded rows, places that were computed, operations."""
+
+    tokens: float = 0
+    places: float = 0
+    computed: float = 0
+    flops: float = 0
+
+
+class _Measured(NamedTuple):
+    """What the batches of all processes held, seconds, operations in a second at most, bytes."""
+
+    counted: _Counted = _Counted()
+    seconds: float = 0
+    peak: float = 0
+    memory: float = 0
+
+    def and_then(self, later: _Measured) -> _Measured:
+        counted = _Counted._make(map(add, self.counted, later.counted))
+        return _Measured(counted, self.seconds + later.seconds, later.peak, max(self.memory, later.memory))
+
+    def rates(self) -> dict[str, float]:
+        """The figures under their names in the log; none that nothing was measured for."""
+        tokens, places, computed, flops = self.counted
+        if not (tokens and self.seconds):
+            return {}
+        rates = {
+            "real_tokens_per_second": tokens / self.seconds,
+            "padding_avoided": 1 - computed / places,
+            "real_flops_per_second": flops / self.seconds,
+            "share_of_matmul_peak": flops / self.seconds / self.peak,
+        }
+        return rates | ({"peak_memory_gib": self.memory / 2**30} if self.memory else {})
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
+
+
+class _Side(NamedTuple):
+    """Lengths `(S,)` of the sequences of a batch, of rows or flat, and what the layers have to do with.
+
+    Attributes:
+        lengths (`Tensor`): Tokens of each sequence, or frames.
+        in_layers (`Tensor`): As many as go through the layers: fewer where convolutions subsample.
+        shape (`tuple[int, int]`): Rows and columns of the batch.
+        is_flat (`bool`): Whether a row holds several sequences.
+    """
+
+    lengths: Tensor
+    in_layers: Tensor
+    shape: tuple[int, int]
+    is_flat: bool
+
+
+@dataclass
+class _Batches:
+    """What a model in training was given since this was last asked for."""
+
+    model: Any
+    work: ModelWork
+    seen: list[tuple[list[_Side], Tensor | None]] = field(default_factory=list)  # sides, number of targets
+    pairs: dict[AttentionWork, int] = field(default_factory=dict)
+
+    @outside_graph
+    def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """The hook. Nothing in it waits for the device, unless a mask reads fields or tokens are missing."""
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        given = dict(zip(signature(self.model.forward).parameters, args, strict=False)) | dict(kwargs)
+        given = {name: value for name, value in given.items() if value is not None}
+        sides = [self._side(given, prefix) for prefix in PREFIXES[: len(self.work.weights)]]
+        labels = given.get("labels") if self.work.output_weights else None
+        self.seen.append((sides, None if labels is None else (labels != IGNORE_INDEX).sum()))
+
+    def counted(self) -> _Counted:
+        """The sums; the device is waited for."""
+        tokens = places = computed = 0
+        targets: int | None = 0
+        examples: list[Sizes] = []
+        for sides, of_labels in self.seen:
+            for side in sides:
+                lengths = [length for length in side.lengths.tolist() if length]
+                rows, width = side.shape
+                in_rows = len(lengths) * max(lengths, default=0) if side.is_flat else rows * width
+                tokens, places = tokens + sum(lengths), places + in_rows
+                computed += sum(lengths) if side.is_flat or isinstance(self.model, OURS) else rows * width
+            sizes = zip(*(side.in_layers.tolist() for side in sides), strict=True)
+            batch = [of_example for of_example in sizes if any(of_example)]
+            examples += batch
+            targets += sum(of_example[-1] for of_example in batch) if of_labels is None else int(of_labels)
+        flops = PASSES * self.work.forward_flops(examples, targets, self.pairs)
+        self.seen.clear()
+        self.pairs.clear()
+        return _Counted(tokens, places, computed, flops)
+
+    def _side(self, given: dict[str, Any], prefix: str) -> _Side:
+        """Where the tokens of a side sit."""
+        name, shape = self._inputs(given, prefix)
+        if prefix and name in INPUTS:  # a decoder that reads the source
+            return self._side(given, "")
+        lengths = self._lengths(given, prefix, shape)
+        has_frames = name == "input_features"
+        if len(shape) == 2 and not has_frames:
+            self._count_pairs(given, prefix, shape, lengths)
+        in_layers = self.model.output_lengths(lengths) if has_frames else lengths
+        rows = math.prod(shape[:-1])
+        return _Side(lengths, in_layers, (rows, shape[-1]), lengths.numel() != rows)
+
+    def _inputs(self, given: dict[str, Any], prefix: str) -> tuple[str, tuple[int, ...]]:
+        """The name of what a side is given, and the shape of its rows of tokens."""
+        names = [f"{prefix}input_ids", f"{prefix}inputs_embeds", *(["labels", *INPUTS] if prefix else INPUTS[2:])]
+        if not isinstance(self.model, OURS):
+            names = [name for name in names if name != "input_features"]  # each stock model has frames of its own
+        for name in names:
+            if name in given and (name != "labels" or given[name].dim() > 1):
+                shape = tuple(given[name].shape)
+                return name, shape if name.endswith(("input_ids", "labels")) else shape[:-1]
+        raise ValueError(
+            f"ThroughputCallback needs a batch with one of {', '.join(f'`{name}`' for name in names)} to count its "
+            f"tokens; {type(self.model).__name__} got {', '.join(f'`{name}`' for name in given) or 'nothing'}"
+        )
+
+    def _lengths(self, given: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> Tensor:
+        """Tokens of each sequence. Their values are not looked at, unless some are missing."""
+        lengths, mask, missing = _presence(given, prefix, shape)
+        if missing is not None:
+            layout = layout_of_batch((shape[0], shape[1]), missing.device, lengths, mask, missing)
+            return layout.lengths[layout.rank.argsort()]
+        if lengths is not None:
+            return lengths.flatten()
+        if mask is not None:
+            return mask.sum(-1).flatten()
+        labels, positions = given.get("labels"), given.get("position_ids")
+        if prefix and labels is not None and tuple(labels.shape) == shape:
+            return (labels != IGNORE_INDEX).sum(-1)
+        if positions is not None and not isinstance(self.model, OURS) and tuple(positions.shape) == (1, shape[-1]):
+            return _lengths_of_runs(positions[0])
+        return torch.full((math.prod(shape[:-1]),), shape[-1])
+
+    def _count_pairs(self, given: dict[str, Any], prefix: str, shape: tuple[int, ...], lengths: Tensor) -> None:
+        """Adds the pairs that self-attention allows by fields of the batch."""
+        side = PREFIXES.index(prefix)
+        for work in self.work.attention:
+            if work.mask.fields and work.queries == work.keys == side:
+                own, mask, missing = _presence(given, prefix, shape)
+                own = lengths if own is None and mask is None else own
+                layout = layout_of_batch((shape[0], shape[1]), lengths.device, own, mask, missing)
+                fields = {name: given[f"{prefix}{name}"] for name in work.mask.fields if f"{prefix}{name}" in given}
+                pairs = plan_pairs(MaskPlan(work.mask, layout, fields=fields))
+                self.pairs[work] = self.pairs.get(work, 0) + pairs
+
+
+def _presence(given: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+    """What a batch says of its tokens: `lengths`, a 0/1 mask of them, and `missing`."""
+    lengths, mask, missing = (given.get(f"{prefix}{name}") for name in ("lengths", "attention_mask", "missing"))
+    if lengths is None and not prefix and "cu_seq_lens_q" in given:
+        lengths = given["cu_seq_lens_q"].diff()
+    return lengths, mask if mask is not None and tuple(mask.shape) == shape else None, missing
+
+
+def _lengths_of_runs(position_ids: Tensor) -> Tensor:
+    """Lengths of the sequences of one row, whose positions `(T,)` begin anew; 0 behind the last: as many as tokens."""
+    run = (position_ids.diff() != 1).cumsum(0)
+    run = nn.functional.pad(run, (1, 0))
+    return torch.zeros_like(run).scatter_add(0, run, torch.ones_like(run))
+
+
+# --- The machine -----------------------------------------------------------------------------------------------------
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """
+    The rate at which a device multiplies large square matrices, in floating-point operations per second.
+
+    Args:
+        device (`torch.device`): The device. Matrices have 8,192 rows there, and on a CPU 1,024.
+        dtype (`torch.dtype`): Of the matrices.
+
+    Returns:
+        `float`: Of five runs the fastest, after one that warms up.
+    """
+    size = 1024 if device.type == "cpu" else 8192
+    matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)  # leaves random numbers alone
+    seconds = []
+    with torch.no_grad():
+        for _ in range(6):
+            _synchronize(device)
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            _synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _dtype(args: TrainingArguments, model: Any) -> torch.dtype:
+    """What a training multiplies matrices in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes of the most memory that was held: of an accelerator by its tensors, or else by this process; `None` where
+    the system does not tell (it does on Linux: `VmHWM` in proc(5))."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,0 +1,228 @@
+"""The work that a model does for real tokens, in floating-point operations, worked out from its sizes.
+
+Shape legend: H heads, D and Dv sizes of a head's queries and keys, and of its values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .layout import SequenceLayout
+from .masks import Causal, Full, Mask, Window, head_runs, parse
+from .plan import MaskPlan
+from .stock_masks import CONFIG_ENTRY
+
+SOURCE, TARGET = 0, 1
+CROSS_ATTENTION = re.compile(r"cross_?attention|encoder_attn|EncDecAttention", re.IGNORECASE)
+KEYS_AND_VALUES = re.compile(r"\.(k|v|key|value)(_proj)?\.weight$")
+CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
+Sizes = tuple[int, ...]  # of an example: its tokens, and of an encoder-decoder those of its target
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """Attention in all layers and heads that follow one mask.
+
+    Attributes:
+        mask (`Mask`): The mask; a `topk` counts all the keys that it chooses from, since it needs their scores.
+        queries, keys (`int`): Whose tokens these are: `SOURCE` or `TARGET`.
+    """
+
+    mask: Mask
+    queries: int = SOURCE
+    keys: int = SOURCE
+
+    def most_pairs(self, sizes: Sizes) -> int:
+        """Pairs that are allowed in an example; all pairs, where the mask reads fields."""
+        mask = Full() if self.mask.fields else self.mask
+        return allowed_pairs(mask, sizes[self.queries], sizes[self.keys])
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """
+    What a model computes for each token and for each pair of tokens. Make it with [`model_work`].
+
+    Attributes:
+        weights (`tuple[int, ...]`):
+            Weights in the matrices of the layers that a token goes through, and of an encoder-decoder those of a token
+            of the target. The encoder's tokens go through the keys and values of cross-attention, too.
+        output_weights (`int`): Weights of a language model's output embedding.
+        attention (`dict[AttentionWork, int]`):
+            Of each mask the sum of `(D + Dv) / 2` over the heads and layers that follow it.
+    """
+
+    weights: tuple[int, ...]
+    output_weights: int
+    attention: Mapping[AttentionWork, int]
+
+    def forward_flops(
+        self,
+        examples: Iterable[Sizes],
+        targets: int | None = None,
+        pairs: Mapping[AttentionWork, int] | None = None,
+    ) -> int:
+        """
+        Floating-point operations of a forward pass: `2 * weights * tokens + 4 * H * D * pairs`, summed over layers.
+        Training takes three times as many (backward twice; arXiv:2001.08361, section 2.1). Norms, embeddings and
+        everything else that is not a matrix multiplication inside the layers is left out.
+
+        Args:
+            examples (`Iterable[tuple[int, ...]]`): Tokens of each, and of an encoder-decoder those of its target.
+            targets (`int`, *optional*): Tokens that logits of a language model are for. `None`: all of the last side.
+            pairs (`dict[AttentionWork, int]`, *optional*):
+                Allowed pairs of all examples, where they are known from the batches. Others are worked out from the
+                sizes, with masks that read fields counted as if they allowed all pairs.
+        """
+        counts = Counter(examples)
+        tokens = [sum(sizes[side] * count for sizes, count in counts.items()) for side in range(len(self.weights))]
+        linear = sum(weights * number for weights, number in zip(self.weights, tokens, strict=True))
+        linear += self.output_weights * (tokens[-1] if targets is None else targets)
+        known = pairs or {}
+        attention = 0
+        for work, width in self.attention.items():
+            if work in known:
+                attention += width * known[work]
+            else:
+                attention += width * sum(work.most_pairs(sizes) * count for sizes, count in counts.items())
+        return 2 * linear + 4 * attention
+
+
+def model_work(model: PreTrainedModel) -> ModelWork:
+    """
+    Reads a model's sizes off its modules. Its weights may be sharded, or on the meta device.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A DynMask model, or a stock model of dense layers.
+
+    Returns:
+        [`ModelWork`]
+    """
+    model = _outline(model)
+    sides = _sides(model)
+    weights = [0] * len(sides)
+    for side, part in enumerate(sides):
+        for name, parameter in part.named_parameters():
+            if parameter.dim() == 2 and _is_in_a_layer(name):
+                weights[_tokens_through(name, side)] += parameter.numel()
+    attention: Counter[AttentionWork] = Counter()
+    for side, part in enumerate(sides):
+        attention.update(_attention(part, side))
+    output = model.get_output_embeddings()
+    return ModelWork(tuple(weights), 0 if output is None else output.weight.numel(), dict(attention))
+
+
+def config_work(config: PreTrainedConfig) -> ModelWork:
+    """[`model_work`] of the model that a configuration describes, which is not made: a language model's logits count
+    where it is causal or has an encoder and a decoder."""
+    is_causal = any(name.endswith(CAUSAL_LM) for name in config.architectures or ())
+    auto_class = AutoModelForCausalLM if is_causal else AutoModel
+    with torch.device("meta"):
+        return model_work((AutoModelForSeq2SeqLM if config.is_encoder_decoder else auto_class).from_config(config))
+
+
+def _outline(model: Any) -> PreTrainedModel:
+    """The model without its weights, and without whatever was wrapped around its parts."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.device("meta"):
+        return type(base)(base.config)
+
+
+def _sides(model: PreTrainedModel) -> list[Any]:
+    return [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model]
+
+
+def _is_in_a_layer(name: str) -> bool:
+    """Layers stand in lists, by number."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _tokens_through(name: str, side: int) -> int:
+    """Whose tokens a matrix is multiplied with."""
+    return SOURCE if CROSS_ATTENTION.search(name) and KEYS_AND_VALUES.search(name) else side
+
+
+def _attention(part: Any, side: int) -> Counter[AttentionWork]:
+    """Numbers of each mask in the layers of one side."""
+    config = part.config
+    widths: Counter[AttentionWork] = Counter()
+    if hasattr(config, "masks"):
+        layers = [AttentionWork(mask, side, side) for mask in config.masks()]
+        if config.add_cross_attention:
+            layers += [AttentionWork(parse(config.cross_mask), side, SOURCE)] * len(layers)
+        for layer in layers:
+            for run, mask in head_runs(layer.mask, config.num_attention_heads):
+                work = AttentionWork(mask.without_choice(), layer.queries, layer.keys)
+                widths[work] += (run.stop - run.start) * (config.head_dim + config.value_head_dim) // 2
+        return widths
+    for work in _stock_attention(part, side):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        widths[work] += config.num_attention_heads * head_dim
+    return widths
+
+
+def _stock_attention(part: nn.Module, side: int) -> Iterator[AttentionWork]:
+    """Attention layers of a stock model: transformers' know whether they are causal."""
+    chosen = getattr(part.config, CONFIG_ENTRY, None)
+    for name, module in part.named_modules():
+        if not hasattr(module, "is_causal") or isinstance(module, PreTrainedModel):
+            continue
+        if CROSS_ATTENTION.search(name):
+            yield AttentionWork(Full(), side, SOURCE)
+        elif chosen is not None:
+            yield AttentionWork(parse(chosen), side, side)
+        else:
+            mask = Causal() if module.is_causal else Full()
+            window = getattr(module, "sliding_window", getattr(part.config, "sliding_window", None))
+            yield AttentionWork(mask & Window(window - 1, window - 1) if window else mask, side, side)
+
+
+# --- Pairs -----------------------------------------------------------------------------------------------------------
+
+
+def allowed_pairs(mask: Mask, queries: int, keys: int) -> int:
+    """Pairs that a mask without fields allows in one sequence."""
+    band = mask.band()
+    if band == (None, None):
+        return queries * keys
+    if band == (None, 0) and queries == keys:
+        return queries * (queries + 1) // 2
+    return _pairs_by_plan(mask, queries, keys)
+
+
+@lru_cache(maxsize=2**16)
+def _pairs_by_plan(mask: Mask, queries: int, keys: int) -> int:
+    layouts = (SequenceLayout.from_lengths(torch.tensor([size])) for size in (queries, keys))
+    return plan_pairs(MaskPlan(mask, *layouts))
+
+
+def plan_pairs(plan: MaskPlan) -> int:
+    """Pairs that a plan allows, whose mask is the same for all heads: blocks that are full or empty are not looked
+    into."""
+    pairs = 0
+    for group in plan.groups:
+        for tile in group.tiles:
+            mask = plan.tile_mask(group, tile)
+            queries = tile.queries.stop - tile.queries.start
+            if mask is not None:
+                pairs += int(mask.sum()) * (group.count // mask.shape[0])
+            elif tile.causal:
+                pairs += group.count * queries * (queries + 1) // 2
+            else:
+                pairs += group.count * queries * sum(keys.stop - keys.start for keys in tile.keys)
+    return pairs
