@@ -12,9 +12,11 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling_dynmask import IGNORE_INDEX
 from ..modeling_dynmask_seq2seq import DynMaskSeq2SeqPreTrainedModel
 
 Columns = dict[str, list[Tensor]]  # one tensor an example
+ANSWER = ("start_positions", "end_positions")
 
 
 class CollatorWithLengths(ABC):
@@ -97,6 +99,10 @@ class DataCollatorWithLengths(CollatorWithLengths):
     Examples that come padded (`attention_mask` with zeros) lose their absent tokens first, wherever these stand;
     `start_positions` and `end_positions` move along.
 
+    Answers, as `start_positions` and `end_positions`, come with `labels` as well, if examples have none. A model for
+    question answering does not read these; the [`~transformers.Trainer`] counts them, and would otherwise weigh
+    batches alike that hold unlike numbers of answers.
+
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
@@ -111,6 +117,7 @@ class DataCollatorWithLengths(CollatorWithLengths):
         - `lengths`, int64 `(B,)`: tokens of each sequence.
         - columns per token: `(B, T, …)`, 0 (labels: `label_pad_token_id`) where no token is. With `flat`: `(1, N, …)`.
         - columns per example: `(B, …)`.
+        - `labels` of answers: int64 `(B,)`, `start_positions`, or -100 where the answer is not inside the sequence.
 
     Raises:
         ValueError: There are no examples; `input_ids` is missing or not a list of integers; a column is missing in some
@@ -132,6 +139,12 @@ class DataCollatorWithLengths(CollatorWithLengths):
     label_pad_token_id: int = -100
 
     main: ClassVar[str] = "input_ids"
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(features)
+        if "labels" not in batch and all(name in batch for name in ANSWER):
+            batch["labels"] = _countable(batch)
+        return batch
 
     def _check_main(self, values):
         for ids in values:
@@ -375,7 +388,7 @@ def _without_absent(columns: Columns, per_token: set[str]) -> Columns:
         values = zip(columns[name], keep, strict=True)
         if name in per_token:
             shortened[name] = [value[kept] for value, kept in values]
-        elif name in ("start_positions", "end_positions"):
+        elif name in ANSWER:
             shortened[name] = [_moved(position, kept) for position, kept in values]
         else:
             shortened[name] = columns[name]
@@ -387,6 +400,12 @@ def _moved(position: Tensor, kept: Tensor) -> Tensor:
     inside = (position >= 0) & (position < len(kept))
     before = pad(kept.cumsum(0), (1, 0))
     return torch.where(inside, before[position.clamp(0, len(kept))], position)
+
+
+def _countable(batch: dict[str, Tensor]) -> Tensor:
+    """A label `(B,)` for each answer, -100 where it is not inside its sequence and so is no target."""
+    start, end = (batch[name].flatten() for name in ANSWER)
+    return start.where((start >= 0) & (end >= 0) & (torch.maximum(start, end) < batch["lengths"]), IGNORE_INDEX)
 
 
 def _spans(value: Tensor) -> Tensor:

@@ -192,6 +192,7 @@ def test_columns_of_every_kind(rows, flat):
         "lengths": [3, 1],
         "start_positions": [1, 0],
         "end_positions": [2, 0],
+        "labels": [1, 0],
         "prefix_lengths": [2, 1],
         "hidden_spans": [[[0, 1], [2, 1]], [[0, 0], [0, 0]]],
     }
@@ -241,7 +242,13 @@ def test_answers_move_with_their_tokens(rows):
         lengths=[2, 2, 0],
         start_positions=[0, 3, 0],
         end_positions=[1, -1, 0],
+        labels=[0, -100, -100],
     )
+
+
+def test_labels_of_their_own_stay_beside_answers(rows):
+    batch = rows([{"input_ids": [1, 2], "start_positions": 0, "end_positions": 1, "labels": 7}])
+    assert batch["labels"].tolist() == [7]
 
 
 # --- what examples come as -------------------------------------------------------------------------------------------

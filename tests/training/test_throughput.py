@@ -1,5 +1,6 @@
 """ThroughputCallback: what real Trainer runs log, by a clock that ticks once a step and a peak that is known."""
 
+import gc
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,14 @@ real_matmul_peak, real_peak_memory = throughput.matmul_peak, throughput.peak_mem
 
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0, "a": 1})), pad_token="[PAD]")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """The Trainer collects garbage before it trains, which takes longer than a run here: of all modules loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
