@@ -14,11 +14,10 @@ With a checkpoint and data of your own, from the Hub or from disk (column `text`
 Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from math import exp, log
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForTokenClassification,
@@ -47,19 +45,21 @@ from common import (
     compare,
     describe_source,
     describe_training,
+    load_model,
+    load_texts,
     model_card,
     parse_arguments,
     report,
     special_token_ids,
+    unigram_perplexity,
 )
 from hf_dynmask import (
     DataCollatorWithLengths,
     DynMaskConfig,
     DynMaskForCausalLM,
-    from_transformers,
     to_transformers,
 )
-from samples import resolve_dataset, resolve_model
+from samples import resolve_model
 
 METRIC = "perplexity"
 IGNORED = -100
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
     training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
-    texts = load_texts(recipe.dataset)
+    texts = load_texts(recipe.dataset, "text")
     checkpoint = None if recipe.model is None else resolve_model(recipe.model)
     if checkpoint is None:
         tokenizer = new_tokenizer(texts["train"]["text"], recipe.vocab_size)
@@ -124,7 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
     data["test"] = data["test"].select(range(min(recipe.eval_rows, len(data["test"]))))
 
     set_seed(training.seed)
-    model = new_model(recipe, tokenizer) if checkpoint is None else load_model(checkpoint, recipe.mask)
+    if checkpoint is None:
+        model = new_model(recipe, tokenizer)
+    else:
+        model = load_model(checkpoint, "causal-lm", AutoModelForCausalLM, mask=recipe.mask)
     contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer, flat=True))}
     if recipe.baseline:
         stock = to_transformers(model, model.config.source_model_type or "llama")
@@ -138,20 +141,14 @@ def main(arguments: list[str] | None = None) -> None:
         "metric": METRIC,
         "model": describe_source(recipe.model or f"a new model, {recipe.num_layers} layers of {recipe.hidden_size}"),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "trivial": {"what": "from the frequency of each token alone", METRIC: unigram_perplexity(data)},
+        "trivial": {
+            "what": "from the frequency of each token alone",
+            METRIC: unigram_perplexity(targets(data["train"]), targets(data["test"])),
+        },
         "training": describe_training(training) | {"mask": recipe.mask, "max_length": recipe.max_length},
         **compared,
     }
     report(results, make_card(results), training, recipe.model_card_dir)
-
-
-def load_texts(source: str) -> DatasetDict:
-    """The column `text` of a data set, without empty rows."""
-    data = resolve_dataset(source)
-    columns = data["train"].column_names
-    if "text" not in columns:
-        raise ValueError(f"data set `{source}` must have the column `text`; got {', '.join(columns)}")
-    return data.select_columns(["text"]).filter(lambda row: bool(row["text"].strip()))
 
 
 def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -200,13 +197,6 @@ def new_model(recipe: RecipeArguments, tokenizer: Any) -> DynMaskForCausalLM:
     return DynMaskForCausalLM(config)
 
 
-def load_model(checkpoint: str, mask: str) -> Any:
-    """A DynMask language model: the checkpoint as it is, or converted from a stock one."""
-    if AutoConfig.from_pretrained(checkpoint).model_type == DynMaskConfig.model_type:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, mask=mask)
-    return from_transformers(checkpoint, "causal-lm", mask=mask)
-
-
 def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
     return Trainer(
         model,
@@ -220,6 +210,11 @@ def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict
     )
 
 
+def targets(rows: Dataset) -> list[int]:
+    """All targets, row by row."""
+    return [label for labels in rows["labels"] for label in labels[1:]]
+
+
 def surprise(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood `(B, T - 1)` of each token after the first, 0 where there is no target."""
     return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none")
@@ -229,14 +224,6 @@ def perplexity(prediction: EvalPrediction) -> dict[str, float]:
     """`exp` of the mean over all targets."""
     targets = np.asarray(prediction.label_ids)[:, 1:] != IGNORED
     return {METRIC: exp(float(np.asarray(prediction.predictions)[targets].mean(dtype=np.float64)))}
-
-
-def unigram_perplexity(data: DatasetDict) -> float:
-    """Perplexity of the test targets under the frequencies of the training targets, each one more than counted."""
-    counts = Counter(label for labels in data["train"]["labels"] for label in labels[1:])
-    targets = [label for labels in data["test"]["labels"] for label in labels[1:]]
-    total = sum(counts.values()) + len(counts.keys() | set(targets))
-    return exp(-sum(log((counts[label] + 1) / total) for label in targets) / len(targets))
 
 
 def make_card(results: Results) -> ModelCard:

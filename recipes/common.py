@@ -6,6 +6,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ import torch
 from datasets import DatasetDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
-from samples import DATASETS, MODELS, PREFIX
+from hf_dynmask import DynMaskConfig, from_transformers
+from samples import DATASETS, MODELS, PREFIX, resolve_dataset
 
 Results = dict[str, Any]
 Batch = dict[str, Tensor]
@@ -56,6 +65,69 @@ def parse_arguments(
     parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: its annotation admits no class
     parser.set_defaults(**defaults or {})
     return parser.parse_args_into_dataclasses(arguments)
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def load_columns(source: str, *columns: str) -> DatasetDict:
+    """
+    Columns of a data set.
+
+    Args:
+        source (`str`): As [`resolve_dataset`] takes it.
+        columns (`str`): Their names.
+
+    Returns:
+        `DatasetDict`: The splits `train` and `test` with these columns alone.
+
+    Raises:
+        ValueError: The data set has not all of them.
+    """
+    data = resolve_dataset(source)
+    found = data["train"].column_names
+    if not set(columns) <= set(found):
+        wanted = " and ".join(f"`{name}`" for name in columns)
+        plural = "s" if len(columns) > 1 else ""
+        raise ValueError(f"data set `{source}` must have the column{plural} {wanted}; got {', '.join(found)}")
+    return data.select_columns(list(columns))
+
+
+def load_texts(source: str, *columns: str) -> DatasetDict:
+    """[`load_columns`], which all hold texts, without rows where one is empty; a `ValueError` for other types."""
+    data = load_columns(source, *columns)
+    for name in columns:
+        if data["train"].features[name].dtype not in ("string", "large_string"):
+            raise ValueError(f"column `{name}` must hold texts; got {data['train'].features[name].dtype}")
+    return data.filter(lambda row: all(text and text.strip() for text in row.values()))
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(checkpoint: str, task: str, auto_class: Any, **settings: Any) -> Any:
+    """
+    A DynMask model: the checkpoint as it is, or converted from a stock one.
+
+    Args:
+        checkpoint (`str`): A folder or a Hub id.
+        task (`str`): As [`from_transformers`] knows it.
+        auto_class (`type`): Loads a model of the task, such as [`~transformers.AutoModelForTokenClassification`].
+        settings (*optional*): Fields of the configuration.
+    """
+    if AutoConfig.from_pretrained(checkpoint).model_type == DynMaskConfig.model_type:
+        return auto_class.from_pretrained(checkpoint, **settings)
+    return from_transformers(checkpoint, task, **settings)
+
+
+def dropout_of(probability: float) -> dict[str, float]:
+    """What a configuration says of dropout, of hidden states and of attention weights."""
+    return {"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability}
+
+
+def names_of(labels: Sequence[str]) -> dict[str, Any]:
+    """What a configuration says of classes: `id2label` and `label2id`."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
 
 
 # --- Measuring -------------------------------------------------------------------------------------------------------
@@ -179,6 +251,13 @@ def best_constant(
     scores = {text: score(texts, [text] * len(texts))[metric] for text in candidates}
     best = (min if lower_is_better else max)(scores, key=lambda text: scores[text])
     return {"what": f"always {best!r}, the best of the {len(candidates)} most frequent texts", metric: scores[best]}
+
+
+def unigram_perplexity(seen: Iterable[int], targets: Sequence[int]) -> float:
+    """Perplexity of `targets` under the frequencies of tokens `seen` in training, each one more than counted."""
+    counts = Counter(seen)
+    total = sum(counts.values()) + len(counts.keys() | set(targets))
+    return exp(-sum(log((counts[target] + 1) / total) for target in targets) / len(targets))
 
 
 def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:

@@ -29,6 +29,7 @@ from common import (
     describe_new_model,
     describe_source,
     describe_training,
+    load_texts,
     model_card,
     parse_arguments,
     report,
@@ -40,7 +41,6 @@ from hf_dynmask import (
     DynMaskSeq2SeqConfig,
     to_transformers,
 )
-from samples import resolve_dataset
 
 PAD, START, END = "<pad>", "<s>", "</s>"
 HEAD_SIZE = 64
@@ -112,7 +112,7 @@ def run(task: Task, arguments: list[str] | None = None, defaults: dict[str, Any]
     recipe, training = parse_arguments([task.arguments, Seq2SeqTrainingArguments], arguments, defaults)
     training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
-    texts = load_pairs(recipe.dataset, task.source, task.target)
+    texts = load_texts(recipe.dataset, task.source, task.target)
     tokenizer = train_tokenizer(texts["train"], recipe.vocab_size)
     data = encode(texts, tokenizer, recipe)
     evaluate = Evaluation(task, tokenizer, list(texts["test"][task.target]))
@@ -146,19 +146,6 @@ def make_card(task: Task, results: Results) -> ModelCard:
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
-
-
-def load_pairs(source: str, *columns: str) -> DatasetDict:
-    """The columns of a data set that hold source and target, both texts."""
-    data = resolve_dataset(source)
-    found = data["train"].column_names
-    if not set(columns) <= set(found):
-        wanted = " and ".join(f"`{name}`" for name in columns)
-        raise ValueError(f"data set `{source}` must have the columns {wanted}; got {', '.join(found)}")
-    for name in columns:
-        if data["train"].features[name].dtype not in ("string", "large_string"):
-            raise ValueError(f"column `{name}` must hold texts; got {data['train'].features[name].dtype}")
-    return data.select_columns(list(columns))
 
 
 def train_tokenizer(rows: Iterable[Any], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -23,7 +23,6 @@ from datasets import ClassLabel, DatasetDict, Features
 from huggingface_hub import ModelCard
 from sklearn.metrics import accuracy_score
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -39,18 +38,20 @@ from common import (
     compare,
     describe_source,
     describe_training,
+    dropout_of,
+    load_columns,
+    load_model,
     model_card,
+    names_of,
     parse_arguments,
     report,
 )
 from hf_dynmask import (
     DataCollatorWithLengths,
-    DynMaskConfig,
     DynMaskPreTrainedModel,
-    from_transformers,
     to_transformers,
 )
-from samples import resolve_dataset, resolve_model
+from samples import resolve_model
 
 METRIC = "accuracy"
 DEFAULTS = {
@@ -99,12 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     checkpoint = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    data = encode_labels(load_texts(recipe.dataset))
+    data = encode_labels(load_columns(recipe.dataset, "text", "label"))
     labels = data["train"].features["label"].names
     data = data.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True, remove_columns="text")
 
     set_seed(training.seed)
-    model = load_model(checkpoint, labels, recipe.dropout)
+    model = load_classifier(checkpoint, labels, recipe.dropout)
     contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer))}
     if recipe.baseline:
         contenders["stock"] = (to_transformers(model), DataCollatorWithPadding(tokenizer))
@@ -124,15 +125,6 @@ def main(arguments: list[str] | None = None) -> None:
     report(results, make_card(results), training, recipe.model_card_dir)
 
 
-def load_texts(source: str) -> DatasetDict:
-    """The columns `text` and `label` of a data set."""
-    data = resolve_dataset(source)
-    columns = data["train"].column_names
-    if not {"text", "label"} <= set(columns):
-        raise ValueError(f"data set `{source}` must have the columns `text` and `label`; got {', '.join(columns)}")
-    return data.select_columns(["text", "label"])
-
-
 def encode_labels(data: DatasetDict) -> DatasetDict:
     """Labels as classes: those of `train`, in their order."""
     label = data["train"].features["label"]
@@ -145,13 +137,9 @@ def encode_labels(data: DatasetDict) -> DatasetDict:
     return data
 
 
-def load_model(checkpoint: str, labels: list[str], dropout: float) -> DynMaskPreTrainedModel:
-    """A DynMask classifier: the checkpoint as it is, or converted from a stock one."""
-    settings = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    settings |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    if AutoConfig.from_pretrained(checkpoint).model_type == DynMaskConfig.model_type:
-        return AutoModelForSequenceClassification.from_pretrained(checkpoint, **settings)
-    return from_transformers(checkpoint, "sequence-classification", **settings)
+def load_classifier(checkpoint: str, labels: list[str], dropout: float) -> DynMaskPreTrainedModel:
+    settings = names_of(labels) | dropout_of(dropout)
+    return load_model(checkpoint, "sequence-classification", AutoModelForSequenceClassification, **settings)
 
 
 def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:

@@ -8,11 +8,12 @@ from math import exp
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from datasets import config as datasets_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, LlamaForCausalLM
 
-from causal_lm import load_texts, main, new_tokenizer, perplexity, surprise, tokenize, unigram_perplexity
+from causal_lm import main, new_tokenizer, perplexity, surprise, targets, tokenize
+from common import load_texts, unigram_perplexity
 from hf_dynmask import DynMaskForCausalLM
 
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad"]
@@ -93,13 +94,15 @@ def test_perplexity_is_over_the_targets():
 
 
 def test_unigram_perplexity():
-    labels = {"train": [[-100, 1, 1, 2]], "test": [[-100, 1, 3]]}
-    data = DatasetDict({name: Dataset.from_dict({"labels": rows}) for name, rows in labels.items()})
-    assert unigram_perplexity(data) == pytest.approx((3 / 6 * 1 / 6) ** -0.5)
+    assert unigram_perplexity([1, 1, 2], [1, 3]) == pytest.approx((3 / 6 * 1 / 6) ** -0.5)
+
+
+def test_targets_are_all_but_the_first():
+    assert targets(Dataset.from_dict({"labels": [[-100, 1, 2], [-100, 3]]})) == [1, 2, 3]
 
 
 def test_texts_must_have_their_column(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
     (tmp_path / "notes.csv").write_text("words\na\nb\n")
     with pytest.raises(ValueError, match="must have the column `text`; got words"):
-        load_texts(str(tmp_path / "notes.csv"))
+        load_texts(str(tmp_path / "notes.csv"), "text")

@@ -17,10 +17,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartForConditiona
 
 import summarization
 import translation
-from common import padding_share
+from common import load_texts, padding_share
 from hf_dynmask import DynMaskForConditionalGeneration
 from samples import DATASETS, resolve_dataset
-from seq2seq import Evaluation, load_pairs, make_card, train_tokenizer
+from seq2seq import Evaluation, make_card, train_tokenizer
 
 RECIPES: dict[str, Any] = {"translation": translation, "summarization": summarization}
 WORDS = ["red", "green", "house", "tree", "river", "small", "old", "the"]
@@ -200,7 +200,7 @@ def test_bad_data(tmp_path, monkeypatch, row, message):
     file = tmp_path / "data.jsonl"
     file.write_text(f"{json.dumps(row)}\n" * 2)
     with pytest.raises(ValueError, match=message):
-        load_pairs(str(file), "source", "target")
+        load_texts(str(file), "source", "target")
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ from transformers import (
     set_seed,
 )
 
-from common import check_reloaded, describe_source, padding_share
+from common import check_reloaded, describe_source, load_columns, padding_share
 from hf_dynmask import DynMaskForSequenceClassification
 from samples import resolve_dataset
-from sequence_classification import encode_labels, load_model, load_texts, main, make_card
+from sequence_classification import encode_labels, load_classifier, main, make_card
 
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad", "dull", "great"]
 
@@ -104,7 +104,7 @@ def test_baseline_follows_the_same_course(output, folder):
     stock = AutoModelForSequenceClassification.from_pretrained(checkpoint)
     assert isinstance(stock, BertForSequenceClassification)
     set_seed(42)  # as the run did
-    before = load_model(str(folder / "model"), ["no", "yes"], dropout=0.0)
+    before = load_classifier(str(folder / "model"), ["no", "yes"], dropout=0.0)
     batch = AutoTokenizer.from_pretrained(output)(
         [" ".join(WORDS), "good film", "bad"], padding=True, return_tensors="pt"
     )
@@ -156,7 +156,7 @@ def test_printed_summary_is_in_the_card(run, output, results):
 
 
 def test_model_that_is_a_dynmask_one_already(output):
-    model = load_model(str(output), ["a", "b"], dropout=0.25)
+    model = load_classifier(str(output), ["a", "b"], dropout=0.25)
     assert (model.config.hidden_dropout_prob, model.config.attention_probs_dropout_prob) == (0.25, 0.25)
     assert model.config.id2label == {0: "a", 1: "b"}
     saved = load_file(output / "model.safetensors")
@@ -204,7 +204,7 @@ def test_columns_are_missing(tmp_path, monkeypatch):
     file = tmp_path / "data.csv"
     file.write_text("sentence,label\ngood,1\nbad,0\n")
     with pytest.raises(ValueError, match="must have the columns `text` and `label`; got sentence, label"):
-        load_texts(str(file))
+        load_columns(str(file), "text", "label")
 
 
 def test_saved_model_is_another():
