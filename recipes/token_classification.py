@@ -1,0 +1,311 @@
+"""
+Trains a tagger of names from random weights, character by character, with the stock `Trainer`, on batches that carry
+lengths.
+
+    python recipes/token_classification.py
+
+takes sentences of Chinese news with persons, places and organisations. To train the stock BERT on padded batches too,
+from the same weights:
+
+    python recipes/token_classification.py --baseline
+
+With a checkpoint and data of your own, from the Hub or from disk (columns `tokens` and `ner_tags`, lists):
+
+    python recipes/token_classification.py --model google-bert/bert-base-chinese --dataset names.jsonl
+
+Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`. The measures are those
+of seqeval itself: `evaluate`, which wraps it, would have to fetch the wrapper from the Hub.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List
+from huggingface_hub import ModelCard
+from seqeval.metrics import f1_score, precision_score, recall_score
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from common import (
+    Contenders,
+    Results,
+    compare,
+    describe_new_model,
+    describe_source,
+    describe_training,
+    dropout_of,
+    load_columns,
+    load_model,
+    model_card,
+    names_of,
+    parse_arguments,
+    report,
+    special_token_ids,
+)
+from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForTokenClassification, to_transformers
+from samples import resolve_model
+
+METRIC, OTHERS = "f1", ["precision", "recall"]
+IGNORED = -100
+HEAD_SIZE = 64
+PADDING, UNKNOWN = "[PAD]", "[UNK]"
+DEFAULTS = {
+    "output_dir": "outputs/token_classification",
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 100,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "logging_steps": 100,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import pipeline
+
+tagger = pipeline("token-classification", model="path/to/this/folder", aggregation_strategy="simple")
+tagger("新华社记者兰红光摄")
+"""
+
+
+@dataclass
+class RecipeArguments:
+    model: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new BERT-like model."}
+    )
+    dataset: str = field(
+        default="sample:names",
+        metadata={"help": "A Hub id, a json or parquet file or a sample, with the columns `tokens` and `ner_tags`."},
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens of a sentence; longer ones are cut in pieces."})
+    hidden_size: int = field(default=192, metadata={"help": f"Of a new model; {HEAD_SIZE} a head."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Of a new model."})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Of hidden states and attention weights; at 0 the two trainings follow one course."},
+    )
+    baseline: bool = field(
+        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
+    )
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results and model card."}
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
+
+    sentences = load_sentences(recipe.dataset)
+    tags = sentences["train"].features["ner_tags"].feature.names
+    checkpoint = None if recipe.model is None else resolve_model(recipe.model)
+    if checkpoint is None:
+        tokenizer = new_tokenizer(sentences["train"]["tokens"])
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    data = DatasetDict({name: encode(rows, tokenizer, recipe.max_length) for name, rows in sentences.items()})
+
+    set_seed(training.seed)
+    settings = names_of(tags) | dropout_of(recipe.dropout)
+    if checkpoint is None:
+        model = new_model(recipe, tokenizer, settings)
+    else:
+        model = load_model(checkpoint, "token-classification", AutoModelForTokenClassification, **settings)
+    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer))}
+    if recipe.baseline:
+        stock = to_transformers(model, model.config.source_model_type or "bert")
+        contenders["stock"] = (stock, DataCollatorForTokenClassification(tokenizer, return_tensors="pt"))
+    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer, tags=tags)
+    compared = compare(contenders, trainer_of, training, AutoModelForTokenClassification, [METRIC, *OTHERS])
+
+    results = {
+        "recipe": "token_classification",
+        "task": "token-classification",
+        "metric": METRIC,
+        "others": OTHERS,
+        "model": describe_new_model(model) if recipe.model is None else describe_source(recipe.model),
+        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
+        "labels": tags,
+        "trivial": {"what": "by the most frequent tag of each token", **most_frequent_tags(data, tags)},
+        "training": describe_training(training) | {"dropout": recipe.dropout, "max_length": recipe.max_length},
+        **compared,
+    }
+    report(results, make_card(results), training, recipe.model_card_dir)
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def load_sentences(source: str) -> DatasetDict:
+    """The columns `tokens` and `ner_tags` of a data set, lists of texts and of classes, without empty rows."""
+    data = load_columns(source, "tokens", "ner_tags")
+    for name, expected in {"tokens": "lists of texts", "ner_tags": "lists of tags such as 'B-PER'"}.items():
+        found = data["train"].features[name]
+        entry = getattr(found, "feature", None)
+        is_of_classes = name == "ner_tags" and isinstance(entry, ClassLabel)
+        if not (is_of_classes or getattr(entry, "dtype", None) == "string"):
+            raise ValueError(f"column `{name}` must hold {expected}; got {found}")
+    for rows in data.values():
+        for row, (tokens, tags) in enumerate(zip(rows["tokens"], rows["ner_tags"], strict=True)):
+            if len(tokens) != len(tags):
+                raise ValueError(
+                    f"`ner_tags` must have a tag for each of the {len(tokens)} tokens in row {row}; got {len(tags)}"
+                )
+    return encode_tags(data.filter(lambda row: len(row["tokens"]) > 0))
+
+
+def encode_tags(data: DatasetDict) -> DatasetDict:
+    """Tags as classes, in the order of their names where they are texts."""
+    if isinstance(data["train"].features["ner_tags"].feature, ClassLabel):
+        return data
+    names = {tag for rows in data.values() for tags in rows["ner_tags"] for tag in tags}
+    label = ClassLabel(names=sorted(names))
+    features = Features(data["train"].features | {"ner_tags": List(label)})
+    return data.map(lambda row: {"ner_tags": label.str2int(row["ner_tags"])}, features=features)
+
+
+def new_tokenizer(sentences: Iterable[list[str]]) -> PreTrainedTokenizerBase:
+    """A token for each character that comes twice or more."""
+    counts = Counter(character for tokens in sentences for token in tokens for character in token)
+    known = [character for character, count in counts.most_common() if count > 1]
+    vocabulary = {token: i for i, token in enumerate([PADDING, UNKNOWN, *known])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PADDING,
+        unk_token=UNKNOWN,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """`input_ids` and `labels` of pieces of at most `max_length` tokens; the first token of a word has its tag."""
+
+    def encoded(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        pieces = tokenizer(
+            batch["tokens"],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=max_length,
+            return_overflowing_tokens=True,
+        )
+        labels = [
+            spread(batch["ner_tags"][row], pieces.word_ids(piece))
+            for piece, row in enumerate(pieces["overflow_to_sample_mapping"])
+        ]
+        return {"input_ids": pieces["input_ids"], "labels": labels}
+
+    return rows.map(encoded, batched=True, remove_columns=rows.column_names)
+
+
+def spread(tags: Sequence[int], words: Sequence[int | None]) -> list[int]:
+    """The tag of each word at its first token."""
+    before = [None, *words]
+    return [
+        IGNORED if word is None or word == previous else tags[word]
+        for previous, word in zip(before, words, strict=False)
+    ]
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+def new_model(recipe: RecipeArguments, tokenizer: Any, settings: dict[str, Any]) -> DynMaskForTokenClassification:
+    """An encoder with random weights that a BERT can hold."""
+    config = DynMaskConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=max(1, recipe.hidden_size // HEAD_SIZE),
+        intermediate_size=4 * recipe.hidden_size,
+        max_position_embeddings=recipe.max_length,
+        type_vocab_size=1,
+        **special_token_ids(tokenizer),
+        **settings,
+    )
+    return DynMaskForTokenClassification(config)
+
+
+def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer, tags) -> Trainer:
+    return Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=partial(score_predictions, tags=tags),
+        preprocess_logits_for_metrics=most_likely,
+    )
+
+
+def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
+    """The class of each token `(B, T)`."""
+    return logits.argmax(-1)
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def score_predictions(prediction: EvalPrediction, tags: list[str]) -> dict[str, float]:
+    labels, predicted = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+    rows = [(row[row != IGNORED], found[row != IGNORED]) for row, found in zip(labels, predicted, strict=True)]
+    return entity_scores([named(row, tags) for row, _ in rows], [named(found, tags) for _, found in rows])
+
+
+def named(classes: Iterable[int], tags: list[str]) -> list[str]:
+    return [tags[each] for each in classes]
+
+
+def entity_scores(references: list[list[str]], predictions: list[list[str]]) -> dict[str, float]:
+    """Whole entities of the right kind (Tjong Kim Sang and De Meulder, 2003), of all kinds together."""
+    measures: dict[str, Any] = {METRIC: f1_score, "precision": precision_score, "recall": recall_score}
+    return {name: float(measure(references, predictions, zero_division=0)) for name, measure in measures.items()}
+
+
+def most_frequent_tags(data: DatasetDict, tags: list[str]) -> dict[str, float]:
+    """The scores of a tagger that gives each token the tag that it most often has in `train`."""
+    counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    for row in labelled(data["train"]):
+        for token, label in row:
+            counts[token][label] += 1
+    overall = sum(counts.values(), Counter())
+    rows = labelled(data["test"])
+    found = [[(counts.get(token) or overall).most_common(1)[0][0] for token, _ in row] for row in rows]
+    expected = [[label for _, label in row] for row in rows]
+    return entity_scores([named(row, tags) for row in expected], [named(row, tags) for row in found])
+
+
+def labelled(rows: Dataset) -> list[list[tuple[int, int]]]:
+    """Tokens and labels of each row, where there is a label."""
+    return [
+        [(token, label) for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+        for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
+    ]
+
+
+def make_card(results: Results) -> ModelCard:
+    return model_card(results, title="Names in texts", usage=USAGE)
+
+
+if __name__ == "__main__":
+    main()
