@@ -64,10 +64,10 @@ METRIC = "chrf"
 PAD, START, END = "<pad>", "<s>", "</s>"
 DEFAULTS = {
     "output_dir": "outputs/image_captioning",
-    "num_train_epochs": 20,
-    "per_device_train_batch_size": 16,
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 40,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
     "predict_with_generate": True,
@@ -189,6 +189,7 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> D
         "num_hidden_layers": recipe.num_hidden_layers,
         "num_attention_heads": recipe.hidden_size // 64,
         "norm_placement": "before",
+        "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
         "hidden_dropout_prob": recipe.dropout,
         "attention_probs_dropout_prob": recipe.dropout,
     }

@@ -200,7 +200,7 @@ def make_model(
         "num_attention_heads": recipe.hidden_size // HEAD_SIZE,
         "intermediate_size": 4 * recipe.hidden_size,
         "position_offset": 2,  # as BART's
-        "initializer_range": recipe.hidden_size**-0.5,  # at the usual 0.02 so small a decoder hardly reads its source
+        "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
         "max_position_embeddings": max(recipe.max_source_tokens, recipe.max_target_tokens + 1) + 2,
         "hidden_dropout_prob": recipe.dropout,
         "attention_probs_dropout_prob": recipe.dropout,

@@ -204,6 +204,7 @@ def make_model(recipe: RecipeArguments, tokenizer: Wav2Vec2CTCTokenizer) -> DynM
         norm_placement="before",
         embedding_norm=False,
         position_type="rotary",
+        initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
         hidden_dropout_prob=recipe.dropout,
         attention_probs_dropout_prob=recipe.dropout,
         ctc_zero_infinity=True,
