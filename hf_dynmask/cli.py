@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,8 @@ from rich.text import Text
 from torch import Tensor
 
 from .attention import auto_choice
+from .audit import audit_dataset, histogram
+from .check import check_model
 from .fields import FIELD_SHAPES
 from .layout import SequenceLayout
 from .masks import Mask, parse
@@ -31,8 +34,10 @@ from .plotting import (
     over_cells,
     panel_counts,
     panel_title,
+    plot_lengths,
     plot_mask,
 )
+from .texts import read_dataset, text_column
 
 app = typer.Typer(name="hf-dynmask", no_args_is_help=True, add_completion=False)
 
@@ -237,6 +242,106 @@ def _runs_here(text: str, device: torch.device, dtype: torch.dtype, dropout: flo
     states = torch.empty(1, 1, 2, HEAD_SIZE, device=device, dtype=dtype)
     runs, passed_over = auto_choice(plan, states, states, states, dropout)
     return runs, "\n".join(f"{other}: {reason}" for other, reason in passed_over.items())
+
+
+# --- audit -----------------------------------------------------------------------------------------------------------
+
+LONGEST_BAR = 50  # columns of the terminal that a histogram's longest bar takes
+SIDES = ("tokens", "tokens of the target")
+
+
+@app.command()
+def audit(
+    dataset: Annotated[
+        str, typer.Argument(help="A file of csv, json, parquet or text, a folder of these, or a Hub id.")
+    ],
+    model: Annotated[str, typer.Option(help="Whose tokenizer and sizes count: a folder or Hub id.")],
+    batch_size: Annotated[int, typer.Option(help="Examples of a batch.")],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="The column of texts, or two that go in together.", show_default="text, or the first"),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The column of targets, for an encoder-decoder.")] = None,
+    split: Annotated[str, typer.Option(help="The split of the data.")] = "train",
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens at which texts are cut off.", show_default="what the model takes")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also draw the histogram into this PNG.")] = None,
+) -> None:
+    """Show the lengths of a data set, the padding of its batches, and how much faster lengths are than padded rows."""
+    with _one_line_errors():
+        found = audit_dataset(read_dataset(dataset, split), model, batch_size, column or (), target, max_length)
+        console = Console(highlight=False)
+        for name, lengths in zip(SIDES, zip(*found.sizes, strict=True), strict=False):
+            _print_histogram(console, name, lengths)
+        if found.truncated:
+            console.print(f"Examples that were cut off: {found.truncated:,}\n")
+        table = Table("batches", "steps", "tokens, mean", "tokens, most", "padding", "speed-up, at best")
+        for batching in found.batchings:
+            name, steps, mean, most, padding, speedup = batching
+            table.add_row(name, f"{steps:,}", f"{mean:,.0f}", f"{most:,}", f"{padding:.1%}", f"{speedup:.2f}")
+        console.print(table)
+        if output is not None:
+            plot_lengths(dict(zip(SIDES, zip(*found.sizes, strict=True), strict=False))).savefig(output, dpi=160)
+            typer.echo(f"wrote {output}")
+
+
+def _print_histogram(console: Console, name: str, lengths: Sequence[int]) -> None:
+    ordered = sorted(lengths)
+    quantiles = {"median": 0.5, "90%": 0.9, "99%": 0.99}
+    parts = [f"{label} {ordered[int(share * (len(ordered) - 1))]:,}" for label, share in quantiles.items()]
+    console.print(f"{len(ordered):,} examples, {sum(ordered):,} {name}: {', '.join(parts)}, most {ordered[-1]:,}")
+    bins = histogram(ordered)
+    most = max(found.count for found in bins)
+    for first, last, count in bins:
+        bar = "█" * -(-count * LONGEST_BAR // most)
+        console.print(
+            Text(f"{f'{first:,}-{last:,}':>15}  {bar} {count:,}"), no_wrap=True, overflow="ignore", crop=False
+        )
+    console.print()
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+class Precision(str, Enum):
+    """What models run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="A checkpoint: a folder or Hub id of a DynMask or a stock model.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Texts: a file of csv, json, parquet or text, or a Hub id. Without: random tokens."),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of texts.", show_default="text, or the first")] = None,
+    split: Annotated[str, typer.Option(help="The split of the data.")] = "train",
+    dtype: Annotated[
+        list[Precision] | None, typer.Option(help="What to run in.", show_default="float32, bfloat16")
+    ] = None,
+) -> None:
+    """Prove that a checkpoint computes the same with lengths as on padded rows, and that its sequences stay apart.
+
+    Exit code 1 if it does not.
+    """
+    with _one_line_errors():
+        texts = None if data is None else text_column(read_dataset(data, split), column)
+        dtypes = [getattr(torch, name.value) for name in dtype or (Precision.float32, Precision.bfloat16)]
+        table = Table("what", "dtype", "found", "allowed", "")
+        is_right = True
+        for finding in check_model(model, texts, dtypes):
+            verdict = "right" if finding.is_right else Text("WRONG", style="bold red")
+            numbers = (f"{finding.found:.3g}", f"{finding.allowed:.3g}")
+            table.add_row(finding.what, str(finding.dtype).removeprefix("torch."), *numbers, verdict)
+            is_right = is_right and finding.is_right
+    Console(highlight=False).print(table)
+    if not is_right:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of masks, of the blocks that they fall into, and of attention weights.
+"""Pictures of masks, of the blocks that they fall into, of attention weights, and of lengths.
 
 Shape legend: S sequences of T tokens each, N tokens in all, H heads, Bq and Bk blocks of queries and keys.
 """
@@ -34,6 +34,7 @@ INK = "#333333"
 MOST_CELLS = 1024  # tokens a side, up to which single cells are drawn
 MOST_LABELS = 64  # tokens, up to which each has a label of its own
 MOST_TICKS = 12  # numbers along an axis
+MOST_BARS = 50  # of a histogram
 MOST_LINES = 128  # blocks a side, up to which borders are drawn between them
 
 
@@ -253,6 +254,33 @@ def _eager(model: DynMaskPreTrainedModel, inputs: Mapping[str, Tensor], layer: i
         hook.remove()
         model.train(was_training).set_attn_implementation(implementation)
     return seen[0]
+
+
+# --- Lengths ---------------------------------------------------------------------------------------------------------
+
+
+def plot_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
+    """
+    Draws how many examples have which lengths.
+
+    Args:
+        lengths (`dict[str, Sequence[int]]`): What is counted, and how much of it each example has. A panel each.
+
+    Returns:
+        `matplotlib.figure.Figure`: To be shown by `matplotlib.pyplot.show()` or saved by its `savefig`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    for axis, (name, numbers) in zip(_new_axes(_pyplot(), len(lengths)), lengths.items(), strict=True):
+        least, most = min(numbers), max(numbers)
+        width = -(-(most - least + 1) // MOST_BARS)  # whole numbers of equally many lengths, or bars go up and down
+        axis.hist(numbers, bins=range(least, most + width + 1, width), align="left", color=COLOURS["full"])
+        axis.axvline(sum(numbers) / len(numbers), color=COLOURS["allowed"], label="mean")
+        axis.set_xlabel(name)
+        axis.set_ylabel("examples")
+        axis.legend(frameon=False)
+    return cast("Figure", axis.figure)
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------

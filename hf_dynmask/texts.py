@@ -1,0 +1,70 @@
+"""Texts of a data set, as the commands that look at a user's data read them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
+TEXT = ("string", "large_string")  # types of columns
+
+
+def read_dataset(source: str, split: str = "train") -> Any:
+    """
+    One split of a data set.
+
+    Args:
+        source (`str`): A Hub id; a local file of csv, json, parquet or text (a row a line); or a folder of such files.
+        split (`str`, *optional*, defaults to `"train"`): The split. A file is one, `"train"`.
+
+    Returns:
+        `datasets.Dataset`
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ValueError: The file is of another format; there is no such split; the name is that of a recipes' sample.
+        OSError: There is nothing under this name.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("reading data needs datasets: pip install 'hf_dynmask[data]'") from error
+    if source.startswith("sample:"):
+        raise ValueError(
+            f"samples are the recipes': run `python recipes/command.py` in place of `hf-dynmask`; got {source}"
+        )
+    path = Path(source)
+    if not path.is_file():
+        return datasets.load_dataset(source, split=split)
+    ending = path.suffix.removeprefix(".")
+    if ending not in FORMATS:
+        raise ValueError(f"a data file must end in one of {', '.join(f'.{name}' for name in FORMATS)}; got {source}")
+    options: dict[str, Any] = {"delimiter": "\t"} if ending == "tsv" else {}
+    return datasets.load_dataset(FORMATS[ending], data_files=os.path.abspath(path), split=split, **options)
+
+
+def text_column(dataset: Any, column: str | None = None) -> list[str]:
+    """
+    The texts of a column.
+
+    Args:
+        dataset (`datasets.Dataset`): The data.
+        column (`str`, *optional*): Its name. `None`: `text`, or the first that holds text.
+
+    Raises:
+        ValueError: There is no such column, or it does not hold text.
+    """
+    columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) in TEXT]
+    if column is None:
+        column = next((name for name in ("text", *columns) if name in columns), None)
+    if column not in columns:
+        wanted = "a column of text" if column is None else f"`{column}`, a column of text"
+        raise ValueError(f"the data must have {wanted}; got {_described(dataset.features)}")
+    return [text or "" for text in dataset[column]]
+
+
+def _described(features: Any) -> str:
+    return ", ".join(
+        f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items()
+    )
