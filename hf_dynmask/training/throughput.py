@@ -21,6 +21,7 @@ from ..layout import outside_graph
 from ..modeling_dynmask import IGNORE_INDEX, DynMaskPreTrainedModel, layout_of_batch
 from ..modeling_dynmask_recurrent import DynMaskRecurrentPreTrainedModel
 from ..plan import MaskPlan
+from ..stock_masks import CONFIG_ENTRY
 from ..work import AttentionWork, ModelWork, Sizes, model_work, plan_pairs
 from .callbacks import log, unwrapped
 
@@ -72,7 +73,7 @@ class ThroughputCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state, control, *, model: nn.Module, **kwargs):
         inner = unwrapped(model)
         self._remove_hook()
-        self._batches = _Batches(inner, model_work(inner))
+        self._batches = _Batches(inner)
         self._hook = inner.register_forward_pre_hook(self._batches.see, with_kwargs=True)
         self._peak = matmul_peak(args.device, _dtype(args, inner))
         self._total = _Measured()
@@ -192,25 +193,42 @@ class _Batches:
     """What a model in training was given since this was last asked for."""
 
     model: Any
-    work: ModelWork
+    masks: list[Any] = field(default_factory=list)
+    before: _Counted = _Counted()  # under other masks
     seen: list[tuple[list[_Side], Tensor | None]] = field(default_factory=list)  # sides, number of targets
     pairs: dict[AttentionWork, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._follow_masks()
 
     @outside_graph
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The hook. Nothing in it waits for the device, unless a mask reads fields or tokens are missing."""
         if not (module.training and torch.is_grad_enabled()):
             return
+        self._follow_masks()
         given = dict(zip(signature(self.model.forward).parameters, args, strict=False)) | dict(kwargs)
         given = {name: value for name, value in given.items() if value is not None}
-        sides = [self._side(given, prefix) for prefix in PREFIXES[: len(self.work.weights)]]
+        sides: list[_Side] = []
+        for prefix in PREFIXES[: len(self.work.weights)]:
+            name, shape = self._inputs(given, prefix)
+            reads_source = prefix != "" and name in INPUTS
+            sides.append(sides[0] if reads_source else self._side(given, prefix, name, shape))
         labels = given.get("labels") if self.work.output_weights else None
         self.seen.append((sides, None if labels is None else (labels != IGNORE_INDEX).sum()))
 
+    def _follow_masks(self) -> None:
+        """What was seen so far is counted by the masks that it met, should others be on the model now."""
+        masks = _masks(self.model.config)
+        if masks != self.masks:
+            if self.seen:
+                self.before = self.counted()
+            self.work: ModelWork = model_work(self.model)
+            self.masks = masks
+
     def counted(self) -> _Counted:
         """The sums; the device is waited for."""
-        tokens = places = computed = 0
-        targets: int | None = 0
+        tokens = places = computed = targets = 0
         examples: list[Sizes] = []
         for sides, of_labels in self.seen:
             for side in sides:
@@ -224,15 +242,14 @@ class _Batches:
             examples += batch
             targets += sum(of_example[-1] for of_example in batch) if of_labels is None else int(of_labels)
         flops = PASSES * self.work.forward_flops(examples, targets, self.pairs)
+        counted = _Counted._make(map(add, self.before, (tokens, places, computed, flops)))
+        self.before = _Counted()
         self.seen.clear()
         self.pairs.clear()
-        return _Counted(tokens, places, computed, flops)
+        return counted
 
-    def _side(self, given: dict[str, Any], prefix: str) -> _Side:
+    def _side(self, given: dict[str, Any], prefix: str, name: str, shape: tuple[int, ...]) -> _Side:
         """Where the tokens of a side sit."""
-        name, shape = self._inputs(given, prefix)
-        if prefix and name in INPUTS:  # a decoder that reads the source
-            return self._side(given, "")
         lengths = self._lengths(given, prefix, shape)
         has_frames = name == "input_features"
         if len(shape) == 2 and not has_frames:
@@ -283,6 +300,13 @@ class _Batches:
                 fields = {name: given[f"{prefix}{name}"] for name in work.mask.fields if f"{prefix}{name}" in given}
                 pairs = plan_pairs(MaskPlan(work.mask, layout, fields=fields))
                 self.pairs[work] = self.pairs.get(work, 0) + pairs
+
+
+def _masks(config: Any) -> list[Any]:
+    """All that a configuration, and those of its sides, say of masks."""
+    sides = [config, *(getattr(config, side) for side in getattr(config, "sub_configs", {}))]
+    names = ("mask", "layer_masks", "cross_mask", CONFIG_ENTRY)
+    return [getattr(side, name, None) for side in sides for name in names]
 
 
 def _presence(given: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:

@@ -38,10 +38,13 @@ from hf_dynmask import (
     DynMaskRecurrentConfig,
     DynMaskRecurrentForSequenceClassification,
     DynMaskSeq2SeqConfig,
+    DynMaskSeq2SeqForSequenceClassification,
+    MaskSchedule,
     ThroughputCallback,
 )
 from hf_dynmask.training import throughput
 from hf_dynmask.work import model_work
+from two_processes import in_two_processes
 
 SIZES: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
 SIZES |= {"vocab_size": 20}
@@ -204,6 +207,14 @@ RUNS = {
         True,
         sum(TARGETS),
     ),
+    "a class of a pair": (  # whose decoder reads the source
+        lambda: DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqConfig(**SIZES, decoder_start_token_id=1)),
+        DataCollatorWithLengths(TOKENIZER),
+        LABELLED,
+        [(length, length) for length in LENGTHS],
+        True,
+        0,
+    ),
     "flat pairs": (
         lambda: DynMaskForConditionalGeneration(DynMaskSeq2SeqConfig(**SIZES, decoder_start_token_id=1)),
         DataCollatorForSeq2SeqWithLengths(TOKENIZER, flat=True),
@@ -290,6 +301,19 @@ def test_masks_that_read_fields(tmp_path):
     assert logged(history, "train_real_flops") == [(4, 3 * work.forward_flops(ONE_SIDE, pairs={attention: pairs}))]
 
 
+@pytest.mark.parametrize("logging_steps", [1, 4])
+def test_masks_that_change(logging_steps, tmp_path):
+    """Each batch counts by the mask that it met."""
+    model = DynMaskForSequenceClassification(CONFIG)
+    schedule = MaskSchedule({0: "causal", 3: "full"})
+    settings = {"logging_steps": logging_steps}
+    history = train(model, DataCollatorWithLengths(TOKENIZER), examples(**LABELLED), tmp_path, schedule, **settings)
+    full = model_work(model)
+    causal = model_work(DynMaskForSequenceClassification(DynMaskConfig(**SIZES, mask="causal")))
+    flops = 3 * (causal.forward_flops(ONE_SIDE[:6]) + full.forward_flops(ONE_SIDE[6:]))
+    assert logged(history, "train_real_flops") == [(4, flops)]
+
+
 def test_missing_tokens_are_not_counted(tmp_path):
     data = examples(**LABELLED, missing=lambda k, length: [place == 1 for place in range(length)])
     model = DynMaskForSequenceClassification(CONFIG)
@@ -357,6 +381,23 @@ def test_several_processes(monkeypatch, tmp_path):
     assert first["peak_memory_gib"] == 1.5
 
 
+def run_of_a_process(folder):
+    model = DynMaskForSequenceClassification(CONFIG)
+    history = train(model, DataCollatorWithLengths(TOKENIZER), examples(**LABELLED), folder, max_steps=2)
+    torch.save(history, folder / f"{torch.distributed.get_rank()}.pt")
+
+
+def test_two_processes(tmp_path):
+    """Each has half of the batches, and both log what is of all."""
+    in_two_processes(run_of_a_process, tmp_path, __name__)
+    model = DynMaskForSequenceClassification(CONFIG)
+    for rank in range(2):
+        history = torch.load(tmp_path / f"{rank}.pt")
+        assert logged(history, "train_real_tokens") == [(2, sum(LENGTHS))]
+        assert logged(history, "train_real_flops") == [(2, 3 * model_work(model).forward_flops(ONE_SIDE))]
+        assert logged(history, "train_padding_avoided") == [(2, 1 - sum(LENGTHS) / sum(padded(LENGTHS)))]
+
+
 # --- What it cannot count --------------------------------------------------------------------------------------------
 
 
@@ -370,7 +411,7 @@ def test_several_processes(monkeypatch, tmp_path):
 )
 def test_batches_without_tokens(make, names, given):
     model = make().train()
-    batches = throughput._Batches(model, model_work(model))
+    batches = throughput._Batches(model)
     came = ", ".join(f"`{name}`" for name in given) or "nothing"
     with pytest.raises(ValueError, match=f"one of {names} to count its tokens; {type(model).__name__} got {came}"):
         batches.see(model, (), given)
