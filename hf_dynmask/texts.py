@@ -23,11 +23,13 @@ def read_dataset(source: str, split: str = "train") -> Any:
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: The file is of another format; there is no such split; the name is that of a recipes' sample.
+        ValueError: The file is of another format, or broken; there is no such split; the name is that of a sample of
+            the recipes.
         OSError: There is nothing under this name.
     """
     try:
         import datasets
+        from datasets.exceptions import DatasetGenerationError
     except ImportError as error:
         raise ImportError("reading data needs datasets: pip install 'hf_dynmask[data]'") from error
     if source.startswith("sample:"):
@@ -41,7 +43,10 @@ def read_dataset(source: str, split: str = "train") -> Any:
     if ending not in FORMATS:
         raise ValueError(f"a data file must end in one of {', '.join(f'.{name}' for name in FORMATS)}; got {source}")
     options: dict[str, Any] = {"delimiter": "\t"} if ending == "tsv" else {}
-    return datasets.load_dataset(FORMATS[ending], data_files=os.path.abspath(path), split=split, **options)
+    try:
+        return datasets.load_dataset(FORMATS[ending], data_files=os.path.abspath(path), split=split, **options)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source} cannot be read as {FORMATS[ending]}: {error.__cause__ or error}") from error
 
 
 def text_column(dataset: Any, column: str | None = None) -> list[str]:

@@ -241,6 +241,14 @@ def test_files_of_another_format(model, tmp_path):
     )
 
 
+@pytest.mark.parametrize("ending, message", [("parquet", "not a parquet file"), ("json", "cannot be read as json: ")])
+def test_broken_files(ending, message, model, tmp_path):
+    (tmp_path / f"data.{ending}").write_text('{"text": ')
+    result = run(tmp_path / f"data.{ending}", "--model", model)
+    assert result.exit_code == 2
+    assert re.search(f"error: .*{message}", result.stderr)
+
+
 def test_a_split_that_is_not_there(model, tmp_path):
     (tmp_path / "data.txt").write_text("a\n")
     result = run(tmp_path / "data.txt", "--model", model, "--split", "held_out")
