@@ -43,7 +43,8 @@ class RecipeArguments(Seq2SeqArguments):
         metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `summary`."},
     )
     max_source_tokens: int = field(default=128, metadata={"help": "Tokens of a text that are read."})
-    max_target_tokens: int = field(default=64, metadata={"help": "Tokens of a summary, at most."})
+    max_target_tokens: int = field(default=128, metadata={"help": "Tokens of a summary, at most."})
+    vocab_size: int = field(default=4000, metadata={"help": "Tokens that are learned from the training data."})
 
 
 def score(answers: list[str], references: list[str]) -> dict[str, float]:
