@@ -17,7 +17,6 @@ Every option of `TrainingArguments` applies. Results, model card and model go to
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from math import exp
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,7 @@ from transformers import (
 )
 
 from common import (
+    IGNORED,
     Contenders,
     Results,
     compare,
@@ -49,6 +49,7 @@ from common import (
     load_texts,
     model_card,
     parse_arguments,
+    perplexity_of,
     report,
     special_token_ids,
     unigram_perplexity,
@@ -62,7 +63,6 @@ from hf_dynmask import (
 from samples import resolve_model
 
 METRIC = "perplexity"
-IGNORED = -100
 END, PADDING = "<|endoftext|>", "<|padding|>"
 DEFAULTS = {
     "output_dir": "outputs/causal_lm",
@@ -221,9 +221,7 @@ def surprise(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """`exp` of the mean over all targets."""
-    targets = np.asarray(prediction.label_ids)[:, 1:] != IGNORED
-    return {METRIC: exp(float(np.asarray(prediction.predictions)[targets].mean(dtype=np.float64)))}
+    return {METRIC: perplexity_of(prediction.predictions, np.asarray(prediction.label_ids)[:, 1:])}
 
 
 def make_card(results: Results) -> ModelCard:

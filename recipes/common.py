@@ -10,6 +10,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import DatasetDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -30,6 +31,8 @@ Results = dict[str, Any]
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Any]
 Contenders = dict[str, tuple[Any, Collator]]  # names as in `RUNS`, models and what makes their batches
+
+IGNORED = -100  # the label of what is no target
 
 HYPER_PARAMETERS = (
     "num_train_epochs",
@@ -96,10 +99,15 @@ def load_columns(source: str, *columns: str) -> DatasetDict:
 def load_texts(source: str, *columns: str) -> DatasetDict:
     """[`load_columns`], which all hold texts, without rows where one is empty; a `ValueError` for other types."""
     data = load_columns(source, *columns)
+    check_texts(data, *columns)
+    return data.filter(lambda row: all(text and text.strip() for text in row.values()))
+
+
+def check_texts(data: DatasetDict, *columns: str) -> None:
+    """A `ValueError` where a column of `train` does not hold texts."""
     for name in columns:
         if data["train"].features[name].dtype not in ("string", "large_string"):
             raise ValueError(f"column `{name}` must hold texts; got {data['train'].features[name].dtype}")
-    return data.filter(lambda row: all(text and text.strip() for text in row.values()))
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
@@ -251,6 +259,17 @@ def best_constant(
     scores = {text: score(texts, [text] * len(texts))[metric] for text in candidates}
     best = (min if lower_is_better else max)(scores, key=lambda text: scores[text])
     return {"what": f"always {best!r}, the best of the {len(candidates)} most frequent texts", metric: scores[best]}
+
+
+def perplexity_of(surprise: Any, labels: Any) -> float:
+    """
+    `exp` of the mean over all targets.
+
+    Args:
+        surprise (`np.ndarray` of shape `(B, T)`): Negative log-likelihood of each label.
+        labels (`np.ndarray` of shape `(B, T)`): -100 where there is none.
+    """
+    return exp(float(np.asarray(surprise)[np.asarray(labels) != IGNORED].mean(dtype=np.float64)))
 
 
 def unigram_perplexity(seen: Iterable[int], targets: Sequence[int]) -> float:

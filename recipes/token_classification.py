@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from common import (
+    IGNORED,
     Contenders,
     Results,
     compare,
@@ -62,13 +63,12 @@ from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForTokenCl
 from samples import resolve_model
 
 METRIC, OTHERS = "f1", ["precision", "recall"]
-IGNORED = -100
-HEAD_SIZE = 64
+HEAD_SIZE = 32
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 DEFAULTS = {
     "output_dir": "outputs/token_classification",
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 32,
+    "max_steps": 2000,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 100,
     "learning_rate": 1e-3,
     "warmup_steps": 0.1,
@@ -96,7 +96,7 @@ class RecipeArguments:
         metadata={"help": "A Hub id, a json or parquet file or a sample, with the columns `tokens` and `ner_tags`."},
     )
     max_length: int = field(default=512, metadata={"help": "Tokens of a sentence; longer ones are cut in pieces."})
-    hidden_size: int = field(default=192, metadata={"help": f"Of a new model; {HEAD_SIZE} a head."})
+    hidden_size: int = field(default=128, metadata={"help": f"Of a new model; {HEAD_SIZE} a head."})
     num_hidden_layers: int = field(default=3, metadata={"help": "Of a new model."})
     dropout: float = field(
         default=0.0,
@@ -161,7 +161,7 @@ def load_sentences(source: str) -> DatasetDict:
         found = data["train"].features[name]
         entry = getattr(found, "feature", None)
         is_of_classes = name == "ner_tags" and isinstance(entry, ClassLabel)
-        if not (is_of_classes or getattr(entry, "dtype", None) == "string"):
+        if not (is_of_classes or getattr(entry, "dtype", None) in ("string", "large_string")):
             raise ValueError(f"column `{name}` must hold {expected}; got {found}")
     for rows in data.values():
         for row, (tokens, tags) in enumerate(zip(rows["tokens"], rows["ner_tags"], strict=True)):

@@ -77,6 +77,7 @@ def run(folder):
         "per_device_train_batch_size": 16,
         "learning_rate": 5e-3,
         "num_train_epochs": 3,
+        "max_steps": -1,
         "save_strategy": "epoch",
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]

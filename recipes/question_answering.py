@@ -1,0 +1,318 @@
+"""
+Fine-tunes a BERT-like checkpoint to find answers in texts, with the stock `Trainer`, on batches that carry lengths.
+
+    python recipes/question_answering.py
+
+takes questions of SQuAD and MiniLM. To train the stock model on padded batches too, from the same weights:
+
+    python recipes/question_answering.py --baseline
+
+With a model and data of your own, from the Hub or from disk (columns `context`, `question` and `answers`, as in SQuAD):
+
+    python recipes/question_answering.py --model google-bert/bert-base-uncased --dataset rajpurkar/squad_v2
+
+A long context is read in overlapping windows, each as long as it is. Every option of `TrainingArguments` applies.
+Results, model card and model go to `--output_dir`. The measures are SQuAD's, written here: those of `evaluate` would
+have to be fetched from the Hub.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from common import (
+    Contenders,
+    Results,
+    check_texts,
+    compare,
+    describe_source,
+    describe_training,
+    dropout_of,
+    load_columns,
+    load_model,
+    model_card,
+    parse_arguments,
+    report,
+)
+from hf_dynmask import DataCollatorWithLengths, to_transformers
+from samples import resolve_model
+
+METRIC, OTHERS = "f1", ["exact_match"]
+MAX_ANSWER_TOKENS = 30
+NO_ANSWER = 0  # the first token of a window, [CLS], as the place of an answer that is not there
+ELSEWHERE = (-1, -1)  # offsets of a token that is not of the context
+DEFAULTS = {
+    "output_dir": "outputs/question_answering",
+    "max_steps": 120,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 2e-4,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "logging_steps": 20,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForQuestionAnswering.from_pretrained("path/to/this/folder")
+inputs = tokenizer("Who wrote the play?", "The play was written by Ben Jonson.", return_tensors="pt")
+outputs = model(**inputs)
+first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()  # both 0: there is no answer
+tokenizer.decode(inputs["input_ids"][0, first : last + 1])
+"""
+
+
+@dataclass
+class RecipeArguments:
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:squad",
+        metadata={"help": "A Hub id, a json or parquet file or a sample, with `context`, `question` and `answers`."},
+    )
+    max_length: int = field(default=384, metadata={"help": "Tokens of a window, the question among them."})
+    stride: int = field(default=128, metadata={"help": "Tokens that a window shares with the next."})
+    eval_rows: int = field(default=400, metadata={"help": "Questions that the model is evaluated on, at most."})
+    dropout: float = field(default=0.0, metadata={"help": "Of hidden states and attention weights."})
+    baseline: bool = field(
+        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
+    )
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results and model card."}
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
+
+    checkpoint = resolve_model(recipe.model)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    questions = load_questions(recipe.dataset)
+    questions["test"] = questions["test"].select(range(min(recipe.eval_rows, len(questions["test"]))))
+    data = DatasetDict(
+        {name: windows(rows, tokenizer, recipe.max_length, recipe.stride) for name, rows in questions.items()}
+    )
+    references = [row["text"] for row in questions["test"]["answers"]]
+
+    set_seed(training.seed)
+    settings = dropout_of(recipe.dropout)
+    model = load_model(checkpoint, "question-answering", AutoModelForQuestionAnswering, **settings)
+    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer))}
+    if recipe.baseline:
+        contenders["stock"] = (to_transformers(model), DataCollatorWithPadding(tokenizer))
+    evaluation = Evaluation(data["test"], list(questions["test"]["context"]), references)
+    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer, evaluation=evaluation)
+    compared = compare(contenders, trainer_of, training, AutoModelForQuestionAnswering, [METRIC, *OTHERS])
+
+    windowing = {"max_length": recipe.max_length, "stride": recipe.stride}
+    results = {
+        "recipe": "question_answering",
+        "task": "question-answering",
+        "metric": METRIC,
+        "others": OTHERS,
+        "model": describe_source(recipe.model),
+        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in questions.items()}},
+        "trivial": {"what": "no answer to any question", **score([""] * len(references), references)},
+        "training": describe_training(training) | {"dropout": recipe.dropout} | windowing,
+        **compared,
+    }
+    report(results, make_card(results), training, recipe.model_card_dir)
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def load_questions(source: str) -> DatasetDict:
+    """The columns `context`, `question` and `answers` of a data set, answers where they are said to be."""
+    data = load_columns(source, "context", "question", "answers")
+    check_texts(data, "context", "question")
+    answers = data["train"].features["answers"]
+    if not (isinstance(answers, dict) and {"text", "answer_start"} <= answers.keys()):
+        raise ValueError(f"column `answers` must hold lists `text` and `answer_start`; got {answers}")
+    for rows in data.values():
+        for row, (context, answers) in enumerate(zip(rows["context"], rows["answers"], strict=True)):
+            for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+                if not context.startswith(text, start):
+                    found = context[start : start + len(text)]
+                    raise ValueError(f"answer {text!r} must be in its context at {start}; got {found!r} in row {row}")
+    return data
+
+
+def windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> Dataset:
+    """
+    Questions, each with a part of its context, as a model reads them.
+
+    Args:
+        rows (`Dataset`): Questions.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast one.
+        max_length (`int`): Tokens of a window, at most.
+        stride (`int`): Tokens of the context that a window shares with the next one.
+
+    Returns:
+        `Dataset`: What the tokenizer gives, `start_positions` and `end_positions` of the first answer (0 in a window
+        without it), `row` of the question, and `offsets`: where in the context each token begins and ends.
+
+    Raises:
+        ValueError: A question leaves no place for more context than `stride`.
+    """
+
+    def read(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        questions = tokenizer(batch["question"], add_special_tokens=False)["input_ids"]
+        for ids, row in zip(questions, indices, strict=True):
+            if (left := max_length - special - len(ids)) <= stride:
+                raise ValueError(
+                    f"`max_length` must leave more than stride={stride} tokens for the context; "
+                    f"got {left} beside the question in row {row}"
+                )
+        pieces = tokenizer(
+            batch["question"],
+            batch["context"],
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        samples = pieces["overflow_to_sample_mapping"]
+        offsets = [
+            [place if part == 1 else ELSEWHERE for place, part in zip(places, pieces.sequence_ids(piece), strict=True)]
+            for piece, places in enumerate(pieces["offset_mapping"])
+        ]
+        answers = [answer_place(places, batch["answers"][i]) for places, i in zip(offsets, samples, strict=True)]
+        return {
+            **{name: pieces[name] for name in tokenizer.model_input_names if name != "attention_mask"},
+            "start_positions": [first for first, _ in answers],
+            "end_positions": [last for _, last in answers],
+            "row": [indices[i] for i in samples],
+            "offsets": offsets,
+        }
+
+    return rows.map(read, batched=True, with_indices=True, remove_columns=rows.column_names)
+
+
+def answer_place(offsets: Sequence[tuple[int, int]], answers: dict[str, list[Any]]) -> tuple[int, int]:
+    """First and last token of the first answer, where the window has all of it."""
+    if not answers["text"]:
+        return NO_ANSWER, NO_ANSWER
+    start = answers["answer_start"][0]
+    end = start + len(answers["text"][0])
+    context = [(i, place) for i, place in enumerate(offsets) if place != ELSEWHERE]
+    inside = [i for i, (begins, ends) in context if begins < end and ends > start]
+    is_whole = context and context[0][1][0] <= start and context[-1][1][1] >= end
+    return (inside[0], inside[-1]) if is_whole and inside else (NO_ANSWER, NO_ANSWER)
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluation:
+    """Logits of windows to measures of the answers, of `contexts` and `references` by question."""
+
+    windows: Dataset
+    contexts: list[str]
+    references: list[list[str]]
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        start_logits, end_logits = (np.asarray(logits) for logits in prediction.predictions)
+        return score(self.answers(start_logits, end_logits), self.references)
+
+    def answers(self, start_logits: np.ndarray, end_logits: np.ndarray) -> list[str]:
+        """Of each question the span with the highest score in all its windows, or none where no answer has at least
+        that score in each of them (Devlin et al., arXiv:1810.04805)."""
+        spans: list[tuple[float, str]] = [(-np.inf, "")] * len(self.contexts)
+        no_answer = np.full(len(self.contexts), np.inf)
+        columns = (self.windows["row"], self.windows["offsets"], start_logits, end_logits)
+        for row, offsets, starts, ends in zip(*columns, strict=True):
+            score, first, last = best_span(np.array(offsets), starts, ends)
+            text = self.contexts[row][offsets[first][0] : offsets[last][1]]
+            spans[row] = max(spans[row], (score, text))
+            no_answer[row] = min(no_answer[row], starts[NO_ANSWER] + ends[NO_ANSWER])
+        return [text if score > none else "" for (score, text), none in zip(spans, no_answer, strict=True)]
+
+
+def best_span(offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[float, int, int]:
+    """Score, first and last token of the best span of up to `MAX_ANSWER_TOKENS` tokens of the context."""
+    length = len(offsets)  # logits go on, over padding
+    of_context = offsets[:, 0] >= 0
+    scores = starts[:length, None] + ends[None, :length]
+    allowed = np.tril(np.triu(of_context[:, None] & of_context), MAX_ANSWER_TOKENS - 1)
+    first, last = np.unravel_index(np.where(allowed, scores, -np.inf).argmax(), scores.shape)
+    return float(scores[first, last]), int(first), int(last)
+
+
+def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer, evaluation) -> Trainer:
+    return Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=evaluation,
+    )
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def score(answers: list[str], references: list[list[str]]) -> dict[str, float]:
+    """
+    SQuAD's measures (Rajpurkar et al., arXiv:1606.05250, arXiv:1806.03822), in percent: `exact_match`, and `f1` over
+    words. Each is that of the reference which fits best; without references, the right answer is none.
+
+    Args:
+        answers (`list[str]`): An answer a question, empty where there is none.
+        references (`list[list[str]]`): Right answers of each question.
+    """
+    exact, overlap = 0.0, 0.0
+    for answer, texts in zip(answers, references, strict=True):
+        found = words(answer)
+        expected = [each for text in texts if (each := words(text))] or [[]]
+        exact += max(found == each for each in expected)
+        overlap += max(word_f1(found, each) for each in expected)
+    return {METRIC: 100 * overlap / len(answers), "exact_match": 100 * exact / len(answers)}
+
+
+def words(text: str) -> list[str]:
+    """Words of a text, in lower case, without punctuation and articles."""
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def word_f1(found: list[str], expected: list[str]) -> float:
+    if not (found and expected):
+        return float(found == expected)
+    return 2 * (Counter(found) & Counter(expected)).total() / (len(found) + len(expected))
+
+
+def make_card(results: Results) -> ModelCard:
+    return model_card(results, title="Answers in texts", usage=USAGE)
+
+
+if __name__ == "__main__":
+    main()
