@@ -1,0 +1,213 @@
+"""
+Fine-tunes a BERT-like checkpoint to fill in masked words, with the stock `Trainer`, on batches that carry lengths, with
+targets drawn anew in every epoch.
+
+    python recipes/masked_lm.py
+
+takes sections of WikiText-2 and MiniLM, which gets a new head. To train the stock model on padded batches too, from the
+same weights and on the same targets:
+
+    python recipes/masked_lm.py --baseline
+
+With a model and data of your own, from the Hub or from disk (column `text`), and spans of words for targets:
+
+    python recipes/masked_lm.py --model google-bert/bert-base-uncased --dataset notes.txt --strategy span
+
+Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from common import (
+    IGNORED,
+    Contenders,
+    Results,
+    compare,
+    describe_source,
+    describe_training,
+    dropout_of,
+    load_model,
+    load_texts,
+    model_card,
+    parse_arguments,
+    perplexity_of,
+    report,
+    unigram_perplexity,
+)
+from hf_dynmask import DataCollatorForDynamicMasking, DynamicMaskingMixin, to_transformers
+from samples import resolve_model
+
+METRIC = "perplexity"
+DEFAULTS = {
+    "output_dir": "outputs/masked_lm",
+    "max_steps": 150,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "learning_rate": 3e-4,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "logging_steps": 25,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import pipeline
+
+filler = pipeline("fill-mask", model="path/to/this/folder")
+filler("The river flows into the [MASK].")
+"""
+
+
+@dataclass
+class RecipeArguments:
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:wikitext",
+        metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens of a text; longer ones are cut in pieces."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Of each token to be a target."})
+    strategy: str = field(default="token", metadata={"help": "Targets are a `token`, a `whole_word` or a `span`."})
+    eval_rows: int = field(default=300, metadata={"help": "Pieces of text that the model is evaluated on, at most."})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Of hidden states and attention weights; at 0 the two trainings follow one course."},
+    )
+    baseline: bool = field(
+        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
+    )
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results and model card."}
+    )
+
+
+class MaskedLMTrainer(DynamicMaskingMixin, Trainer):
+    """Tells the collator each epoch."""
+
+
+class PaddedRows(DataCollatorForDynamicMasking):
+    """The same targets with an attention mask, for stock models."""
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(features)
+        places = torch.arange(batch["input_ids"].shape[1])
+        batch["attention_mask"] = (places < batch.pop("lengths")[:, None]).long()
+        return batch
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
+
+    checkpoint = resolve_model(recipe.model)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    masking = {"mlm_probability": recipe.mlm_probability, "strategy": recipe.strategy}
+    collator = DataCollatorForDynamicMasking(tokenizer, seed=training.seed, **masking)
+    texts = load_texts(recipe.dataset, "text")
+    data = DatasetDict({name: tokenize(rows, tokenizer, recipe.max_length) for name, rows in texts.items()})
+    data["test"] = data["test"].select(range(min(recipe.eval_rows, len(data["test"]))))
+
+    set_seed(training.seed)
+    settings = dropout_of(recipe.dropout)
+    model = load_model(checkpoint, "masked-lm", AutoModelForMaskedLM, **settings)
+    contenders: Contenders = {"dynmask": (model, collator)}
+    if recipe.baseline:
+        contenders["stock"] = (to_transformers(model), PaddedRows(tokenizer, seed=training.seed, **masking))
+    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
+    compared = compare(contenders, trainer_of, training, AutoModelForMaskedLM, [METRIC])
+
+    results = {
+        "recipe": "masked_lm",
+        "task": "fill-mask",
+        "metric": METRIC,
+        "model": describe_source(recipe.model),
+        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
+        "trivial": {
+            "what": "from the frequency of each token alone",
+            METRIC: unigram_perplexity(tokens(data["train"], tokenizer), targets(data["test"], collator)),
+        },
+        "training": describe_training(training)
+        | {"dropout": recipe.dropout, "max_length": recipe.max_length}
+        | masking,
+        **compared,
+    }
+    report(results, make_card(results), training, recipe.model_card_dir)
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Pieces of at most `max_length` tokens, each with the special tokens of a text."""
+
+    def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        cut = tokenizer(batch["text"], truncation=True, max_length=max_length, return_overflowing_tokens=True)
+        return {"input_ids": cut["input_ids"]}
+
+    return rows.map(pieces, batched=True, remove_columns=rows.column_names)
+
+
+def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
+    return MaskedLMTrainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=perplexity,
+        preprocess_logits_for_metrics=surprise,
+    )
+
+
+def surprise(logits: Tensor, labels: Tensor) -> Tensor:
+    """
+    Negative log-likelihood `(B, T)` of each label, 0 where there is no target.
+
+    A trainer keeps what this returns in place of all logits of the evaluation, which take as much for each token of the
+    vocabulary.
+    """
+    found = torch.zeros(labels.shape, device=logits.device)
+    is_target = labels != IGNORED
+    found[is_target] = cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
+    return found
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    return {METRIC: perplexity_of(prediction.predictions, prediction.label_ids)}
+
+
+def tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that may be targets."""
+    special = set(tokenizer.all_special_ids)
+    return [token for ids in rows["input_ids"] for token in ids if token not in special]
+
+
+def targets(rows: Dataset, collator: DataCollatorForDynamicMasking) -> list[int]:
+    """All targets of the evaluation."""
+    labels = collator.for_evaluation()(rows.to_list())["labels"]
+    return labels[labels != IGNORED].tolist()
+
+
+def make_card(results: Results) -> ModelCard:
+    return model_card(results, title="Masked language model", usage=USAGE)
+
+
+if __name__ == "__main__":
+    main()
