@@ -181,7 +181,7 @@ def test_accelerate_sets_the_epoch_and_skips_batches():
     for rank, batches in enumerate(epochs[1]):
         again = prepared(TokenBudgetBatchSampler(lengths, 512, num_replicas=2), rank)
         again.set_sampler(again.batch_sampler.batch_sampler)  # then Accelerate reaches it, however deep it is wrapped
-        skipped = skip_first_batches(again, 3)
+        skipped: Any = skip_first_batches(again, 3)
         skipped.set_epoch(1)
         assert list(skipped) == batches[3:]
 
