@@ -27,6 +27,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
     EvalPrediction,
@@ -129,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(training.seed)
     settings = dropout_of(recipe.dropout)
     model = load_model(checkpoint, "masked-lm", AutoModelForMaskedLM, **settings)
+    if not has_head(checkpoint):
+        start_from_frequencies(model.get_output_embeddings().bias, tokens(data["train"], tokenizer))
     contenders: Contenders = {"dynmask": (model, collator)}
     if recipe.baseline:
         contenders["stock"] = (to_transformers(model), PaddedRows(tokenizer, seed=training.seed, **masking))
@@ -161,6 +164,19 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
         return {"input_ids": cut["input_ids"]}
 
     return rows.map(pieces, batched=True, remove_columns=rows.column_names)
+
+
+def has_head(checkpoint: str) -> bool:
+    """Whether a checkpoint is of a masked language model, and not of a bare one, to which a new head is added."""
+    return any(name.endswith("ForMaskedLM") for name in AutoConfig.from_pretrained(checkpoint).architectures or ())
+
+
+def start_from_frequencies(bias: Tensor, seen: list[int]) -> None:
+    """Sets the bias of a new head `(V,)` to the logarithm of each token's frequency, which otherwise is learned first,
+    for as long as a short training lasts. Each counts one more than it is."""
+    counts = torch.bincount(torch.tensor(seen), minlength=len(bias)) + 1
+    with torch.no_grad():
+        bias.copy_((counts / counts.sum()).log())
 
 
 def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:

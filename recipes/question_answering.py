@@ -62,8 +62,8 @@ NO_ANSWER = 0  # the first token of a window, [CLS], as the place of an answer t
 ELSEWHERE = (-1, -1)  # offsets of a token that is not of the context
 DEFAULTS = {
     "output_dir": "outputs/question_answering",
-    "max_steps": 120,
-    "per_device_train_batch_size": 16,
+    "max_steps": 240,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "learning_rate": 2e-4,
     "warmup_steps": 0.1,
@@ -94,7 +94,7 @@ class RecipeArguments:
     )
     max_length: int = field(default=384, metadata={"help": "Tokens of a window, the question among them."})
     stride: int = field(default=128, metadata={"help": "Tokens that a window shares with the next."})
-    eval_rows: int = field(default=400, metadata={"help": "Questions that the model is evaluated on, at most."})
+    eval_rows: int = field(default=300, metadata={"help": "Questions that the model is evaluated on, at most."})
     dropout: float = field(default=0.0, metadata={"help": "Of hidden states and attention weights."})
     baseline: bool = field(
         default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}

@@ -25,7 +25,18 @@ from transformers import (
 
 from common import load_texts
 from hf_dynmask import DataCollatorForDynamicMasking, DynMaskForMaskedLM
-from masked_lm import PaddedRows, main, make_card, perplexity, surprise, targets, tokenize, tokens
+from masked_lm import (
+    PaddedRows,
+    has_head,
+    main,
+    make_card,
+    perplexity,
+    start_from_frequencies,
+    surprise,
+    targets,
+    tokenize,
+    tokens,
+)
 
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad"]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##ly"]
@@ -158,6 +169,13 @@ def test_tokens_and_targets(tokenizer):
     assert tokens(rows, tokenizer) == [*range(5, 15), 5]
     collator = DataCollatorForDynamicMasking(tokenizer, mlm_probability=1)
     assert targets(rows, collator) == tokens(rows, tokenizer)
+
+
+def test_a_new_head_starts_from_frequencies(run, folder):
+    assert not has_head(str(folder / "model")) and has_head(str(folder / "output"))
+    bias = torch.nn.Parameter(torch.zeros(4))
+    start_from_frequencies(bias, [1, 1, 2])
+    torch.testing.assert_close(bias.exp().tolist(), [1 / 7, 3 / 7, 2 / 7, 1 / 7])
 
 
 def test_tokenizer_without_a_mask_token(folder, tmp_path):
