@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from .conversion import from_transformers
 from .data import TokenBudgetBatchSampler
 from .texts import text_column
+from .training.throughput import synchronize
 from .work import ModelWork, Sizes, config_work
 
 IDS = "input_ids"
 UNLIMITED = 10**9
 BINS = 20
+TIMED_BATCHES = 4
+REPEATS = 3
+NAMES = [
+    ("input_ids", "attention_mask", "lengths"),
+    ("decoder_input_ids", "decoder_attention_mask", "decoder_lengths"),
+]
+
+Inputs = dict[str, Tensor]
 
 
 class Batching(NamedTuple):
@@ -47,11 +61,14 @@ class Audit(NamedTuple):
         sizes (`list[tuple[int, ...]]`): Tokens of each example, and with targets those of its target.
         truncated (`int`): Examples that were cut off.
         batchings (`list[Batching]`): Plain, length-grouped and token-budget batches.
+        timed (`list[float]`): How many times as fast training is with lengths, for each of the batchings; none where no
+            time was taken.
     """
 
     sizes: list[Sizes]
     truncated: int
     batchings: list[Batching]
+    timed: list[float]
 
 
 def audit_dataset(
@@ -61,6 +78,7 @@ def audit_dataset(
     columns: Sequence[str] = (),
     target: str | None = None,
     max_length: int | None = None,
+    with_times: bool = False,
 ) -> Audit:
     """
     Counts the tokens of a data set, and the operations that a model needs for them.
@@ -73,10 +91,12 @@ def audit_dataset(
             the first that holds text.
         target (`str`, *optional*): The column of targets, for an encoder-decoder.
         max_length (`int`, *optional*): Tokens at which texts are cut off. `None`: as many as the model takes.
+        with_times (`bool`, *optional*, defaults to `False`): Time steps of training too, see [`time_speedups`].
 
     Raises:
         ValueError: A column is missing or holds no text; targets are given to a model without a decoder, or are not
-            given to one with a decoder; there are no examples; `batch_size` is not positive.
+            given to one with a decoder; there are no examples; `batch_size` is not positive; times are wanted of a
+            model that cannot be converted.
         OSError: There is no such model.
     """
     if batch_size < 1:
@@ -97,7 +117,8 @@ def audit_dataset(
     longest = _room(config, tokenizer) if max_length is None else max_length
     sizes = [tuple(min(size, longest) for size in of_one) for of_one in whole]
     truncated = sum(cut != full for cut, full in zip(sizes, whole, strict=True))
-    return Audit(sizes, truncated, audit_sizes(sizes, config_work(config), batch_size))
+    timed = time_speedups(config, sizes, batch_size) if with_times else []
+    return Audit(sizes, truncated, audit_sizes(sizes, config_work(config), batch_size), timed)
 
 
 def audit_sizes(sizes: Sequence[Sizes], work: ModelWork, batch_size: int) -> list[Batching]:
@@ -113,6 +134,11 @@ def audit_sizes(sizes: Sequence[Sizes], work: ModelWork, batch_size: int) -> lis
         `list[Batching]`: In random order; grouped by length, as `train_sampling_strategy="group_by_length"` of the
         [`~transformers.TrainingArguments`] does; by a budget of as many tokens, as [`TokenBudgetMixin`] does.
     """
+    return [_batching(name, batches, work) for name, batches in _epochs(sizes, batch_size).items()]
+
+
+def _epochs(sizes: Sequence[Sizes], batch_size: int) -> dict[str, list[list[Sizes]]]:
+    """The batches of an epoch, by how they are put together."""
     generator = torch.Generator().manual_seed(0)
     lengths = [sum(of_one) for of_one in sizes]
     budget = max(math.ceil(sum(lengths) * batch_size / len(lengths)), max(lengths), 1)
@@ -121,9 +147,9 @@ def audit_sizes(sizes: Sequence[Sizes], work: ModelWork, batch_size: int) -> lis
         "plain": torch.randperm(len(sizes), generator=generator).tolist(),
         "grouped by length": get_length_grouped_indices(of_sources, batch_size, generator=generator),
     }
-    batchings = {name: list(_in_batches(order, batch_size)) for name, order in orders.items()}
-    batchings[f"budget of {budget:,} tokens"] = list(TokenBudgetBatchSampler(lengths, budget))
-    return [_batching(name, [[sizes[k] for k in batch] for batch in found], work) for name, found in batchings.items()]
+    epochs = {name: list(_in_batches(order, batch_size)) for name, order in orders.items()}
+    epochs[f"budget of {budget:,} tokens"] = list(TokenBudgetBatchSampler(lengths, budget))
+    return {name: [[sizes[k] for k in batch] for batch in batches] for name, batches in epochs.items()}
 
 
 def _batching(name: str, batches: list[list[Sizes]], work: ModelWork) -> Batching:
@@ -150,6 +176,80 @@ def _in_batches(order: list[int], batch_size: int) -> Iterator[list[int]]:
     places = iter(order)
     while batch := list(islice(places, batch_size)):
         yield batch
+
+
+# --- Times -----------------------------------------------------------------------------------------------------------
+
+
+def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[float]:
+    """
+    How many times as fast a step of training is with lengths as on padded rows, timed on this machine.
+
+    Rows are the stock model's. A step is forward, backward and AdamW; the models have random weights, and no head.
+    Steps of both take turns, on some batches of each kind.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Of the stock model.
+        sizes (`list[tuple[int, ...]]`): Tokens of each example, and of an encoder-decoder those of its target.
+        batch_size (`int`): Examples of a batch.
+
+    Returns:
+        `list[float]`: For each of the batchings of [`audit_sizes`].
+
+    Raises:
+        ValueError: The model cannot be converted.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    stock = AutoModel.from_config(config)
+    models = [model.to(device).train() for model in (stock, from_transformers(stock))]
+    steps = [partial(_seconds_of_step, model, torch.optim.AdamW(model.parameters(), lr=1e-6)) for model in models]
+    return [
+        _speedup(steps, [_inputs(batch, config.vocab_size, device) for batch in _spread(batches)])
+        for batches in _epochs(sizes, batch_size).values()
+    ]
+
+
+def _speedup(steps: list[Callable[[Inputs], float]], batches: list[tuple[Inputs, Inputs]]) -> float:
+    seconds = [0.0, 0.0]
+    for inputs in batches:
+        rounds = [[step(of_model) for step, of_model in zip(steps, inputs, strict=True)] for _ in range(1 + REPEATS)]
+        for k, of_model in enumerate(zip(*rounds[1:], strict=True)):  # the first round warms up
+            seconds[k] += median(of_model)
+    return seconds[0] / seconds[1]
+
+
+def _seconds_of_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs) -> float:
+    device = inputs["input_ids"].device
+    synchronize(device)
+    start = time.perf_counter()
+    model(**inputs).last_hidden_state.float().square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _inputs(batch: list[Sizes], vocab_size: int, device: torch.device) -> tuple[Inputs, Inputs]:
+    """Random tokens of these sizes, in rows with an attention mask and with lengths."""
+    generator = torch.Generator().manual_seed(0)
+    padded, with_lengths = {}, {}
+    for names, sizes in zip(NAMES, zip(*batch, strict=True), strict=False):
+        ids, attention_mask, lengths = names
+        rows = torch.randint(vocab_size, (len(batch), max(sizes)), generator=generator)
+        counts = torch.tensor(sizes)
+        padded |= {ids: rows, attention_mask: (torch.arange(max(sizes)) < counts[:, None]).long()}
+        with_lengths |= {ids: rows, lengths: counts}
+    return _on(padded, device), _on(with_lengths, device)
+
+
+def _on(inputs: Inputs, device: torch.device) -> Inputs:
+    return {name: values.to(device) for name, values in inputs.items()}
+
+
+def _spread(batches: list[Any]) -> list[Any]:
+    """Some of them, from the first to the last."""
+    places = torch.linspace(0, len(batches) - 1, min(TIMED_BATCHES, len(batches))).long()
+    return [batches[k] for k in places.tolist()]
 
 
 # --- Tokens ----------------------------------------------------------------------------------------------------------

@@ -266,20 +266,25 @@ def audit(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens at which texts are cut off.", show_default="what the model takes")
     ] = None,
+    time: Annotated[bool, typer.Option("--time", help="Also time steps of training on this machine.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also draw the histogram into this PNG.")] = None,
 ) -> None:
     """Show the lengths of a data set, the padding of its batches, and how much faster lengths are than padded rows."""
     with _one_line_errors():
-        found = audit_dataset(read_dataset(dataset, split), model, batch_size, column or (), target, max_length)
+        rows = read_dataset(dataset, split)
+        found = audit_dataset(rows, model, batch_size, column or (), target, max_length, with_times=time)
         console = Console(highlight=False)
         for name, lengths in zip(SIDES, zip(*found.sizes, strict=True), strict=False):
             _print_histogram(console, name, lengths)
         if found.truncated:
             console.print(f"Examples that were cut off: {found.truncated:,}\n")
         table = Table("batches", "steps", "tokens, mean", "tokens, most", "padding", "speed-up, at best")
-        for batching in found.batchings:
+        if time:
+            table.add_column("speed-up, timed")
+        for batching, *timed in zip(found.batchings, *[found.timed] * time, strict=True):
             name, steps, mean, most, padding, speedup = batching
-            table.add_row(name, f"{steps:,}", f"{mean:,.0f}", f"{most:,}", f"{padding:.1%}", f"{speedup:.2f}")
+            cells = [f"{steps:,}", f"{mean:,.0f}", f"{most:,}", f"{padding:.1%}", f"{speedup:.2f}"]
+            table.add_row(name, *cells, *(f"{ratio:.2f}" for ratio in timed))
         console.print(table)
         if output is not None:
             plot_lengths(dict(zip(SIDES, zip(*found.sizes, strict=True), strict=False))).savefig(output, dpi=160)

@@ -10,11 +10,12 @@ from datasets import Dataset, config
 from matplotlib import image, pyplot
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import BartConfig, BertConfig, PreTrainedTokenizerFast
+from transformers import BartConfig, BertConfig, PreTrainedTokenizerFast, T5Config
 from typer.testing import CliRunner
 
 import command
 from benchmark import flops
+from hf_dynmask import audit
 from hf_dynmask.audit import Bin, audit_dataset, audit_sizes, histogram
 from hf_dynmask.cli import app
 from hf_dynmask.plotting import plot_lengths
@@ -230,6 +231,48 @@ def test_what_is_shown(model, tmp_path):
     assert lines[-1] == f"wrote {picture}"
     assert min(image.imread(picture).shape[:2]) >= 600
     pyplot.close("all")
+
+
+# --- Times -----------------------------------------------------------------------------------------------------------
+
+
+def places(model, optimizer, inputs):
+    """In place of seconds: what a step computes."""
+    lengths = [inputs[name] for name in ("lengths", "decoder_lengths") if name in inputs]
+    masks = [inputs[name] for name in ("attention_mask", "decoder_attention_mask") if name in inputs]
+    assert all((mask.cummin(-1).values == mask).all() for mask in masks)
+    return sum(of_side.sum().item() for of_side in lengths) or sum(mask.numel() for mask in masks)
+
+
+@pytest.mark.parametrize("configuration, sides", [(BERT, 1), (BartConfig(**BART), 2)], ids=["bert", "bart"])
+def test_times(configuration, sides, monkeypatch):
+    """No epoch has more than four batches here, so that all of them are timed."""
+    sizes = [(length,) * sides for length in LENGTHS]
+    real = audit.time_speedups(configuration, sizes, 3)
+    assert len(real) == 3 and min(real) > 0
+    monkeypatch.setattr(audit, "_seconds_of_step", places)
+    expected = [1 / (1 - found.padding) for found in audit_sizes(sizes, config_work(configuration), 3)]
+    assert audit.time_speedups(configuration, sizes, 3) == pytest.approx(expected)
+
+
+def test_times_of_a_model_that_cannot_be_converted(tmp_path):
+    model = save(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=5), tmp_path / "model")
+    data = Dataset.from_dict({"text": TEXTS, "other": TEXTS})
+    with pytest.raises(ValueError, match="`model_type` must be one of 'bart', .*; got 't5'"):
+        audit_dataset(data, model, 2, ["text"], "other", max_length=8, with_times=True)
+
+
+def test_times_are_printed(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "_seconds_of_step", places)
+    (tmp_path / "data.txt").write_text("\n".join(TEXTS))
+    result = run(tmp_path / "data.txt", "--model", model, "--time")
+    header, plain = (line for line in result.stdout.splitlines() if "batches" in line or "plain" in line)
+    assert header.split("┃")[-2].strip() == "speed-up, timed"
+    padding = audit_dataset(Dataset.from_dict({"text": TEXTS}), model, 4).batchings[0].padding
+    assert plain.split("│")[-2].strip() == f"{1 / (1 - padding):.2f}"
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 def test_files_of_another_format(model, tmp_path):

@@ -343,15 +343,16 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     seconds = []
     with torch.no_grad():
         for _ in range(6):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             torch.mm(matrix, matrix)
-            _synchronize(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds[1:])
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done its work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
