@@ -17,7 +17,9 @@ Methods to compute texts of different lengths, without dropout, forward and forw
                encoder-decoder)
     floor      the stock model without a mask on rows of one length, as many tokens in all: nothing is wasted here
 
-and one attention layer with a window at 8,192 tokens, against `scaled_dot_product_attention` with the mask as a matrix.
+one attention layer with a window at 8,192 tokens, against `scaled_dot_product_attention` with the mask as a matrix; and
+steps of training on heavy-tailed lengths, in batches of a fixed number of examples against batches with a budget of
+tokens, as many as the largest of the others holds.
 
 The runs take turns, and a time is the median over the repeats. Work is counted in floating-point operations:
 `2 * weights * tokens + 4 * layers * hidden_size * pairs` forward, three times that with backward (weights: of the
@@ -55,7 +57,7 @@ from transformers import (
 )
 
 from common import Results, describe_environment, parse_arguments, table, write_json
-from hf_dynmask import SequenceLayout, dynmask_attention, from_transformers, masks
+from hf_dynmask import SequenceLayout, TokenBudgetBatchSampler, dynmask_attention, from_transformers, masks
 from samples import resolve_dataset, resolve_model
 
 Job = Callable[[], object]  # does some work; what it returns is freed after the clock has stopped
@@ -107,6 +109,8 @@ MASK = "causal & window(255, 0)"
 MASK_HEADS, MASK_HEAD_DIM = 12, 32
 MASK_TOKENS = 8192
 MASK_MEMORY_TOKENS = (2048, 4096, 8192, 16384)
+BUDGET_LENGTHS = "heavy-tailed"
+BUDGET_BATCHES = 16
 
 
 # --- Lengths ---------------------------------------------------------------------------------------------------------
@@ -193,6 +197,12 @@ def main(arguments: list[str] | None = None) -> None:
             benchmark_mask(dtype, name, options.repeats, device)
             for dtype in tqdm(options.dtypes, desc=MASK)
             for name in PASSES
+        ],
+        "budget": [
+            benchmark_budget(shape, dtype, options, device)
+            for shape in options.shapes
+            if BUDGET_LENGTHS in (options.lengths or SHAPES[shape].lengths)
+            for dtype in tqdm(options.dtypes, desc="token budget")
         ],
     }
     write_json(Path(options.output), results)
@@ -438,6 +448,48 @@ def run_attention(attend: Callable[..., Tensor], states: Sequence[Tensor]) -> ob
     return torch.autograd.grad(output, states, torch.ones_like(output)) if output.requires_grad else output
 
 
+# --- Batches by a budget of tokens -----------------------------------------------------------------------------------
+
+
+def benchmark_budget(shape: str, dtype: str, options: BenchmarkArguments, device: torch.device) -> Results:
+    """Time and memory of an epoch of training steps, the optimizer's among them, on both kinds of batches."""
+    _, model = make_models(shape, dtype, device)
+    lengths = LENGTHS[BUDGET_LENGTHS](options.batch_size * BUDGET_BATCHES)
+    tokens = [sum(of_one) for of_one in lengths]
+    fixed = _groups(range(len(lengths)), options.batch_size)
+    max_tokens = max(sum(tokens[k] for k in batch) for batch in fixed)
+    methods = {"fixed": fixed, "budget": list(TokenBudgetBatchSampler(tokens, max_tokens))}
+    examples = [_example(of_one, model.config) for of_one in lengths]
+    batches = {
+        method: [
+            _on(_with_lengths(_padded([examples[k] for k in batch]), model.config), device) for batch in methods[method]
+        ]
+        for method in methods
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    jobs = {method: [partial(train_epoch, model, optimizer, batches[method])] for method in methods}
+    seconds = time_in_turns(jobs, options.repeats, device)
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "examples": len(lengths),
+        "max_tokens": max_tokens,
+        "steps": {method: len(batches[method]) for method in methods},
+        "seconds": seconds,
+        "real_tokens_per_second": {method: sum(tokens) / seconds[method] for method in methods},
+        "peak_mib": {method: peak_memory(jobs[method], device) for method in methods},
+        "speedup": seconds["fixed"] / seconds["budget"],
+    }
+
+
+def train_epoch(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> None:
+    model.train()
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 # --- Measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -497,7 +549,10 @@ def _peak_resident() -> int:
 def report(results: Results) -> str:
     """The figures as tables in Markdown, headed by what they were measured on."""
     environment = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
-    return "\n\n".join([environment, *_model_tables(results["models"]), _mask_table(results["mask"])])
+    tables = [*_model_tables(results["models"]), _mask_table(results["mask"])]
+    if results["budget"]:
+        tables.append(_budget_table(results["budget"]))
+    return "\n\n".join([environment, *tables])
 
 
 def _model_tables(records: list[Results]) -> list[str]:
@@ -547,6 +602,19 @@ def _mask_table(records: list[Results]) -> str:
         for record in records
     ]
     return table(["mask", "dtype", "pass", *times, *(f"dynmask MiB at {count}" for count in tokens)], rows, names=3)
+
+
+def _budget_table(records: list[Results]) -> str:
+    rows = [
+        [record["shape"], record["dtype"], f"{record['max_tokens']:,}"]
+        + [f"{record['steps'][method]}" for method in ("fixed", "budget")]
+        + [f"{record['real_tokens_per_second'][method]:,.0f}" for method in ("fixed", "budget")]
+        + [_cell(record["peak_mib"][method], ",.0f") for method in ("fixed", "budget")]
+        + [f"{record['speedup']:.2f}"]
+        for record in records
+    ]
+    header = [f"{method} {what}" for what in ("steps", "tokens/s", "MiB") for method in ("fixed", "budget")]
+    return table(["shape", "dtype", "largest batch", *header, "speed-up"], rows, names=2)
 
 
 def _cell(value: float | None, form: str) -> str:

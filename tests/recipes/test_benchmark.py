@@ -15,6 +15,7 @@ SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
 SMALLER = {"bart": {"d_model": 16} | {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in SIDES.items()}}
 PAIRS = [(3, 2), (9, 4), (1, 6), (7, 1)]
 CPU = torch.device("cpu")
+LENGTHS = ["uniform", "heavy-tailed", "equal"]
 METHODS = ["padded", "sorted", "dynmask", "floor", "flat"]
 
 
@@ -35,14 +36,14 @@ def numbers(value):
 
 def test_run(tiny, tmp_path, capsys):
     output = tmp_path / "new" / "benchmark.json"
-    options = ["--lengths", "uniform", "equal", "--batch_size", "2", "--batches", "2", "--repeats", "1"]
+    options = ["--lengths", *LENGTHS, "--batch_size", "2", "--batches", "2", "--repeats", "1"]
     benchmark.main([*options, "--output", str(output)])
     results = json.loads(output.read_text())
     printed = capsys.readouterr().out
 
     cells = [tuple(record[key] for key in ("dtype", "lengths", "pass")) for record in results["models"]]
     passes = ["forward", "forward+backward"]
-    assert cells == [(d, n, p) for d in ("float32", "bfloat16") for n in ("uniform", "equal") for p in passes]
+    assert cells == [(d, n, p) for d in ("float32", "bfloat16") for n in LENGTHS for p in passes]
     assert [(record["dtype"], record["pass"]) for record in results["mask"]] == [
         (d, p) for d in ("float32", "bfloat16") for p in passes
     ]
@@ -59,6 +60,10 @@ def test_run(tiny, tmp_path, capsys):
             assert (record["padding_share"], record["ideal_speedup"]) == (0, 1)
         else:
             assert record["ideal_speedup"] > 1 / (1 - record["padding_share"]) > 1
+    assert [record["dtype"] for record in results["budget"]] == ["float32", "bfloat16"]
+    for record in results["budget"]:
+        assert record["speedup"] == record["seconds"]["fixed"] / record["seconds"]["budget"]
+        assert record["steps"]["fixed"] == benchmark.BUDGET_BATCHES >= record["steps"]["budget"]
     assert printed.strip() == benchmark.report(results)
     assert f"torch {torch.__version__}" in printed
     assert f"threads {torch.get_num_threads()}" in printed
