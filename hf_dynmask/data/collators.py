@@ -108,6 +108,9 @@ class DataCollatorWithLengths(CollatorWithLengths):
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
         label_pad_token_id (`int`, *optional*, defaults to -100):
             Label of the absent tokens of a row; losses in PyTorch ignore -100.
+        return_position_ids (`bool`, *optional*, defaults to `False`):
+            Give `position_ids` too, from 0 on in each sequence. The models count for themselves; TRL's `SFTTrainer`
+            wants to see them.
 
     Returns:
         `dict[str, Tensor]`:
@@ -137,11 +140,14 @@ class DataCollatorWithLengths(CollatorWithLengths):
     tokenizer: PreTrainedTokenizerBase
     flat: bool = False
     label_pad_token_id: int = -100
+    return_position_ids: bool = False
 
     main: ClassVar[str] = "input_ids"
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(features)
+        if self.return_position_ids and "position_ids" not in batch:
+            batch["position_ids"] = self._join("position_ids", [torch.arange(n) for n in batch["lengths"].tolist()])
         if "labels" not in batch and all(name in batch for name in ANSWER):
             batch["labels"] = _countable(batch)
         return batch

@@ -283,6 +283,16 @@ def test_pickle(rows):
     assert_equal(pickle.loads(pickle.dumps(rows))(features), **rows(features))
 
 
+@pytest.mark.parametrize(
+    "flat, expected", [(False, [[0, 1, 2], [0, 0, 0]]), (True, [[0, 1, 2, 0]])], ids=["rows", "flat"]
+)
+def test_position_ids(flat, expected):
+    collate = DataCollatorWithLengths(make_tokenizer(pad_token="[PAD]"), flat=flat, return_position_ids=True)
+    assert collate(ids([5, 6, 7], [8]))["position_ids"].tolist() == expected
+    own = [{"input_ids": [5, 6], "position_ids": [3, 4]}]
+    assert collate(own)["position_ids"].tolist() == [[3, 4]]
+
+
 class MeanOfEmbeddings(torch.nn.Module):
     """A classifier that reads `lengths`, in rows and flat."""
 
