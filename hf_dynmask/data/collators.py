@@ -17,6 +17,23 @@ from ..modeling_dynmask_seq2seq import DynMaskSeq2SeqPreTrainedModel
 
 Columns = dict[str, list[Tensor]]  # one tensor an example
 ANSWER = ("start_positions", "end_positions")
+MAIN_COLUMNS = ("input_ids", "input_features")
+
+
+class FlatBatch(dict[str, Any]):
+    """A batch whose sequences stand end to end in one row, which cannot be split. Accelerate makes the parts of a batch
+    anew, by their class, when one process collates for all."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for name in MAIN_COLUMNS:
+            rows = self[name].shape[0] if isinstance(self.get(name), Tensor) else 1
+            if rows != 1:
+                raise ValueError(
+                    f"`{name}` of a flat batch must have 1 row, which cannot be split or joined; got {rows}. Collate "
+                    "with `flat=False`, or let each process collate its own batches: `dispatch_batches=False` in "
+                    "`accelerator_config`"
+                )
 
 
 class CollatorWithLengths(ABC):
@@ -35,7 +52,7 @@ class CollatorWithLengths(ABC):
         batch = {self.main: self._join(self.main, columns.pop(self.main)), "lengths": lengths}
         for name, values in columns.items():
             batch[name] = self._join(name, values) if name in per_token else self._stack(name, values)
-        return batch
+        return FlatBatch(batch) if self.flat else batch
 
     def _columns(self, features: Sequence[Mapping[str, Any]]) -> Columns:
         """The numbers in the examples, checked, under the names that models give them."""
@@ -105,7 +122,9 @@ class DataCollatorWithLengths(CollatorWithLengths):
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
-        flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
+        flat (`bool`, *optional*, defaults to `False`):
+            Put all sequences end to end in one row, without padding. Such a batch is for one device: `dispatch_batches`
+            of Accelerate and [`~torch.nn.DataParallel`] cannot split it.
         label_pad_token_id (`int`, *optional*, defaults to -100):
             Label of the absent tokens of a row; losses in PyTorch ignore -100.
         return_position_ids (`bool`, *optional*, defaults to `False`):
@@ -293,7 +312,9 @@ class DataCollatorForSeq2SeqWithLengths:
             for feature in features
         ]
         batch = self._source_collator(sources)(sources)
-        return batch | self._target(targets) if any(targets) else batch
+        if any(targets):
+            batch.update(self._target(targets))
+        return batch
 
     def _source_collator(self, sources: Sequence[Mapping[str, Any]]) -> CollatorWithLengths:
         if any("input_features" in source for source in sources):

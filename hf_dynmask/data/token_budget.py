@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Sampler
 
-from .collators import _columns, _per_token
+from .collators import MAIN_COLUMNS, _columns, _per_token
 
 logger = getLogger(__name__)
 
 Step = list[list[int]]  # indices of the examples in the batch of each process
 
-MAIN_COLUMNS = ("input_ids", "input_features")
 # Lengths are multiplied by random numbers of up to this before they are sorted. The first that fits the budget is
 # taken, and 1, examples strictly by length, always does: the number of steps is chosen so.
 JITTERS = (1.25, 1.1, 1.0)
