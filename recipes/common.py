@@ -170,14 +170,21 @@ def compare(
     reloaded = auto_class.from_pretrained(training.output_dir)
     check_reloaded(make_trainer(reloaded, collator, training), metrics[0], runs[first][metrics[0]])
     for name, (model, collator) in others:
-        apart = copy.copy(training)
-        apart.output_dir = str(Path(str(training.output_dir), name))
+        apart = with_settings(training, output_dir=str(Path(str(training.output_dir), name)))
         runs[name] = train_and_evaluate(make_trainer(model, collator, apart), *metrics)
     return {
         "runs": runs,
         "padding_share": padding_share(trainer.get_train_dataloader()),
         "environment": describe_environment(training.device),
     }
+
+
+def with_settings(training: TrainingArguments, **settings: Any) -> TrainingArguments:
+    """The same arguments but for some fields. They are not checked anew."""
+    changed = copy.copy(training)
+    for name, value in settings.items():
+        setattr(changed, name, value)
+    return changed
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -331,16 +338,20 @@ def write_json(path: Path, results: Results) -> None:
 
 
 def report(results: Results, card: ModelCard, training: TrainingArguments, model_card_dir: str | None) -> None:
-    """Results and card beside the model, and under the recipe's name among the model cards; a summary on the screen."""
+    """What [`save_report`] writes; a summary on the screen."""
     if training.process_index > 0:
         return
-    output_dir = str(training.output_dir)
+    save_report(results, card, str(training.output_dir), model_card_dir)
+    print(summary(results))
+
+
+def save_report(results: Results, card: ModelCard, output_dir: str, model_card_dir: str | None) -> None:
+    """Results and card beside the model, and under the recipe's name among the model cards."""
     write_json(Path(output_dir, "results.json"), results)
     card.save(Path(output_dir, "README.md"))
     if model_card_dir is not None:
         write_json(Path(model_card_dir, f"{results['recipe']}.json"), results)
         card.save(Path(model_card_dir, f"{results['recipe']}.md"))
-    print(summary(results))
 
 
 def summary(results: Results) -> str:
@@ -404,10 +415,7 @@ def model_card(results: Results, title: str, usage: str) -> ModelCard:
         model_name=results["recipe"],
         eval_results=[measured],
     )
-    return ModelCard(f"""---
-{metadata.to_yaml()}
----
-
+    text = f"""
 # {title}
 
 `{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`. Its batches carried lengths, and
@@ -424,11 +432,30 @@ After {dataset["rows"]["train"]:,} rows of training data, on {dataset["rows"]["t
 ```python
 {usage.strip()}
 ```
+"""
+    return assemble_card(metadata, text, [model, dataset], results)
+
+
+def assemble_card(metadata: ModelCardData, text: str, sources: Iterable[Results], results: Results) -> ModelCard:
+    """
+    A card that ends with what a run was made of.
+
+    Args:
+        metadata ([`~huggingface_hub.ModelCardData`]): What stands on top of it.
+        text (`str`): What it has to say, in Markdown.
+        sources (`list[dict]`): Models and data sets, as [`describe_source`] gives them.
+        results (`dict`): Has `training` and `environment`.
+    """
+    in_words = "\n".join(map(_in_words, sources))
+    return ModelCard(f"""---
+{metadata.to_yaml()}
+---
+
+{text.strip()}
 
 ## Model and data
 
-{_in_words(model)}
-{_in_words(dataset)}
+{in_words}
 
 ## Training
 

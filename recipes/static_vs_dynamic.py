@@ -1,0 +1,316 @@
+"""
+Measures whether dynamic masking is better than static masking, on small new models and several seeds:
+
+    padding    film reviews are classified on rows that are filled up to one fixed size, against rows with lengths
+    targets    a masked language model learns targets that were drawn once, or ten times, against targets drawn anew in
+               each epoch, and is then fine-tuned to classify film reviews
+    masks      a language model learns under one mask, against a window that widens in the course of training
+
+    python recipes/static_vs_dynamic.py
+
+The seeds are `--seed` and those that follow it. All variants of a part have the same seeds, and so the same weights at
+first and the same order of examples. One part alone, on more seeds:
+
+    python recipes/static_vs_dynamic.py --parts targets --num_seeds 5
+
+Other options of `TrainingArguments` apply to every part; `--num_train_epochs` counts those of the classifiers. Results,
+model card and figure go to `--output_dir`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import log
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard, ModelCardData
+from tokenizers import BertWordPieceTokenizer
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+import causal_lm
+import masked_lm
+import sequence_classification
+from common import (
+    Collator,
+    Results,
+    assemble_card,
+    check_texts,
+    describe_environment,
+    describe_source,
+    describe_training,
+    dropout_of,
+    load_columns,
+    load_texts,
+    names_of,
+    parse_arguments,
+    save_report,
+    train_and_evaluate,
+    with_settings,
+)
+from hf_dynmask import (
+    DataCollatorForDynamicMasking,
+    DataCollatorWithLengths,
+    DynMaskPreTrainedModel,
+    MaskSchedule,
+    from_transformers,
+    to_transformers,
+)
+from sequence_classification import encode_labels, load_classifier
+from variants import CONFIDENCE, Measured, Variants, draw, measure, summarize
+
+FINAL_MASK = "causal"
+WIDENING = {0: "causal & window(31, 0)", 0.4: "causal & window(127, 0)", 0.8: FINAL_MASK}
+PARTS = {
+    "padding": "A new model learns to classify. `fixed size`: the stock BERT, all rows of `max_length`; `longest of "
+    "batch`: the same, rows filled up to the longest of their batch; `lengths`: our model, nothing filled up.",
+    "targets": "A new masked language model learns for `target_epochs` (`seconds`) and is fine-tuned to classify. Its "
+    "targets are `drawn once`, `drawn ten times` (BERT: the epochs take turns) or `drawn in each epoch` (RoBERTa). The "
+    "loss is that of targets in held-out texts, the same for all three.",
+    "masks": f"A new language model learns and is evaluated. `fixed`: under the mask `{FINAL_MASK}`; `widening`: under "
+    + ", ".join(f"`{mask}` from {start:.0%} of the steps on" for start, mask in WIDENING.items())
+    + ".",
+}
+FIGURE = "static_vs_dynamic.png"
+DEFAULTS = {
+    "output_dir": "outputs/static_vs_dynamic",
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "logging_steps": 100,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+
+
+@dataclass
+class RecipeArguments:
+    parts: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": "What to measure.", "choices": list(PARTS)}
+    )
+    num_seeds: int = field(default=3, metadata={"help": "Trainings of each variant, at least 2."})
+    dataset: str = field(
+        default="sample:reviews",
+        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `label`."},
+    )
+    documents: str = field(
+        default="sample:wikitext",
+        metadata={"help": "Of `masks`: a Hub id, a csv, json, parquet or text file or a sample, with column `text`."},
+    )
+    hidden_size: int = field(default=128, metadata={"help": "Of the new models."})
+    num_layers: int = field(default=2, metadata={"help": "Of the new models."})
+    vocab_size: int = field(default=2000, metadata={"help": "Tokens that are learned from the training data."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a review, and of all rows of fixed size."})
+    dropout: float = field(
+        default=0.1, metadata={"help": "Of `targets`. The others have none: their variants follow one course."}
+    )
+    target_rows: int = field(default=1000, metadata={"help": "Reviews that `targets` learns from, at most."})
+    target_epochs: int = field(default=40, metadata={"help": "Of masked language modeling."})
+    document_rows: int = field(default=600, metadata={"help": "Documents of `masks`, at most; as many held out."})
+    document_length: int = field(default=1024, metadata={"help": "Tokens of a document; longer ones are cut."})
+    document_batch_size: int = field(default=4, metadata={"help": "Documents in a batch."})
+    document_epochs: int = field(default=2, metadata={"help": "Of the language model."})
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results, figure and model card."}
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
+    if recipe.num_seeds < 2:
+        raise ValueError(f"`num_seeds` must be at least 2, to tell a difference from chance; got {recipe.num_seeds}")
+    seeds = range(training.seed, training.seed + recipe.num_seeds)
+
+    sources = [recipe.documents if part == "masks" else recipe.dataset for part in recipe.parts]
+    results = {
+        "recipe": "static_vs_dynamic",
+        "model": {"name": f"new models, {recipe.num_layers} layers of {recipe.hidden_size}"},
+        "datasets": [describe_source(source) for source in dict.fromkeys(sources)],
+        "training": describe_training(training)
+        | {name: value for name, value in asdict(recipe).items() if name != "model_card_dir"},
+        "parts": {part: measure(VARIANTS[part](recipe), training, seeds) for part in recipe.parts},
+        "environment": describe_environment(training.device),
+    }
+    if training.process_index == 0:
+        save_report(results, make_card(results), str(training.output_dir), recipe.model_card_dir)
+        for folder in filter(None, (training.output_dir, recipe.model_card_dir)):
+            draw(list(results["parts"].values())).savefig(Path(folder, FIGURE))
+        print(summary(results))
+
+
+# --- Padding and targets ---------------------------------------------------------------------------------------------
+
+
+class Reviews(NamedTuple):
+    """Examples with `input_ids` and `label`, a tokenizer that was made for them, and the names of the labels."""
+
+    data: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    labels: list[str]
+
+
+def load_reviews(recipe: RecipeArguments) -> Reviews:
+    data = encode_labels(load_columns(recipe.dataset, "text", "label"))
+    check_texts(data, "text")
+    pieces = BertWordPieceTokenizer()
+    pieces.train_from_iterator(iter(data["train"]["text"]), recipe.vocab_size, show_progress=False)
+    tokenizer = BertTokenizer(pieces.get_vocab())
+
+    def tokenize(rows: dict[str, list[str]]) -> dict[str, Any]:
+        return {"input_ids": tokenizer(rows["text"], truncation=True, max_length=recipe.max_length)["input_ids"]}
+
+    labels = data["train"].features["label"].names
+    return Reviews(data.map(tokenize, batched=True, remove_columns="text"), tokenizer, labels)
+
+
+def new_model(auto_class: Any, recipe: RecipeArguments, reviews: Reviews, dropout: float) -> DynMaskPreTrainedModel:
+    """Like BERT, with random weights."""
+    config = BertConfig(
+        vocab_size=len(reviews.tokenizer),
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=max(1, recipe.hidden_size // 64),
+        intermediate_size=4 * recipe.hidden_size,
+        max_position_embeddings=recipe.max_length,
+        initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
+        **dropout_of(dropout),
+        **names_of(reviews.labels),
+    )
+    return from_transformers(auto_class.from_config(config))
+
+
+def padding_variants(recipe: RecipeArguments) -> Variants:
+    reviews = load_reviews(recipe)
+
+    def train(collator: Collator, stock: bool, training: TrainingArguments) -> Measured:
+        model = new_model(AutoModelForSequenceClassification, recipe, reviews, dropout=0.0)
+        return train_classifier(to_transformers(model) if stock else model, collator, training, reviews)
+
+    tokenizer = reviews.tokenizer
+    fixed = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=recipe.max_length)
+    return {
+        "fixed size": partial(train, fixed, True),
+        "longest of batch": partial(train, DataCollatorWithPadding(tokenizer), True),
+        "lengths": partial(train, DataCollatorWithLengths(tokenizer), False),
+    }
+
+
+def train_classifier(model: Any, collator: Collator, training: TrainingArguments, reviews: Reviews) -> Measured:
+    trainer = sequence_classification.make_trainer(model, collator, training, reviews.data, reviews.tokenizer)
+    run = train_and_evaluate(trainer, "accuracy")
+    return {"accuracy": run["accuracy"], "seconds": run["train_seconds"]}
+
+
+def target_variants(recipe: RecipeArguments) -> Variants:
+    reviews = load_reviews(recipe)
+    reviews.data["train"] = some(reviews.data["train"], recipe.target_rows)
+
+    def train(drawing: dict[str, Any], training: TrainingArguments) -> Measured:
+        model = new_model(AutoModelForMaskedLM, recipe, reviews, recipe.dropout)
+        collator = DataCollatorForDynamicMasking(reviews.tokenizer, seed=training.seed, **drawing)
+        folder = str(Path(str(training.output_dir), "pretrained"))
+        pretraining = with_settings(training, output_dir=folder, num_train_epochs=recipe.target_epochs)
+        trainer = masked_lm.make_trainer(model, collator, pretraining, reviews.data, reviews.tokenizer)
+        pretrained = train_and_evaluate(trainer, "perplexity")
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        set_seed(training.seed)  # the same new weights of the classifier for all
+        classifier = load_classifier(folder, reviews.labels, recipe.dropout)
+        tuned = train_classifier(classifier, DataCollatorWithLengths(reviews.tokenizer), training, reviews)
+        return {
+            "held-out loss": log(pretrained["perplexity"]),
+            "accuracy": tuned["accuracy"],
+            "seconds": pretrained["train_seconds"],
+        }
+
+    return {
+        "drawn once": partial(train, {"dynamic": False}),
+        "drawn ten times": partial(train, {"dynamic": False, "copies": 10}),
+        "drawn in each epoch": partial(train, {}),
+    }
+
+
+# --- Masks -----------------------------------------------------------------------------------------------------------
+
+
+def mask_variants(recipe: RecipeArguments) -> Variants:
+    sizes = causal_lm.RecipeArguments(
+        mask=FINAL_MASK,
+        max_length=recipe.document_length,
+        hidden_size=recipe.hidden_size,
+        num_layers=recipe.num_layers,
+    )
+    texts = {name: some(rows, recipe.document_rows) for name, rows in load_texts(recipe.documents, "text").items()}
+    tokenizer = causal_lm.new_tokenizer(texts["train"]["text"], recipe.vocab_size)
+    data = DatasetDict({name: causal_lm.tokenize(rows, tokenizer, sizes.max_length) for name, rows in texts.items()})
+
+    def train(masks: dict[float, str], training: TrainingArguments) -> Measured:
+        model = causal_lm.new_model(sizes, tokenizer)
+        collator = DataCollatorWithLengths(tokenizer, flat=True)
+        training = with_settings(training, num_train_epochs=recipe.document_epochs)
+        training.per_device_train_batch_size = training.per_device_eval_batch_size = recipe.document_batch_size
+        trainer = causal_lm.make_trainer(model, collator, training, data, tokenizer)
+        trainer.add_callback(MaskSchedule(masks))
+        run = train_and_evaluate(trainer, "perplexity")
+        return {"perplexity": run["perplexity"], "seconds": run["train_seconds"]}
+
+    return {"fixed": partial(train, {0: FINAL_MASK}), "widening": partial(train, WIDENING)}
+
+
+def some(rows: Dataset, count: int) -> Dataset:
+    return rows.shuffle(seed=0).select(range(min(count, len(rows))))
+
+
+VARIANTS = {"padding": padding_variants, "targets": target_variants, "masks": mask_variants}
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def summary(results: Results) -> str:
+    """Of each part what it did and what came out."""
+    parts = results["parts"].items()
+    return "\n\n".join(f"### {part.capitalize()}\n\n{PARTS[part]}\n\n{summarize(runs)}" for part, runs in parts)
+
+
+def make_card(results: Results) -> ModelCard:
+    datasets = results["datasets"]
+    metadata = ModelCardData(
+        library_name="transformers",
+        tags=["hf_dynmask"],
+        datasets=[source["hub_id"] for source in datasets if "hub_id" in source] or None,
+    )
+    text = f"""
+# Static against dynamic masking
+
+Measured by `recipes/static_vs_dynamic.py` on {results["training"]["num_seeds"]} seeds.
+
+## Results
+
+In the tables, `a ± b` is the mean and the standard deviation over the seeds. Below them it is the mean of the
+differences seed by seed and half of its {CONFIDENCE:.0%} confidence interval (Student's t). Each interval stands for
+itself alone: of many comparisons some come out by chance.
+
+{summary(results)}
+
+![Each seed, and the mean and standard deviation of all]({FIGURE})
+"""
+    return assemble_card(metadata, text, [results["model"], *datasets], results)
+
+
+if __name__ == "__main__":
+    main()
