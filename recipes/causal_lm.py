@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from tokenizers import ByteLevelBPETokenizer
@@ -40,6 +39,7 @@ from transformers import (
 
 from common import (
     IGNORED,
+    CommonArguments,
     Contenders,
     Results,
     compare,
@@ -72,11 +72,8 @@ DEFAULTS = {
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
-    "weight_decay": 0.01,
     "adam_beta2": 0.98,
     "logging_steps": 50,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
@@ -88,7 +85,7 @@ writer("The history of", max_new_tokens=40)
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CommonArguments):
     model: str | None = field(
         default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new Llama-like model."}
     )
@@ -102,17 +99,10 @@ class RecipeArguments:
     hidden_size: int = field(default=256, metadata={"help": "Of a new model."})
     num_layers: int = field(default=4, metadata={"help": "Of a new model."})
     eval_rows: int = field(default=400, metadata={"help": "Documents that the model is evaluated on, at most."})
-    baseline: bool = field(
-        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
-    )
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     texts = load_texts(recipe.dataset, "text")
     checkpoint = None if recipe.model is None else resolve_model(recipe.model)

@@ -5,6 +5,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import exp, log
 from pathlib import Path
@@ -54,6 +55,30 @@ RUNS = {
 }
 
 
+TRAINING_DEFAULTS = {
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+
+
+@dataclass(kw_only=True)
+class CommonArguments:
+    """What a recipe that trains a model takes beside what is its own."""
+
+    baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "Also train on padded batches, from the same weights: the stock model, or where there is none the "
+            "same model."
+        },
+    )
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results and model card."}
+    )
+
+
 def parse_arguments(
     classes: Sequence[type], arguments: Sequence[str] | None, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
@@ -63,11 +88,18 @@ def parse_arguments(
     Args:
         classes (`list[type]`): The dataclasses, such as [`~transformers.TrainingArguments`].
         arguments (`list[str]`, *optional*): What to read in place of the command line.
-        defaults (`dict[str, Any]`, *optional*): A recipe's own defaults of fields.
+        defaults (`dict[str, Any]`, *optional*): A recipe's own defaults of fields; those of a training begin as
+            `TRAINING_DEFAULTS`.
     """
     parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: its annotation admits no class
+    if any(issubclass(each, TrainingArguments) for each in classes):
+        parser.set_defaults(**TRAINING_DEFAULTS)
     parser.set_defaults(**defaults or {})
-    return parser.parse_args_into_dataclasses(arguments)
+    parsed = parser.parse_args_into_dataclasses(arguments)
+    for each in parsed:
+        if isinstance(each, TrainingArguments):
+            each.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
+    return parsed
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

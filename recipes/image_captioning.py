@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from common import (
+    CommonArguments,
     Contenders,
     Results,
     best_constant,
@@ -68,12 +69,8 @@ DEFAULTS = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 40,
     "learning_rate": 1e-3,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
     "predict_with_generate": True,
     "logging_steps": 50,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 USAGE = """
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -87,7 +84,7 @@ tokenizer.decode(model.generate(**picture)[0], skip_special_tokens=True)
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CommonArguments):
     dataset: str = field(
         default="sample:pictures", metadata={"help": "A folder of pictures with `metadata.csv`, or a sample."}
     )
@@ -98,10 +95,6 @@ class RecipeArguments:
     hidden_size: int = field(default=192, metadata={"help": "Width of both sides; 64 a head."})
     num_hidden_layers: int = field(default=3, metadata={"help": "Layers of each side."})
     dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
-    baseline: bool = field(default=False, metadata={"help": "Also train the same model on padded batches."})
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -39,6 +39,7 @@ from transformers import (
 
 from common import (
     IGNORED,
+    CommonArguments,
     Contenders,
     Results,
     compare,
@@ -63,11 +64,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "learning_rate": 3e-4,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
     "logging_steps": 25,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
@@ -79,7 +76,7 @@ filler("The river flows into the [MASK].")
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CommonArguments):
     model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
     dataset: str = field(
         default="sample:wikitext",
@@ -92,12 +89,6 @@ class RecipeArguments:
     dropout: float = field(
         default=0.0,
         metadata={"help": "Of hidden states and attention weights; at 0 the two trainings follow one course."},
-    )
-    baseline: bool = field(
-        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
-    )
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
     )
 
 
@@ -117,7 +108,6 @@ class PaddedRows(DataCollatorForDynamicMasking):
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     checkpoint = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

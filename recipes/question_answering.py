@@ -25,7 +25,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from transformers import (
@@ -40,6 +39,7 @@ from transformers import (
 )
 
 from common import (
+    CommonArguments,
     Contenders,
     Results,
     check_texts,
@@ -66,11 +66,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "learning_rate": 2e-4,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
     "logging_steps": 20,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
@@ -86,7 +82,7 @@ tokenizer.decode(inputs["input_ids"][0, first : last + 1])
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CommonArguments):
     model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
     dataset: str = field(
         default="sample:squad",
@@ -96,17 +92,10 @@ class RecipeArguments:
     stride: int = field(default=128, metadata={"help": "Tokens that a window shares with the next."})
     eval_rows: int = field(default=300, metadata={"help": "Questions that the model is evaluated on, at most."})
     dropout: float = field(default=0.0, metadata={"help": "Of hidden states and attention weights."})
-    baseline: bool = field(
-        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
-    )
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     checkpoint = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

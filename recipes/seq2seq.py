@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import DatasetDict
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from common import (
+    CommonArguments,
     Contenders,
     Results,
     compare,
@@ -48,17 +48,13 @@ DEFAULTS = {
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 100,
     "learning_rate": 2e-3,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
     "predict_with_generate": True,
     "logging_steps": 50,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 
 
 @dataclass
-class Seq2SeqArguments:
+class Seq2SeqArguments(CommonArguments):
     """Arguments of these recipes; each states its own data set and lengths."""
 
     dataset: str
@@ -68,12 +64,6 @@ class Seq2SeqArguments:
     hidden_size: int = field(default=128, metadata={"help": f"Width of both sides; {HEAD_SIZE} a head."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Layers of each side."})
     dropout: float = field(default=0.0, metadata={"help": "Of hidden states and attention weights."})
-    baseline: bool = field(
-        default=False, metadata={"help": "Also train the stock model, BART, of the same sizes on padded batches."}
-    )
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +100,6 @@ def run(task: Task, arguments: list[str] | None = None, defaults: dict[str, Any]
     """Trains and evaluates a new model, and writes model, results and model card."""
     defaults = DEFAULTS | {"output_dir": f"outputs/{task.recipe}"} | (defaults or {})
     recipe, training = parse_arguments([task.arguments, Seq2SeqTrainingArguments], arguments, defaults)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     texts = load_texts(recipe.dataset, task.source, task.target)
     tokenizer = train_tokenizer(texts["train"], recipe.vocab_size)

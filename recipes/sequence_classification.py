@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import torch
 from datasets import ClassLabel, DatasetDict, Features
 from huggingface_hub import ModelCard
 from sklearn.metrics import accuracy_score
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from common import (
+    CommonArguments,
     Contenders,
     Results,
     compare,
@@ -60,11 +60,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
     "learning_rate": 1e-4,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
     "logging_steps": 50,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
@@ -76,7 +72,7 @@ classifier("A film to remember.")
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CommonArguments):
     model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
     dataset: str = field(
         default="sample:reviews",
@@ -86,17 +82,10 @@ class RecipeArguments:
         default=0.0,
         metadata={"help": "Of hidden states and attention weights; at 0 the two trainings follow one course."},
     )
-    baseline: bool = field(
-        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
-    )
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     checkpoint = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -30,7 +30,6 @@ from typing import Any
 import jiwer
 import numpy as np
 import soundfile
-import torch
 from datasets import Array2D, DatasetDict, Features, List, Value
 from huggingface_hub import ModelCard
 from scipy.signal import resample_poly
@@ -46,6 +45,7 @@ from transformers import (
 )
 
 from common import (
+    CommonArguments,
     Contenders,
     Results,
     best_constant,
@@ -69,11 +69,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "learning_rate": 1e-3,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
     "logging_steps": 50,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
@@ -87,7 +83,7 @@ recognizer({"raw": sound, "sampling_rate": sampling_rate})
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CommonArguments):
     dataset: str = field(
         default="sample:phrases",
         metadata={"help": "A folder of recordings with `metadata.csv`, or a sample."},
@@ -95,10 +91,6 @@ class RecipeArguments:
     hidden_size: int = field(default=192, metadata={"help": "Width of the encoder; 64 a head."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the encoder."})
     dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
-    baseline: bool = field(default=False, metadata={"help": "Also train the same model on padded batches."})
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,7 +23,6 @@ from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import BertWordPieceTokenizer
@@ -88,11 +87,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
     "learning_rate": 1e-3,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
     "logging_steps": 100,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 
 
@@ -130,7 +125,6 @@ class RecipeArguments:
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
     if recipe.num_seeds < 2:
         raise ValueError(f"`num_seeds` must be at least 2, to tell a difference from chance; got {recipe.num_seeds}")
     seeds = range(training.seed, training.seed + recipe.num_seeds)

@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List
 from huggingface_hub import ModelCard
 from seqeval.metrics import f1_score, precision_score, recall_score
@@ -44,6 +43,7 @@ from transformers import (
 
 from common import (
     IGNORED,
+    CommonArguments,
     Contenders,
     Results,
     compare,
@@ -71,11 +71,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 100,
     "learning_rate": 1e-3,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
     "logging_steps": 100,
-    "save_strategy": "no",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
@@ -87,7 +83,7 @@ tagger("新华社记者兰红光摄")
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CommonArguments):
     model: str | None = field(
         default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new BERT-like model."}
     )
@@ -102,17 +98,10 @@ class RecipeArguments:
         default=0.0,
         metadata={"help": "Of hidden states and attention weights; at 0 the two trainings follow one course."},
     )
-    baseline: bool = field(
-        default=False, metadata={"help": "Also train the stock model on padded batches, from the same weights."}
-    )
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     sentences = load_sentences(recipe.dataset)
     tags = sentences["train"].features["ner_tags"].feature.names
