@@ -103,6 +103,7 @@ class RecipeArguments(CommonArguments):
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     texts = load_texts(recipe.dataset, "text")
     checkpoint = None if recipe.model is None else resolve_model(recipe.model)

@@ -95,11 +95,7 @@ def parse_arguments(
     if any(issubclass(each, TrainingArguments) for each in classes):
         parser.set_defaults(**TRAINING_DEFAULTS)
     parser.set_defaults(**defaults or {})
-    parsed = parser.parse_args_into_dataclasses(arguments)
-    for each in parsed:
-        if isinstance(each, TrainingArguments):
-            each.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
-    return parsed
+    return parser.parse_args_into_dataclasses(arguments)
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class PaddedRows(DataCollatorForDynamicMasking):
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     checkpoint = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

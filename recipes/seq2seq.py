@@ -100,6 +100,7 @@ def run(task: Task, arguments: list[str] | None = None, defaults: dict[str, Any]
     """Trains and evaluates a new model, and writes model, results and model card."""
     defaults = DEFAULTS | {"output_dir": f"outputs/{task.recipe}"} | (defaults or {})
     recipe, training = parse_arguments([task.arguments, Seq2SeqTrainingArguments], arguments, defaults)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     texts = load_texts(recipe.dataset, task.source, task.target)
     tokenizer = train_tokenizer(texts["train"], recipe.vocab_size)

@@ -125,6 +125,7 @@ class RecipeArguments:
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
     if recipe.num_seeds < 2:
         raise ValueError(f"`num_seeds` must be at least 2, to tell a difference from chance; got {recipe.num_seeds}")
     seeds = range(training.seed, training.seed + recipe.num_seeds)

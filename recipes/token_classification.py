@@ -102,6 +102,7 @@ class RecipeArguments(CommonArguments):
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     sentences = load_sentences(recipe.dataset)
     tags = sentences["train"].features["ner_tags"].feature.names
