@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jiwer
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
 
     texts = resolve_files(recipe.dataset).map(lambda row: {"text": normalize(row["text"])})
-    tokenizer = make_tokenizer(texts["train"]["text"], Path(training.output_dir))
+    tokenizer = make_tokenizer(texts["train"]["text"])
     extractor = Speech2TextFeatureExtractor(feature_size=MEL_BINS, num_mel_bins=MEL_BINS)
     data = extract_features(texts, extractor, tokenizer)
 
@@ -140,14 +141,14 @@ def normalize(text: str) -> str:
     return spelt
 
 
-def make_tokenizer(texts: Iterable[str], folder: Path) -> Wav2Vec2CTCTokenizer:
+def make_tokenizer(texts: Iterable[str]) -> Wav2Vec2CTCTokenizer:
     """A token for each character of the texts; `<pad>`, the blank of CTC, is the first."""
     characters = sorted(set("".join(texts)) - {" "})
-    folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {character: i for i, character in enumerate(["<pad>", "<unk>", "|", *characters])}
-    file = folder / "vocab.json"
-    file.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    return Wav2Vec2CTCTokenizer(str(file), bos_token=None, eos_token=None)  # pyright: ignore[reportArgumentType]
+    with TemporaryDirectory() as folder:  # of each process its own
+        file = Path(folder, "vocab.json")
+        file.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        return Wav2Vec2CTCTokenizer(str(file), bos_token=None, eos_token=None)  # pyright: ignore[reportArgumentType]
 
 
 def extract_features(

@@ -178,8 +178,8 @@ def test_nothing_to_spell():
         normalize("…")
 
 
-def test_tokenizer(tmp_path):
-    tokenizer = make_tokenizer(["lo oye", "ñu"], tmp_path)
+def test_tokenizer():
+    tokenizer = make_tokenizer(["lo oye", "ñu"])
     ids = tokenizer("lo oye ñu").input_ids
     assert tokenizer.pad_token_id == 0
     assert len(tokenizer) == len({"<pad>", "<unk>", "|", *"loyeñu"})
