@@ -141,7 +141,7 @@ class DynMaskPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["DynMaskEmbeddings", "DynMaskLayer"]
+    _no_split_modules = ["DynMaskLayer"]  # FSDP2 of Accelerate shares out the embeddings apart
     _input_embed_layer = "word_embeddings"
 
     def __init__(self, config: DynMaskConfig):

@@ -56,8 +56,9 @@ class Seen:
 
     def look(self, model, args, batch):
         ids, lengths = batch["input_ids"], batch.get("lengths")
-        is_flat = lengths is not None and len(lengths) > len(ids)
-        first = ids[0, lengths.cumsum(0) - lengths] if is_flat else ids[:, 0]
+        first = ids[:, 0]
+        if lengths is not None and len(lengths) > len(ids):  # flat
+            first = ids[0, lengths.cumsum(0) - lengths]
         (self.training if model.training else self.evaluation).append((first - 5).tolist())
 
 
