@@ -1,11 +1,10 @@
 """What the recipes share: arguments, a measured training run, and the results file and model card that come of it."""
 
-import copy
 import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from math import exp, log
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather
 from datasets import DatasetDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
@@ -24,6 +24,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_dynmask import DynMaskConfig, from_transformers
 from samples import DATASETS, MODELS, PREFIX, resolve_dataset
@@ -60,6 +61,7 @@ TRAINING_DEFAULTS = {
     "weight_decay": 0.01,
     "save_strategy": "no",
     "dataloader_pin_memory": torch.accelerator.is_available(),
+    "use_cpu": not torch.accelerator.is_available(),  # Accelerate has to be told before it joins several processes
 }
 
 
@@ -177,7 +179,8 @@ def compare(
     metrics: Sequence[str],
 ) -> Results:
     """
-    Trains one model after another. The first is saved, loaded again, and held to the quality that it had before.
+    Trains one model after another, on however many processes there are. The first is saved, loaded again, and held to
+    the quality that it had before.
 
     Args:
         contenders (`dict[str, tuple[PreTrainedModel, Callable]]`): Models and their collators, by name.
@@ -193,26 +196,41 @@ def compare(
     (first, (model, collator)), *others = contenders.items()
     trainer = make_trainer(model, collator, training)
     runs = {first: train_and_evaluate(trainer, *metrics)}
+    share = padding_share(trainer.get_train_dataloader())
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    reloaded = auto_class.from_pretrained(training.output_dir)
-    check_reloaded(make_trainer(reloaded, collator, training), metrics[0], runs[first][metrics[0]])
+    reloaded = auto_class.from_pretrained(training.output_dir).to(training.device)
+    check_reloaded(of_whole_model(make_trainer(reloaded, collator, training)), metrics[0], runs[first][metrics[0]])
     for name, (model, collator) in others:
-        apart = with_settings(training, output_dir=str(Path(str(training.output_dir), name)))
-        runs[name] = train_and_evaluate(make_trainer(model, collator, apart), *metrics)
-    return {
-        "runs": runs,
-        "padding_share": padding_share(trainer.get_train_dataloader()),
-        "environment": describe_environment(training.device),
-    }
+        trainer = make_trainer(for_fsdp2(model), collator, arguments_of(name, training))
+        runs[name] = train_and_evaluate(trainer, *metrics)
+    environment = describe_environment(training.device) | {"processes": training.world_size}
+    return {"runs": runs, "padding_share": share, "environment": environment}
 
 
-def with_settings(training: TrainingArguments, **settings: Any) -> TrainingArguments:
-    """The same arguments but for some fields. They are not checked anew."""
-    changed = copy.copy(training)
-    for name, value in settings.items():
-        setattr(changed, name, value)
-    return changed
+def arguments_of(name: str, training: TrainingArguments) -> TrainingArguments:
+    """Those of a further model, made anew, since FSDP would look for the layers of the first one in it."""
+    return replace(
+        training,
+        output_dir=str(Path(str(training.output_dir), name)),
+        # Most stock models take the mean over their own targets, however many other processes have.
+        average_tokens_across_devices=training.average_tokens_across_devices and name != "stock",
+    )
+
+
+def for_fsdp2(model: PreTrainedModel) -> PreTrainedModel:
+    """Accelerate shares out a model's input embeddings apart: what holds them cannot be shared out as one."""
+    blocks = model._no_split_modules or ()
+    model._no_split_modules = [block for block in blocks if not block.endswith("Embeddings")]
+    return model
+
+
+def of_whole_model(trainer: Trainer) -> Trainer:
+    """A trainer to evaluate alone, on each process with all of the model: FSDP2 and DeepSpeed prepare none for that,
+    but for ZeRO-3, which has it in parts when it is loaded."""
+    if not is_deepspeed_zero3_enabled():
+        trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+    return trainer
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -316,9 +334,11 @@ def unigram_perplexity(seen: Iterable[int], targets: Sequence[int]) -> float:
 
 def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
     """Share of padding in rows that are filled up to the longest of their batch, which has `lengths`, and
-    `decoder_lengths` where there are targets: what a padded model computes for nothing."""
+    `decoder_lengths` where there are targets: what a padded model computes for nothing, on all processes."""
     sides = [batch[name] for batch in batches for name in ("lengths", "decoder_lengths") if name in batch]
-    return 1 - sum(int(side.sum()) for side in sides) / sum(len(side) * int(side.max()) for side in sides)
+    sums = torch.stack([torch.stack([side.sum(), len(side) * side.max()]) for side in sides]).sum(0, keepdim=True)
+    real, places = gather(sums).sum(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]: a tensor of one
+    return 1 - real / places
 
 
 # --- What a run was made of ------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ Other options of `TrainingArguments` apply to every part; `--num_train_epochs` c
 model card and figure go to `--output_dir`.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import log
 from pathlib import Path
@@ -55,7 +55,6 @@ from common import (
     parse_arguments,
     save_report,
     train_and_evaluate,
-    with_settings,
 )
 from hf_dynmask import (
     DataCollatorForDynamicMasking,
@@ -218,7 +217,7 @@ def target_variants(recipe: RecipeArguments) -> Variants:
         model = new_model(AutoModelForMaskedLM, recipe, reviews, recipe.dropout)
         collator = DataCollatorForDynamicMasking(reviews.tokenizer, seed=training.seed, **drawing)
         folder = str(Path(str(training.output_dir), "pretrained"))
-        pretraining = with_settings(training, output_dir=folder, num_train_epochs=recipe.target_epochs)
+        pretraining = replace(training, output_dir=folder, num_train_epochs=recipe.target_epochs)
         trainer = masked_lm.make_trainer(model, collator, pretraining, reviews.data, reviews.tokenizer)
         pretrained = train_and_evaluate(trainer, "perplexity")
         trainer.save_model()
@@ -256,7 +255,7 @@ def mask_variants(recipe: RecipeArguments) -> Variants:
     def train(masks: dict[float, str], training: TrainingArguments) -> Measured:
         model = causal_lm.new_model(sizes, tokenizer)
         collator = DataCollatorWithLengths(tokenizer, flat=True)
-        training = with_settings(training, num_train_epochs=recipe.document_epochs)
+        training = replace(training, num_train_epochs=recipe.document_epochs)
         training.per_device_train_batch_size = training.per_device_eval_batch_size = recipe.document_batch_size
         trainer = causal_lm.make_trainer(model, collator, training, data, tokenizer)
         trainer.add_callback(MaskSchedule(masks))

@@ -1,6 +1,7 @@
 """Variants of a training on several seeds: what each measures, how sure a difference is, a table and a figure of it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import sqrt
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from transformers import TrainingArguments, set_seed
 
-from common import table, with_settings
+from common import table
 
 Measured = dict[str, float]  # by the names of `METRICS`
 Variants = dict[str, Callable[[TrainingArguments], Measured]]  # by name
@@ -32,7 +33,7 @@ def measure(variants: Variants, training: TrainingArguments, seeds: Iterable[int
     for seed in seeds:
         for name, train in variants.items():
             set_seed(seed)
-            for metric, value in train(with_settings(training, seed=seed)).items():
+            for metric, value in train(replace(training, seed=seed)).items():
                 runs[name].setdefault(metric, []).append(value)
     return runs
 

@@ -1,0 +1,34 @@
+"""A recipe started by `accelerate launch` with a shipped configuration, as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from recipe_examples import write_examples
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_cpus(tmp_path):
+    write_examples(tmp_path)
+    options = {
+        "model": tmp_path / "model",
+        "dataset": tmp_path / "notes.csv",
+        "output_dir": tmp_path / "output",
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+    }
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", "recipes/accelerate/two_cpus.yaml", "recipes/sequence_classification.py"]
+    launch += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, *launch], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("| hf_dynmask, lengths") == 1  # the main process alone reports
+    results = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert results["environment"]["processes"] == 2
+    assert load_file(tmp_path / "output" / "model.safetensors")
