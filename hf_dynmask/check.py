@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .conversion import from_transformers, to_transformers
 from .conversion.engine import TASKS
-from .registration import AUTO_CLASSES
+from .registration import AUTO_CLASSES, model_class
 
 SLACK = 4  # times the rounding error of the padded run is what a sum in another order may be off by
 NUMBER = 8  # of examples
@@ -101,10 +101,7 @@ def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Models
         ours = from_transformers(source, dtype=dtype)
         task = next(task for task in TASKS.values() if type(ours) in task.ours)
         return Models(_checked(ours), task.stock[type(config)].from_pretrained(source, dtype=dtype), "the stock model")
-    names = config.architectures or ()
-    classes = AUTO_CLASSES[type(config)]
-    ours_class = next((found for found in classes.values() if found.__name__ in names), classes[AutoModel])
-    ours = _checked(ours_class.from_pretrained(source, dtype=dtype))
+    ours = _checked(model_class(config).from_pretrained(source, dtype=dtype))
     if isinstance(config, DynMaskRecurrentConfig):
         return Models(ours, ours, "the model")
     try:

@@ -6,9 +6,9 @@
 from math import prod
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .configuration_base import DynMaskBaseConfig
 from .masks import Custom, Mask, head_runs, parse
 
 
@@ -17,8 +17,18 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def masks_of(config: "DynMaskConfig") -> list[Mask]:
+    """[`DynMaskConfig.masks`], for a model to call.
+
+    Transformers loads the code that came with a checkpoint twice, for its configuration and for its model: classes of
+    one are not those of the other.
+    """
+    texts = config.layer_masks if config.layer_masks is not None else [config.mask or "full"] * config.num_hidden_layers
+    return [parse(text) for text in texts]
+
+
 @strict
-class DynMaskConfig(PreTrainedConfig):
+class DynMaskConfig(DynMaskBaseConfig):
     r"""
     Configuration of [`DynMaskModel`] and its heads. One configurable block covers BERT-like and Llama-like encoders.
 
@@ -184,10 +194,6 @@ class DynMaskConfig(PreTrainedConfig):
         """Frames of the input for each that comes out of the convolutions."""
         return prod(self.conv_stride)
 
-    def has_mask(self, leaf: type[Mask]) -> bool:
-        """Whether the mask of some layer holds a leaf of this type."""
-        return any(mask.holds(leaf) for mask in self.masks())
-
     def check_shareable(self) -> None:
         """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""
         custom = [mask for mask in dict.fromkeys([*self.masks(), parse(self.cross_mask)]) if mask.holds(Custom)]
@@ -197,14 +203,9 @@ class DynMaskConfig(PreTrainedConfig):
                 f"{', '.join(repr(str(mask)) for mask in custom)}"
             )
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        self.check_shareable()
-        super().save_pretrained(save_directory, *args, **kwargs)
-
     def masks(self) -> list[Mask]:
         """The mask of each layer (a list of `num_hidden_layers`)."""
-        texts = self.layer_masks if self.layer_masks is not None else [self.mask or "full"] * self.num_hidden_layers
-        return [parse(text) for text in texts]
+        return masks_of(self)
 
     def rope_thetas(self) -> list[float]:
         """The base of each layer's rotary positions (a list of `num_hidden_layers`)."""

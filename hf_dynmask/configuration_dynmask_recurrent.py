@@ -4,11 +4,12 @@
 # pyright: reportOperatorIssue=false, reportOptionalOperand=false
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
+
+from .configuration_base import DynMaskBaseConfig
 
 
 @strict
-class DynMaskRecurrentConfig(PreTrainedConfig):
+class DynMaskRecurrentConfig(DynMaskBaseConfig):
     r"""
     Configuration of [`DynMaskRecurrentModel`] and its heads: recurrent layers to compare attention with on equal data.
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_base import DynMaskBaseConfig
 from .configuration_dynmask import DynMaskConfig
 
-OF_BOTH_SIDES = {field.name for field in fields(DynMaskConfig)} - {field.name for field in fields(PreTrainedConfig)}
+OF_BOTH_SIDES = {field.name for field in fields(DynMaskConfig)} - {field.name for field in fields(DynMaskBaseConfig)}
 OF_A_DECODER = {
     "mask": "causal",
     "layer_masks": None,
@@ -23,7 +24,7 @@ OF_A_DECODER = {
 
 
 @strict
-class DynMaskSeq2SeqConfig(PreTrainedConfig):
+class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
     """
     Configuration of a [`DynMaskSeq2SeqModel`] and its heads: one [`DynMaskConfig`] a side.
 
@@ -84,10 +85,6 @@ class DynMaskSeq2SeqConfig(PreTrainedConfig):
         """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""
         for side in (self.encoder, self.decoder):
             side.check_shareable()
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        self.check_shareable()
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     def validate_sides(self):
         if not self.decoder.add_cross_attention:

@@ -36,11 +36,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cached import cached_plans, columns_seen, last_columns
-from .configuration_dynmask import DynMaskConfig
+from .configuration_dynmask import DynMaskConfig, masks_of
 from .features import Frames
 from .fields import TOKEN_FIELDS, key_name
 from .layout import SequenceLayout, outside_graph
 from .masks import Dense, TopK, parse
+from .modeling_base import DynMaskBaseModel
 from .modules import (
     ATTENTION_IMPLEMENTATIONS,
     DynMaskEmbeddings,
@@ -134,7 +135,7 @@ def given_input(
     return next(iter(given.values()))
 
 
-class DynMaskPreTrainedModel(PreTrainedModel):
+class DynMaskPreTrainedModel(DynMaskBaseModel):
     """What all DynMask models share: configuration, weight initialisation, the `dynmask` attention."""
 
     config: DynMaskConfig
@@ -203,17 +204,13 @@ class DynMaskPreTrainedModel(PreTrainedModel):
         config.validate_masks()
         cross = parse(config.cross_mask)
         layers = [module for module in self.modules() if isinstance(module, DynMaskLayer)]
-        for layer, of_layer in zip(layers, config.masks(), strict=False):
+        for layer, of_layer in zip(layers, masks_of(config), strict=False):
             for attention, text in ((layer.attention, of_layer), (layer.cross_attention, cross)):
                 if attention is not None and text.holds(TopK) and attention.key_scores is None:
                     raise ValueError(
                         f"the mask '{text}' needs weights that score keys; make the model with a mask that has `topk`"
                     )
         return changed
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        self.config.check_shareable()
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -452,7 +449,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         self, layout: SequenceLayout, whole: SequenceLayout, cache: Cache | None, fields: dict[str, Tensor]
     ) -> list[MaskPlan]:
         """Each layer's plan; layers with the same mask share one."""
-        masks = self.config.masks()
+        masks = masks_of(self.config)
         if "attention_mask" in fields:
             masks = [mask & Dense() for mask in masks]
         if cache is not None:

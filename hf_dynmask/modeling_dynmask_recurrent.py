@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .layout import SequenceLayout, outside_graph
+from .modeling_base import DynMaskBaseModel
 from .modeling_dynmask import SequenceClassification, TaskModel, TokenClassification, given_input, layout_of_batch
 
 
@@ -60,7 +60,7 @@ def packing(layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
     return tokens[going_on], going_on.sum(1).cpu(), longest_first
 
 
-class DynMaskRecurrentPreTrainedModel(PreTrainedModel):
+class DynMaskRecurrentPreTrainedModel(DynMaskBaseModel):
     """What the recurrent models share: configuration and weight initialisation."""
 
     config: DynMaskRecurrentConfig

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from .attention import attend
-from .configuration_dynmask import DynMaskConfig
+from .configuration_dynmask import DynMaskConfig, masks_of
 from .features import DynMaskFeatureEmbeddings
 from .masks import TopK, parse
 from .plan import MaskPlan
@@ -256,7 +256,8 @@ class DynMaskLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DynMaskConfig, layer_idx: int):
         super().__init__()
-        self.attention = DynMaskAttention(config, layer_idx, chooses_keys=config.has_mask(TopK))
+        chooses_keys = any(mask.holds(TopK) for mask in masks_of(config))
+        self.attention = DynMaskAttention(config, layer_idx, chooses_keys)
         has_norm = layer_idx > 0 or config.first_attention_norm
         self.attention_norm = make_norm(config, config.hidden_size) if has_norm else nn.Identity()
         self.cross_attention = None

@@ -1,6 +1,7 @@
 """The one place where DynMask enters transformers' Auto classes and attention interfaces."""
 
 from functools import wraps
+from typing import Any
 
 from transformers import (
     AttentionInterface,
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -81,6 +83,12 @@ def register() -> None:
     AttentionInterface.register(NAME, dynmask_attention_forward)
     AttentionMaskInterface.register(NAME, dynmask_mask)
     _prepare_stock_models()
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The class of a checkpoint of ours, by its `architectures`; the bare model where they name none."""
+    classes, names = AUTO_CLASSES[type(config)], config.architectures or ()
+    return next((ours for ours in classes.values() if ours.__name__ in names), classes[AutoModel])
 
 
 def _prepare_stock_models() -> None:

@@ -1,0 +1,44 @@
+"""What every DynMask model has: how it is saved and loaded."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_base import DynMaskBaseConfig, warn_of_other_code
+
+
+class DynMaskBaseModel(PreTrainedModel):
+    """What [`DynMaskPreTrainedModel`] and [`DynMaskRecurrentPreTrainedModel`] share."""
+
+    config: DynMaskBaseConfig
+
+    def __init__(self, config: DynMaskBaseConfig):
+        super().__init__(config)
+        warn_of_other_code(config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            name = _unreadable(pretrained_model_name_or_path)
+            raise ValueError(f"the weights must be whole safetensors files; {name} cannot be read: {error}") from error
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.config.check_shareable()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _unreadable(source) -> str:
+    """The file of weights that is broken; of a Hub id, that."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return f"one of {source}"
+
+
+__all__ = ["DynMaskBaseModel"]
