@@ -93,14 +93,23 @@ def check_model(
         yield from _leaks(models.ours, on_device, dtype)
 
 
+def compare(ours: PreTrainedModel, stock: PreTrainedModel) -> Iterator[Finding]:
+    """Whether a model of ours and a stock model agree, as in [`check_model`], on random tokens and in their dtype.
+
+    Raises:
+        ValueError: The model reads no tokens, or several texts at once.
+    """
+    models = Models(_checked(ours).eval(), stock.eval(), f"a {type(stock).__name__}")
+    yield from _agreement(models, _examples("", ours, None), ours.dtype)
+
+
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
 def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Models:
     if type(config) not in AUTO_CLASSES:
-        ours = from_transformers(source, dtype=dtype)
-        task = next(task for task in TASKS.values() if type(ours) in task.ours)
-        return Models(_checked(ours), task.stock[type(config)].from_pretrained(source, dtype=dtype), "the stock model")
+        ours = _checked(from_transformers(source, dtype=dtype))
+        return Models(ours, load_stock(source, ours, dtype=dtype), "the stock model")
     ours = _checked(model_class(config).from_pretrained(source, dtype=dtype))
     if isinstance(config, DynMaskRecurrentConfig):
         return Models(ours, ours, "the model")
@@ -110,6 +119,12 @@ def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Models
         dense = copy.deepcopy(ours)
         dense.set_attn_implementation("eager")
         return Models(ours, dense, "the dense reference")
+
+
+def load_stock(source: str, ours: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """The stock checkpoint that `ours` was converted from."""
+    task = next(task for task in TASKS.values() if type(ours) in task.ours)
+    return task.stock[type(AutoConfig.from_pretrained(source))].from_pretrained(source, **options)
 
 
 def _checked(model: Any) -> Any:

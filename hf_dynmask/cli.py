@@ -12,14 +12,17 @@ from typing import Annotated
 import torch
 import transformers
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from transformers import AutoConfig
 
 from .attention import auto_choice
 from .audit import audit_dataset, histogram
-from .check import check_model
+from .check import check_model, compare, load_stock
+from .conversion import from_transformers, to_transformers
 from .fields import FIELD_SHAPES
 from .layout import SequenceLayout
 from .masks import Mask, parse
@@ -37,6 +40,9 @@ from .plotting import (
     plot_lengths,
     plot_mask,
 )
+from .registration import AUTO_CLASSES
+from .sharing import code_of, load, load_tokenizer, replacing, verify, write
+from .sharing import export as export_model
 from .texts import read_dataset, text_column
 
 app = typer.Typer(name="hf-dynmask", no_args_is_help=True, add_completion=False)
@@ -60,7 +66,7 @@ def _one_line_errors() -> Iterator[None]:
     """What is wrong with the input, as one line and exit code 2."""
     try:
         yield
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
 
@@ -332,9 +338,11 @@ def check(
 ) -> None:
     """Prove that a checkpoint computes the same with lengths as on padded rows, and that its sequences stay apart.
 
-    Exit code 1 if it does not.
+    Exit code 1 if it does not. Code in an exported folder must be what was exported.
     """
     with _one_line_errors():
+        if code_of(Path(model)) is not None:
+            verify(model)
         texts = None if data is None else text_column(read_dataset(data, split), column)
         dtypes = [getattr(torch, name.value) for name in dtype or (Precision.float32, Precision.bfloat16)]
         table = Table("what", "dtype", "found", "allowed", "")
@@ -347,6 +355,55 @@ def check(
     Console(highlight=False).print(table)
     if not is_right:
         raise typer.Exit(1)
+
+
+# --- export, convert -------------------------------------------------------------------------------------------------
+
+Source = Annotated[str, typer.Argument(metavar="IN", help="A checkpoint: a folder or Hub id.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="A folder: new, empty, or written by a former export.")]
+
+
+@app.command()
+def export(source: Source, output: Output) -> None:
+    """Write a DynMask checkpoint with its code, for those who do not have this package."""
+    with _one_line_errors():
+        export_model(load(source), output, load_tokenizer(source))
+        typer.echo(f"wrote {output}")
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Output,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Type of the stock model.", show_default="what the checkpoint was converted from"),
+    ] = None,
+) -> None:
+    """Make a DynMask checkpoint of a stock one, with its code, or a stock one of a DynMask one.
+
+    What was written is loaded again and compared before it takes its place.
+    """
+    with _one_line_errors(), replacing(output) as new:
+        tokenizer, config = load_tokenizer(source), AutoConfig.from_pretrained(source)
+        if type(config) in AUTO_CLASSES:
+            ours = load(source)
+            stock = to_transformers(ours, to)
+            stock.save_pretrained(new)
+            stock = type(stock).from_pretrained(new)
+        elif to is not None:
+            raise ValueError(f"--to is for a DynMask checkpoint, which {source} is not: it becomes one")
+        else:
+            ours = from_transformers(source)
+            stock = load_stock(source, ours)
+            write(ours, new)
+            ours = type(ours).from_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        wrong = [finding for finding in compare(ours, stock) if not finding.is_right]
+        if wrong:
+            raise ValueError(f"{output} was not written: the outputs differ; {wrong[0].what} by {wrong[0].found:.3g}")
+    typer.echo(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .configuration_base import changed_code
-from .registration import AUTO_CLASSES
+from .registration import AUTO_CLASSES, model_class
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+CHECKPOINT = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -46,22 +47,40 @@ def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrai
     >>> AutoModelForMaskedLM.from_pretrained("for-everyone", trust_remote_code=True)  # without this package
     ```
     """
+    _check(model)
     with replacing(folder) as new:
         write(model, new, tokenizer)
 
 
 def write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """What [`export`] writes, into a folder that is there."""
-    auto_map = _auto_map(model)
     config, model.config = model.config, copy.deepcopy(model.config)
     try:
-        model.config.auto_map = auto_map
+        model.config.auto_map = _auto_map(type(config))
         model.save_pretrained(folder)
     finally:
         model.config = config
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     verify(folder)
+
+
+def load(source: str) -> Any:
+    """A checkpoint of ours, of the class that it names.
+
+    Raises:
+        ValueError: It is of another model.
+        OSError: There is no such checkpoint.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if type(config) not in AUTO_CLASSES:
+        raise ValueError(f"{source} must be a DynMask checkpoint; got one of type {config.model_type!r}")
+    return model_class(config).from_pretrained(source)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint, if there is one."""
+    return AutoTokenizer.from_pretrained(source) if get_tokenizer_config(source) else None
 
 
 def verify(folder: str | os.PathLike) -> None:
@@ -71,7 +90,7 @@ def verify(folder: str | os.PathLike) -> None:
     Raises:
         ValueError: The folder is no export; a file is missing, or is not what was exported.
     """
-    code = _code(Path(folder))
+    code = code_of(Path(folder))
     if code is None:
         raise ValueError(f"`folder` must be one that was exported, with the hashes of its code; got {folder}")
     if changed := changed_code(code["sha256"], Path(folder)):
@@ -89,7 +108,7 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
         ValueError: `folder` holds something that is not a former export.
     """
     place = Path(folder).resolve()
-    code = _code(place)
+    code = code_of(place)
     if code is None and place.exists() and (place.is_file() or any(place.iterdir())):
         raise ValueError(f"`folder` must be new, empty or a former export; {folder} holds something else")
     new = place.with_name(f".{place.name}-{uuid4().hex}")
@@ -97,7 +116,7 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
         if code is None:
             new.mkdir(parents=True)
         else:
-            shutil.copytree(place, new, symlinks=True, ignore=shutil.ignore_patterns(*WEIGHTS, *code["sha256"]))
+            shutil.copytree(place, new, symlinks=True, ignore=shutil.ignore_patterns(*CHECKPOINT, *code["sha256"]))
         yield new
         _put(new, place)
     finally:
@@ -118,17 +137,23 @@ def _put(new: Path, place: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _code(folder: Path) -> dict[str, Any] | None:
+def code_of(folder: Path) -> dict[str, Any] | None:
     """What an export's `config.json` says of its code; `None` of any other folder."""
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("dynmask_code") if path.is_file() else None
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dynmask_code")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
-def _auto_map(model: PreTrainedModel) -> dict[str, str]:
+def _check(model: PreTrainedModel) -> None:
+    known = [ours for classes in AUTO_CLASSES.values() for ours in classes.values()]
+    if type(model) not in known:
+        names = ", ".join(ours.__name__ for ours in known)
+        raise ValueError(f"`model` must be one of {names}; got {type(model).__name__}")
+    model.config.check_shareable()
+
+
+def _auto_map(config_class: type[PreTrainedConfig]) -> dict[str, str]:
     """Where code that is loaded from a folder has the classes of this configuration."""
-    auto_classes = AUTO_CLASSES.get(type(model.config), {})
-    if type(model) not in auto_classes.values():
-        known = ", ".join(ours.__name__ for classes in AUTO_CLASSES.values() for ours in classes.values())
-        raise ValueError(f"`model` must be one of {known}; got {type(model).__name__}")
-    classes = {AutoConfig: type(model.config), **auto_classes}
+    classes = {AutoConfig: config_class, **AUTO_CLASSES[config_class]}
     return {auto.__name__: f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}" for auto, ours in classes.items()}
