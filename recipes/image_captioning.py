@@ -70,6 +70,7 @@ DEFAULTS = {
     "per_device_eval_batch_size": 40,
     "learning_rate": 1e-3,
     "predict_with_generate": True,
+    "generation_num_beams": 4,
     "logging_steps": 50,
 }
 USAGE = """
