@@ -82,10 +82,10 @@ PARTS = {
 FIGURE = "static_vs_dynamic.png"
 DEFAULTS = {
     "output_dir": "outputs/static_vs_dynamic",
-    "num_train_epochs": 3,
+    "num_train_epochs": 2,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "logging_steps": 100,
 }
 
@@ -104,16 +104,14 @@ class RecipeArguments:
         default="sample:wikitext",
         metadata={"help": "Of `masks`: a Hub id, a csv, json, parquet or text file or a sample, with column `text`."},
     )
-    hidden_size: int = field(default=128, metadata={"help": "Of the new models."})
+    hidden_size: int = field(default=64, metadata={"help": "Of the new models."})
     num_layers: int = field(default=2, metadata={"help": "Of the new models."})
     vocab_size: int = field(default=2000, metadata={"help": "Tokens that are learned from the training data."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a review, and of all rows of fixed size."})
-    dropout: float = field(
-        default=0.1, metadata={"help": "Of `targets`. The others have none: their variants follow one course."}
-    )
-    target_rows: int = field(default=1000, metadata={"help": "Reviews that `targets` learns from, at most."})
+    dropout: float = field(default=0.1, metadata={"help": "Of masked language modeling; all else is without."})
+    target_rows: int = field(default=400, metadata={"help": "Reviews for masked language modeling, at most."})
     target_epochs: int = field(default=40, metadata={"help": "Of masked language modeling."})
-    document_rows: int = field(default=600, metadata={"help": "Documents of `masks`, at most; as many held out."})
+    document_rows: int = field(default=300, metadata={"help": "Documents that `masks` learns from, at most."})
     document_length: int = field(default=1024, metadata={"help": "Tokens of a document; longer ones are cut."})
     document_batch_size: int = field(default=4, metadata={"help": "Documents in a batch."})
     document_epochs: int = field(default=2, metadata={"help": "Of the language model."})
@@ -177,7 +175,7 @@ def new_model(auto_class: Any, recipe: RecipeArguments, reviews: Reviews, dropou
         vocab_size=len(reviews.tokenizer),
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.num_layers,
-        num_attention_heads=max(1, recipe.hidden_size // 64),
+        num_attention_heads=max(1, recipe.hidden_size // 32),
         intermediate_size=4 * recipe.hidden_size,
         max_position_embeddings=recipe.max_length,
         initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
@@ -211,19 +209,19 @@ def train_classifier(model: Any, collator: Collator, training: TrainingArguments
 
 def target_variants(recipe: RecipeArguments) -> Variants:
     reviews = load_reviews(recipe)
-    reviews.data["train"] = some(reviews.data["train"], recipe.target_rows)
+    few = DatasetDict({"train": some(reviews.data["train"], recipe.target_rows), "test": reviews.data["test"]})
 
     def train(drawing: dict[str, Any], training: TrainingArguments) -> Measured:
         model = new_model(AutoModelForMaskedLM, recipe, reviews, recipe.dropout)
         collator = DataCollatorForDynamicMasking(reviews.tokenizer, seed=training.seed, **drawing)
         folder = str(Path(str(training.output_dir), "pretrained"))
         pretraining = replace(training, output_dir=folder, num_train_epochs=recipe.target_epochs)
-        trainer = masked_lm.make_trainer(model, collator, pretraining, reviews.data, reviews.tokenizer)
+        trainer = masked_lm.make_trainer(model, collator, pretraining, few, reviews.tokenizer)
         pretrained = train_and_evaluate(trainer, "perplexity")
         trainer.save_model()
         trainer.accelerator.wait_for_everyone()
         set_seed(training.seed)  # the same new weights of the classifier for all
-        classifier = load_classifier(folder, reviews.labels, recipe.dropout)
+        classifier = load_classifier(folder, reviews.labels, dropout=0.0)
         tuned = train_classifier(classifier, DataCollatorWithLengths(reviews.tokenizer), training, reviews)
         return {
             "held-out loss": log(pretrained["perplexity"]),
@@ -248,7 +246,11 @@ def mask_variants(recipe: RecipeArguments) -> Variants:
         hidden_size=recipe.hidden_size,
         num_layers=recipe.num_layers,
     )
-    texts = {name: some(rows, recipe.document_rows) for name, rows in load_texts(recipe.documents, "text").items()}
+    texts = load_texts(recipe.documents, "text")
+    texts = {
+        "train": some(texts["train"], recipe.document_rows),
+        "test": some(texts["test"], recipe.document_rows // 3),
+    }
     tokenizer = causal_lm.new_tokenizer(texts["train"]["text"], recipe.vocab_size)
     data = DatasetDict({name: causal_lm.tokenize(rows, tokenizer, sizes.max_length) for name, rows in texts.items()})
 

@@ -54,8 +54,10 @@ def finding(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
     """What `ours` changes, in words."""
     digits, more_is_better = METRICS[metric]
     change, margin = difference(ours, theirs)
-    if abs(round(change, digits)) <= margin:
-        verdict = f"no difference that {len(ours)} seeds can show"
+    if round(change, digits) == round(margin, digits) == 0:
+        verdict = "the same"
+    elif abs(change) <= margin:
+        verdict = "may be chance"
     else:
         verdict = "better" if (change > 0) == more_is_better else "worse"
     ratio = f", {mean(theirs) / mean(ours):.2f} times as fast" if metric == "seconds" else ""
