@@ -25,6 +25,12 @@ class DynMaskBaseModel(PreTrainedModel):
             name = _unreadable(pretrained_model_name_or_path)
             raise ValueError(f"the weights must be whole safetensors files; {name} cannot be read: {error}") from error
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        super().register_for_auto_class(auto_class)
+        if cls.config_class is not None:
+            cls.config_class.register_for_auto_class()  # without which nobody finds the model
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.check_shareable()
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -127,7 +127,7 @@ def _put(new: Path, place: Path) -> None:
     if not place.exists():
         new.rename(place)
         return
-    former = new.with_suffix(".former")
+    former = new.with_name(f"{new.name}.former")
     place.rename(former)
     try:
         new.rename(place)

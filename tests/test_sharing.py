@@ -119,7 +119,7 @@ for folder in Path("wrong").iterdir():
     logging.getLogger("transformers_modules").handlers = [handler := logging.Handler()]
     handler.emit = records.append
     try:
-        transformers.AutoModel.from_pretrained(folder / "model", trust_remote_code=folder.name != "refused")
+        transformers.AutoModel.from_pretrained(folder, trust_remote_code=folder.name != "refused")
         said[folder.name] = [record.getMessage() for record in records]
     except Exception as error:
         said[folder.name] = [type(error).__name__, str(error)]
@@ -187,17 +187,16 @@ def elsewhere(tmp_path_factory, tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DynMaskConfig, "_auto_class", None)
         patch.setattr(DynMaskForMaskedLM, "_auto_class", None)
-        DynMaskConfig.register_for_auto_class()
         DynMaskForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
         make_model("dynmask-AutoModelForMaskedLM").save_pretrained(root / "registered" / "model")
     tokenizer.save_pretrained(root / "registered" / "model")
     (root / "wrong").mkdir()
     for name in ("refused", "changed", "newer", "broken"):
-        export(make_model("dynmask-AutoModel"), root / "wrong" / name / "model")
-    with (root / "wrong/changed/model/plan.py").open("a") as file:
+        export(make_model("dynmask-AutoModel"), root / "wrong" / name)
+    with (root / "wrong/changed/plan.py").open("a") as file:
         file.write("# another line")
-    change_config(root / "wrong/newer/model", config_version=2, mask="a_mask_of_the_future")
-    break_weights(root / "wrong/broken/model")
+    change_config(root / "wrong/newer", config_version=2, mask="a_mask_of_the_future")
+    break_weights(root / "wrong/broken")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules")}
     command = [sys.executable, "-c", ELSEWHERE]
@@ -234,8 +233,8 @@ def test_code_that_was_changed(elsewhere):
     (warning,) = elsewhere[1]["changed"]
     assert re.search(r"shared with the code of hf_dynmask [\d.]+; what runs now differs from it in plan.py", warning)
     with pytest.raises(ValueError, match=r"must be what hf_dynmask [\d.]+ exported, .* missing: plan.py"):
-        verify(elsewhere[0] / "wrong" / "changed" / "model")
-    result = CliRunner().invoke(app, ["check", str(elsewhere[0] / "wrong" / "changed" / "model")])
+        verify(elsewhere[0] / "wrong" / "changed")
+    result = CliRunner().invoke(app, ["check", str(elsewhere[0] / "wrong" / "changed")])
     assert result.exit_code == 2
     assert "changed or missing: plan.py" in result.output
 
@@ -253,8 +252,8 @@ NEWER = r"`config_version` must be at most 1, .* got 2: the checkpoint needs a n
 def test_a_newer_configuration(elsewhere):
     assert re.search(NEWER, elsewhere[1]["newer"][1])
     with pytest.raises(StrictDataclassError, match=NEWER):
-        AutoConfig.from_pretrained(elsewhere[0] / "wrong" / "newer" / "model")
-    result = CliRunner().invoke(app, ["export", str(elsewhere[0] / "wrong" / "newer" / "model"), "unused"])
+        AutoConfig.from_pretrained(elsewhere[0] / "wrong" / "newer")
+    result = CliRunner().invoke(app, ["export", str(elsewhere[0] / "wrong" / "newer"), "unused"])
     assert result.exit_code == 2
     assert re.search(NEWER, result.output)
     with pytest.raises(StrictDataclassError, match=NEWER):
@@ -264,7 +263,7 @@ def test_a_newer_configuration(elsewhere):
 
 
 def test_broken_weights(elsewhere):
-    folder = elsewhere[0] / "wrong" / "broken" / "model"
+    folder = elsewhere[0] / "wrong" / "broken"
     message = "weights must be whole safetensors files; .*model.safetensors cannot be read: "
     assert elsewhere[1]["broken"][0] == "ValueError"
     assert re.search(message, elsewhere[1]["broken"][1])
@@ -313,6 +312,16 @@ def test_code_of_a_folder_and_the_package_side_by_side(tmp_path):
         found = contents(tmp_path / name)
         assert {**found, "config.json": b""} == {**expected, "config.json": b""}
         assert json.loads(found["config.json"]) == json.loads(expected["config.json"])
+
+
+def test_a_package_with_other_code(tmp_path, caplog):
+    export(masked_lm(), tmp_path / "model")
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+    assert caplog.messages == []
+    change_config(tmp_path / "model", dynmask_code={"version": "0.0.1", "sha256": {"plan.py": "0", "gone.py": "0"}})
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+    (message,) = caplog.messages
+    assert "code of hf_dynmask 0.0.1; what runs now differs from it in plan.py, gone.py" in message
 
 
 def test_the_model_is_left_as_it_is(tmp_path):
@@ -462,7 +471,7 @@ def test_a_conversion_that_is_wrong_is_not_written(tmp_path, monkeypatch):
     def wrong(source):
         model = convert(source)
         with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(1.01)
+            model.get_input_embeddings().get_parameter("weight").mul_(1.01)
         return model
 
     convert = cli.from_transformers

@@ -4,13 +4,13 @@ import contextlib
 import io
 import json
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import config as datasets_config
 from huggingface_hub import ModelCard
 from scipy.stats import ttest_rel
+from transformers import TrainingArguments
 
 import static_vs_dynamic
 from static_vs_dynamic import FIGURE, main, make_card
@@ -122,7 +122,7 @@ def test_one_part(folder, tmp_path, monkeypatch):
 # --- its parts -------------------------------------------------------------------------------------------------------
 
 
-def test_measure_takes_the_variants_in_turns():
+def test_measure_takes_the_variants_in_turns(tmp_path):
     turns = []
 
     def variant(name: str):
@@ -132,8 +132,8 @@ def test_measure_takes_the_variants_in_turns():
 
         return train
 
-    training = SimpleNamespace(seed=0)
-    runs = measure({name: variant(name) for name in "ab"}, training, [3, 4])  # pyright: ignore[reportArgumentType]
+    training = TrainingArguments(str(tmp_path), seed=0, use_cpu=True)
+    runs = measure({name: variant(name) for name in "ab"}, training, [3, 4])
     assert turns == [("a", 3), ("b", 3), ("a", 4), ("b", 4)]
     assert runs == {"a": {"seconds": [1, 3]}, "b": {"seconds": [2, 4]}}
     assert training.seed == 0
