@@ -130,6 +130,16 @@ def logits(model: Any) -> Any:
         return model.eval()(**inputs).logits.tolist()
 
 
+def error_of(function: Callable[..., Any], *arguments: Any) -> str:
+    """What the user sees; the client's waits between its tries are left out."""
+    with mock.patch("time.sleep"):
+        try:
+            function(*arguments)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 # --- There and back --------------------------------------------------------------------------------------------------
 
 
@@ -363,3 +373,76 @@ def test_a_stranger_does_not_trust_the_code(user, stranger):
     run = stranger("suspected", "does not")
     assert run.returncode != 0
     assert re.search(r"ValueError: .*user/suspected.*trust_remote_code=True", run.stderr, re.DOTALL)
+
+
+# --- What goes wrong -------------------------------------------------------------------------------------------------
+
+
+def pull(name: str, token: str | None = None) -> Any:
+    return logits(AutoModelForSequenceClassification.from_pretrained(f"{USER}/{name}", token=token))
+
+
+def push_dataset_to(name: str) -> None:
+    Dataset.from_dict({"text": [name]}).push_to_hub(f"{USER}/{name}")
+
+
+WRONG = "hf_wrong"
+REFUSED = "401 Unauthorized.*Invalid credentials in Authorization header"
+
+
+def test_a_wrong_token(user, hub):
+    user(push, "mine", 0, TOKEN)
+    before = hub.commits()
+    for name in ("mine", "new"):
+        assert re.search(REFUSED, user(error_of, push, name, 1, WRONG), re.DOTALL)
+    assert re.search("OSError.*credentials", user(error_of, pull, "mine", WRONG), re.DOTALL)
+    assert hub.commits() == before
+    assert user(pull, "mine") == logits(make("classifier"))
+
+
+def test_no_such_repository(user):
+    error = user(error_of, pull, "nothing")
+    assert re.search("OSError: user/nothing is not a local folder and is not a valid model identifier", error)
+
+
+def test_an_unreachable_hub(user, hub, tmp_path):
+    before = hub.commits()
+    with hub.unreachable():
+        assert "ConnectError" in user(error_of, push, "far", 0, TOKEN)
+        assert "ConnectError" in user(error_of, push_dataset_to, "far")
+        assert re.search(f"OSError: We couldn't connect to '{hub.url}'", user(error_of, pull, "far"))
+        assert "ConnectError" in user(error_of, trainer_of, "far", str(tmp_path))  # before it trains
+    assert hub.commits() == before
+
+
+def push_trained(folder: str) -> None:
+    trainer = trainer_of("trained", folder)
+    trainer.push_to_hub()
+
+
+@pytest.mark.parametrize(
+    "pushes, file",
+    [
+        (lambda folder: (push, "broken", 2, TOKEN), "model.safetensors"),
+        (lambda folder: (push_trained, folder), "(model.safetensors|training_args.bin)"),
+        (lambda folder: (push_dataset_to, "broken"), "data/train-00000-of-00001.parquet"),
+    ],
+)
+def test_an_upload_breaks(pushes, file, user, hub, tmp_path):
+    """Each repository is as it was, or new and empty."""
+    before = hub.commits()
+    with hub.dropping_uploads():
+        error = user(error_of, *pushes(str(tmp_path)))
+    assert re.fullmatch(f"RuntimeError: Error while uploading '{file}' to the Hub.", error)
+    for name, commits in hub.commits().items():
+        assert commits == before[name] if name in before else not hub.repositories[name].files
+
+
+def test_a_broken_upload_is_made_good(user, hub):
+    """What was there is there until the next one succeeds."""
+    user(push, "mended", 0, TOKEN)
+    with hub.dropping_uploads():
+        assert "Error while uploading" in user(error_of, push, "mended", 3, TOKEN)
+    assert user(pull, "mended") == logits(make("classifier", 0))
+    user(push, "mended", 3, TOKEN)
+    assert user(pull, "mended") == logits(make("classifier", 3))
