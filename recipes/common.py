@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -213,6 +214,7 @@ def arguments_of(name: str, training: TrainingArguments) -> TrainingArguments:
     return replace(
         training,
         output_dir=str(Path(str(training.output_dir), name)),
+        resume_from_checkpoint=None,
         # Most stock models take the mean over their own targets, however many other processes have.
         average_tokens_across_devices=training.average_tokens_across_devices and name != "stock",
     )
@@ -259,10 +261,12 @@ def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
 
     Returns:
         `dict`: The metrics under their names, `tokens_per_second` (real tokens or frames, while training),
-        `train_tokens`, `train_seconds`.
+        `train_tokens`, `train_seconds`; of a resumed training from the checkpoint on.
     """
-    seconds = trainer.train().metrics["train_runtime"]
-    tokens = _tokens_seen(trainer)
+    beginning = Beginning()
+    trainer.add_callback(beginning)
+    seconds = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics["train_runtime"]
+    tokens = _tokens_seen(trainer, beginning)
     evaluated = trainer.evaluate()
     return {metric: evaluated[f"eval_{metric}"] for metric in metrics} | {
         "tokens_per_second": tokens / seconds,
@@ -271,14 +275,24 @@ def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
     }
 
 
-def _tokens_seen(trainer: Any) -> int:
+class Beginning(TrainerCallback):
+    """Where a training begins, which may be a checkpoint."""
+
+    tokens = 0
+    epoch = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.tokens, self.epoch = state.num_input_tokens_seen, state.epoch or 0.0
+
+
+def _tokens_seen(trainer: Any, since: Beginning) -> int:
     """Real tokens or frames of a training, of both sides where there are two. The trainer itself counts ids alone."""
     has_two_sides = trainer.model.config.is_encoder_decoder
     if trainer.state.num_input_tokens_seen and not has_two_sides:
-        return trainer.state.num_input_tokens_seen
+        return trainer.state.num_input_tokens_seen - since.tokens
     columns = ("input_ids", "input_features", "labels") if has_two_sides else ("input_features",)
     tokens = sum(len(example[name]) for example in trainer.train_dataset for name in columns if name in example)
-    return round(tokens * trainer.state.epoch)
+    return round(tokens * (trainer.state.epoch - since.epoch))
 
 
 def check_reloaded(trainer: Trainer, metric: str, expected: float) -> None:

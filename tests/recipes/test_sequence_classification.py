@@ -51,21 +51,20 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder):
     """The output folder of a run with `--baseline`, and what it printed."""
-    options = {
-        "model": folder / "model",
-        "dataset": folder / "reviews.csv",
-        "output_dir": folder / "output",
-        "model_card_dir": folder / "cards",
-        "per_device_train_batch_size": 16,
-        "learning_rate": 1e-2,
-        "save_strategy": "epoch",
-    }
+    printed = call(folder, "--baseline", output_dir=folder / "output", model_card_dir=folder / "cards")
+    return folder / "output", printed
+
+
+def call(folder, *flags, **options):
+    """What the recipe prints."""
+    options |= {"model": folder / "model", "dataset": folder / "reviews.csv", "save_strategy": "epoch"}
+    options |= {"per_device_train_batch_size": 16, "learning_rate": 1e-2}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(datasets_config, "HF_DATASETS_CACHE", folder / "datasets-cache")
-        main([*arguments, "--baseline", "--use_cpu"])
-    return folder / "output", printed.getvalue()
+        main([*arguments, *flags, "--use_cpu"])
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +94,15 @@ def test_saved_model_has_the_accuracy(output, results, splits):
     predicted = [("no", "yes")[label] for label in model(**batch).logits.argmax(-1).tolist()]
     right = [found == label for found, label in zip(predicted, splits["test"]["label"], strict=True)]
     assert results["runs"]["dynmask"]["accuracy"] == sum(right) / len(right)
+
+
+def test_a_resumed_run_ends_where_the_other_did(output, results, folder, tmp_path):
+    """Its tokens are those since the checkpoint, half of all."""
+    call(folder, output_dir=tmp_path, resume_from_checkpoint=output / "checkpoint-3")
+    weights = [load_file(place / "model.safetensors") for place in (tmp_path, output)]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    found, whole = (json.loads((place / "results.json").read_text())["runs"]["dynmask"] for place in (tmp_path, output))
+    assert found["accuracy"] == whole["accuracy"] and 2 * found["train_tokens"] == whole["train_tokens"]
 
 
 def test_baseline_follows_the_same_course(output, folder):
