@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
     AutoModelForMaskedLM,
@@ -43,7 +43,6 @@ import sequence_classification
 from common import (
     Collator,
     Results,
-    assemble_card,
     check_texts,
     describe_environment,
     describe_source,
@@ -53,8 +52,8 @@ from common import (
     load_texts,
     names_of,
     parse_arguments,
-    save_report,
     train_and_evaluate,
+    unigram_perplexity,
 )
 from hf_dynmask import (
     DataCollatorForDynamicMasking,
@@ -65,7 +64,7 @@ from hf_dynmask import (
     to_transformers,
 )
 from sequence_classification import encode_labels, load_classifier
-from variants import CONFIDENCE, Measured, Variants, draw, measure, summarize
+from variants import Measured, Variants, measure, report, variants_card
 
 FINAL_MASK = "causal"
 WIDENING = {0: "causal & window(31, 0)", 0.4: "causal & window(127, 0)", 0.8: FINAL_MASK}
@@ -74,12 +73,12 @@ PARTS = {
     "batch`: the same, rows filled up to the longest of their batch; `lengths`: our model, nothing filled up.",
     "targets": "A new masked language model learns for `target_epochs` (`seconds`) and is fine-tuned to classify. Its "
     "targets are `drawn once`, `drawn ten times` (BERT: the epochs take turns) or `drawn in each epoch` (RoBERTa). The "
-    "loss is that of targets in held-out texts, the same for all three.",
+    "loss is that of targets in held-out texts, the same for all. `frequencies` of tokens serve in place of a model.",
     "masks": f"A new language model learns and is evaluated. `fixed`: under the mask `{FINAL_MASK}`; `widening`: under "
     + ", ".join(f"`{mask}` from {start:.0%} of the steps on" for start, mask in WIDENING.items())
-    + ".",
+    + ". `frequencies` of tokens serve in place of a model.",
 }
-FIGURE = "static_vs_dynamic.png"
+UNTRAINED = "frequencies"  # of each token
 DEFAULTS = {
     "output_dir": "outputs/static_vs_dynamic",
     "num_train_epochs": 2,
@@ -108,7 +107,6 @@ class RecipeArguments:
     num_layers: int = field(default=2, metadata={"help": "Of the new models."})
     vocab_size: int = field(default=2000, metadata={"help": "Tokens that are learned from the training data."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a review, and of all rows of fixed size."})
-    dropout: float = field(default=0.1, metadata={"help": "Of masked language modeling; all else is without."})
     target_rows: int = field(default=400, metadata={"help": "Reviews for masked language modeling, at most."})
     target_epochs: int = field(default=40, metadata={"help": "Of masked language modeling."})
     document_rows: int = field(default=300, metadata={"help": "Documents that `masks` learns from, at most."})
@@ -130,18 +128,18 @@ def main(arguments: list[str] | None = None) -> None:
     sources = [recipe.documents if part == "masks" else recipe.dataset for part in recipe.parts]
     results = {
         "recipe": "static_vs_dynamic",
+        "seeds": list(seeds),
         "model": {"name": f"new models, {recipe.num_layers} layers of {recipe.hidden_size}"},
         "datasets": [describe_source(source) for source in dict.fromkeys(sources)],
         "training": describe_training(training)
         | {name: value for name, value in asdict(recipe).items() if name != "model_card_dir"},
-        "parts": {part: measure(VARIANTS[part](recipe), training, seeds) for part in recipe.parts},
+        "parts": {
+            part: {"what": PARTS[part], "runs": measure(VARIANTS[part](recipe), training, seeds)}
+            for part in recipe.parts
+        },
         "environment": describe_environment(training.device),
     }
-    if training.process_index == 0:
-        save_report(results, make_card(results), str(training.output_dir), recipe.model_card_dir)
-        for folder in filter(None, (training.output_dir, recipe.model_card_dir)):
-            draw(list(results["parts"].values())).savefig(Path(folder, FIGURE))
-        print(summary(results))
+    report(results, make_card(results), training, recipe.model_card_dir)
 
 
 # --- Padding and targets ---------------------------------------------------------------------------------------------
@@ -169,8 +167,8 @@ def load_reviews(recipe: RecipeArguments) -> Reviews:
     return Reviews(data.map(tokenize, batched=True, remove_columns="text"), tokenizer, labels)
 
 
-def new_model(auto_class: Any, recipe: RecipeArguments, reviews: Reviews, dropout: float) -> DynMaskPreTrainedModel:
-    """Like BERT, with random weights."""
+def new_model(auto_class: Any, recipe: RecipeArguments, reviews: Reviews, **settings: Any) -> DynMaskPreTrainedModel:
+    """Like BERT, whose dropout is 0.1 unless `settings` say otherwise, with random weights."""
     config = BertConfig(
         vocab_size=len(reviews.tokenizer),
         hidden_size=recipe.hidden_size,
@@ -179,8 +177,8 @@ def new_model(auto_class: Any, recipe: RecipeArguments, reviews: Reviews, dropou
         intermediate_size=4 * recipe.hidden_size,
         max_position_embeddings=recipe.max_length,
         initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
-        **dropout_of(dropout),
         **names_of(reviews.labels),
+        **settings,
     )
     return from_transformers(auto_class.from_config(config))
 
@@ -189,7 +187,7 @@ def padding_variants(recipe: RecipeArguments) -> Variants:
     reviews = load_reviews(recipe)
 
     def train(collator: Collator, stock: bool, training: TrainingArguments) -> Measured:
-        model = new_model(AutoModelForSequenceClassification, recipe, reviews, dropout=0.0)
+        model = new_model(AutoModelForSequenceClassification, recipe, reviews, **dropout_of(0.0))
         return train_classifier(to_transformers(model) if stock else model, collator, training, reviews)
 
     tokenizer = reviews.tokenizer
@@ -211,8 +209,13 @@ def target_variants(recipe: RecipeArguments) -> Variants:
     reviews = load_reviews(recipe)
     few = DatasetDict({"train": some(reviews.data["train"], recipe.target_rows), "test": reviews.data["test"]})
 
+    def frequencies(training: TrainingArguments) -> Measured:
+        collator = DataCollatorForDynamicMasking(reviews.tokenizer, seed=training.seed)
+        seen, held_out = masked_lm.tokens(few["train"], reviews.tokenizer), masked_lm.targets(few["test"], collator)
+        return {"held-out loss": log(unigram_perplexity(seen, held_out))}
+
     def train(drawing: dict[str, Any], training: TrainingArguments) -> Measured:
-        model = new_model(AutoModelForMaskedLM, recipe, reviews, recipe.dropout)
+        model = new_model(AutoModelForMaskedLM, recipe, reviews)
         collator = DataCollatorForDynamicMasking(reviews.tokenizer, seed=training.seed, **drawing)
         folder = str(Path(str(training.output_dir), "pretrained"))
         pretraining = replace(training, output_dir=folder, num_train_epochs=recipe.target_epochs)
@@ -230,6 +233,7 @@ def target_variants(recipe: RecipeArguments) -> Variants:
         }
 
     return {
+        UNTRAINED: frequencies,
         "drawn once": partial(train, {"dynamic": False}),
         "drawn ten times": partial(train, {"dynamic": False, "copies": 10}),
         "drawn in each epoch": partial(train, {}),
@@ -254,6 +258,9 @@ def mask_variants(recipe: RecipeArguments) -> Variants:
     tokenizer = causal_lm.new_tokenizer(texts["train"]["text"], recipe.vocab_size)
     data = DatasetDict({name: causal_lm.tokenize(rows, tokenizer, sizes.max_length) for name, rows in texts.items()})
 
+    def frequencies(training: TrainingArguments) -> Measured:
+        return {"perplexity": unigram_perplexity(*map(causal_lm.targets, (data["train"], data["test"])))}
+
     def train(masks: dict[float, str], training: TrainingArguments) -> Measured:
         model = causal_lm.new_model(sizes, tokenizer)
         collator = DataCollatorWithLengths(tokenizer, flat=True)
@@ -264,7 +271,8 @@ def mask_variants(recipe: RecipeArguments) -> Variants:
         run = train_and_evaluate(trainer, "perplexity")
         return {"perplexity": run["perplexity"], "seconds": run["train_seconds"]}
 
-    return {"fixed": partial(train, {0: FINAL_MASK}), "widening": partial(train, WIDENING)}
+    fixed, widening = partial(train, {0: FINAL_MASK}), partial(train, WIDENING)
+    return {UNTRAINED: frequencies, "fixed": fixed, "widening": widening}
 
 
 def some(rows: Dataset, count: int) -> Dataset:
@@ -274,38 +282,8 @@ def some(rows: Dataset, count: int) -> Dataset:
 VARIANTS = {"padding": padding_variants, "targets": target_variants, "masks": mask_variants}
 
 
-# --- The report ------------------------------------------------------------------------------------------------------
-
-
-def summary(results: Results) -> str:
-    """Of each part what it did and what came out."""
-    parts = results["parts"].items()
-    return "\n\n".join(f"### {part.capitalize()}\n\n{PARTS[part]}\n\n{summarize(runs)}" for part, runs in parts)
-
-
 def make_card(results: Results) -> ModelCard:
-    datasets = results["datasets"]
-    metadata = ModelCardData(
-        library_name="transformers",
-        tags=["hf_dynmask"],
-        datasets=[source["hub_id"] for source in datasets if "hub_id" in source] or None,
-    )
-    text = f"""
-# Static against dynamic masking
-
-Measured by `recipes/static_vs_dynamic.py` on {results["training"]["num_seeds"]} seeds.
-
-## Results
-
-In the tables, `a ± b` is the mean and the standard deviation over the seeds. Below them it is the mean of the
-differences seed by seed and half of its {CONFIDENCE:.0%} confidence interval (Student's t). Each interval stands for
-itself alone: of many comparisons some come out by chance.
-
-{summary(results)}
-
-![Each seed, and the mean and standard deviation of all]({FIGURE})
-"""
-    return assemble_card(metadata, text, [results["model"], *datasets], results)
+    return variants_card(results, title="Static against dynamic masking")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Variants of a training on several seeds: what each measures, how sure a difference is, a table and a figure of it."""
+"""Variants of a training on several seeds: what each measures, how sure a difference is, table, figure and card."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from transformers import TrainingArguments, set_seed
 
-from common import table
+from common import Results, assemble_card, save_report, table
 
 Measured = dict[str, float]  # by the names of `METRICS`
 Variants = dict[str, Callable[[TrainingArguments], Measured]]  # by name
@@ -65,13 +67,16 @@ def finding(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 def summarize(runs: Runs) -> str:
-    """Means and standard deviations in a table, and what the last variant makes of each other one."""
+    """
+    Means and standard deviations in a table, and what the last variant makes of each other one, which may lack some of
+    its metrics.
+    """
     *others, last = runs
     metrics = list(runs[last])
-    rows = [[name, *(_spread(metric, run[metric]) for metric in metrics)] for name, run in runs.items()]
+    rows = [[name, *(_spread(metric, run.get(metric, [])) for metric in metrics)] for name, run in runs.items()]
     findings = [
         f"- `{last}` against `{name}`: "
-        + "; ".join(finding(metric, runs[last][metric], runs[name][metric]) for metric in metrics)
+        + "; ".join(finding(metric, runs[last][metric], runs[name][metric]) for metric in runs[name])
         + "."
         for name in others
     ]
@@ -80,7 +85,7 @@ def summarize(runs: Runs) -> str:
 
 def _spread(metric: str, values: Sequence[float]) -> str:
     digits = METRICS[metric].digits
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}" if values else ""
 
 
 def draw(parts: Sequence[Runs]) -> Figure:
@@ -88,13 +93,73 @@ def draw(parts: Sequence[Runs]) -> Figure:
     columns = max(len(run) for runs in parts for run in runs.values())
     figure = Figure(figsize=(3.2 * columns, 1.8 * len(parts)), layout="constrained")
     for row, runs in enumerate(parts):
-        metrics = list(next(iter(runs.values())))
-        for column, metric in enumerate(metrics):
+        *_, last = runs.values()
+        for column, metric in enumerate(last):
             axis = figure.add_subplot(len(parts), columns, row * columns + column + 1)
             for place, run in enumerate(runs.values()):
-                axis.plot(run[metric], [place] * len(run[metric]), "o", color="tab:orange", markersize=4)
-                axis.errorbar(mean(run[metric]), place, xerr=stdev(run[metric]), fmt="|", color="tab:blue", capsize=4)
+                if values := run.get(metric):
+                    axis.plot(values, [place] * len(values), "o", color="tab:orange", markersize=4)
+                    axis.errorbar(mean(values), place, xerr=stdev(values), fmt="|", color="tab:blue", capsize=4)
             axis.set_xlabel(metric)
             axis.set_yticks(range(len(runs)), list(runs) if column == 0 else [""] * len(runs))
             axis.set_ylim(len(runs) - 0.5, -0.5)
     return figure
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def report(results: Results, card: ModelCard, training: TrainingArguments, model_card_dir: str | None) -> None:
+    """What [`save_report`] writes, and a figure beside each card; a summary on the screen."""
+    if training.process_index > 0:
+        return
+    save_report(results, card, str(training.output_dir), model_card_dir)
+    for folder in filter(None, (training.output_dir, model_card_dir)):
+        draw([part["runs"] for part in results["parts"].values()]).savefig(Path(folder, _figure(results)))
+    print(summary(results))
+
+
+def summary(results: Results) -> str:
+    """Of each part what it did and what came out."""
+    parts = results["parts"].items()
+    return "\n\n".join(
+        f"### {name.capitalize()}\n\n{part['what']}\n\n{summarize(part['runs'])}" for name, part in parts
+    )
+
+
+def variants_card(results: Results, title: str) -> ModelCard:
+    """
+    A card from nothing but the results.
+
+    Args:
+        results (`dict`):
+            `recipe`, `model` and `datasets` (as [`describe_source`] gives them), `seeds`, `parts` (of each name `what`,
+            in words, and `runs`, as [`measure`] gives them), `training`, `environment`.
+        title (`str`): The heading.
+    """
+    datasets = results["datasets"]
+    metadata = ModelCardData(
+        library_name="transformers",
+        tags=["hf_dynmask"],
+        datasets=[source["hub_id"] for source in datasets if "hub_id" in source] or None,
+    )
+    text = f"""
+# {title}
+
+Measured by `recipes/{results["recipe"]}.py` on the seeds {", ".join(map(str, results["seeds"]))}.
+
+## Results
+
+In the tables, `a ± b` is the mean and the standard deviation over the seeds. Below them it is the mean of the
+differences seed by seed and half of its {CONFIDENCE:.0%} confidence interval (Student's t). Each interval stands for
+itself alone: of many comparisons some come out by chance.
+
+{summary(results)}
+
+![Each seed, and the mean and standard deviation of all]({_figure(results)})
+"""
+    return assemble_card(metadata, text, [results["model"], *datasets], results)
+
+
+def _figure(results: Results) -> str:
+    return f"{results['recipe']}.png"

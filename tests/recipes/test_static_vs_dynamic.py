@@ -13,9 +13,10 @@ from scipy.stats import ttest_rel
 from transformers import TrainingArguments
 
 import static_vs_dynamic
-from static_vs_dynamic import FIGURE, main, make_card
+from static_vs_dynamic import UNTRAINED, main, make_card
 from variants import difference, finding, measure, summarize
 
+FIGURE = "static_vs_dynamic.png"
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad", "dull", "great"]
 SIZES = {
     "num_seeds": 2,
@@ -72,22 +73,22 @@ def results(run):
 
 
 def test_padding_changes_no_accuracy(results):
-    fixed, longest, lengths = (run["accuracy"] for run in results["parts"]["padding"].values())
+    fixed, longest, lengths = (run["accuracy"] for run in results["parts"]["padding"]["runs"].values())
     assert fixed == longest == lengths
     assert len(fixed) == SIZES["num_seeds"] and fixed != [0, 0]
 
 
 def test_targets_are_drawn_as_often_as_said(results):
     """Up to the tenth epoch, ten drawings are one for each epoch."""
-    once, ten_times, each_epoch = (run["held-out loss"] for run in results["parts"]["targets"].values())
+    _, once, ten_times, each_epoch = (run["held-out loss"] for run in results["parts"]["targets"]["runs"].values())
     assert ten_times == each_epoch
     assert all(a != b for a, b in zip(once, each_epoch, strict=True))
 
 
 def test_mask_follows_the_schedule(results):
-    fixed, widening = (run["perplexity"] for run in results["parts"]["masks"].values())
+    frequencies, fixed, widening = (run["perplexity"] for run in results["parts"]["masks"]["runs"].values())
     assert all(a != pytest.approx(b, rel=1e-6) for a, b in zip(fixed, widening, strict=True))
-    assert all(perplexity < SIZES["vocab_size"] for perplexity in fixed + widening)
+    assert all(1 < perplexity < SIZES["vocab_size"] for perplexity in frequencies + fixed + widening)
 
 
 def test_card_figure_and_table_are_the_results(run, results, folder):
@@ -95,9 +96,8 @@ def test_card_figure_and_table_are_the_results(run, results, folder):
     card = str(ModelCard.load(output / "README.md"))
     assert card == str(make_card(results))
     assert printed[printed.index("### Padding") :].strip() in card and f"]({FIGURE})" in card
-    for runs in results["parts"].values():
-        for found in runs.values():
-            values = found["seconds"]
+    for part in results["parts"].values():
+        for values in (found["seconds"] for name, found in part["runs"].items() if name != UNTRAINED):
             assert f"| {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} " in printed
     assert str(folder) not in card.replace(str(folder / "reviews.csv"), "").replace(str(folder / "documents.csv"), "")
     cards = {"static_vs_dynamic.json": "results.json", "static_vs_dynamic.md": "README.md", FIGURE: FIGURE}
@@ -114,7 +114,8 @@ def test_one_part(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(static_vs_dynamic.VARIANTS, "masks", variants)
     main(arguments(folder, parts="masks", output_dir=tmp_path, seed=7))
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["parts"] == {"masks": {"fixed": {"perplexity": [7, 8]}, "widening": {"perplexity": [7, 8]}}}
+    assert list(results["parts"]) == ["masks"]
+    assert results["parts"]["masks"]["runs"] == {name: {"perplexity": [7, 8]} for name in ("fixed", "widening")}
     assert results["datasets"] == [{"name": str(folder / "documents.csv")}]
     assert "### Padding" not in (tmp_path / "README.md").read_text()
 
@@ -163,8 +164,9 @@ def test_finding(metric, ours, theirs, words):
 
 def test_the_last_variant_is_set_against_each_other_one():
     runs = {name: {"accuracy": [value, value + 0.01]} for name, value in {"a": 0.5, "b": 0.7, "c": 0.6}.items()}
+    runs["c"]["seconds"] = [1.0, 2.0]
     lines = summarize(runs).splitlines()
-    assert lines[2] == "| a       | 0.505 ± 0.007 |"
+    assert lines[2] == "| a       | 0.505 ± 0.007 |           |"
     assert lines[-2:] == [
         "- `c` against `a`: accuracy +0.100 ± 0.000 (better).",
         "- `c` against `b`: accuracy -0.100 ± 0.000 (worse).",
