@@ -110,7 +110,7 @@ MASK_HEADS, MASK_HEAD_DIM = 12, 32
 MASK_TOKENS = 8192
 MASK_MEMORY_TOKENS = (2048, 4096, 8192, 16384)
 BUDGET_LENGTHS = "heavy-tailed"
-BUDGET_BATCHES = 16
+BUDGET_BATCHES = 8
 
 
 # --- Lengths ---------------------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def test_show_prints_what_the_dense_form_says(expression, lengths, options):
 def test_show_as_a_user_runs_it():
     command = [sys.executable, "-m", "hf_dynmask.cli", "show", EXPRESSION, "--lengths", "12,5", "--block-size", "4"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
-    assert result.stderr == ""
+    # transformers imports torchao, where it is installed, which reports what it has no use for on this machine.
+    assert [line for line in result.stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line] == []
     assert result.stdout.startswith(f"{EXPRESSION}\n100 of 169 pairs; blocks of 4: 1 full, 11 partial, 1 empty\n")
     wide = """\
 sequence 0: 12 tokens

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     def text(most: int) -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(2, most)))
 
-    reviews = [f"{text(20)},{draw.choice(['no', 'yes'])}" for _ in range(60)]
+    reviews = [f"{review},{'yes' if 'good' in review else 'no'}" for review in (text(20) for _ in range(200))]
     (folder / "reviews.csv").write_text("\n".join(["text,label", *reviews]) + "\n")
     (folder / "documents.csv").write_text("\n".join(["text", *(text(100) for _ in range(40))]) + "\n")
     return folder
@@ -75,7 +75,7 @@ def results(run):
 def test_padding_changes_no_accuracy(results):
     fixed, longest, lengths = (run["accuracy"] for run in results["parts"]["padding"]["runs"].values())
     assert fixed == longest == lengths
-    assert len(fixed) == SIZES["num_seeds"] and fixed != [0, 0]
+    assert len(set(fixed)) == SIZES["num_seeds"]  # each seed has a course of its own
 
 
 def test_targets_are_drawn_as_often_as_said(results):
