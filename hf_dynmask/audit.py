@@ -201,7 +201,9 @@ def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     stock = AutoModel.from_config(config)
-    models = [model.to(device).train() for model in (stock, from_transformers(stock))]
+    models: list[nn.Module] = [stock, from_transformers(stock)]
+    for model in models:
+        model.to(device).train()
     steps = [partial(_seconds_of_step, model, torch.optim.AdamW(model.parameters(), lr=1e-6)) for model in models]
     return [
         _speedup(steps, [_inputs(batch, config.vocab_size, device) for batch in _spread(batches)])

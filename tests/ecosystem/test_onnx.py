@@ -14,6 +14,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES |= {"vocab_size": 20, "num_labels": 3}
 LENGTHS = [torch.tensor([5, 2, 9]), torch.tensor([3]), torch.tensor([1, 17, 4, 8, 2])]
 
 
@@ -27,7 +28,7 @@ def rows(lengths):
 @pytest.mark.parametrize("stock_class", [BertForSequenceClassification, BertForTokenClassification])
 def test_outputs_of_any_lengths(stock_class, tmp_path):
     torch.manual_seed(0)
-    model = from_transformers(stock_class(BertConfig(vocab_size=20, num_labels=3, **SIZES))).eval()
+    model = from_transformers(stock_class(BertConfig(**SIZES))).eval()
     input_ids, attention_mask = rows(LENGTHS[0])
     size = {0: torch.export.Dim("rows"), 1: torch.export.Dim("width")}
     torch.onnx.export(

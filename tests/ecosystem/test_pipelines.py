@@ -79,9 +79,9 @@ def test_tasks(task, stock_class, settings, inputs, tokenizer, caplog):
     finally:
         logging.disable_propagation()
     assert not [record for record in caplog.records if "not supported" in record.message]
-    expected = pipeline(task, model=stock, tokenizer=tokenizer, device="cpu")(inputs, **settings)
+    expected: Any = pipeline(task, model=stock, tokenizer=tokenizer, device="cpu")(inputs, **settings)
     assert ours(inputs, **settings) == nearly(expected)
-    together = ours(inputs, batch_size=len(inputs), **settings)
+    together: Any = ours(inputs, batch_size=len(inputs), **settings)
     if task == "feature-extraction":  # hands padding out along with the tokens
         together = [[rows[0][-len(alone[0]) :]] for rows, alone in zip(together, expected, strict=True)]
     assert together == nearly(expected)

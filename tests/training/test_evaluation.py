@@ -38,7 +38,7 @@ def rows(**columns):
     return [{"input_ids": ids} | {name: of(ids, k) for name, of in columns.items()} for k, ids in enumerate(examples)]
 
 
-def predicted(model, collator, examples, folder, label_names=None, **settings):
+def predicted(model, collator, examples, folder, label_names=None, **settings) -> Any:
     names = {"label_names": label_names, "per_device_eval_batch_size": 4}
     arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none", **names)
     trainer = Trainer(model, arguments, data_collator=collator, **settings)
