@@ -56,7 +56,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from common import Results, describe_environment, parse_arguments, table, write_json
+from cards import Results, describe_environment, table, write_json
+from common import parse_arguments
 from hf_dynmask import SequenceLayout, TokenBudgetBatchSampler, dynmask_attention, from_transformers, masks
 from samples import resolve_dataset, resolve_model
 

@@ -37,29 +37,15 @@ from transformers import (
     set_seed,
 )
 
-from common import (
-    IGNORED,
-    CommonArguments,
-    Contenders,
-    Results,
-    compare,
-    describe_source,
-    describe_training,
-    load_model,
-    load_texts,
-    model_card,
-    parse_arguments,
-    perplexity_of,
-    report,
-    special_token_ids,
-    unigram_perplexity,
-)
+from cards import Results, describe_source, describe_training, model_card, report
+from common import IGNORED, CommonArguments, load_model, load_texts, parse_arguments, special_token_ids
 from hf_dynmask import (
     DataCollatorWithLengths,
     DynMaskConfig,
     DynMaskForCausalLM,
     to_transformers,
 )
+from measuring import Contenders, compare, perplexity_of, unigram_perplexity
 from samples import resolve_model
 
 METRIC = "perplexity"

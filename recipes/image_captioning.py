@@ -38,27 +38,15 @@ from transformers import (
     set_seed,
 )
 
-from common import (
-    CommonArguments,
-    Contenders,
-    Results,
-    best_constant,
-    compare,
-    describe_new_model,
-    describe_source,
-    describe_training,
-    model_card,
-    parse_arguments,
-    report,
-    special_token_ids,
-    without_lengths,
-)
+from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
+from common import CommonArguments, parse_arguments, special_token_ids
 from hf_dynmask import (
     DataCollatorForSeq2SeqWithLengths,
     DynMaskForConditionalGeneration,
     DynMaskSeq2SeqConfig,
 )
 from hf_dynmask.data import patch_positions, patches
+from measuring import Contenders, best_constant, compare, without_lengths
 from samples import resolve_files
 
 METRIC = "chrf"

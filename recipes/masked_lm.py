@@ -37,24 +37,10 @@ from transformers import (
     set_seed,
 )
 
-from common import (
-    IGNORED,
-    CommonArguments,
-    Contenders,
-    Results,
-    compare,
-    describe_source,
-    describe_training,
-    dropout_of,
-    load_model,
-    load_texts,
-    model_card,
-    parse_arguments,
-    perplexity_of,
-    report,
-    unigram_perplexity,
-)
+from cards import Results, describe_source, describe_training, model_card, report
+from common import IGNORED, CommonArguments, dropout_of, load_model, load_texts, parse_arguments
 from hf_dynmask import DataCollatorForDynamicMasking, DynamicMaskingMixin, to_transformers
+from measuring import Contenders, compare, perplexity_of, unigram_perplexity
 from samples import resolve_model
 
 METRIC = "perplexity"

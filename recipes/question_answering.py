@@ -38,22 +38,10 @@ from transformers import (
     set_seed,
 )
 
-from common import (
-    CommonArguments,
-    Contenders,
-    Results,
-    check_texts,
-    compare,
-    describe_source,
-    describe_training,
-    dropout_of,
-    load_columns,
-    load_model,
-    model_card,
-    parse_arguments,
-    report,
-)
+from cards import Results, describe_source, describe_training, model_card, report
+from common import CommonArguments, check_texts, dropout_of, load_columns, load_model, parse_arguments
 from hf_dynmask import DataCollatorWithLengths, to_transformers
+from measuring import Contenders, compare
 from samples import resolve_model
 
 METRIC, OTHERS = "f1", ["exact_match"]

@@ -21,26 +21,15 @@ from transformers import (
     set_seed,
 )
 
-from common import (
-    CommonArguments,
-    Contenders,
-    Results,
-    compare,
-    describe_new_model,
-    describe_source,
-    describe_training,
-    load_texts,
-    model_card,
-    parse_arguments,
-    report,
-    special_token_ids,
-)
+from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
+from common import CommonArguments, load_texts, parse_arguments, special_token_ids
 from hf_dynmask import (
     DataCollatorForSeq2SeqWithLengths,
     DynMaskForConditionalGeneration,
     DynMaskSeq2SeqConfig,
     to_transformers,
 )
+from measuring import Contenders, compare
 
 PAD, START, END = "<pad>", "<s>", "</s>"
 HEAD_SIZE = 64

@@ -31,26 +31,14 @@ from transformers import (
     set_seed,
 )
 
-from common import (
-    CommonArguments,
-    Contenders,
-    Results,
-    compare,
-    describe_source,
-    describe_training,
-    dropout_of,
-    load_columns,
-    load_model,
-    model_card,
-    names_of,
-    parse_arguments,
-    report,
-)
+from cards import Results, describe_source, describe_training, model_card, report
+from common import CommonArguments, dropout_of, load_columns, load_model, names_of, parse_arguments
 from hf_dynmask import (
     DataCollatorWithLengths,
     DynMaskPreTrainedModel,
     to_transformers,
 )
+from measuring import Contenders, compare
 from samples import resolve_model
 
 METRIC = "accuracy"

@@ -45,21 +45,10 @@ from transformers import (
     set_seed,
 )
 
-from common import (
-    CommonArguments,
-    Contenders,
-    Results,
-    best_constant,
-    compare,
-    describe_new_model,
-    describe_source,
-    describe_training,
-    model_card,
-    parse_arguments,
-    report,
-    without_lengths,
-)
+from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
+from common import CommonArguments, parse_arguments
 from hf_dynmask import DataCollatorForFeatures, DynMaskConfig, DynMaskForCTC
+from measuring import Contenders, best_constant, compare, without_lengths
 from samples import resolve_files
 
 METRIC, OTHERS = "cer", ["wer"]

@@ -40,21 +40,8 @@ from transformers import (
 import causal_lm
 import masked_lm
 import sequence_classification
-from common import (
-    Collator,
-    Results,
-    check_texts,
-    describe_environment,
-    describe_source,
-    describe_training,
-    dropout_of,
-    load_columns,
-    load_texts,
-    names_of,
-    parse_arguments,
-    train_and_evaluate,
-    unigram_perplexity,
-)
+from cards import Results, describe_environment, describe_source, describe_training
+from common import check_texts, dropout_of, load_columns, load_texts, names_of, parse_arguments
 from hf_dynmask import (
     DataCollatorForDynamicMasking,
     DataCollatorWithLengths,
@@ -63,6 +50,7 @@ from hf_dynmask import (
     from_transformers,
     to_transformers,
 )
+from measuring import Collator, train_and_evaluate, unigram_perplexity
 from sequence_classification import encode_labels, load_classifier
 from variants import Measured, Variants, measure, report, variants_card
 

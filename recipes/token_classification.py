@@ -41,25 +41,19 @@ from transformers import (
     set_seed,
 )
 
+from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
 from common import (
     IGNORED,
     CommonArguments,
-    Contenders,
-    Results,
-    compare,
-    describe_new_model,
-    describe_source,
-    describe_training,
     dropout_of,
     load_columns,
     load_model,
-    model_card,
     names_of,
     parse_arguments,
-    report,
     special_token_ids,
 )
 from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForTokenClassification, to_transformers
+from measuring import Contenders, compare
 from samples import resolve_model
 
 METRIC, OTHERS = "f1", ["precision", "recall"]

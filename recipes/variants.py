@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from transformers import TrainingArguments, set_seed
 
-from common import Results, assemble_card, save_report, table
+from cards import Results, assemble_card, save_report, table
 
 Measured = dict[str, float]  # by the names of `METRICS`
 Variants = dict[str, Callable[[TrainingArguments], Measured]]  # by name

@@ -13,8 +13,9 @@ from datasets import config as datasets_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, LlamaForCausalLM
 
 from causal_lm import main, new_tokenizer, perplexity, surprise, targets, tokenize
-from common import load_texts, unigram_perplexity
+from common import load_texts
 from hf_dynmask import DynMaskForCausalLM
+from measuring import unigram_perplexity
 
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad"]
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartForConditiona
 
 import summarization
 import translation
-from common import load_texts, padding_share
+from common import load_texts
 from hf_dynmask import DynMaskForConditionalGeneration
+from measuring import padding_share
 from samples import DATASETS, resolve_dataset
 from seq2seq import Evaluation, make_card, train_tokenizer
 

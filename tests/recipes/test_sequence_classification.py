@@ -23,8 +23,10 @@ from transformers import (
     set_seed,
 )
 
-from common import check_reloaded, describe_source, load_columns, padding_share
+from cards import describe_source
+from common import load_columns
 from hf_dynmask import DynMaskForSequenceClassification
+from measuring import check_reloaded, padding_share
 from samples import resolve_dataset
 from sequence_classification import encode_labels, load_classifier, main, make_card
 

@@ -15,8 +15,9 @@ from datasets import config as datasets_config
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCTC, Speech2TextFeatureExtractor, pipeline
 
-from common import best_constant, describe_new_model
+from cards import describe_new_model
 from hf_dynmask import DynMaskForCTC
+from measuring import best_constant
 from samples import resolve_files
 from speech_recognition import error_rates, log_mel, main, make_card, make_tokenizer, normalize
 
