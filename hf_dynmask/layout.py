@@ -392,3 +392,30 @@ def _check_flat(sizes: tuple[int, ...], width: int) -> None:
             f"`lengths` of a flat batch must add up to its width {width}; got a sum of {sum(sizes)} over "
             f"{len(sizes)} sequences (a flat batch cannot be split over devices: use rows for that)"
         )
+
+
+def check_not_scattered(tokens: Tensor, lengths: Tensor | None, pad_token_id: int | None) -> None:
+    """Refuse the first sequence of a flat batch that [`~torch.nn.DataParallel`] has taken apart.
+
+    Its one row goes to one device as it is, and its lengths to several. What comes of it looks like a row with padding,
+    but for the tokens that stand behind the first sequence.
+
+    Args:
+        tokens (`Tensor` of shape `(B, T)` or `(B, T, F)`): Ids or frames that a replica was given.
+        lengths (`Tensor` of shape `(B,)`, *optional*): With them.
+        pad_token_id (`int`, *optional*): What ids are padded with. `None`: any one id.
+
+    Raises:
+        ValueError: Behind the end of the only sequence stands something other than padding.
+    """
+    if lengths is None or lengths.numel() != 1 or tokens.shape[0] != 1:
+        return
+    behind = tokens[0, int(lengths) :]
+    if behind.is_floating_point():
+        pad_token_id = 0
+    if (behind != (behind[-1:] if pad_token_id is None else pad_token_id)).any():
+        raise ValueError(
+            f"`lengths` of a row on a replica of DataParallel must leave padding alone behind them; got {int(lengths)} "
+            f"tokens in a row of {tokens.shape[1]} with others behind (a flat batch cannot be split over devices: use "
+            "rows for that, or start one process a device)"
+        )

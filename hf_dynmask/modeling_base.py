@@ -1,11 +1,13 @@
 """What every DynMask model has: how it is saved and loaded."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_base import DynMaskBaseConfig, warn_of_other_code
+from .layout import check_not_scattered
 
 
 class DynMaskBaseModel(PreTrainedModel):
@@ -34,6 +36,19 @@ class DynMaskBaseModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.check_shareable()
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+            setattr(replica, name, OrderedDict(getattr(replica, name)))  # which it would share with this model
+        replica.register_forward_pre_hook(_check_replica, with_kwargs=True)
+        return replica
+
+
+def _check_replica(replica, args, kwargs) -> None:
+    inputs = kwargs.get(replica.main_input_name)
+    if inputs is not None:
+        check_not_scattered(inputs, kwargs.get("lengths"), getattr(replica.config, "pad_token_id", None))
 
 
 def _unreadable(source) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .layout import SequenceLayout, outside_graph
+from .layout import SequenceLayout, check_not_scattered, outside_graph
 
 NAME = "dynmask"
 # Settings that let tokens of a row meet outside attention: of MobileBERT, ESM and Switch Transformers.
@@ -128,6 +128,8 @@ def _enter(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple
     names = signature(model.forward).parameters
     given = dict(zip(names, args, strict=False)) | kwargs
     batch = Batch(model, given, "position_ids" in names)
+    if getattr(model, "_is_replica", False) and "input_ids" in given:
+        check_not_scattered(given["input_ids"], given.get("lengths"), getattr(model.config, "pad_token_id", None))
     _batches.set((*_batches.get(), batch))
     position_ids = batch.position_ids()
     if position_ids is None or model.config._attn_implementation != NAME:

@@ -200,3 +200,46 @@ def test_flat_batches_are_not_scattered(tmp_path):
     (part,) = scattered(COLLATORS["flat"](ROWS[:8]), 2)  # the one row goes to one device, with half of the lengths
     with pytest.raises(ValueError, match="must add up to its width .* cannot be split over devices: use rows for that"):
         model(**part)
+
+
+def replica_of(model):
+    """What DataParallel runs on a device, here with the weights of the model itself."""
+    replica = model._replicate_for_data_parallel()
+    replica._parameters = model._parameters
+    return replica
+
+
+@pytest.fixture(params=["ours", "stock"])
+def replica(request, tmp_path):
+    if request.param == "ours":
+        return replica_of(make_trainer("flat", {}, tmp_path)[0].model)
+    stock = BertForTokenClassification(BertConfig(**SHAPE))
+    stock.set_attn_implementation("dynmask")
+    return replica_of(stock)
+
+
+TWO = [{"input_ids": [5, 6, 7], "labels": [0, 1, 1]}, {"input_ids": [8, 9], "labels": [1, 0]}]
+
+
+def test_one_sequence_of_a_flat_batch_on_a_device(replica):
+    """No more sequences than devices: the first device sees its own length with the tokens of all."""
+    (part,) = scattered(COLLATORS["flat"](TWO), 2)
+    part.pop("labels")
+    message = r"a row on a replica of DataParallel must leave padding alone behind them; got 3 tokens in a row of 5"
+    with pytest.raises(ValueError, match=message):
+        replica(**part)
+
+
+@pytest.mark.parametrize("pad_token_id", [0, None])
+@pytest.mark.parametrize("kind, parts", [("rows", 1), ("rows", 2), ("flat", 1)])
+def test_what_a_replica_takes(kind, parts, pad_token_id, replica):
+    replica.config.pad_token_id = pad_token_id
+    for part in scattered(COLLATORS[kind](TWO), parts):
+        assert replica(**part).loss.isfinite()
+
+
+def test_a_model_that_was_replicated_is_not_a_replica(tmp_path):
+    model: Any = make_trainer("flat", {}, tmp_path)[0].model
+    model._replicate_for_data_parallel()
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    assert model(input_ids=tokens, lengths=torch.tensor([3])).logits.isfinite().all()  # what is behind is absent
