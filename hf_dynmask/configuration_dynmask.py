@@ -222,6 +222,8 @@ class DynMaskConfig(DynMaskBaseConfig):
                 f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}; "
                 f"got {self.num_key_value_heads}"
             )
+        if self.position_type == "rotary" and self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even with rotary positions; got {self.head_dim}")
         partial = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         if partial != 1.0:
             raise ValueError(f"`partial_rotary_factor` must be 1.0: heads are rotated whole; got {partial}")

@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 import oracle
 from hf_dynmask import attention_varlen
 from hf_dynmask.attention_reference import attend as attend_reference
-from hf_dynmask.attention_varlen import attend, unsupported
+from hf_dynmask.attention_varlen import GROUPED, attend, unsupported
 from hf_dynmask.layout import SequenceLayout
 from hf_dynmask.plan import MaskPlan
 from strategies import cases, examples, leaves
@@ -68,7 +68,7 @@ def kernel(name, dropouts=None):
 
     def of_torch(*packed, **options):
         given = inspect.signature(varlen_attn).bind(*packed, **options)
-        assert packed[0].shape[1] == packed[1].shape[1] or options.get("enable_gqa")
+        assert packed[0].shape[1] == packed[1].shape[1] or options.items() >= GROUPED.items()
         return documented_attention(packed, given.arguments["scale"], given.arguments["window_size"])
 
     def of_flash_attn(

@@ -271,7 +271,7 @@ def test_unknown_attention_implementation_lists_the_known(name):
         ({"layer_masks": ["full"]}, r"`layer_masks` must have one entry a layer, num_hidden_layers=2; got 1"),
         ({"mask": "causal & wndow(3)"}, r"column 10: unknown mask `wndow`"),
         ({"norm_type": "batch_norm"}, r"`norm_type` must be one of 'layer_norm', 'rms_norm'; got 'batch_norm'"),
-        ({"position_type": "rotary", "head_dim": 7}, r"RoPE requires an even rotary dimension, but got `head_dim`=7"),
+        ({"position_type": "rotary", "head_dim": 7}, r"`head_dim` must be even .* got 7|even rotary .* `head_dim`=7"),
         (
             {"position_type": "rotary", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             r"`partial_rotary_factor` must be 1.0: heads are rotated whole; got 0.5",
