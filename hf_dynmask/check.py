@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def check_model(
         [`Finding`]
 
     Raises:
-        ValueError: The model reads no tokens, or several texts at once; its masks read fields; there are no texts.
+        ValueError: The model reads no tokens; its masks read fields; there are no texts.
         OSError: There is no such checkpoint.
     """
     config = AutoConfig.from_pretrained(source)
@@ -97,7 +98,7 @@ def compare(ours: PreTrainedModel, stock: PreTrainedModel) -> Iterator[Finding]:
     """Whether a model of ours and a stock model agree, as in [`check_model`], on random tokens and in their dtype.
 
     Raises:
-        ValueError: The model reads no tokens, or several texts at once.
+        ValueError: The model reads no tokens.
     """
     models = Models(_checked(ours).eval(), stock.eval(), f"a {type(stock).__name__}")
     yield from _agreement(models, _examples("", ours, None), ours.dtype)
@@ -128,10 +129,8 @@ def load_stock(source: str, ours: PreTrainedModel, **options: Any) -> PreTrained
 
 
 def _checked(model: Any) -> Any:
-    name = type(model).__name__
-    if "MultipleChoice" in name or model.main_input_name != "input_ids":
-        reads = "several texts at once" if "MultipleChoice" in name else f"`{model.main_input_name}`"
-        raise ValueError(f"a model to check must read the tokens of one text; {name} reads {reads}")
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"a model to check must read tokens; {type(model).__name__} reads `{model.main_input_name}`")
     return model
 
 
@@ -144,7 +143,11 @@ def _sides(model: Any) -> list[Any]:
 
 
 def _is_of_sequences(model: PreTrainedModel) -> bool:
-    return "ForSequenceClassification" in type(model).__name__
+    return "ForSequenceClassification" in type(model).__name__ or _is_of_choices(model)
+
+
+def _is_of_choices(model: PreTrainedModel) -> bool:
+    return "ForMultipleChoice" in type(model).__name__
 
 
 # --- Examples --------------------------------------------------------------------------------------------------------
@@ -231,6 +234,8 @@ def _masked_on_the_left(examples: list[Sequences]) -> Batch:
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, batch: Batch, examples: list[Sequences]) -> list[Tensor]:
     """What a model gives for each example, padding left out: `(tokens, ...)`, or `(...)` where it is for the whole."""
+    if _is_of_choices(model):
+        batch = {name: of_texts.unsqueeze(1) for name, of_texts in batch.items()}  # each example has one choice
     outputs = model(**batch)
     values = torch.stack([outputs[name] for name in OUTPUTS if outputs.get(name) is not None], dim=-1)
     if _is_of_sequences(model):
@@ -257,14 +262,17 @@ def _agreement(models: Models, examples: list[Sequences], dtype: torch.dtype) ->
     scale = max(float(output.abs().max()) for output in exact)
     rounding = _difference(_outputs(models.padded, batch, examples), exact)
     allowed = SLACK * rounding + torch.finfo(dtype).eps * scale
-    runs = {
-        "lengths, in rows": lambda: _outputs(models.ours, _rows(examples), examples),
-        "lengths, end to end": lambda: _outputs(models.ours, _flat(examples), examples),
-        "attention_mask, padding on the left": lambda: _outputs(models.ours, _masked_on_the_left(examples), examples),
-        "one by one": lambda: _one_by_one(models.ours, examples),
-    }
+    makers = {f"lengths, {name}": make for name, make in _makers(models.ours).items()}
+    makers["attention_mask, padding on the left"] = _masked_on_the_left
+    runs = {name: partial(_outputs, models.ours, make(examples), examples) for name, make in makers.items()}
+    runs["one by one"] = partial(_one_by_one, models.ours, examples)
     for name, run in runs.items():
         yield Finding(f"{name}: as {models.what_is_padded} on padded rows", dtype, _difference(run(), exact), allowed)
+
+
+def _makers(model: PreTrainedModel) -> dict[str, Callable[[list[Sequences]], Batch]]:
+    """The batches with lengths that a model takes."""
+    return {"in rows": _rows} | ({} if _is_of_choices(model) else {"end to end": _flat})
 
 
 def _difference(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -273,8 +281,7 @@ def _difference(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def _leaks(model: PreTrainedModel, examples: list[Sequences], dtype: torch.dtype) -> Iterator[Finding]:
-    makers: dict[str, Callable[[list[Sequences]], Batch]] = {"in rows": _rows, "end to end": _flat}
-    for name, make in makers.items():
+    for name, make in _makers(model).items():
         before, changed = _outputs(model, make(examples), examples), 0
         for k in range(len(examples)):
             others = [example if j != k else _replaced(model, example) for j, example in enumerate(examples)]

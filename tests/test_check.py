@@ -14,7 +14,6 @@ from hf_dynmask import (
     DynMaskConfig,
     DynMaskForConditionalGeneration,
     DynMaskForCTC,
-    DynMaskForMultipleChoice,
     DynMaskForTokenClassification,
     DynMaskRecurrentConfig,
     DynMaskRecurrentForTokenClassification,
@@ -59,6 +58,14 @@ def test_stock_checkpoints(family, task, saved):
     findings = list(check_model(saved(random_stock(family, task))))
     assert len(findings) == 2 * (len(AGREE) + len(APART))
     assert all("as the stock model" in finding.what for finding in findings[: len(AGREE)])
+    assert [finding for finding in findings if not finding.is_right] == []
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra"])
+def test_multiple_choice(family, saved):
+    """Its batches have no flat form."""
+    findings = list(check_model(saved(random_stock(family, "multiple-choice"))))
+    assert len(findings) == 2 * (len(AGREE) + len(APART) - 2)
     assert [finding for finding in findings if not finding.is_right] == []
 
 
@@ -205,14 +212,7 @@ def test_not_a_number_is_wrong():
 @pytest.mark.parametrize(
     "model, message",
     [
-        (
-            lambda: DynMaskForMultipleChoice(DynMaskConfig(**SIZES)),
-            "tokens of one text; DynMaskForMultipleChoice reads several",
-        ),
-        (
-            lambda: DynMaskForCTC(DynMaskConfig(**SIZES, num_features=3)),
-            "tokens of one text; DynMaskForCTC reads `input_features`",
-        ),
+        (lambda: DynMaskForCTC(DynMaskConfig(**SIZES, num_features=3)), "tokens; DynMaskForCTC reads `input_features`"),
         (lambda: token_classifier(mask="segments"), "the field `segment_ids`"),
     ],
 )

@@ -437,7 +437,7 @@ def test_export_by_the_command(tmp_path, tokenizer):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("b a")["input_ids"] == [3, 2]
 
 
-FAMILIES = [("bert", "masked-lm"), ("llama", "causal-lm"), ("bart", "seq2seq-lm")]
+FAMILIES = [("bert", "masked-lm"), ("roberta", "multiple-choice"), ("llama", "causal-lm"), ("bart", "seq2seq-lm")]
 
 
 @pytest.mark.parametrize("family, task", FAMILIES)
