@@ -28,138 +28,44 @@ ratio of the work on padded rows to the work on real tokens.
 """
 
 import copy
-import ctypes
-import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    BartConfig,
-    BertConfig,
-    DataCollatorWithFlattening,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import BartConfig, BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from cards import Results, describe_environment, table, write_json
 from common import parse_arguments
-from hf_dynmask import SequenceLayout, TokenBudgetBatchSampler, dynmask_attention, from_transformers, masks
-from samples import resolve_dataset, resolve_model
+from hf_dynmask import SequenceLayout, TokenBudgetBatchSampler, dynmask_attention, masks
+from timing import Job, peak_memory, time_in_turns
+from workloads import (
+    LENGTHS,
+    PASSES,
+    SHAPES,
+    Batch,
+    Lengths,
+    flatten,
+    make_example,
+    make_groups,
+    make_models,
+    pad,
+    run_model,
+    to_device,
+    with_lengths,
+)
 
-Job = Callable[[], object]  # does some work; what it returns is freed after the clock has stopped
-Batch = dict[str, Any]  # tensors, and the lengths of the longest sequences
-Lengths = tuple[int, ...]  # of one example: its tokens, and of an encoder-decoder those of its target
-
-
-class Shape(NamedTuple):
-    """A stock model of a certain size, and the distributions of lengths that it is measured on."""
-
-    config: type[PreTrainedConfig]
-    auto_class: Any
-    sizes: dict[str, Any]
-    lengths: tuple[str, ...]
-
-
-TEXTS = ("reviews", "uniform", "heavy-tailed", "equal")
-SHAPES = {
-    "minilm": Shape(
-        BertConfig,
-        AutoModelForTokenClassification,
-        {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
-        TEXTS,
-    ),
-    "bert-base": Shape(
-        BertConfig,
-        AutoModelForTokenClassification,
-        {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
-        TEXTS,
-    ),
-    "llama": Shape(
-        LlamaConfig,
-        AutoModelForCausalLM,
-        {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024}
-        | {"vocab_size": 8192, "pad_token_id": 0},
-        ("sections", "uniform"),
-    ),
-    "bart": Shape(
-        BartConfig,
-        AutoModelForSeq2SeqLM,
-        {"encoder_layers": 3, "decoder_layers": 3, "d_model": 384, "vocab_size": 8192}
-        | {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
-        | {"encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536},
-        ("pairs",),
-    ),
-}
-PASSES = {"forward": False, "forward+backward": True}
 MASK = "causal & window(255, 0)"
 MASK_HEADS, MASK_HEAD_DIM = 12, 32
 MASK_TOKENS = 8192
 MASK_MEMORY_TOKENS = (2048, 4096, 8192, 16384)
 BUDGET_LENGTHS = "heavy-tailed"
 BUDGET_BATCHES = 8
-
-
-# --- Lengths ---------------------------------------------------------------------------------------------------------
-
-
-def token_counts(texts: list[str]) -> list[int]:
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("sample:minilm"))
-    return [len(input_ids) for input_ids in tokenizer(texts)["input_ids"]]
-
-
-def review_lengths(count: int) -> list[Lengths]:
-    """Of the first sample reviews, which stand in random order already."""
-    return [(length,) for length in token_counts(resolve_dataset("sample:reviews")["train"]["text"][:count])]
-
-
-def section_lengths(count: int) -> list[Lengths]:
-    """Of random sections of WikiText-2, cut off at 512."""
-    texts = resolve_dataset("sample:wikitext")["train"].shuffle(seed=0)["text"][:count]
-    return [(min(length, 512),) for length in token_counts(texts)]
-
-
-def pair_lengths(count: int) -> list[Lengths]:
-    """Of random English sentences and their translations into Spanish."""
-    pairs = resolve_dataset("sample:sentences")["train"].shuffle(seed=0)[:count]
-    return list(zip(token_counts(pairs["source"]), token_counts(pairs["target"]), strict=True))
-
-
-def uniform_lengths(count: int) -> list[Lengths]:
-    return [(length,) for length in torch.randint(8, 257, (count,)).tolist()]
-
-
-def heavy_tailed_lengths(count: int) -> list[Lengths]:
-    """A Pareto distribution from 16 on, of index 1, cut off at 512."""
-    return [(length,) for length in (16 / torch.rand(count)).clamp(max=512).long().tolist()]
-
-
-def equal_lengths(count: int) -> list[Lengths]:
-    return [(64,)] * count
-
-
-LENGTHS = {
-    "reviews": review_lengths,
-    "sections": section_lengths,
-    "pairs": pair_lengths,
-    "uniform": uniform_lengths,
-    "heavy-tailed": heavy_tailed_lengths,
-    "equal": equal_lengths,
-}
 
 
 @dataclass
@@ -237,82 +143,30 @@ def benchmark_models(options: BenchmarkArguments, device: torch.device) -> Itera
                     yield {"shape": shape, "dtype": dtype, "lengths": name, "pass": pass_name} | figures
 
 
-def make_models(shape: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The stock model with random weights, and the DynMask model with the same."""
-    torch.manual_seed(0)
-    config = SHAPES[shape].config(**SHAPES[shape].sizes)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    with device:
-        stock = SHAPES[shape].auto_class.from_config(config, dtype=getattr(torch, dtype))
-    return stock, from_transformers(stock)
-
-
 def make_batches(
     lengths: Sequence[Lengths], batch_size: int, config: PreTrainedConfig, device: torch.device
 ) -> dict[str, list[Batch]]:
     """Batches of examples with these lengths for each method."""
-    examples = [_example(of_one, config) for of_one in lengths]
-    groups = _groups(examples, batch_size)
-    padded = [_padded(group) for group in groups]
+    examples = [make_example(of_one, config) for of_one in lengths]
+    groups = make_groups(examples, batch_size)
+    padded = [pad(group) for group in groups]
     by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
     batches = {
         "padded": padded,
-        "sorted": [_padded(group) for group in _groups(by_length, batch_size)],
-        "dynmask": [_with_lengths(batch, config) for batch in padded],
-        "floor": [_equal_rows(group, config) for group in _groups(lengths, batch_size)],
+        "sorted": [pad(group) for group in make_groups(by_length, batch_size)],
+        "dynmask": [with_lengths(batch, config) for batch in padded],
+        "floor": [_equal_rows(group, config) for group in make_groups(lengths, batch_size)],
     }
     if not config.is_encoder_decoder:
-        batches["flat"] = [_flat(group) for group in _groups(examples, batch_size)]
-    return {method: [_on(batch, device) for batch in batches[method]] for method in batches}
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    return {name: values.to(device) if isinstance(values, Tensor) else values for name, values in batch.items()}
-
-
-def _example(lengths: Lengths, config: PreTrainedConfig) -> Batch:
-    """Random tokens, and labels: the target, the tokens themselves, or one of two classes for each."""
-    input_ids, *target = (torch.randint(1, config.vocab_size, (length,)) for length in lengths)
-    if not target:
-        target = [input_ids if isinstance(config, LlamaConfig) else input_ids % 2]
-    return {"input_ids": input_ids, "labels": target[0]}
-
-
-def _groups(examples: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [examples[start : start + size] for start in range(0, len(examples), size)]
-
-
-def _padded(examples: Sequence[Batch]) -> Batch:
-    input_ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
-    return {
-        "input_ids": pad_sequence(input_ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-    }
-
-
-def _flat(examples: Sequence[Batch]) -> Batch:
-    """The batch that [`~transformers.DataCollatorWithFlattening`] makes."""
-    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    return collate([{name: values.tolist() for name, values in example.items()} for example in examples])
-
-
-def _with_lengths(batch: Batch, config: PreTrainedConfig) -> Batch:
-    """The same with lengths in place of the mask."""
-    with_lengths = {name: values for name, values in batch.items() if name != "attention_mask"}
-    with_lengths["lengths"] = batch["attention_mask"].sum(-1)
-    if config.is_encoder_decoder:
-        with_lengths["decoder_lengths"] = (batch["labels"] != -100).sum(-1)
-    return with_lengths
+        batches["flat"] = [flatten(group) for group in make_groups(examples, batch_size)]
+    return {method: [to_device(batch, device) for batch in batches[method]] for method in batches}
 
 
 def _equal_rows(lengths: Sequence[Lengths], config: PreTrainedConfig) -> Batch:
     """As many rows, all of the mean lengths."""
     rows = len(lengths)
     mean = tuple(round(sum(side) / rows) for side in zip(*lengths, strict=True))
-    batch = _padded([_example(mean, config) for _ in range(rows)])
+    batch = pad([make_example(mean, config) for _ in range(rows)])
     return {name: values for name, values in batch.items() if name != "attention_mask"}
 
 
@@ -346,14 +200,6 @@ def benchmark_model(
         "speedup_over_sorted": seconds["sorted"] / seconds["dynmask"],
         "flat_over_dynmask": seconds["dynmask"] / seconds["flat"] if "flat" in seconds else None,
     }
-
-
-def run_model(model: PreTrainedModel, batch: Batch, training: bool) -> Any:
-    """The outputs of a forward pass, or the gradients of a forward and backward pass."""
-    model.train(training)
-    with torch.set_grad_enabled(training):
-        outputs = model(**batch)
-    return torch.autograd.grad(outputs.loss, list(model.parameters())) if training else outputs
 
 
 def computed_lengths(batches: Iterable[Batch], config: PreTrainedConfig) -> list[Lengths]:
@@ -457,13 +303,14 @@ def benchmark_budget(shape: str, dtype: str, options: BenchmarkArguments, device
     _, model = make_models(shape, dtype, device)
     lengths = LENGTHS[BUDGET_LENGTHS](options.batch_size * BUDGET_BATCHES)
     tokens = [sum(of_one) for of_one in lengths]
-    fixed = _groups(range(len(lengths)), options.batch_size)
+    fixed = make_groups(range(len(lengths)), options.batch_size)
     max_tokens = max(sum(tokens[k] for k in batch) for batch in fixed)
     methods = {"fixed": fixed, "budget": list(TokenBudgetBatchSampler(tokens, max_tokens))}
-    examples = [_example(of_one, model.config) for of_one in lengths]
+    examples = [make_example(of_one, model.config) for of_one in lengths]
     batches = {
         method: [
-            _on(_with_lengths(_padded([examples[k] for k in batch]), model.config), device) for batch in methods[method]
+            to_device(with_lengths(pad([examples[k] for k in batch]), model.config), device)
+            for batch in methods[method]
         ]
         for method in methods
     }
@@ -489,59 +336,6 @@ def train_epoch(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batche
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-# --- Measuring -------------------------------------------------------------------------------------------------------
-
-
-def time_in_turns(jobs: Mapping[str, Sequence[Job]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each method for all its jobs: the sum of each job's median over the repeats.
-
-    The methods take turns job by job, so that whatever else slows the machine down meets all of them.
-    """
-    timed = {method: [(job, []) for job in jobs[method]] for method in jobs}
-    for _ in range(1 + repeats):  # the first round warms up
-        for turn in zip(*timed.values(), strict=True):
-            for job, times in turn:
-                times.append(_seconds(job, device))
-    return {method: sum(median(times[1:]) for _, times in timed[method]) for method in timed}
-
-
-def _seconds(job: Job, device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    result = job()
-    _synchronize(device)
-    stop = time.perf_counter()
-    del result
-    return stop - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(jobs: Iterable[Job], device: torch.device) -> float | None:
-    """MiB that jobs need at their peak beyond what is in use before them; `None` where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before, peak = torch.cuda.memory_allocated(device), partial(torch.cuda.max_memory_allocated, device)
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # hands freed memory back, so that it counts again
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
-        before, peak = _peak_resident(), _peak_resident
-    else:
-        return None
-    for job in jobs:
-        job()
-    return (peak() - before) / 2**20
-
-
-def _peak_resident() -> int:
-    """Bytes of the largest resident set of this process, `VmHWM` in proc(5), which gives KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 # --- The report ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import torch
 from transformers import BartConfig, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import benchmark
+import timing
+import workloads
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
@@ -21,9 +23,9 @@ METHODS = ["padded", "sorted", "dynmask", "floor", "flat"]
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for name, shape in benchmark.SHAPES.items():
+    for name, shape in workloads.SHAPES.items():
         sizes = SMALLER.get(name, SHAPE) | {"vocab_size": 100}
-        monkeypatch.setitem(benchmark.SHAPES, name, shape._replace(sizes=sizes))
+        monkeypatch.setitem(workloads.SHAPES, name, shape._replace(sizes=sizes))
     monkeypatch.setattr(benchmark, "MASK_TOKENS", 600)
     monkeypatch.setattr(benchmark, "MASK_MEMORY_TOKENS", (300, 600))
 
@@ -136,13 +138,13 @@ def test_batches_of_pairs():
 
 def loss_or_norms(model, batch, training):
     """The loss, or the norms of all gradients while training."""
-    computed = benchmark.run_model(model, batch, training)
+    computed = workloads.run_model(model, batch, training)
     return sorted(gradient.norm() for gradient in computed) if training else computed.loss
 
 
 @pytest.mark.parametrize("shape", ["minilm", "llama", "bart"])
 def test_methods_compute_the_same(tiny, shape):
-    stock, ours = benchmark.make_models(shape, "float32", CPU)
+    stock, ours = workloads.make_models(shape, "float32", CPU)
     assert stock.config._attn_implementation == "sdpa"
     lengths = PAIRS if shape == "bart" else [(source,) for source, _ in PAIRS]
     batches = benchmark.make_batches(lengths, 4, stock.config, CPU)
@@ -155,7 +157,7 @@ def test_methods_compute_the_same(tiny, shape):
 @pytest.mark.parametrize("shape", ["minilm", "llama"])
 def test_the_stock_model_on_flat_batches_computes_the_same(tiny, shape):
     """Apart from the labels of first tokens, which the flat batch has not, as no causal model predicts them."""
-    stock, _ = benchmark.make_models(shape, "float32", CPU)
+    stock, _ = workloads.make_models(shape, "float32", CPU)
     batches = benchmark.make_batches([(source,) for source, _ in PAIRS], 4, stock.config, CPU)
     padded = batches["padded"][0]
     padded["labels"][:, 0] = -100
@@ -168,7 +170,7 @@ def test_the_stock_model_on_flat_batches_computes_the_same(tiny, shape):
 
 @pytest.mark.parametrize("name, low, high", [("uniform", 8, 256), ("heavy-tailed", 16, 512), ("equal", 64, 64)])
 def test_lengths(name, low, high):
-    lengths = [length for (length,) in benchmark.LENGTHS[name](20000)]
+    lengths = [length for (length,) in workloads.LENGTHS[name](20000)]
     assert len(lengths) == 20000
     assert (min(lengths), max(lengths)) == (low, high)
 
@@ -176,19 +178,19 @@ def test_lengths(name, low, high):
 def test_methods_take_turns():
     calls = []
     jobs = {method: [lambda m=method, i=i: calls.append((m, i)) for i in range(2)] for method in "ab"}
-    seconds = benchmark.time_in_turns(jobs, repeats=2, device=CPU)
+    seconds = timing.time_in_turns(jobs, repeats=2, device=CPU)
     assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 3
     assert list(seconds) == ["a", "b"]
 
 
 def test_time_is_the_sum_of_medians_after_a_warm_up(monkeypatch):
     times = iter([100, 50, 7, 1, 3, 4, 5, 2])
-    monkeypatch.setattr(benchmark, "_seconds", lambda job, device: next(times))
-    assert benchmark.time_in_turns({"a": [print, print]}, repeats=3, device=CPU) == {"a": 5 + 2}
+    monkeypatch.setattr(timing, "_seconds", lambda job, device: next(times))
+    assert timing.time_in_turns({"a": [print, print]}, repeats=3, device=CPU) == {"a": 5 + 2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system tells the peak of a process on Linux only")
 def test_peak_memory():
     """A block of 64 MiB, twice, each freed before the next."""
-    megabytes = benchmark.peak_memory([lambda: torch.ones(16 * 2**20)] * 2, CPU)
+    megabytes = timing.peak_memory([lambda: torch.ones(16 * 2**20)] * 2, CPU)
     assert megabytes == pytest.approx(64, abs=8)

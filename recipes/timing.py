@@ -1,0 +1,63 @@
+"""Time and memory of methods that do the same work, measured in turns."""
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+Job = Callable[[], object]  # does some work; what it returns is freed after the clock has stopped
+
+
+def time_in_turns(jobs: Mapping[str, Sequence[Job]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each method for all its jobs: the sum of each job's median over the repeats.
+
+    The methods take turns job by job, so that whatever else slows the machine down meets all of them.
+    """
+    timed = {method: [(job, []) for job in jobs[method]] for method in jobs}
+    for _ in range(1 + repeats):  # the first round warms up
+        for turn in zip(*timed.values(), strict=True):
+            for job, times in turn:
+                times.append(_seconds(job, device))
+    return {method: sum(median(times[1:]) for _, times in timed[method]) for method in timed}
+
+
+def _seconds(job: Job, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    result = job()
+    _synchronize(device)
+    stop = time.perf_counter()
+    del result
+    return stop - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(jobs: Iterable[Job], device: torch.device) -> float | None:
+    """MiB that jobs need at their peak beyond what is in use before them; `None` where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before, peak = torch.cuda.memory_allocated(device), partial(torch.cuda.max_memory_allocated, device)
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # hands freed memory back, so that it counts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+        before, peak = _peak_resident(), _peak_resident
+    else:
+        return None
+    for job in jobs:
+        job()
+    return (peak() - before) / 2**20
+
+
+def _peak_resident() -> int:
+    """Bytes of the largest resident set of this process, `VmHWM` in proc(5), which gives KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
