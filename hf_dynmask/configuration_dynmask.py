@@ -23,8 +23,12 @@ def masks_of(config: "DynMaskConfig") -> list[Mask]:
     Transformers loads the code that came with a checkpoint twice, for its configuration and for its model: classes of
     one are not those of the other.
     """
-    texts = config.layer_masks if config.layer_masks is not None else [config.mask or "full"] * config.num_hidden_layers
-    return [parse(text) for text in texts]
+    return [parse(text) for text in mask_texts(config)]
+
+
+def mask_texts(config: "DynMaskConfig") -> list[str]:
+    """Each layer's mask, as the configuration has it."""
+    return config.layer_masks if config.layer_masks is not None else [config.mask or "full"] * config.num_hidden_layers
 
 
 @strict

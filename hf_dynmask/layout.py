@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable)
+IGNORE_INDEX = -100  # of a label that is none
 
 
 def outside_graph(function: F) -> F:
     """Keep `torch.compile` out of `function`: lengths are values of the host, and every batch has others."""
-    return cast(F, torch.compiler.disable(function))
+    return cast(F, torch.compiler.disable(function, reason="it reads lengths on the host"))
 
 
 class Group(NamedTuple):
@@ -124,6 +125,36 @@ class SequenceLayout:
         if lengths.numel() == 1:  # one sequence: the same as a row that is full
             return cls.from_lengths(lengths, (1, total))
         return cls.from_lengths(lengths)
+
+    @classmethod
+    def of_batch(
+        cls,
+        shape: tuple[int, int],
+        device: torch.device,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> SequenceLayout:
+        """Layout of a batch that comes with `lengths`, see [`from_lengths`], with a 0/1 mask, see
+        [`from_attention_mask`], or with both; with neither all tokens are there.
+
+        Raises:
+            ValueError: `lengths` and `attention_mask` disagree, or an input does not fit the shape.
+        """
+        if attention_mask is not None and tuple(attention_mask.shape) != shape:
+            raise ValueError(f"`attention_mask` must have the input's shape {shape}; got {tuple(attention_mask.shape)}")
+        if lengths is None:
+            if attention_mask is not None:
+                return cls.from_attention_mask(attention_mask)
+            lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
+        layout = cls.from_lengths(lengths, shape)
+        if attention_mask is not None:
+            masked = cls.from_attention_mask(attention_mask)
+            if not torch.equal(masked.indices, layout.indices):
+                raise ValueError(
+                    f"`lengths` and `attention_mask` must name the same tokens; got lengths {lengths.tolist()} and a "
+                    f"mask with {list(masked.sizes)} tokens a row (padding on the right is what lengths mean)"
+                )
+        return layout
 
     @classmethod
     def _from_starts(
@@ -256,11 +287,12 @@ class SequenceLayout:
         return tuple(Group(length, sum(1 for _ in run)) for length, run in groupby(self.sizes))
 
     @outside_graph
-    def flatten(self, padded: Tensor) -> Tensor:
+    def flatten(self, padded: Tensor, fill: float | int | bool = 0) -> Tensor:
         """Keep the real tokens alone.
 
         Args:
             padded (`Tensor` of shape `(B, T, ...)`): Any tensor in the batch's layout.
+            fill (*optional*, defaults to 0): Value of absent tokens in a `GraphLayout`, which keeps them.
 
         Returns:
             `Tensor` of shape `(1, N, ...)`: the real tokens in flat order; a view where nothing is absent.
@@ -341,6 +373,15 @@ class SequenceLayout:
         """
         table = flat.new_full((self.num_sequences, self.extent, *flat.shape[2:]), fill)
         return table.index_put_((self.sequence_ids, self.positions), flat[0])
+
+    @outside_graph
+    def targets_alone(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """`states (..., C)` and `labels (...)` where those are not -100: `(targets, C)` and `(targets,)`.
+
+        A `GraphLayout` hands them back as they are.
+        """
+        real = labels != IGNORE_INDEX
+        return states[real], labels[real]
 
     def to(self, device: torch.device | str) -> SequenceLayout:
         """The same layout with its tensors on `device`."""

@@ -12,7 +12,7 @@ Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vo
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,11 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cached import cached_plans, columns_seen, last_columns
-from .configuration_dynmask import DynMaskConfig, masks_of
+from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
 from .features import Frames
 from .fields import TOKEN_FIELDS, key_name
-from .layout import SequenceLayout, outside_graph
+from .graph import GraphLayout, GraphPlan
+from .layout import IGNORE_INDEX, SequenceLayout, outside_graph
 from .masks import Dense, TopK, parse
 from .modeling_base import DynMaskBaseModel
 from .modules import (
@@ -56,27 +57,34 @@ from .modules import (
 )
 from .plan import MaskPlan
 
-IGNORE_INDEX = -100
 FIELDS_PER_TOKEN = (*TOKEN_FIELDS, "missing")
 PER_TOKEN = (*FIELDS_PER_TOKEN, "token_type_ids", "inputs_embeds")  # inputs of generation with a value a token
 
 
-@outside_graph
 def layout_of_batch(
     shape: tuple[int, int],
     device: torch.device,
     lengths: Tensor | None,
     attention_mask: Tensor | None,
     missing: Tensor | None = None,
+    in_graph: bool = False,
 ) -> SequenceLayout:
     """Where the tokens of a batch of `shape` `(B, T)` sit; without `lengths` and `attention_mask` all are there.
 
     An explicit `attention_mask` of three or four dimensions says nothing of that. Tokens that are `missing` are left
-    out; the others keep their positions.
+    out; the others keep their positions. With `in_graph` it is, where a graph is being made, a [`GraphLayout`].
 
     Raises:
         ValueError: `lengths` and `attention_mask` disagree, or an input does not fit the shape.
     """
+    if in_graph and torch.compiler.is_compiling():
+        attention_mask = None if is_explicit(attention_mask) else attention_mask
+        return cast(SequenceLayout, GraphLayout.of_batch(shape, device, lengths, attention_mask, missing))
+    return _layout_outside(shape, device, lengths, attention_mask, missing)
+
+
+@outside_graph
+def _layout_outside(shape, device, lengths, attention_mask, missing) -> SequenceLayout:
     return frames_of_batch(shape, device, lengths, attention_mask, missing).present.by_length()
 
 
@@ -89,33 +97,13 @@ def frames_of_batch(
     missing: Tensor | None,
 ) -> Frames:
     """As [`layout_of_batch`], with the tokens that are missing as well, in the batch's own order."""
-    whole = _present_tokens(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
+    whole = SequenceLayout.of_batch(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
     return Frames(whole, whole if missing is None else whole.without(missing))
 
 
 def is_explicit(attention_mask: Tensor | None) -> bool:
     """Whether a mask says which query may see which key, rather than which tokens are there."""
     return attention_mask is not None and attention_mask.dim() > 2
-
-
-def _present_tokens(
-    shape: tuple[int, int], device: torch.device, lengths: Tensor | None, attention_mask: Tensor | None
-) -> SequenceLayout:
-    if attention_mask is not None and tuple(attention_mask.shape) != shape:
-        raise ValueError(f"`attention_mask` must have the input's shape {shape}; got {tuple(attention_mask.shape)}")
-    if lengths is None:
-        if attention_mask is not None:
-            return SequenceLayout.from_attention_mask(attention_mask)
-        lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
-    layout = SequenceLayout.from_lengths(lengths, shape)
-    if attention_mask is not None:
-        masked = SequenceLayout.from_attention_mask(attention_mask)
-        if not torch.equal(masked.indices, layout.indices):
-            raise ValueError(
-                f"`lengths` and `attention_mask` must name the same tokens; got lengths {lengths.tolist()} and a mask "
-                f"with {list(masked.sizes)} tokens a row (padding on the right is what lengths mean)"
-            )
-    return layout
 
 
 def given_input(
@@ -321,7 +309,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
         rows, width = inputs.shape[:2]
         if layout is None:
             shape = (rows, width + columns_seen(past_key_values))
-            layout = layout_of_batch(shape, inputs.device, lengths, attention_mask, missing)
+            in_graph = past_key_values is None and not output_attentions
+            layout = layout_of_batch(shape, inputs.device, lengths, attention_mask, missing, in_graph)
         whole, layout = layout, last_columns(layout, width) if past_key_values is not None else layout
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
         rotary = self._rotary(states, position_ids)
@@ -427,14 +416,13 @@ class DynMaskModel(DynMaskPreTrainedModel):
         turns = {base: rotary(states, position_ids) for base, rotary in turns.items()}
         return [turns[base] for base in self.config.layer_rope_theta]
 
-    @outside_graph
     def _cross_plan(
         self,
         layout: SequenceLayout,
         encoder_layout: SequenceLayout,
         fields: dict[str, Tensor],
         encoder_fields: dict[str, Tensor],
-    ) -> MaskPlan:
+    ) -> MaskPlan | GraphPlan:
         """The plan of cross-attention. Fields of tokens are of both sides, others speak of the encoder's tokens."""
         of_both = dict(encoder_fields)
         for name in TOKEN_FIELDS:
@@ -442,13 +430,29 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 of_both[key_name(name)] = of_both.pop(name)
             if name in fields:
                 of_both[name] = fields[name][:, -layout.shape[1] :]
-        return MaskPlan(self.config.cross_mask, layout, encoder_layout, fields=of_both)
+        if isinstance(layout, GraphLayout):
+            return GraphPlan(self.config.cross_mask, layout, encoder_layout, of_both)
+        return self._cross_plan_outside(layout, encoder_layout, of_both)
 
     @outside_graph
+    def _cross_plan_outside(
+        self, layout: SequenceLayout, encoder_layout: SequenceLayout, fields: dict[str, Tensor]
+    ) -> MaskPlan:
+        return MaskPlan(self.config.cross_mask, layout, encoder_layout, fields=fields)
+
     def _plans(
         self, layout: SequenceLayout, whole: SequenceLayout, cache: Cache | None, fields: dict[str, Tensor]
-    ) -> list[MaskPlan]:
+    ) -> list[MaskPlan] | list[GraphPlan]:
         """Each layer's plan; layers with the same mask share one."""
+        if isinstance(layout, GraphLayout):
+            end = " & dense" if "attention_mask" in fields else ""
+            return [GraphPlan(f"({text}){end}", layout, layout, fields) for text in mask_texts(self.config)]
+        return self._plans_outside(layout, whole, cache, fields)
+
+    @outside_graph
+    def _plans_outside(
+        self, layout: SequenceLayout, whole: SequenceLayout, cache: Cache | None, fields: dict[str, Tensor]
+    ) -> list[MaskPlan]:
         masks = masks_of(self.config)
         if "attention_mask" in fields:
             masks = [mask & Dense() for mask in masks]
@@ -480,11 +484,20 @@ class DynMaskModel(DynMaskPreTrainedModel):
         return self.embeddings(words, position_ids, types), position_ids
 
     def _check_positions(self, layout: SequenceLayout) -> None:
+        if isinstance(layout, GraphLayout):  # its lengths are not known; the table itself takes no others
+            return
         room = self.config.max_position_embeddings - self.config.position_offset
         if self.config.position_type in ("learned", "sinusoidal") and layout.extent > room:
             raise ValueError(
                 f"a sequence must have at most {room} tokens (`max_position_embeddings`); got {layout.extent}"
             )
+
+
+def runs_in_graph(model: PreTrainedModel, output_attentions: bool | None = None, **_) -> bool:
+    """Whether a bare model can do with a [`GraphLayout`]: all can but the recurrent ones, unless asked for weights."""
+    if output_attentions is None:
+        output_attentions = model.config.output_attentions
+    return isinstance(model, DynMaskModel) and not output_attentions
 
 
 def encoded(
@@ -493,12 +506,14 @@ def encoded(
     attention_mask: Tensor | None = None,
     missing: Tensor | None = None,
     input_features: Tensor | None = None,
+    in_graph: bool = True,
     **inputs,
 ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
     """Outputs of a bare model, of which `last_hidden_state (1, N, C)` is flat, and the layout that it is in."""
     given = given_input(model.main_input_name, input_features=input_features, **inputs)
     if input_features is None:
-        layout = layout_of_batch(tuple(given.shape[:2]), given.device, lengths, attention_mask, missing)
+        in_graph = in_graph and runs_in_graph(model, **inputs)
+        layout = layout_of_batch(tuple(given.shape[:2]), given.device, lengths, attention_mask, missing, in_graph)
     else:
         inputs["inputs_embeds"], layout = model.embed_features(given, lengths, attention_mask, missing)
     inputs["return_dict"] = True
@@ -618,10 +633,10 @@ class DynMaskForMaskedLM(DynMaskTaskModel):
         states = outputs.last_hidden_state
         if labels is None:
             return None, layout.unflatten(self.lm_head(states))
-        labels = layout.flatten(labels)
+        labels = layout.flatten(labels, fill=IGNORE_INDEX)
         if self.training:
-            targets = labels != IGNORE_INDEX
-            return token_loss(self.lm_head(states[targets]), labels[targets], num_items_in_batch), None
+            states, labels = layout.targets_alone(states, labels)
+            return token_loss(self.lm_head(states), labels, num_items_in_batch), None
         logits = self.lm_head(states)
         return token_loss(logits, labels, num_items_in_batch), layout.unflatten(logits)
 
@@ -703,9 +718,10 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         seen = columns_seen(past_key_values)
         if seen and lengths is not None:
             raise ValueError("`lengths` must come with the first columns; later ones take an `attention_mask` of all")
-        whole = layout_of_batch((rows, seen + width), tokens.device, lengths, attention_mask, missing)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        in_graph = past_key_values is None and not use_cache and runs_in_graph(self.model, **kwargs)
+        whole = layout_of_batch((rows, seen + width), tokens.device, lengths, attention_mask, missing, in_graph)
         in_rows = whole.num_sequences == rows
         if past_key_values is not None and not in_rows:
             raise ValueError(
@@ -735,8 +751,8 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         if targets is None:
             logits = _in_columns(states, layout, logits_to_keep, self.lm_head)
         elif self.training:
-            real = targets != IGNORE_INDEX
-            loss = token_loss(self.lm_head(states[real]), targets[real], num_items_in_batch)
+            states, targets = layout.targets_alone(states, targets)
+            loss = token_loss(self.lm_head(states), targets, num_items_in_batch)
         else:
             of_tokens = self.lm_head(states)
             loss = token_loss(of_tokens, targets, num_items_in_batch)
@@ -819,7 +835,9 @@ class TokenClassification(TaskModel):
 
     def _predict(self, outputs, layout, labels, num_items_in_batch):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = token_loss(logits, layout.flatten(labels), num_items_in_batch) if labels is not None else None
+        loss = None
+        if labels is not None:
+            loss = token_loss(logits, layout.flatten(labels, fill=IGNORE_INDEX), num_items_in_batch)
         return loss, layout.unflatten(logits)
 
 
@@ -974,16 +992,25 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
         )
 
 
-@outside_graph
 def _in_columns(
     values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
     """A function of values `(1, N, …)` as `(B, columns, …)`: of the last columns alone, or of these; 0: of all. It is 0
-    where no token is, and not computed elsewhere."""
+    where no token is, and, but for a graph, not computed elsewhere."""
+    if isinstance(to_keep, int) and to_keep == 0:
+        return layout.unflatten(function(values))
+    if isinstance(layout, GraphLayout):
+        columns = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep.to(values.device)
+        return layout.unflatten(function(values))[:, columns]
+    return _in_some_columns(values, layout, to_keep, function)
+
+
+@outside_graph
+def _in_some_columns(
+    values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor]
+) -> Tensor:
     rows, width = layout.shape
     if isinstance(to_keep, int):
-        if to_keep == 0:
-            return layout.unflatten(function(values))
         to_keep = torch.arange(max(width - to_keep, 0), width, device=values.device)
     columns = to_keep.to(values.device)
     place = torch.full((width,), -1, device=values.device)
@@ -999,8 +1026,8 @@ def _in_columns(
 def _aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
     """Targets `(1, N)`, each at the token that predicts it; `None` where there are none."""
     if shift_labels is not None:
-        return layout.flatten(shift_labels)
-    return None if labels is None else _next_tokens(layout.flatten(labels), layout)
+        return layout.flatten(shift_labels, fill=IGNORE_INDEX)
+    return None if labels is None else _next_tokens(layout.flatten(labels, fill=IGNORE_INDEX), layout)
 
 
 def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
@@ -1059,6 +1086,8 @@ def _ctc_loss(
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
     """CTC loss of `logits (1, N, V)` against `labels (S, L)`, reduced by `config.ctc_loss_reduction`."""
+    if isinstance(layout, GraphLayout):
+        layout, logits = layout.settled(logits)
     targets, target_lengths = _ctc_targets(labels, layout, config)
     if not layout.num_tokens:
         return logits.sum()  # 0; torch takes no batch without frames
@@ -1110,9 +1139,11 @@ def _position_loss(
     """Cross-entropy of `scores (1, N)` over each sequence's tokens against `positions (S,)`."""
     by_sequence = layout.by_position(scores, fill=-torch.inf)
     positions = positions.flatten()[layout.rank]
-    real = (positions >= 0) & (positions < by_sequence.shape[1])
-    real[real.clone()] = by_sequence.detach()[real, positions[real]] != -torch.inf  # a token is there
-    return token_loss(by_sequence[real], positions[real], num_items_in_batch)
+    padded = nn.functional.pad(by_sequence.detach(), (0, 1), value=-torch.inf)  # where positions beyond the last look
+    inside = positions.where(positions >= 0, padded.shape[1] - 1).clamp(max=padded.shape[1] - 1)
+    real = padded.gather(1, inside[:, None])[:, 0] != -torch.inf  # a token is there
+    targets = positions.where(real, IGNORE_INDEX)
+    return token_loss(*layout.targets_alone(by_sequence, targets), num_items_in_batch)
 
 
 def sequence_loss(

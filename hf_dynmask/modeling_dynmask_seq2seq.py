@@ -28,15 +28,15 @@ from transformers.utils.generic import can_return_tuple
 from .cached import columns_seen, last_columns
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .fields import TOKEN_FIELDS
-from .layout import SequenceLayout, outside_graph
+from .layout import IGNORE_INDEX, SequenceLayout
 from .modeling_dynmask import (
-    IGNORE_INDEX,
     DynMaskModel,
     DynMaskPreTrainedModel,
     encoded,
     fields_of_new_tokens,
     is_explicit,
     layout_of_batch,
+    runs_in_graph,
     sequence_loss,
     token_loss,
 )
@@ -306,8 +306,10 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         asked = {
             name: kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         }
+        in_graph = encoder_outputs is None and source["input_features"] is None and past_key_values is None
+        in_graph = in_graph and not use_cache and runs_in_graph(self.decoder, **asked)
         if encoder_outputs is None:
-            encoder, encoder_layout = encoded(self.encoder, **source, **asked)
+            encoder, encoder_layout = encoded(self.encoder, **source, **asked, in_graph=in_graph)
         else:
             encoder, encoder_layout = self._given(encoder_outputs, source)
         tokens, seen, mask = self._target_tokens(target), columns_seen(past_key_values), target["attention_mask"]
@@ -315,7 +317,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
             raise ValueError(
                 "`decoder_lengths` must come with the first columns; later ones take a `decoder_attention_mask` of all"
             )
-        layout = target_layout(tokens, target["lengths"], mask, seen)
+        layout = target_layout(tokens, target["lengths"], mask, seen, in_graph)
         past_key_values = self._cache(past_key_values, use_cache, encoder_layout, layout)
         decoder = self.decoder(
             **target | {"lengths": None, "attention_mask": mask if is_explicit(mask) else None},
@@ -417,16 +419,17 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
     def _made_target(self, source, target, labels):
         if labels is None:
             return {}
-        return {"input_ids": self._shifted(labels, target_layout(labels, target["lengths"], target["attention_mask"]))}
+        layout = target_layout(labels, target["lengths"], target["attention_mask"], in_graph=True)
+        return {"input_ids": self._shifted(labels, layout)}
 
     def _outputs(self, sides, labels, num_items_in_batch):
         states, layout = sides.decoder.last_hidden_state, sides.decoder_layout
         if labels is None:
             return Seq2SeqLMOutput(logits=layout.unflatten(self._logits(states)), **sides.common())
-        labels = layout.flatten(labels)
+        labels = layout.flatten(labels, fill=IGNORE_INDEX)
         if self.training:
-            targets = labels != IGNORE_INDEX
-            loss = token_loss(self._logits(states[targets]), labels[targets], num_items_in_batch)
+            states, labels = layout.targets_alone(states, labels)
+            loss = token_loss(self._logits(states), labels, num_items_in_batch)
             return Seq2SeqLMOutput(loss=loss, **sides.common())
         logits = self._logits(states)
         loss = token_loss(logits, labels, num_items_in_batch)
@@ -498,7 +501,7 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
             raise ValueError(
                 "`decoder_input_ids` must be given where no `input_ids` are there to make them of; got none"
             )
-        layout = layout_of_batch(tuple(ids.shape), ids.device, lengths, mask)
+        layout = layout_of_batch(tuple(ids.shape), ids.device, lengths, mask, in_graph=True)
         return {
             "input_ids": self._shifted(ids, layout),
             "lengths": lengths,
@@ -512,14 +515,18 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
         return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **sides.common())
 
 
-@outside_graph
 def target_layout(
-    tokens: Tensor, lengths: Tensor | None, attention_mask: Tensor | None, columns_before: int = 0
+    tokens: Tensor,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    columns_before: int = 0,
+    in_graph: bool = False,
 ) -> SequenceLayout:
     """Where the decoder's tokens sit, those of columns before `tokens` `(B, U, ...)` included."""
     rows, width = tokens.shape[:2]
     try:
-        return layout_of_batch((rows, columns_before + width), tokens.device, lengths, attention_mask)
+        shape = rows, columns_before + width
+        return layout_of_batch(shape, tokens.device, lengths, attention_mask, in_graph=in_graph)
     except ValueError as error:
         raise ValueError(f"of the decoder's inputs: {error}") from error
 

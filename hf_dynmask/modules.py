@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from .attention import attend
 from .configuration_dynmask import DynMaskConfig, masks_of
 from .features import DynMaskFeatureEmbeddings
+from .graph import attend
 from .masks import TopK, parse
 from .plan import MaskPlan
 
@@ -186,7 +186,7 @@ class DynMaskAttention(nn.Module):
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             apply_mask_to=self.config.apply_mask_to,
-            key_scores=self.key_scores(value) if plan.mask.holds(TopK) else None,
+            key_scores=self.key_scores(value) if plan.reads_scores else None,
             implementation=ATTENTION_IMPLEMENTATIONS[self.config._attn_implementation],
         )
         return self.o_proj(output.transpose(1, 2).flatten(2)), weights

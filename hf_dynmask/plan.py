@@ -169,6 +169,11 @@ class MaskPlan:
         plan.__dict__.pop("_masks", None)
         return plan
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the mask has `topk`, which chooses by scores that each layer brings."""
+        return "key_scores" in self.mask.fields
+
     def by_heads(self, heads: int) -> list[tuple[slice, MaskPlan]]:
         """Plans for runs of heads that follow one expression; each plan's mask is resolved."""
         return self.derived(_by_heads, heads)

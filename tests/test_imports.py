@@ -22,6 +22,7 @@ LEVELS = [
     ["cached"],
     ["attention_*"],
     ["attention"],
+    ["graph"],
     ["features", "stock", "stock_*"],
     ["modules"],
     ["modeling_*"],

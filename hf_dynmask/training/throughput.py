@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
-from ..layout import outside_graph
-from ..modeling_dynmask import IGNORE_INDEX, DynMaskPreTrainedModel, layout_of_batch
+from ..layout import IGNORE_INDEX, outside_graph
+from ..modeling_dynmask import DynMaskPreTrainedModel, layout_of_batch
 from ..modeling_dynmask_recurrent import DynMaskRecurrentPreTrainedModel
 from ..plan import MaskPlan
 from ..stock_masks import CONFIG_ENTRY

@@ -1,0 +1,394 @@
+"""Batches in the graphs of `torch.compile` and `torch.export`, whose sizes must not depend on the values of a batch.
+
+How many tokens are real is such a value. In a graph the absent ones therefore stay, behind the real ones: layers work
+on all places, attention on real tokens alone. The layout of a batch and attention are operators that a graph calls and
+does not look into; inside they are what runs without a graph, errors included.
+
+Shape legend: B rows of width T, S sequences, N real tokens in M = B * T places; H heads, D and Dv head sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .attention import attend as attend_outside
+from .layout import SequenceLayout, owners
+from .masks import parse
+from .plan import MaskPlan
+
+# Code that travels with a checkpoint has operators of its own, beside those of an installed package.
+NAMESPACE = re.sub(r"[^A-Za-z0-9_]", "_", __name__.rpartition(".")[0] or __name__)
+globals().pop("LIBRARY", None)  # of a module that is executed anew: its operators go before they come again
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def operator(schema: str, run: Callable, shapes: Callable) -> Callable:
+    """An operator that a graph does not look into.
+
+    Args:
+        schema (`str`): Its name, arguments and results.
+        run (`Callable`): What it does, on any device.
+        shapes (`Callable`): Results of the same shapes, dtypes and strides, for tensors without values.
+    """
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+    name = schema.partition("(")[0]
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+# --- Layouts ---------------------------------------------------------------------------------------------------------
+
+# What a graph has of a layout is one tensor, made anew in every forward pass: `(2 * M + 2 * S + 2,)` int64 with the
+# places of the batch in flat order, the real tokens first; their positions; `rank` and `lengths` of the sequences; B
+# and T. What was made of it for one layer is found here by the others; another tensor of the same values is as good.
+_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _layout(
+    shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None
+) -> Tensor:
+    given = lengths if lengths is not None else attention_mask
+    assert given is not None
+    layout = SequenceLayout.of_batch((shape[0], shape[1]), given.device, lengths, attention_mask)
+    layout = (layout if missing is None else layout.without(missing)).by_length()
+    places = shape[0] * shape[1]
+    absent = torch.ones(places, dtype=torch.bool, device=given.device).index_fill_(0, layout.indices, False)
+    positions = torch.nn.functional.pad(layout.positions, (0, places - layout.num_tokens))
+    shape_given = torch.tensor(shape, dtype=torch.long, device=given.device)
+    parts = [layout.indices, absent.nonzero().squeeze(1), positions, layout.rank, layout.lengths, shape_given]
+    described = torch.cat(parts)
+    _layouts[described] = layout
+    return described
+
+
+def _layout_shapes(
+    shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None
+) -> Tensor:
+    given = lengths if lengths is not None else attention_mask
+    assert given is not None
+    sequences = shape[0] if lengths is None else lengths.shape[0]
+    return given.new_empty(2 * shape[0] * shape[1] + 2 * sequences + 2, dtype=torch.long)
+
+
+LAYOUT = operator(
+    "layout(SymInt[] shape, Tensor? lengths, Tensor? attention_mask, Tensor? missing) -> Tensor", _layout, _layout_shapes
+)
+
+
+def _layout_of(described: Tensor) -> SequenceLayout:
+    """The layout that a tensor of a graph describes."""
+    if described not in _layouts:
+        rows, width = described[-2:].tolist()
+        places = rows * width
+        sequences = described.numel() // 2 - places - 1
+        indices, positions, rank, lengths = described[:-2].clone().split([places, places, sequences, sequences])
+        sizes = tuple(lengths.tolist())
+        tokens = sum(sizes)
+        _layouts[described] = SequenceLayout((rows, width), sizes, rank, indices[:tokens], positions[:tokens])
+    return _layouts[described]
+
+
+class GraphLayout:
+    """What a [`SequenceLayout`] is in a graph. Its flat tensors are `(1, M, ...)`: absent tokens follow the real ones.
+
+    Attributes:
+        shape (`tuple[int, int]`): `(B, T)` of the batch.
+        described (`Tensor`): The layout, as operators take it.
+        indices, positions (`Tensor` of shape `(M,)`), rank, lengths (`Tensor` of shape `(S,)`):
+            As in a [`SequenceLayout`]; positions of absent tokens are 0.
+    """
+
+    def __init__(self, shape: tuple[int, int], described: Tensor, num_sequences: int):
+        self.shape = shape
+        self.described = described
+        self.num_sequences = num_sequences
+        self.num_tokens = shape[0] * shape[1]
+        self.indices, self.positions, self.rank, self.lengths, _ = described.split(
+            [self.num_tokens, self.num_tokens, num_sequences, num_sequences, 2]
+        )
+
+    @classmethod
+    def of_batch(
+        cls,
+        shape: tuple[int, int],
+        device: torch.device,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        missing: Tensor | None = None,
+    ) -> GraphLayout:
+        """As [`SequenceLayout.of_batch`], which the operator calls; tokens that are `missing` count as absent."""
+        if lengths is None and attention_mask is None:
+            lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
+        described = LAYOUT(list(shape), lengths, attention_mask, missing)
+        return cls(shape, described, shape[0] if lengths is None else lengths.shape[0])
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """`(M,)` int64: place in the flat order of the sequence that each token belongs to; of no meaning for absent
+        ones."""
+        return owners(self.lengths, self.num_tokens)
+
+    def _real(self, dims: int) -> Tensor:
+        """Bool `(M, 1, ...)` of so many dimensions: which places of the flat order hold a real token."""
+        real = torch.arange(self.num_tokens, device=self.rank.device) < self.lengths.sum()
+        return real.view(-1, *(1,) * (dims - 1))
+
+    def flatten(self, padded: Tensor, fill: float | int | bool = 0) -> Tensor:
+        """`(B, T, ...)` as `(1, M, ...)`; absent tokens become `fill`, whatever they were."""
+        if tuple(padded.shape[:2]) != tuple(self.shape):
+            raise ValueError(f"`padded` must have shape {(*self.shape, '...')}; got {tuple(padded.shape)}")
+        flat = padded.flatten(0, 1).index_select(0, self.indices)
+        return flat.masked_fill(~self._real(flat.dim()), fill).unsqueeze(0)
+
+    def unflatten(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
+        """`(1, M, ...)` as `(B, T, ...)`, `fill` where no token is."""
+        values = flat[0].masked_fill(~self._real(flat.dim() - 1), fill)
+        return torch.zeros_like(values).index_copy(0, self.indices, values).unflatten(0, self.shape)
+
+    def first_tokens(self, flat: Tensor) -> Tensor:
+        """`(S, ...)`: first token of each sequence, in the batch's order of sequences; 0 for an empty one."""
+        return self._tokens_at(self.lengths.cumsum(0) - self.lengths, flat)
+
+    def last_tokens(self, flat: Tensor) -> Tensor:
+        """Last token of each sequence; see [`first_tokens`]."""
+        return self._tokens_at(self.lengths.cumsum(0) - 1, flat)
+
+    def _tokens_at(self, places: Tensor, flat: Tensor) -> Tensor:
+        if not self.num_tokens:
+            return flat.new_zeros(self.num_sequences, *flat.shape[2:])
+        tokens = flat[0].index_select(0, places.clamp(0, self.num_tokens - 1))
+        tokens = tokens.masked_fill((self.lengths == 0).view(-1, *(1,) * (tokens.dim() - 1)), 0)
+        return torch.zeros_like(tokens).index_copy(0, self.rank, tokens)
+
+    def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
+        """`(1, M, ...)` as `(S, T, ...)`: sequences in flat order, `fill` where they have no token."""
+        width = self.shape[1]
+        nowhere = self.num_sequences * width
+        places = torch.where(self._real(1), self.sequence_ids * width + self.positions, nowhere)
+        table = flat.new_full((nowhere + 1, *flat.shape[2:]), fill).index_copy(0, places, flat[0])
+        return table[:-1].unflatten(0, (self.num_sequences, width))
+
+    def targets_alone(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are: how many targets there are is a value, too."""
+        return states, labels
+
+    def settled(self, flat: Tensor) -> tuple[SequenceLayout, Tensor]:
+        """Outside a graph: the [`SequenceLayout`], and the real tokens `(1, N, ...)` of `flat`."""
+        layout = _layout_of(self.described)
+        return layout, flat[:, : layout.num_tokens]
+
+
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+
+class GraphPlan(NamedTuple):
+    """What a [`MaskPlan`] is in a graph: what the operator makes one of."""
+
+    mask: str
+    layout: GraphLayout
+    key_layout: GraphLayout
+    fields: dict[str, Tensor]
+
+    @property
+    def reads_scores(self) -> bool:
+        """As [`MaskPlan.reads_scores`]."""
+        return _reads_scores(self.mask)
+
+
+@torch.compiler.assume_constant_result
+def _reads_scores(mask: str) -> bool:
+    return "key_scores" in parse(mask).fields
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: MaskPlan | GraphPlan,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    apply_mask_to: str = "scores",
+    key_scores: Tensor | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with either kind of plan; in a graph there are no weights."""
+    if isinstance(plan, MaskPlan):
+        return attend_outside(
+            query,
+            key,
+            value,
+            plan,
+            scaling=scaling,
+            dropout=dropout,
+            apply_mask_to=apply_mask_to,
+            key_scores=key_scores,
+            implementation=implementation,
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # the operator runs where autocast is over
+        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+    seed = torch.randint(2**62, ()) if dropout > 0 else None
+    layouts = plan.layout.described, plan.key_layout.described
+    tensors = query, key, value, key_scores, seed, *layouts, list(plan.fields.values())
+    settings = plan.mask, " ".join(plan.fields), scaling, dropout, apply_mask_to, implementation
+    return ATTENTION(*tensors, *settings), None
+
+
+def _plan(layout: Tensor, key_layout: Tensor, fields: list[Tensor], mask: str, names: str) -> MaskPlan:
+    known = _plans.setdefault(layout, {})
+    plan, *given = known.get((mask, names), (None,))
+    if plan is None or any(one is not other for one, other in zip(given, (key_layout, *fields), strict=True)):
+        of_queries = _layout_of(layout)
+        of_keys = of_queries if key_layout is layout else _layout_of(key_layout)
+        plan = MaskPlan(mask, of_queries, of_keys, fields=dict(zip(names.split(), fields, strict=True)))
+        known[mask, names] = (plan, None if key_layout is layout else key_layout, *fields)
+    return plan
+
+
+@contextmanager
+def _random_from(seed: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Random numbers of a seed, the same in forward and backward; those of the program go on as if there were none."""
+    if seed is None:
+        yield
+        return
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(int(seed))
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+class Call(NamedTuple):
+    """The arguments of the attention operator. Tensors are flat, `(1, H, M, D)`; `key_scores (1, 1 | Hk, M)`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_scores: Tensor | None
+    seed: Tensor | None
+    layout: Tensor
+    key_layout: Tensor
+    fields: list[Tensor]
+    mask: str
+    names: str
+    scaling: float
+    dropout: float
+    apply_mask_to: str
+    implementation: str
+
+    def real(self) -> list[Tensor]:
+        """Query, key, value and scores of real tokens alone."""
+        plan = self.plan
+        queries, keys = plan.layout.num_tokens, plan.key_layout.num_tokens
+        scores = [] if self.key_scores is None else [self.key_scores[:, :, :keys]]
+        return [self.query[:, :, :queries], self.key[:, :, :keys], self.value[:, :, :keys], *scores]
+
+    @property
+    def plan(self) -> MaskPlan:
+        return _plan(self.layout, self.key_layout, self.fields, self.mask, self.names)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_scores: Tensor | None = None) -> Tensor:
+        with _random_from(self.seed, query.device):
+            output, _ = attend_outside(
+                query,
+                key,
+                value,
+                self.plan,
+                scaling=self.scaling,
+                dropout=self.dropout,
+                apply_mask_to=self.apply_mask_to,
+                key_scores=key_scores,
+                implementation=self.implementation,
+            )
+        return output
+
+
+ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_scores, Tensor? seed, Tensor layout, Tensor key_layout, "
+    "Tensor[] fields, str mask, str names, float scaling, float dropout, str apply_mask_to, str implementation"
+)
+
+
+def _with_absent(flat: Tensor, places: int) -> Tensor:
+    """`(1, H, N, D)` as `(1, H, M, D)`, 0 for absent tokens; in memory a token's heads are neighbours."""
+    rows = flat.transpose(1, 2)
+    if rows.shape[1] == places:
+        return rows.contiguous().transpose(1, 2)
+    filled = rows.new_zeros(1, places, *rows.shape[2:])
+    filled[:, : rows.shape[1]] = rows
+    return filled.transpose(1, 2)
+
+
+def _shape_of(heads: Tensor, size: int) -> Tensor:
+    """What [`_with_absent`] gives, without values."""
+    return heads.new_empty(1, heads.shape[2], heads.shape[1], size).transpose(1, 2)
+
+
+def _attention(*arguments) -> Tensor:
+    call = Call(*arguments)
+    return _with_absent(call.attend(*call.real()), call.query.shape[2])
+
+
+def _attention_shapes(*arguments) -> Tensor:
+    call = Call(*arguments)
+    return _shape_of(call.query, call.value.shape[3])
+
+
+def _backward(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and scores (empty without scores); attention is computed anew."""
+    call = Call(*arguments)
+    with torch.enable_grad():
+        real = [states.detach().requires_grad_() for states in call.real()]
+        output = call.attend(*real)
+    grads = torch.autograd.grad(output, real, grad_output[:, :, : output.shape[2]], materialize_grads=True)
+    of_scores = grad_output.new_empty(0)
+    if call.key_scores is not None:
+        of_scores = torch.zeros_like(call.key_scores, memory_format=torch.contiguous_format)
+        of_scores[:, :, : grads[3].shape[2]] = grads[3]
+    query, key, value = (_with_absent(grad, x.shape[2]) for grad, x in zip(grads, call[:3], strict=False))
+    return query, key, value, of_scores
+
+
+def _backward_shapes(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call(*arguments)
+    query, key, value = (_shape_of(states, states.shape[3]) for states in call[:3])
+    scores = call.key_scores
+    return query, key, value, grad_output.new_empty(0) if scores is None else scores.new_empty(scores.shape)
+
+
+ATTENTION = operator(f"attention({ARGUMENTS}) -> Tensor", _attention, _attention_shapes)
+# An operator that computes gradients inside, and so has no autograd of its own.
+BACKWARD = operator(
+    f"attention_backward(Tensor grad_output, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_shapes,
+)
+
+
+def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, fields = inputs[:8]
+    ctx.save_for_backward(*tensors, *fields)
+    ctx.settings = inputs[8:]
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple:
+    tensors = ctx.saved_tensors
+    fields = list(tensors[7:])
+    *grads, of_scores = BACKWARD(grad_output, *tensors[:7], fields, *ctx.settings)
+    of_scores = None if tensors[3] is None else of_scores
+    return *grads, of_scores, None, None, None, [None] * len(fields), *(None,) * len(ctx.settings)
+
+
+torch.library.register_autograd(f"{NAMESPACE}::attention", _gradients, setup_context=_remember, lib=LIBRARY)
