@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -46,55 +47,70 @@ def operator(schema: str, run: Callable, shapes: Callable) -> Callable:
 
 # --- Layouts ---------------------------------------------------------------------------------------------------------
 
-# What a graph has of a layout is one tensor, made anew in every forward pass: `(2 * M + 2 * S + 2,)` int64 with the
-# places of the batch in flat order, the real tokens first; their positions; `rank` and `lengths` of the sequences; B
-# and T. What was made of it for one layer is found here by the others; another tensor of the same values is as good.
-_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+@dataclass
+class Known:
+    """What was made of a layout's tensor: found here by the other layers, and gone with it."""
+
+    layout: SequenceLayout
+    plans: dict[tuple[str, str], tuple[tuple[Tensor, ...], MaskPlan]] = field(default_factory=dict)
 
 
-def _layout(
+# By the tensor itself, which every forward pass makes anew. Another one of the same values is as good, but slower.
+_known: Any = WeakTensorKeyDictionary()
+
+
+def _describe(
     shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None
 ) -> Tensor:
-    given = lengths if lengths is not None else attention_mask
-    assert given is not None
-    layout = SequenceLayout.of_batch((shape[0], shape[1]), given.device, lengths, attention_mask)
+    """A layout as one tensor `(2 * M + 2 * S + 2,)` int64: the places of the batch in flat order, the real tokens
+    first; their positions, 0 for absent tokens; `rank` and `lengths` of the sequences; B and T."""
+    device = _given(lengths, attention_mask).device
+    rows, width = shape
+    layout = SequenceLayout.of_batch((rows, width), device, lengths, attention_mask)
     layout = (layout if missing is None else layout.without(missing)).by_length()
-    places = shape[0] * shape[1]
-    absent = torch.ones(places, dtype=torch.bool, device=given.device).index_fill_(0, layout.indices, False)
-    positions = torch.nn.functional.pad(layout.positions, (0, places - layout.num_tokens))
-    shape_given = torch.tensor(shape, dtype=torch.long, device=given.device)
-    parts = [layout.indices, absent.nonzero().squeeze(1), positions, layout.rank, layout.lengths, shape_given]
-    described = torch.cat(parts)
-    _layouts[described] = layout
+    absent = torch.ones(rows * width, dtype=torch.bool, device=device).index_fill_(0, layout.indices, False)
+    absent = absent.nonzero().squeeze(1)
+    sizes = torch.tensor(shape, dtype=torch.long, device=device)
+    described = torch.cat(
+        [layout.indices, absent, layout.positions, torch.zeros_like(absent), layout.rank, layout.lengths, sizes]
+    )
+    _known[described] = Known(layout)
     return described
 
 
-def _layout_shapes(
+def _description(
     shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None
 ) -> Tensor:
-    given = lengths if lengths is not None else attention_mask
-    assert given is not None
     sequences = shape[0] if lengths is None else lengths.shape[0]
+    given = _given(lengths, attention_mask)
     return given.new_empty(2 * shape[0] * shape[1] + 2 * sequences + 2, dtype=torch.long)
 
 
+def _given(lengths: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    given = attention_mask if lengths is None else lengths
+    assert given is not None
+    return given
+
+
 LAYOUT = operator(
-    "layout(SymInt[] shape, Tensor? lengths, Tensor? attention_mask, Tensor? missing) -> Tensor", _layout, _layout_shapes
+    "layout(SymInt[] shape, Tensor? lengths, Tensor? attention_mask, Tensor? missing) -> Tensor",
+    _describe,
+    _description,
 )
 
 
-def _layout_of(described: Tensor) -> SequenceLayout:
-    """The layout that a tensor of a graph describes."""
-    if described not in _layouts:
+def known(described: Tensor) -> Known:
+    """What there is of a layout that [`_describe`] gave, read anew from its tensor where nothing is."""
+    if described not in _known:
         rows, width = described[-2:].tolist()
         places = rows * width
         sequences = described.numel() // 2 - places - 1
         indices, positions, rank, lengths = described[:-2].clone().split([places, places, sequences, sequences])
         sizes = tuple(lengths.tolist())
         tokens = sum(sizes)
-        _layouts[described] = SequenceLayout((rows, width), sizes, rank, indices[:tokens], positions[:tokens])
-    return _layouts[described]
+        _known[described] = Known(SequenceLayout((rows, width), sizes, rank, indices[:tokens], positions[:tokens]))
+    return _known[described]
 
 
 class GraphLayout:
@@ -183,7 +199,7 @@ class GraphLayout:
 
     def settled(self, flat: Tensor) -> tuple[SequenceLayout, Tensor]:
         """Outside a graph: the [`SequenceLayout`], and the real tokens `(1, N, ...)` of `flat`."""
-        layout = _layout_of(self.described)
+        layout = known(self.described).layout
         return layout, flat[:, : layout.num_tokens]
 
 
@@ -237,7 +253,7 @@ def attend(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # the operator runs where autocast is over
         query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
-    seed = torch.randint(2**62, ()) if dropout > 0 else None
+    seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else None
     layouts = plan.layout.described, plan.key_layout.described
     tensors = query, key, value, key_scores, seed, *layouts, list(plan.fields.values())
     settings = plan.mask, " ".join(plan.fields), scaling, dropout, apply_mask_to, implementation
@@ -245,13 +261,14 @@ def attend(
 
 
 def _plan(layout: Tensor, key_layout: Tensor, fields: list[Tensor], mask: str, names: str) -> MaskPlan:
-    known = _plans.setdefault(layout, {})
-    plan, *given = known.get((mask, names), (None,))
-    if plan is None or any(one is not other for one, other in zip(given, (key_layout, *fields), strict=True)):
-        of_queries = _layout_of(layout)
-        of_keys = of_queries if key_layout is layout else _layout_of(key_layout)
-        plan = MaskPlan(mask, of_queries, of_keys, fields=dict(zip(names.split(), fields, strict=True)))
-        known[mask, names] = (plan, None if key_layout is layout else key_layout, *fields)
+    of_queries = known(layout)
+    is_self = key_layout is layout
+    needed = tuple(fields) if is_self else (key_layout, *fields)  # what the plan was made of, beside its layout
+    given, plan = of_queries.plans.get((mask, names), (None, None))
+    if plan is None or given is None or any(one is not other for one, other in zip(given, needed, strict=True)):
+        of_keys = None if is_self else known(key_layout).layout
+        plan = MaskPlan(mask, of_queries.layout, of_keys, fields=dict(zip(names.split(), fields, strict=True)))
+        of_queries.plans[mask, names] = needed, plan
     return plan
 
 
