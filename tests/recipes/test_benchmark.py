@@ -42,6 +42,7 @@ def test_run(tiny, tmp_path, capsys):
     benchmark.main([*options, "--output", str(output)])
     results = json.loads(output.read_text())
     printed = capsys.readouterr().out
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
     cells = [tuple(record[key] for key in ("dtype", "lengths", "pass")) for record in results["models"]]
     passes = ["forward", "forward+backward"]
@@ -194,3 +195,18 @@ def test_peak_memory():
     """A block of 64 MiB, twice, each freed before the next."""
     megabytes = timing.peak_memory([lambda: torch.ones(16 * 2**20)] * 2, CPU)
     assert megabytes == pytest.approx(64, abs=8)
+
+
+def test_figure():
+    """A panel for each pass, in it as many bars for each kind of lengths as there are methods to show."""
+    rates = {"padded": 10.0, "sorted": 20.0, "dynmask": 30.0, "floor": 40.0}
+    records = [
+        {"shape": "bart", "dtype": "float32", "lengths": name, "pass": of, "real_tokens_per_second": rates}
+        for name in ("pairs", "equal", "uniform")
+        for of in ("forward", "forward+backward")
+    ]
+    figure = benchmark.draw(records)
+    assert [axes.get_title() for axes in figure.axes] == ["bart, float32, forward", "bart, float32, forward+backward"]
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["pairs", "equal", "uniform"]
+        assert [bar.get_height() for bar in axes.patches] == [10.0] * 3 + [30.0] * 3 + [40.0] * 3
