@@ -1,19 +1,34 @@
-"""The results of a recipe: what a run was made of, the results file, a summary and the model card."""
+"""
+The results of a recipe: what a run was made of, the results file, a summary, the figure and the model card.
 
+    python recipes/cards.py model_cards/*.json
+
+makes cards and figures anew from results alone, each beside its own.
+"""
+
+import hashlib
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from transformers import (
     PreTrainedModel,
     TrainingArguments,
 )
 
+from masks_and_lengths import draw, lengths_in_words, masks_in_words
 from samples import DATASETS, MODELS, PREFIX
 
 Results = dict[str, Any]
@@ -36,6 +51,13 @@ RUNS = {
     "stock": "stock model, padded batches",
     "padded": "the same model, padded batches",  # where transformers has no twin of it
 }
+OF_THE_HUB = ("licence_id", "languages", "hub_id", "hub_config", "hub_split")  # what a sample knows for metadata
+HUB_METRICS = {"rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}  # where the Hub's name is another
+LIMITS = (
+    "With the recipe's own settings the model is small and learns for minutes: it shows that the recipe works, and is "
+    "not for use. Quality and speed are those of one training on one seed; other seeds and machines give others. The "
+    "model repeats what its data hold; nobody has looked through them for errors, prejudice or what is private."
+)
 
 
 # --- What a run was made of ------------------------------------------------------------------------------------------
@@ -45,7 +67,9 @@ def describe_source(source: str) -> Results:
     """The model or data set that was asked for: its Hub id, where it has one, and what is known of a sample."""
     samples = {f"{PREFIX}{name}": sample for name, sample in (MODELS | DATASETS).items()}
     if source in samples:
-        return {"name": source, "origin": samples[source].source, "licence": samples[source].licence}
+        sample = samples[source]
+        known = {name: value for name in OF_THE_HUB if (value := getattr(sample, name, None))}
+        return {"name": source, "origin": sample.source, "licence": sample.licence, **known}
     return {"name": source} if Path(source).exists() else {"name": source, "hub_id": source}
 
 
@@ -79,24 +103,61 @@ def _cpu_name() -> str:
 
 def write_json(path: Path, results: Results) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(as_json(results))
+
+
+def as_json(results: Results) -> bytes:
+    """What a results file holds."""
+    return (json.dumps(results, indent=2) + "\n").encode()
 
 
 def report(results: Results, card: ModelCard, training: TrainingArguments, model_card_dir: str | None) -> None:
     """What [`save_report`] writes; a summary on the screen."""
     if training.process_index > 0:
         return
-    save_report(results, card, str(training.output_dir), model_card_dir)
+    save_report(results, card, draw(results), str(training.output_dir), model_card_dir)
     print(summary(results))
 
 
-def save_report(results: Results, card: ModelCard, output_dir: str, model_card_dir: str | None) -> None:
-    """Results and card beside the model, and under the recipe's name among the model cards."""
+def save_report(results: Results, card: ModelCard, figure: Figure, output_dir: str, model_card_dir: str | None) -> None:
+    """Results, card and figure beside the model, and under the recipe's name among the model cards."""
+    picture = as_png(figure, results)
     write_json(Path(output_dir, "results.json"), results)
-    card.save(Path(output_dir, "README.md"))
+    save_card(results, card, picture, Path(output_dir, "README.md"))
     if model_card_dir is not None:
         write_json(Path(model_card_dir, f"{results['recipe']}.json"), results)
-        card.save(Path(model_card_dir, f"{results['recipe']}.md"))
+        save_card(results, card, picture, Path(model_card_dir, f"{results['recipe']}.md"))
+
+
+def save_card(results: Results, card: ModelCard, picture: bytes, path: Path) -> None:
+    """A card, and its figure beside it."""
+    card.save(path)
+    path.with_name(figure_name(results)).write_bytes(picture)
+
+
+def figure_name(results: Results) -> str:
+    return f"{results['recipe']}.png"
+
+
+def as_png(figure: Figure, results: Results) -> bytes:
+    """A picture of 64 colours, which takes little space, and which says of which results it is."""
+    drawn, file, remark = BytesIO(), BytesIO(), PngInfo()
+    figure.savefig(drawn, format="png", dpi=100)
+    remark.add_text("Source", source_of_figure(results))
+    Image.open(drawn).convert("RGB").quantize(64).save(file, "png", pnginfo=remark, optimize=True)
+    return file.getvalue()
+
+
+def source_of_figure(results: Results) -> str:
+    return f"results with the SHA-256 {hashlib.sha256(as_json(results)).hexdigest()}"
+
+
+def rebuild(path: Path) -> None:
+    """Makes card and figure anew of a results file that is named after its recipe."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    recipe = import_module(results["recipe"])
+    figure = getattr(recipe, "make_figure", draw)(results)
+    save_card(results, recipe.make_card(results), as_png(figure, results), path.with_suffix(".md"))
 
 
 def summary(results: Results) -> str:
@@ -129,7 +190,7 @@ def summary(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def model_card(results: Results, title: str, usage: str) -> ModelCard:
+def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCard:
     """
     A model card from nothing but the results.
 
@@ -137,28 +198,20 @@ def model_card(results: Results, title: str, usage: str) -> ModelCard:
         results (`dict`):
             `recipe`, `task` (as the Hub names it), `metric`, `model` and `dataset` (as [`describe_source`] gives them,
             with `rows` of each split), `runs` (as [`train_and_evaluate`] gives them), `padding_share`, `training`,
-            `environment`. Not all have: `others` (further metrics), `trivial` (as [`best_constant`] gives it), `unit`
-            (what a model reads in place of tokens).
+            `masks` and `lengths` (as [`describe_masks`] and [`describe_lengths`] give them), `environment`, `arguments`
+            (those that are not as usual). Not all have: `others` (further metrics), `trivial` (as [`best_constant`]
+            gives it), `unit` (what a model reads in place of tokens).
         title (`str`): The heading.
         usage (`str`): Python code that uses the model.
+        limits (`str`): What cannot be relied on, as far as it comes from the task.
     """
     model, dataset = results["model"], results["dataset"]
-    measured = EvalResult(
-        task_type=results["task"],
-        dataset_type=dataset["name"],
-        dataset_name=dataset["name"],
-        metric_type=results["metric"],
-        metric_value=results["runs"]["dynmask"][results["metric"]],
-    )
     metadata = ModelCardData(
-        library_name="transformers",
+        **common_metadata(model, [dataset]),
         pipeline_tag=results["task"],
-        tags=["hf_dynmask"],
-        base_model=model.get("hub_id"),
-        datasets=dataset.get("hub_id"),
-        metrics=[results["metric"]],
+        metrics=list(dict.fromkeys(measured.metric_type for measured in evaluations(results))),
         model_name=results["recipe"],
-        eval_results=[measured],
+        eval_results=evaluations(results),
     )
     text = f"""
 # {title}
@@ -172,24 +225,76 @@ After {dataset["rows"]["train"]:,} rows of training data, on {dataset["rows"]["t
 
 {summary(results)}
 
+## Masks and lengths
+
+{masks_in_words(results["masks"])}
+
+Lengths of the training rows:
+
+{lengths_in_words(results["lengths"])}
+
+![The masks, over sequences as long as the quartiles of the training rows, and how many rows have which \
+length]({figure_name(results)})
+
 ## Use
 
 ```python
 {usage.strip()}
 ```
 """
-    return assemble_card(metadata, text, [model, dataset], results)
+    return assemble_card(metadata, text, f"{limits} {LIMITS}", [model, dataset], results)
 
 
-def assemble_card(metadata: ModelCardData, text: str, sources: Iterable[Results], results: Results) -> ModelCard:
+def common_metadata(model: Results, datasets: list[Results]) -> Results:
+    """What the metadata of every card say, of model and data sets as [`describe_source`] gives them."""
+
+    def known(name: str, sources: list[Results]) -> list[str] | None:
+        """Each value once."""
+        return list(dict.fromkeys(source[name] for source in sources if name in source)) or None
+
+    languages = (language for dataset in datasets for language in dataset.get("languages", []))
+    return {
+        "library_name": "transformers",
+        "tags": ["hf_dynmask"],
+        "license": known("licence_id", [model, *datasets]),
+        "language": list(dict.fromkeys(languages)) or None,
+        "base_model": model.get("hub_id"),
+        "datasets": known("hub_id", datasets),
+    }
+
+
+def evaluations(results: Results) -> list[EvalResult]:
+    """Of each metric what the model card's index says."""
+    dataset = results["dataset"]
+    metrics: list[str] = [results["metric"], *results.get("others", [])]
+    return [
+        EvalResult(
+            task_type=results["task"],
+            dataset_type=dataset.get("hub_id", dataset["name"]),
+            dataset_name=dataset["name"],
+            dataset_config=dataset.get("hub_config"),
+            dataset_split=dataset.get("hub_split", "test"),
+            dataset_args={"rows": dataset["rows"]["test"]},
+            metric_type=HUB_METRICS.get(metric, metric),
+            metric_name=metric,
+            metric_value=results["runs"]["dynmask"][metric],
+        )
+        for metric in metrics
+    ]
+
+
+def assemble_card(
+    metadata: ModelCardData, text: str, limits: str, sources: Iterable[Results], results: Results
+) -> ModelCard:
     """
-    A card that ends with what a run was made of.
+    A card that ends with its limits and what a run was made of.
 
     Args:
         metadata ([`~huggingface_hub.ModelCardData`]): What stands on top of it.
         text (`str`): What it has to say, in Markdown.
+        limits (`str`): What cannot be relied on.
         sources (`list[dict]`): Models and data sets, as [`describe_source`] gives them.
-        results (`dict`): Has `training` and `environment`.
+        results (`dict`): Has `recipe`, `arguments`, `training` and `environment`.
     """
     in_words = "\n".join(map(_in_words, sources))
     return ModelCard(f"""---
@@ -198,9 +303,19 @@ def assemble_card(metadata: ModelCardData, text: str, sources: Iterable[Results]
 
 {text.strip()}
 
+## Limits and risks
+
+{limits}
+
 ## Model and data
 
 {in_words}
+
+## How to make it again
+
+```bash
+{command(results)}
+```
 
 ## Training
 
@@ -210,6 +325,22 @@ def assemble_card(metadata: ModelCardData, text: str, sources: Iterable[Results]
 
 {_pairs(results["environment"])}
 """)
+
+
+def command(results: Results) -> str:
+    """What to run from the root of the repository for the same training."""
+    processes = results["environment"].get("processes", 1)
+    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    return shlex.join([*launcher, f"recipes/{results['recipe']}.py", *options(results["arguments"])])
+
+
+def options(arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments as they stand on the command line."""
+    words = []
+    for name, value in arguments.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
 
 
 def _in_words(source: Results) -> str:
@@ -233,3 +364,12 @@ def table(header: list[str], rows: Iterable[list[str]], names: int = 1) -> str:
         return f"| {' | '.join(padded)} |"
 
     return "\n".join(map(line, [header, rule, *cells[1:]]))
+
+
+def main(paths: list[str]) -> None:
+    for path in paths:
+        rebuild(Path(path))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -37,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-from cards import Results, describe_source, describe_training, model_card, report
+from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
 from common import IGNORED, CommonArguments, load_model, load_texts, parse_arguments, special_token_ids
 from hf_dynmask import (
     DataCollatorWithLengths,
@@ -68,6 +68,7 @@ from transformers import pipeline
 writer = pipeline("text-generation", model="path/to/this/folder")
 writer("The history of", max_new_tokens=40)
 """
+LIMITS = "What it writes has the form of its data and is made up."
 
 
 @dataclass
@@ -114,9 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     results = {
         "recipe": "causal_lm",
+        "arguments": recipe.given,
         "task": "text-generation",
         "metric": METRIC,
-        "model": describe_source(recipe.model or f"a new model, {recipe.num_layers} layers of {recipe.hidden_size}"),
+        "model": describe_new_model(model) if recipe.model is None else describe_source(recipe.model),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
         "trivial": {
             "what": "from the frequency of each token alone",
@@ -202,7 +204,7 @@ def perplexity(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Language model", usage=USAGE)
+    return model_card(results, title="Language model", usage=USAGE, limits=LIMITS)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,26 @@ TRAINING_DEFAULTS = {
 }
 
 
+UNTOLD = {"output_dir", "model_card_dir", "resume_from_checkpoint"}  # arguments without which a run is the same
+
+
 @dataclass(kw_only=True)
-class CommonArguments:
+class ReportArguments:
+    """
+    What every recipe takes.
+
+    Attributes:
+        given (`dict[str, Any]`): The arguments that are not as usual, of all dataclasses, but for names of folders.
+    """
+
+    given: dict[str, Any] = field(init=False, default_factory=dict)
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results, figure and model card."}
+    )
+
+
+@dataclass(kw_only=True)
+class CommonArguments(ReportArguments):
     """What a recipe that trains a model takes beside what is its own."""
 
     baseline: bool = field(
@@ -37,9 +55,6 @@ class CommonArguments:
             "help": "Also train on padded batches, from the same weights: the stock model, or where there is none the "
             "same model."
         },
-    )
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results and model card."}
     )
 
 
@@ -50,7 +65,7 @@ def parse_arguments(
     One instance of each dataclass from the command line.
 
     Args:
-        classes (`list[type]`): The dataclasses, such as [`~transformers.TrainingArguments`].
+        classes (`list[type]`): The dataclasses, a [`ReportArguments`] first, if there is one.
         arguments (`list[str]`, *optional*): What to read in place of the command line.
         defaults (`dict[str, Any]`, *optional*): A recipe's own defaults of fields; those of a training begin as
             `TRAINING_DEFAULTS`.
@@ -59,7 +74,12 @@ def parse_arguments(
     if any(issubclass(each, TrainingArguments) for each in classes):
         parser.set_defaults(**TRAINING_DEFAULTS)
     parser.set_defaults(**defaults or {})
-    return parser.parse_args_into_dataclasses(arguments)
+    found = parser.parse_args_into_dataclasses(arguments)
+    if isinstance(found[0], ReportArguments):
+        told, usual = (vars(parser.parse_args(texts)) for texts in (arguments, []))
+        given = {name: value for name, value in told.items() if name not in UNTOLD and value != usual[name]}
+        found[0].given.update(given)
+    return found
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

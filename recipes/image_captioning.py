@@ -70,6 +70,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 picture = {name: values[None] for name, values in read_picture("picture.png", max_side=128, patch=16).items()}
 tokenizer.decode(model.generate(**picture)[0], skip_special_tokens=True)
 """
+LIMITS = "It says of every picture what the captions of its data say, also of one that shows something else."
 
 
 @dataclass
@@ -104,6 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     results = {
         "recipe": "image_captioning",
+        "arguments": recipe.given,
         "task": "image-to-text",
         "metric": METRIC,
         "unit": "patches and tokens",
@@ -211,7 +213,7 @@ def character_f_score(texts: list[str], answers: list[str]) -> dict[str, float]:
 
 
 def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Captions of small pictures", usage=USAGE)
+    return model_card(results, title="Captions of small pictures", usage=USAGE, limits=LIMITS)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ from transformers import pipeline
 filler = pipeline("fill-mask", model="path/to/this/folder")
 filler("The river flows into the [MASK].")
 """
+LIMITS = "The words that it fills in are likely ones, not true ones."
 
 
 @dataclass
@@ -117,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     results = {
         "recipe": "masked_lm",
+        "arguments": recipe.given,
         "task": "fill-mask",
         "metric": METRIC,
         "model": describe_source(recipe.model),
@@ -199,7 +201,7 @@ def targets(rows: Dataset, collator: DataCollatorForDynamicMasking) -> list[int]
 
 
 def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Masked language model", usage=USAGE)
+    return model_card(results, title="Masked language model", usage=USAGE, limits=LIMITS)
 
 
 if __name__ == "__main__":

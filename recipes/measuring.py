@@ -13,6 +13,7 @@ from accelerate.utils import gather
 from datasets import DatasetDict
 from torch import Tensor
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -22,6 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from cards import Results, describe_environment
 from common import IGNORED
+from masks_and_lengths import describe_lengths, describe_masks
 
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Any]
@@ -47,13 +49,15 @@ def compare(
         metrics (`list[str]`): Measures of quality, the main one first.
 
     Returns:
-        `dict`: `runs` (of each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are filled up)
-        and `environment`.
+        `dict`: `masks` and `lengths` of the training rows, as [`describe_masks`] and [`describe_lengths`] give them,
+        `runs` (of each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are filled up) and
+        `environment`.
     """
     (first, (model, collator)), *others = contenders.items()
     trainer = make_trainer(model, collator, training)
     runs = {first: train_and_evaluate(trainer, *metrics)}
     share = padding_share(trainer.get_train_dataloader())
+    described = describe(model.config, trainer.train_dataset)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     reloaded = auto_class.from_pretrained(training.output_dir).to(training.device)
@@ -62,7 +66,22 @@ def compare(
         trainer = make_trainer(for_fsdp2(model), collator, arguments_of(name, training))
         runs[name] = train_and_evaluate(trainer, *metrics)
     environment = describe_environment(training.device) | {"processes": training.world_size}
-    return {"runs": runs, "padding_share": share, "environment": environment}
+    return {**described, "runs": runs, "padding_share": share, "environment": environment}
+
+
+def describe(config: PreTrainedConfig, rows: Any) -> Results:
+    """The masks of a model and the lengths of what it is trained on."""
+    lengths = row_lengths(rows, config.is_encoder_decoder)
+    return {
+        "masks": describe_masks(config),
+        "lengths": {column: describe_lengths(numbers) for column, numbers in lengths.items()},
+    }
+
+
+def row_lengths(rows: Any, has_two_sides: bool) -> dict[str, list[int]]:
+    """Real tokens or frames of each row, by column."""
+    columns = ("input_ids", "input_features", *["labels"] * has_two_sides)
+    return {name: [len(values) for values in rows[name]] for name in columns if name in rows.column_names}
 
 
 def arguments_of(name: str, training: TrainingArguments) -> TrainingArguments:
@@ -141,8 +160,7 @@ def _tokens_seen(trainer: Any, since: Beginning) -> int:
     has_two_sides = trainer.model.config.is_encoder_decoder
     if trainer.state.num_input_tokens_seen and not has_two_sides:
         return trainer.state.num_input_tokens_seen - since.tokens
-    columns = ("input_ids", "input_features", "labels") if has_two_sides else ("input_features",)
-    tokens = sum(len(example[name]) for example in trainer.train_dataset for name in columns if name in example)
+    tokens = sum(map(sum, row_lengths(trainer.train_dataset, has_two_sides).values()))
     return round(tokens * (trainer.state.epoch - since.epoch))
 
 

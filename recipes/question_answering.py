@@ -67,6 +67,10 @@ outputs = model(**inputs)
 first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()  # both 0: there is no answer
 tokenizer.decode(inputs["input_ids"][0, first : last + 1])
 """
+LIMITS = (
+    "It copies a piece of the text that it is given, right or wrong as that text is, and may do so where the text "
+    "has no answer."
+)
 
 
 @dataclass
@@ -108,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     windowing = {"max_length": recipe.max_length, "stride": recipe.stride}
     results = {
         "recipe": "question_answering",
+        "arguments": recipe.given,
         "task": "question-answering",
         "metric": METRIC,
         "others": OTHERS,
@@ -289,7 +294,7 @@ def word_f1(found: list[str], expected: list[str]) -> float:
 
 
 def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Answers in texts", usage=USAGE)
+    return model_card(results, title="Answers in texts", usage=USAGE, limits=LIMITS)
 
 
 if __name__ == "__main__":

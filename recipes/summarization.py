@@ -17,12 +17,13 @@ ROUGE of rouge-score itself: `evaluate`, which wraps it, would have to fetch the
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 
 from datasets import DatasetDict
 from rouge_score.rouge_scorer import RougeScorer
 
-from seq2seq import Seq2SeqArguments, Task, run
+from seq2seq import Seq2SeqArguments, Task, run, task_card
 
 METRICS = ["rouge1", "rouge2", "rougeL"]
 USAGE = """
@@ -34,6 +35,9 @@ model = AutoModelForSeq2SeqLM.from_pretrained("path/to/this/folder")
 batch = tokenizer(["An article."], truncation=True, max_length=128, return_tensors="pt")
 tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)
 """
+LIMITS = (
+    "It reads the beginning of a text alone and may state what the text does not say, which the measures do not notice."
+)
 
 
 @dataclass
@@ -72,7 +76,11 @@ TASK = Task(
     generation={"no_repeat_ngram_size": 3},
     title="Summarization",
     usage=USAGE,
+    limits=LIMITS,
 )
+
+
+make_card = partial(task_card, TASK)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -74,6 +74,10 @@ from transformers import pipeline
 tagger = pipeline("token-classification", model="path/to/this/folder", aggregation_strategy="simple")
 tagger("新华社记者兰红光摄")
 """
+LIMITS = (
+    "It finds names like those of its data, misses others and splits some: nobody should rely on it to find, or to "
+    "hide, all persons in a text."
+)
 
 
 @dataclass
@@ -122,6 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     results = {
         "recipe": "token_classification",
+        "arguments": recipe.given,
         "task": "token-classification",
         "metric": METRIC,
         "others": OTHERS,
@@ -288,7 +293,7 @@ def labelled(rows: Dataset) -> list[list[tuple[int, int]]]:
 
 
 def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Names in texts", usage=USAGE)
+    return model_card(results, title="Names in texts", usage=USAGE, limits=LIMITS)
 
 
 if __name__ == "__main__":

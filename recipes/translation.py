@@ -16,11 +16,12 @@ chrF and BLEU of sacrebleu itself: `evaluate`, which wraps it, would have to fet
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from datasets import DatasetDict
 from sacrebleu import corpus_bleu, corpus_chrf
 
-from seq2seq import Seq2SeqArguments, Task, run
+from seq2seq import Seq2SeqArguments, Task, run, task_card
 
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
@@ -31,6 +32,10 @@ model = AutoModelForSeq2SeqLM.from_pretrained("path/to/this/folder")
 batch = tokenizer(["I like it.", "Where do you live?"], padding=True, return_tensors="pt")
 tokenizer.batch_decode(model.generate(**batch, num_beams=4), skip_special_tokens=True)
 """
+LIMITS = (
+    "It leaves out, adds or turns round what is said, and gives no sign of it. The measures compare characters and "
+    "words, not what is meant."
+)
 
 
 @dataclass
@@ -67,7 +72,11 @@ TASK = Task(
     trivial=("the source as it is", sources),
     title="Translation",
     usage=USAGE,
+    limits=LIMITS,
 )
+
+
+make_card = partial(task_card, TASK)
 
 
 def main(arguments: list[str] | None = None) -> None:

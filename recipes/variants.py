@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import sqrt
-from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from transformers import TrainingArguments, set_seed
 
-from cards import Results, assemble_card, save_report, table
+from cards import Results, assemble_card, common_metadata, figure_name, save_report, table
 
 Measured = dict[str, float]  # by the names of `METRICS`
 Variants = dict[str, Callable[[TrainingArguments], Measured]]  # by name
@@ -109,14 +108,19 @@ def draw(parts: Sequence[Runs]) -> Figure:
 # --- The report ------------------------------------------------------------------------------------------------------
 
 
-def report(results: Results, card: ModelCard, training: TrainingArguments, model_card_dir: str | None) -> None:
-    """What [`save_report`] writes, and a figure beside each card; a summary on the screen."""
+def report(
+    results: Results, card: ModelCard, figure: Figure, training: TrainingArguments, model_card_dir: str | None
+) -> None:
+    """What [`save_report`] writes; a summary on the screen."""
     if training.process_index > 0:
         return
-    save_report(results, card, str(training.output_dir), model_card_dir)
-    for folder in filter(None, (training.output_dir, model_card_dir)):
-        draw([part["runs"] for part in results["parts"].values()]).savefig(Path(folder, _figure(results)))
+    save_report(results, card, figure, str(training.output_dir), model_card_dir)
     print(summary(results))
+
+
+def make_figure(results: Results) -> Figure:
+    """[`draw`] of all parts."""
+    return draw([part["runs"] for part in results["parts"].values()])
 
 
 def summary(results: Results) -> str:
@@ -127,22 +131,19 @@ def summary(results: Results) -> str:
     )
 
 
-def variants_card(results: Results, title: str) -> ModelCard:
+def variants_card(results: Results, title: str, limits: str) -> ModelCard:
     """
     A card from nothing but the results.
 
     Args:
         results (`dict`):
             `recipe`, `model` and `datasets` (as [`describe_source`] gives them), `seeds`, `parts` (of each name `what`,
-            in words, and `runs`, as [`measure`] gives them), `training`, `environment`.
+            in words, and `runs`, as [`measure`] gives them), `arguments`, `training`, `environment`.
         title (`str`): The heading.
+        limits (`str`): What does not follow from the results.
     """
-    datasets = results["datasets"]
-    metadata = ModelCardData(
-        library_name="transformers",
-        tags=["hf_dynmask"],
-        datasets=[source["hub_id"] for source in datasets if "hub_id" in source] or None,
-    )
+    model, datasets = results["model"], results["datasets"]
+    metadata = ModelCardData(**common_metadata(model, datasets))
     text = f"""
 # {title}
 
@@ -156,10 +157,6 @@ itself alone: of many comparisons some come out by chance.
 
 {summary(results)}
 
-![Each seed, and the mean and standard deviation of all]({_figure(results)})
+![Each seed, and the mean and standard deviation of all]({figure_name(results)})
 """
-    return assemble_card(metadata, text, [results["model"], *datasets], results)
-
-
-def _figure(results: Results) -> str:
-    return f"{results['recipe']}.png"
+    return assemble_card(metadata, text, limits, [model, *datasets], results)

@@ -58,6 +58,9 @@ def test_results_and_card(run):
     runs = results["runs"]
     assert runs["dynmask"]["train_tokens"] == runs["stock"]["train_tokens"] > 0
     assert runs["dynmask"]["perplexity"] == pytest.approx(runs["stock"]["perplexity"], rel=1e-3)
+    assert results["model"]["name"].startswith("DynMaskForCausalLM, 0.0 million weights")
+    assert results["masks"] == {"attention": "causal"}
+    assert 2 <= results["lengths"]["input_ids"]["quartiles"][0] < results["lengths"]["input_ids"]["quartiles"][-1] == 16
     card = (output / "README.md").read_text()
     for text in (f"{runs['dynmask']['perplexity']:.3f}", f"{results['trivial']['perplexity']:.3f}"):
         assert text in card

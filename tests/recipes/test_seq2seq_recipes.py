@@ -21,7 +21,7 @@ from common import load_texts
 from hf_dynmask import DynMaskForConditionalGeneration
 from measuring import padding_share
 from samples import DATASETS, resolve_dataset
-from seq2seq import Evaluation, make_card, train_tokenizer
+from seq2seq import Evaluation, task_card, train_tokenizer
 
 RECIPES: dict[str, Any] = {"translation": translation, "summarization": summarization}
 WORDS = ["red", "green", "house", "tree", "river", "small", "old", "the"]
@@ -116,13 +116,16 @@ def test_what_the_results_tell(run):
     assert list(run.results["runs"]) == ["dynmask", "stock"]
     assert run.results["dataset"]["rows"] == {"train": 90, "test": 10}
     assert run.results["training"]["num_train_epochs"] == 4
+    assert run.results["masks"] == {"encoder": "full", "decoder": "causal", "cross-attention": "full"}
+    sums = [90 * lengths["mean"] for lengths in run.results["lengths"].values()]
+    assert run.results["runs"]["dynmask"]["train_tokens"] == 4 * round(sum(sums))
     trivial, metric = run.results["trivial"], run.task.metric
     assert 0 <= trivial[metric] < run.results["runs"]["dynmask"][metric] <= 100
 
 
 def test_model_card_is_the_results(run):
     card = ModelCard.load(run.output / "README.md")
-    assert str(card) == str(make_card(run.task, run.results))
+    assert str(card) == str(task_card(run.task, run.results))
     metadata: Any = card.data
     assert metadata.pipeline_tag == run.task.task
     for name, written in {"json": "results.json", "md": "README.md"}.items():

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import shlex
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,15 +21,16 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     BertTokenizer,
+    TrainingArguments,
     set_seed,
 )
 
-from cards import describe_source
-from common import load_columns
+from cards import command, describe_source
+from common import load_columns, parse_arguments
 from hf_dynmask import DynMaskForSequenceClassification
 from measuring import check_reloaded, padding_share
 from samples import resolve_dataset
-from sequence_classification import encode_labels, load_classifier, main, make_card
+from sequence_classification import DEFAULTS, RecipeArguments, encode_labels, load_classifier, main, make_card
 
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad", "dull", "great"]
 
@@ -127,7 +129,7 @@ def test_real_tokens_are_counted(output, results, splits):
     tokenizer = AutoTokenizer.from_pretrained(output)
     tokens = sum(len(input_ids) for input_ids in tokenizer(list(splits["train"]["text"]))["input_ids"])
     for figures in results["runs"].values():
-        assert figures["train_tokens"] == 2 * tokens
+        assert figures["train_tokens"] == 2 * tokens == 2 * round(36 * results["lengths"]["input_ids"]["mean"])
         assert figures["tokens_per_second"] == pytest.approx(2 * tokens / figures["train_seconds"])
     assert 0.1 < results["padding_share"] < 0.6
 
@@ -137,6 +139,16 @@ def test_what_the_results_tell(results, folder):
     assert results["model"] == {"name": str(folder / "model")}
     assert results["dataset"] == {"name": str(folder / "reviews.csv"), "rows": {"train": 36, "test": 4}}
     assert results["labels"] == ["no", "yes"]
+    assert results["masks"] == {"attention": "full"}
+    assert results["arguments"] | {"use_cpu": True} == {
+        "model": str(folder / "model"),
+        "dataset": str(folder / "reviews.csv"),
+        "save_strategy": "epoch",
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-2,
+        "baseline": True,
+        "use_cpu": True,  # what is usual where there is no accelerator
+    }
     assert results["training"]["learning_rate"] == 1e-2
     assert results["training"]["num_train_epochs"] == 2
     assert results["environment"]["torch"] == torch.__version__
@@ -147,11 +159,26 @@ def test_model_card_is_the_results(output, results, folder):
     assert str(card) == str(make_card(results))
     metadata: Any = card.data
     (measured,) = metadata.eval_results
+    assert (measured.dataset_split, measured.dataset_args) == ("test", {"rows": 4})
     assert (measured.metric_type, measured.metric_value) == ("accuracy", results["runs"]["dynmask"]["accuracy"])
     assert metadata.pipeline_tag == "text-classification"
     for name in ("json", "md"):
         written = {"json": output / "results.json", "md": output / "README.md"}[name]
         assert (folder / "cards" / f"sequence_classification.{name}").read_text() == written.read_text()
+    figure = "sequence_classification.png"
+    assert f"]({figure})" in card.text
+    assert (folder / "cards" / figure).read_bytes() == (output / figure).read_bytes()
+
+
+def test_the_command_of_the_card(results):
+    python, script, *arguments = shlex.split(command(results))
+    assert (python, script) == ("python", "recipes/sequence_classification.py")
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+    assert recipe.given == results["arguments"]
+    assert (recipe.dataset, training.learning_rate) == (results["dataset"]["name"], 1e-2)
+    several = results | {"environment": {"processes": 2}, "arguments": {"parts": ["a", "b c"], "seed": 7}}
+    script = "recipes/sequence_classification.py"
+    assert command(several) == f"accelerate launch --num_processes 2 {script} --parts a 'b c' --seed 7"
 
 
 def test_printed_summary_is_in_the_card(run, output, results):
@@ -179,7 +206,7 @@ def test_card_names_what_is_on_the_hub(results):
     hub = {"name": "owner/model", "hub_id": "owner/model"}, {"name": "owner/data", "hub_id": "owner/data"}
     model, dataset = hub
     metadata: Any = make_card(results | {"model": model, "dataset": results["dataset"] | dataset}).data
-    assert (metadata.base_model, metadata.datasets) == ("owner/model", "owner/data")
+    assert (metadata.base_model, metadata.datasets) == ("owner/model", ["owner/data"])
 
 
 def test_origin_and_licence_of_samples():
