@@ -7,6 +7,7 @@ knows no other Hub than the one that these tests serve; the process of the tests
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,8 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard, list_repo_tree
+from datasets import config as datasets_config
+from huggingface_hub import ModelCard, create_repo, list_repo_tree, upload_folder
 from huggingface_hub.hf_api import RepoFile
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -39,6 +41,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+import sequence_classification
 from common import load_model
 from hf_dynmask import (
     DataCollatorWithLengths,
@@ -48,10 +51,13 @@ from hf_dynmask import (
     DynMaskSeq2SeqConfig,
 )
 from hf_dynmask.cli import app
+from hf_dynmask.sharing import export
 from hub_server import HOST, TOKEN, USER, Hub
+from recipe_examples import write_examples
 from samples import resolve_dataset, resolve_model
 
 REPOSITORY = Path(__file__).parents[1]
+FIGURE = "sequence_classification.png"
 TIMEOUT = 40  # seconds, beyond which the user's process is stuck
 
 WORDS = ["[PAD]", "[UNK]", *(f"w{k}" for k in range(30))]
@@ -122,7 +128,7 @@ def make_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
 
 def logits(model: Any) -> Any:
     """Of two rows with lengths."""
-    ids = torch.arange(5, 19).view(2, 7)
+    ids = torch.stack([torch.arange(5, 12), torch.arange(11, 4, -1)])
     inputs = {"input_ids": ids, "lengths": torch.tensor([7, 4])}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :3]
@@ -333,7 +339,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 name, trusts = sys.argv[1], sys.argv[2] == "trusts"
 model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=trusts)
-ids, lengths = torch.arange(5, 19).view(2, 7), torch.tensor([7, 4])
+ids, lengths = torch.stack([torch.arange(5, 12), torch.arange(11, 4, -1)]), torch.tensor([7, 4])
 print(json.dumps(model(ids, lengths=lengths).logits.tolist()))
 """
 
@@ -373,6 +379,47 @@ def test_a_stranger_does_not_trust_the_code(user, stranger):
     run = stranger("suspected", "does not")
     assert run.returncode != 0
     assert re.search(r"ValueError: .*user/suspected.*trust_remote_code=True", run.stderr, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What a recipe leaves: model, tokenizer, results, card and figure."""
+    folder = tmp_path_factory.mktemp("recipe")
+    write_examples(folder)
+    options = {"model": folder / "model", "dataset": folder / "notes.csv", "output_dir": folder / "output"}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets_config, "HF_DATASETS_CACHE", folder / "datasets-cache")
+        sequence_classification.main([*arguments, "--max_steps", "2", "--use_cpu"])
+    return folder / "output"
+
+
+def push_export(trained: Path, folder: Path) -> Any:
+    """Of the model before and after what it says and where its code is; tokens; the card."""
+    name = f"{USER}/exported"
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    export(model, folder, AutoTokenizer.from_pretrained(trained))
+    for file in ("README.md", FIGURE):
+        shutil.copy(trained / file, folder)
+    create_repo(name)
+    upload_folder(repo_id=name, folder_path=folder)
+    loaded = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)
+    tokens = AutoTokenizer.from_pretrained(name)("the film was good")["input_ids"]
+    return [(logits(each), type(each).__module__) for each in (model, loaded)], tokens, str(ModelCard.load(name))
+
+
+def test_an_export_of_a_recipe(trained, user, hub, stranger, tmp_path):
+    """With the package, its own code runs; without it, that of the repository. Outputs are the same."""
+    (pushed, pulled), tokens, card = user(push_export, trained, tmp_path / "export")
+    assert pulled == pushed and pushed[1] == "hf_dynmask.modeling_dynmask"
+    run = stranger("exported", "trusts")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == pushed[0]
+    assert tokens == AutoTokenizer.from_pretrained(trained)("the film was good")["input_ids"]
+    assert card == str(ModelCard.load(trained / "README.md"))
+    files = hub.model(f"{USER}/exported").files
+    assert files[FIGURE].content == (trained / FIGURE).read_bytes()
+    assert {"model.safetensors", "modeling_dynmask.py", "masks.py"} <= files.keys()
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------
