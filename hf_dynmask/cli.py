@@ -39,6 +39,7 @@ from .plotting import (
     panel_title,
     plot_lengths,
     plot_mask,
+    plot_masks,
 )
 from .registration import AUTO_CLASSES
 from .sharing import code_of, load, load_tokenizer, replacing, verify, write
@@ -76,7 +77,9 @@ def _one_line_errors() -> Iterator[None]:
 
 @app.command()
 def show(
-    expression: Annotated[str, typer.Argument(metavar="EXPR", help="A mask, such as 'causal & window(3, 0)'.")],
+    expressions: Annotated[
+        list[str], typer.Argument(metavar="EXPR...", help="Masks, such as 'causal & window(3, 0)'.")
+    ],
     lengths: Annotated[str, typer.Option(help="Tokens of each sequence, such as 12,5.")],
     block_size: Annotated[
         int | None,
@@ -89,12 +92,22 @@ def show(
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw an image into this file in place of the terminal.")] = None,
 ) -> None:
-    """Draw which query may see which key, and the blocks that attention skips, fills, or looks at cell by cell."""
+    """
+    Draw which query may see which key, and the blocks that attention skips, fills, or looks at cell by cell.
+
+    An image of several masks shows them side by side, without blocks.
+    """
     with _one_line_errors():
-        mask, sizes = parse(expression), _lengths(lengths)
-        fields = _fields(mask, field or [], sizes)
+        masks, sizes = [parse(expression) for expression in expressions], _lengths(lengths)
+        fields = _fields(masks, field or [], sizes)
         if png is not None:
-            figure = plot_mask(mask, sizes, fields=fields, heads=heads, block_size=block_size or BLOCK_SIZE)
+            shared = {"fields": fields, "heads": heads}
+            if len(masks) == 1:
+                figure = plot_mask(masks[0], sizes, block_size=block_size or BLOCK_SIZE, **shared)
+            elif block_size is None:
+                figure = plot_masks(masks, sizes, **shared)
+            else:
+                raise ValueError("--block-size: an image of several masks shows no blocks; leave it out")
             figure.savefig(png, format="png", dpi=160)
             typer.echo(f"wrote {png}")
             return
@@ -104,9 +117,10 @@ def show(
         if not with_cells:
             block_size = _block_size(block_size, max(sizes), room)
         shown = block_size or BLOCK_SIZE
-        panels = mask_panels(mask, sizes, fields=fields, heads=heads, block_size=shown, with_cells=with_cells)
-        for panel in panels:
-            _print_panel(console, panel, heads, shown)
+        for mask in masks:
+            panels = mask_panels(mask, sizes, fields=fields, heads=heads, block_size=shown, with_cells=with_cells)
+            for panel in panels:
+                _print_panel(console, panel, heads, shown)
         _print_legend(console, CELLS_LEGEND if with_cells else BLOCKS_LEGEND)
 
 
@@ -117,15 +131,16 @@ def _lengths(text: str) -> list[int]:
         raise ValueError(f"--lengths must be numbers of tokens joined by commas, such as 12,5; got {text!r}") from None
 
 
-def _fields(mask: Mask, texts: Sequence[str], sizes: list[int]) -> dict[str, Tensor]:
-    """The fields given as NAME=JSON; all that the mask reads must be there."""
+def _fields(masks: Sequence[Mask], texts: Sequence[str], sizes: list[int]) -> dict[str, Tensor]:
+    """The fields given as NAME=JSON; all that the masks read must be there."""
     fields = dict(_field(text) for text in texts)
-    for name in sorted(mask.fields - set(fields)):
+    read = frozenset().union(*(mask.fields for mask in masks))
+    for name in sorted(read - set(fields)):
         sizes_of = {"B": len(sizes), "T": max(sizes), "Tq": max(sizes), "Tk": max(sizes), "1 | H": 1}
         shape = ", ".join(str(sizes_of.get(str(size), size)) for size in FIELD_SHAPES[name])
         raise ValueError(f"the mask reads the field `{name}`: give it as --field '{name}=JSON', of shape ({shape})")
-    for name in sorted(set(fields) - mask.fields):
-        reads = ", ".join(sorted(mask.fields)) or "none"
+    for name in sorted(set(fields) - read):
+        reads = ", ".join(sorted(read)) or "none"
         raise ValueError(f"--field {name}: the mask does not read it; the fields it reads: {reads}")
     return fields
 

@@ -170,11 +170,59 @@ def plot_mask(
     axes = [ax] if ax is not None else _new_axes(pyplot, len(panels))
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, panel, block_size)
+        sizes = [sequence.length for sequence in panel.sequences]
+        _mark_positions(axis, sizes, [position for size in sizes for position in range(size)])
         _title(axis, panel_title(panel, heads), panel_counts(panel, block_size))
     if len(panels) > 1:
         axes[0].figure.suptitle(_wrapped(str(mask), 100))
     _legend(axes[0], _CELLS_LEGEND if with_cells else _BLOCKS_LEGEND, outside=ax is None)
     return cast("Figure", axes[0].figure)
+
+
+def plot_masks(
+    masks: Sequence[Mask | str],
+    lengths: Tensor | Sequence[int],
+    *,
+    fields: Mapping[str, Tensor] | None = None,
+    heads: int = 1,
+) -> Figure:
+    """
+    Draws masks side by side over the same few tokens, to be compared: which query may see which key.
+
+    Queries are rows and keys are columns; the sequences stand end to end, as in a flat batch.
+
+    Args:
+        masks (list of `Mask` or `str`): The expressions. Heads that differ get panels of their own.
+        lengths (`Tensor` of shape `(S,)` or list of `int`): Tokens of each sequence, up to 1,024 in all.
+        fields (`dict[str, Tensor]`, *optional*): The fields that the masks read, by sequence and position.
+        heads (`int`, *optional*, defaults to 1): Heads of the attention.
+
+    Returns:
+        `matplotlib.figure.Figure`: to be shown by `matplotlib.pyplot.show()` or saved by its `savefig`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There are no masks, or too many tokens; a mask does not parse; lengths or fields do not fit.
+    """
+    pyplot = _pyplot()
+    if not masks:
+        raise ValueError("`masks` must hold at least one expression; got none")
+    if (total := int(torch.as_tensor(lengths).sum())) > MOST_CELLS:
+        raise ValueError(f"`lengths` must be of at most {MOST_CELLS:,} tokens in all, to be told apart; got {total:,}")
+    panels = [panel for mask in masks for panel in mask_panels(mask, lengths, fields=fields, heads=heads)]
+    axes = _new_axes(pyplot, len(panels), size=2.3)
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw_panel(axis, _by_cell(panel), 1)
+        axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
+        axis.set_title(_wrapped(panel_title(panel, heads), 30), fontsize=9, color=INK)
+    _legend(axes[0], {"full": "allowed", "empty": "hidden"}, outside=True)
+    return cast("Figure", axes[0].figure)
+
+
+def _by_cell(panel: MaskPanel) -> MaskPanel:
+    """The panel with a block for each cell, full or empty."""
+    cells = [cast(Tensor, sequence.cells) for sequence in panel.sequences]
+    return panel._replace(sequences=[SequenceBlocks(len(one), torch.where(one, FULL, EMPTY), one) for one in cells])
 
 
 def plot_attention(
@@ -298,10 +346,11 @@ def _pyplot():
     return pyplot
 
 
-def _new_axes(pyplot, count: int) -> list[Axes]:
+def _new_axes(pyplot, count: int, size: float | None = None) -> list[Axes]:
+    """Up to four in a row, each `size` inches wide and high."""
     columns = min(count, 4)
     rows = -(-count // columns)
-    size = 6.4 if count == 1 else 4.4
+    size = size or (6.4 if count == 1 else 4.4)
     figure = pyplot.figure(figsize=(size * columns, size * rows), layout="constrained")
     return [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
 
@@ -336,7 +385,6 @@ def _draw_panel(axis: Axes, panel: MaskPanel, block_size: int) -> None:
     if canvas is not None and total:
         axis.imshow(canvas.numpy(), extent=(0, total, total, 0))
     _frame(axis, sizes, block_size)
-    _mark_positions(axis, sizes, [position for size in sizes for position in range(size)])
 
 
 def _draw_weights(axis: Axes, weights: Tensor, allowed: Tensor, sizes: list[int]) -> None:

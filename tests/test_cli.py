@@ -127,6 +127,20 @@ def test_png(tmp_path):
     pyplot.close("all")
 
 
+def test_several_masks(tmp_path):
+    """In the terminal one after another; in an image side by side."""
+    found = [squares(run("show", expression, "--lengths", "5,3").output) for expression in ("causal", "window(1)")]
+    both = run("show", "causal", "window(1)", "--lengths", "5,3")
+    assert squares(both.output) == found[0] + found[1]
+    assert both.output.count("hidden") == 1
+    path = tmp_path / "masks.png"
+    options = ["--field", f"segment_ids={SEGMENTS}", "--png", str(path)]
+    assert run("show", "causal", "segments", "--lengths", "5,3", *options).output == f"wrote {path}\n"
+    height, width, _ = image.imread(path).shape
+    assert width > 1.5 * height
+    pyplot.close("all")
+
+
 def test_png_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     result = run("show", "causal", "--lengths", "3", "--png", str(tmp_path / "mask.png"))
@@ -155,6 +169,10 @@ def test_png_without_matplotlib(monkeypatch, tmp_path):
         (["heads(full, causal)", "--lengths", "3"], "a number of masks that divides the 1 heads; got 2"),
         (["causal", "--lengths", "900", "--block-size", "8"], "--block-size 8 makes 113 blocks, .* room for 36: "),
         (["causal", "--lengths", "3", "--png", "no/such/folder/mask.png"], "No such file or directory"),
+        (
+            ["causal", "full", "--lengths", "3", "--png", "a.png", "--block-size", "2"],
+            "--block-size: an image of several",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

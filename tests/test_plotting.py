@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from transformers import BertConfig, BertModel
 
 from hf_dynmask import DynMaskConfig, DynMaskForSequenceClassification, masks
-from hf_dynmask.plotting import COLOURS, EMPTY, FULL, PARTIAL, mask_panels, plot_attention, plot_mask
+from hf_dynmask.plotting import COLOURS, EMPTY, FULL, PARTIAL, mask_panels, plot_attention, plot_mask, plot_masks
 from strategies import batches, examples
 from test_imports import REPOSITORY, effects_of_import
 
@@ -185,6 +185,44 @@ def test_bad_input(arguments, message):
         plot_mask(**arguments)
 
 
+# --- plot_masks ------------------------------------------------------------------------------------------------------
+
+
+def test_masks_side_by_side():
+    """Cells in two colours, whatever their blocks are."""
+    expressions = ["full", "causal & window(2, 0)", masks.segments(), HEADS]
+    fields = {"segment_ids": torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]])}
+    figure = plot_masks(expressions, [4, 2], fields=fields, heads=4)
+    titles = [axis.get_title() for axis in figure.axes]
+    by_head = ["heads 0 to 1: causal", "head 2: full", "head 3: window(1, 1)"]
+    assert titles == ["full", "causal & window(2, 0)", "segments", *by_head]
+    panels = [panel for one in expressions for panel in mask_panels(one, [4, 2], fields=fields, heads=4)]
+    for axis, panel in zip(figure.axes, panels, strict=True):
+        expected, start = [[""] * 6 for _ in range(6)], 0
+        for length, _, cells in panel.sequences:
+            assert cells is not None
+            for i, j in torch.ones(length, length).nonzero().tolist():
+                expected[start + i][start + j] = "full" if cells[i, j] else "empty"
+            start += length
+        assert drawn_cells(axis) == expected
+        assert texts(axis) == ([], [])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["allowed", "hidden"]
+
+
+@pytest.mark.parametrize(
+    "expressions, lengths, message",
+    [
+        ([], [3], "`masks` must hold at least one expression; got none"),
+        (["full"], [1000, 25], "`lengths` must be of at most 1,024 tokens in all, to be told apart; got 1,025"),
+        (["full", "causal &"], [3], "mask does not parse at column 9"),
+        (["full", "segments"], [3], "reads the field `segment_ids`, which the batch lacks"),
+    ],
+)
+def test_bad_masks(expressions, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        plot_masks(expressions, lengths)
+
+
 # --- plot_attention --------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +360,8 @@ def test_without_matplotlib(monkeypatch):
     message = r"pictures need matplotlib: pip install 'hf_dynmask\[plot\]'"
     with pytest.raises(ImportError, match=message):
         plot_mask("causal", [3])
+    with pytest.raises(ImportError, match=message):
+        plot_masks(["causal"], [3])
     with pytest.raises(ImportError, match=message):
         plot_attention(make_model(), {"input_ids": IDS}, 0, 0)
 
