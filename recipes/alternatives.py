@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare(shape: str, name: str, options: AlternativesArguments) -> Results:
     """Exactness and speed of all contenders on examples of these lengths."""
-    torch.compiler.reset()  # a second size of rows would be compiled for all sizes, which fails on CPUs in torch 2.13
+    torch.compiler.reset()  # or FlexAttention would compile for rows of any size now, which torch 2.13 fails at on CPUs
     torch.manual_seed(0)
     lengths = typical_lengths(name, options.batch_size, options.batches)
     contenders = make_contenders(shape, lengths, options.batch_size)
@@ -151,10 +151,11 @@ def compare(shape: str, name: str, options: AlternativesArguments) -> Results:
 
 def typical_lengths(name: str, batch_size: int, batches: int) -> list[int]:
     """
-    Lengths of the examples of some batches of an epoch in which the Trainer groups by length, batch after batch.
+    Lengths of the examples of an epoch's length-grouped batches, batch after batch, each so many-th of those that are
+    sorted at once.
 
-    They are batches at equal distances in the order of those that are sorted at once, from the longest to the shortest:
-    grouped they have no more padding than the whole epoch has, and shuffled they are like any others.
+    Grouped, 16 of them have about as much padding as the whole epoch, and shuffled too. The first 16 batches of a data
+    set would tell too little: so few examples can hardly be grouped.
     """
     lengths = [length for (length,) in LENGTHS[name](4 * MEGABATCH * batch_size)]
     order = list(LengthGroupedSampler(batch_size, lengths=lengths))
