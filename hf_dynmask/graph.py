@@ -1,8 +1,7 @@
-"""Batches in the graphs of `torch.compile` and `torch.export`, whose sizes must not depend on the values of a batch.
+"""Batches in the graphs of `torch.compile` and `torch.export`, which know tensors by their sizes alone.
 
-How many tokens are real is such a value. In a graph the absent ones therefore stay, behind the real ones: layers work
-on all places, attention on real tokens alone. The layout of a batch and attention are operators that a graph calls and
-does not look into; inside they are what runs without a graph, errors included.
+One size of a graph is a value of the batch: how many tokens are real. The layout of a batch and attention are operators
+that a graph calls and does not look into; inside they are what runs without a graph, errors included.
 
 Shape legend: B rows of width T, S sequences, N real tokens in M = B * T places; H heads, D and Dv head sizes.
 """
@@ -13,14 +12,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .attention import attend as attend_outside
-from .layout import SequenceLayout, owners
+from .layout import IGNORE_INDEX, SequenceLayout, begins
 from .masks import parse
 from .plan import MaskPlan
 
@@ -63,18 +62,16 @@ _known: Any = WeakTensorKeyDictionary()
 def _describe(
     shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None
 ) -> Tensor:
-    """A layout as one tensor `(2 * M + 2 * S + 2,)` int64: the places of the batch in flat order, the real tokens
-    first; their positions, 0 for absent tokens; `rank` and `lengths` of the sequences; B and T."""
+    """A layout as one tensor `(2 * M + 2 * S + 3,)` int64: `indices` and `positions` of the tokens, each with zeros
+    behind them; `rank` and `lengths` of the sequences; B, T and N."""
     device = _given(lengths, attention_mask).device
     rows, width = shape
     layout = SequenceLayout.of_batch((rows, width), device, lengths, attention_mask)
     layout = (layout if missing is None else layout.without(missing)).by_length()
-    absent = torch.ones(rows * width, dtype=torch.bool, device=device).index_fill_(0, layout.indices, False)
-    absent = absent.nonzero().squeeze(1)
-    sizes = torch.tensor(shape, dtype=torch.long, device=device)
-    described = torch.cat(
-        [layout.indices, absent, layout.positions, torch.zeros_like(absent), layout.rank, layout.lengths, sizes]
-    )
+    absent = layout.positions.new_zeros(rows * width - layout.num_tokens)
+    sizes = torch.tensor([rows, width, layout.num_tokens], device=device)
+    of_tokens = [layout.indices, absent, layout.positions, absent]
+    described = torch.cat([*of_tokens, layout.rank, layout.lengths, sizes])
     _known[described] = Known(layout)
     return described
 
@@ -84,7 +81,7 @@ def _description(
 ) -> Tensor:
     sequences = shape[0] if lengths is None else lengths.shape[0]
     given = _given(lengths, attention_mask)
-    return given.new_empty(2 * shape[0] * shape[1] + 2 * sequences + 2, dtype=torch.long)
+    return given.new_empty(2 * shape[0] * shape[1] + 2 * sequences + 3, dtype=torch.long)
 
 
 def _given(lengths: Tensor | None, attention_mask: Tensor | None) -> Tensor:
@@ -103,34 +100,32 @@ LAYOUT = operator(
 def known(described: Tensor) -> Known:
     """What there is of a layout that [`_describe`] gave, read anew from its tensor where nothing is."""
     if described not in _known:
-        rows, width = described[-2:].tolist()
-        places = rows * width
-        sequences = described.numel() // 2 - places - 1
-        indices, positions, rank, lengths = described[:-2].clone().split([places, places, sequences, sequences])
-        sizes = tuple(lengths.tolist())
-        tokens = sum(sizes)
-        _known[described] = Known(SequenceLayout((rows, width), sizes, rank, indices[:tokens], positions[:tokens]))
+        rows, width, tokens = described[-3:].tolist()
+        places, sequences = rows * width, (described.numel() - 3) // 2 - rows * width
+        indices, positions, rank, lengths = described[:-3].clone().split([places, places, sequences, sequences])
+        layout = SequenceLayout((rows, width), tuple(lengths.tolist()), rank, indices[:tokens], positions[:tokens])
+        _known[described] = Known(layout)
     return _known[described]
 
 
 class GraphLayout:
-    """What a [`SequenceLayout`] is in a graph. Its flat tensors are `(1, M, ...)`: absent tokens follow the real ones.
+    """What a [`SequenceLayout`] is in a graph: the same attributes and methods, as far as a graph needs them.
 
     Attributes:
-        shape (`tuple[int, int]`): `(B, T)` of the batch.
         described (`Tensor`): The layout, as operators take it.
-        indices, positions (`Tensor` of shape `(M,)`), rank, lengths (`Tensor` of shape `(S,)`):
-            As in a [`SequenceLayout`]; positions of absent tokens are 0.
+        num_tokens (`int`): N; no graph knows its value, unless it follows from the shape.
     """
 
-    def __init__(self, shape: tuple[int, int], described: Tensor, num_sequences: int):
+    def __init__(self, shape: tuple[int, int], described: Tensor, num_sequences: int, num_tokens: int | None = None):
         self.shape = shape
         self.described = described
         self.num_sequences = num_sequences
-        self.num_tokens = shape[0] * shape[1]
-        self.indices, self.positions, self.rank, self.lengths, _ = described.split(
-            [self.num_tokens, self.num_tokens, num_sequences, num_sequences, 2]
+        places = shape[0] * shape[1]
+        indices, positions, self.rank, self.lengths, sizes = described.split(
+            [places, places, num_sequences, num_sequences, 3]
         )
+        self.num_tokens = _size(sizes[2], places) if num_tokens is None else num_tokens
+        self.indices, self.positions = (values.narrow(0, 0, self.num_tokens) for values in (indices, positions))
 
     @classmethod
     def of_batch(
@@ -141,34 +136,36 @@ class GraphLayout:
         attention_mask: Tensor | None = None,
         missing: Tensor | None = None,
     ) -> GraphLayout:
-        """As [`SequenceLayout.of_batch`], which the operator calls; tokens that are `missing` count as absent."""
+        """As [`SequenceLayout.of_batch`], which the operator calls; tokens that are `missing` are left out."""
+        is_full = attention_mask is None and missing is None and (lengths is None or lengths.shape[0] != shape[0])
         if lengths is None and attention_mask is None:
             lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
         described = LAYOUT(list(shape), lengths, attention_mask, missing)
-        return cls(shape, described, shape[0] if lengths is None else lengths.shape[0])
+        sequences = shape[0] if lengths is None else lengths.shape[0]
+        return cls(shape, described, sequences, shape[0] * shape[1] if is_full else None)
 
     @property
     def sequence_ids(self) -> Tensor:
-        """`(M,)` int64: place in the flat order of the sequence that each token belongs to; of no meaning for absent
-        ones."""
-        return owners(self.lengths, self.num_tokens)
+        """`(N,)` int64: place in the flat order of the sequence that each token belongs to."""
+        places = torch.arange(self.num_tokens, device=self.rank.device)
+        return torch.searchsorted(self.lengths.cumsum(0), places, right=True)
 
-    def _real(self, dims: int) -> Tensor:
-        """Bool `(M, 1, ...)` of so many dimensions: which places of the flat order hold a real token."""
-        real = torch.arange(self.num_tokens, device=self.rank.device) < self.lengths.sum()
-        return real.view(-1, *(1,) * (dims - 1))
+    @property
+    def begins(self) -> Tensor:
+        """Bool `(N,)`: which tokens are the first of their sequence."""
+        return begins(self.sequence_ids)
 
-    def flatten(self, padded: Tensor, fill: float | int | bool = 0) -> Tensor:
-        """`(B, T, ...)` as `(1, M, ...)`; absent tokens become `fill`, whatever they were."""
+    def flatten(self, padded: Tensor) -> Tensor:
+        """`(B, T, ...)` as `(1, N, ...)`."""
         if tuple(padded.shape[:2]) != tuple(self.shape):
             raise ValueError(f"`padded` must have shape {(*self.shape, '...')}; got {tuple(padded.shape)}")
-        flat = padded.flatten(0, 1).index_select(0, self.indices)
-        return flat.masked_fill(~self._real(flat.dim()), fill).unsqueeze(0)
+        return padded.flatten(0, 1).index_select(0, self.indices).unsqueeze(0)
 
     def unflatten(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
-        """`(1, M, ...)` as `(B, T, ...)`, `fill` where no token is."""
-        values = flat[0].masked_fill(~self._real(flat.dim() - 1), fill)
-        return torch.zeros_like(values).index_copy(0, self.indices, values).unflatten(0, self.shape)
+        """`(1, N, ...)` as `(B, T, ...)`, `fill` where no token is."""
+        rows, width = self.shape
+        padded = flat.new_full((rows * width, *flat.shape[2:]), fill)
+        return padded.index_copy(0, self.indices, flat[0]).unflatten(0, (rows, width))
 
     def first_tokens(self, flat: Tensor) -> Tensor:
         """`(S, ...)`: first token of each sequence, in the batch's order of sequences; 0 for an empty one."""
@@ -179,28 +176,34 @@ class GraphLayout:
         return self._tokens_at(self.lengths.cumsum(0) - 1, flat)
 
     def _tokens_at(self, places: Tensor, flat: Tensor) -> Tensor:
-        if not self.num_tokens:
-            return flat.new_zeros(self.num_sequences, *flat.shape[2:])
-        tokens = flat[0].index_select(0, places.clamp(0, self.num_tokens - 1))
-        tokens = tokens.masked_fill((self.lengths == 0).view(-1, *(1,) * (tokens.dim() - 1)), 0)
+        with_none = torch.cat([flat[0], flat.new_zeros(1, *flat.shape[2:])])
+        tokens = with_none.index_select(0, places.where(self.lengths > 0, self.num_tokens))
         return torch.zeros_like(tokens).index_copy(0, self.rank, tokens)
 
     def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
-        """`(1, M, ...)` as `(S, T, ...)`: sequences in flat order, `fill` where they have no token."""
+        """`(1, N, ...)` as `(S, T, ...)`: sequences in flat order, `fill` where they have no token."""
         width = self.shape[1]
-        nowhere = self.num_sequences * width
-        places = torch.where(self._real(1), self.sequence_ids * width + self.positions, nowhere)
-        table = flat.new_full((nowhere + 1, *flat.shape[2:]), fill).index_copy(0, places, flat[0])
-        return table[:-1].unflatten(0, (self.num_sequences, width))
+        table = flat.new_full((self.num_sequences * width, *flat.shape[2:]), fill)
+        table = table.index_copy(0, self.sequence_ids * width + self.positions, flat[0])
+        return table.unflatten(0, (self.num_sequences, width))
 
     def targets_alone(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as they are: how many targets there are is a value, too."""
-        return states, labels
+        """As [`SequenceLayout.targets_alone`]."""
+        real = labels.flatten() != IGNORE_INDEX
+        places = (~real).to(torch.uint8).argsort(stable=True).narrow(0, 0, _size(real.sum(), real.shape[0]))
+        return states.flatten(0, labels.dim() - 1).index_select(0, places), labels.flatten().index_select(0, places)
 
-    def settled(self, flat: Tensor) -> tuple[SequenceLayout, Tensor]:
-        """Outside a graph: the [`SequenceLayout`], and the real tokens `(1, N, ...)` of `flat`."""
-        layout = known(self.described).layout
-        return layout, flat[:, : layout.num_tokens]
+    def settled(self) -> SequenceLayout:
+        """Outside a graph: the [`SequenceLayout`]."""
+        return known(self.described).layout
+
+
+def _size(value: Tensor, most: int) -> int:
+    """A value as a size of the graph."""
+    size = cast(int, value.item())  # a symbol: no `int(...)` of it
+    torch._check(size >= 0)
+    torch._check(size <= most)
+    return size
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -288,7 +291,7 @@ def _random_from(seed: Tensor | None, device: torch.device) -> Iterator[None]:
 
 
 class Call(NamedTuple):
-    """The arguments of the attention operator. Tensors are flat, `(1, H, M, D)`; `key_scores (1, 1 | Hk, M)`."""
+    """The arguments of the attention operator. Tensors are flat, `(1, H, N, D)`; `key_scores (1, 1 | Hk, N)`."""
 
     query: Tensor
     key: Tensor
@@ -305,12 +308,10 @@ class Call(NamedTuple):
     apply_mask_to: str
     implementation: str
 
-    def real(self) -> list[Tensor]:
-        """Query, key, value and scores of real tokens alone."""
-        plan = self.plan
-        queries, keys = plan.layout.num_tokens, plan.key_layout.num_tokens
-        scores = [] if self.key_scores is None else [self.key_scores[:, :, :keys]]
-        return [self.query[:, :, :queries], self.key[:, :, :keys], self.value[:, :, :keys], *scores]
+    @property
+    def states(self) -> list[Tensor]:
+        """Query, key, value and, where there are any, scores: what has a gradient."""
+        return [self.query, self.key, self.value, *([] if self.key_scores is None else [self.key_scores])]
 
     @property
     def plan(self) -> MaskPlan:
@@ -338,49 +339,40 @@ ARGUMENTS = (
 )
 
 
-def _with_absent(flat: Tensor, places: int) -> Tensor:
-    """`(1, H, N, D)` as `(1, H, M, D)`, 0 for absent tokens; in memory a token's heads are neighbours."""
-    rows = flat.transpose(1, 2)
-    if rows.shape[1] == places:
-        return rows.contiguous().transpose(1, 2)
-    filled = rows.new_zeros(1, places, *rows.shape[2:])
-    filled[:, : rows.shape[1]] = rows
-    return filled.transpose(1, 2)
+def _in_memory(heads: Tensor) -> Tensor:
+    """`(1, H, N, D)` such that the heads of a token are neighbours in memory: what a graph is told."""
+    return heads.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _shape_of(heads: Tensor, size: int) -> Tensor:
-    """What [`_with_absent`] gives, without values."""
+def _unknown(heads: Tensor, size: int) -> Tensor:
+    """A tensor like that, of a head size, without values."""
     return heads.new_empty(1, heads.shape[2], heads.shape[1], size).transpose(1, 2)
 
 
 def _attention(*arguments) -> Tensor:
     call = Call(*arguments)
-    return _with_absent(call.attend(*call.real()), call.query.shape[2])
+    return _in_memory(call.attend(*call.states))
 
 
 def _attention_shapes(*arguments) -> Tensor:
     call = Call(*arguments)
-    return _shape_of(call.query, call.value.shape[3])
+    return _unknown(call.query, call.value.shape[3])
 
 
 def _backward(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and scores (empty without scores); attention is computed anew."""
     call = Call(*arguments)
     with torch.enable_grad():
-        real = [states.detach().requires_grad_() for states in call.real()]
-        output = call.attend(*real)
-    grads = torch.autograd.grad(output, real, grad_output[:, :, : output.shape[2]], materialize_grads=True)
-    of_scores = grad_output.new_empty(0)
-    if call.key_scores is not None:
-        of_scores = torch.zeros_like(call.key_scores, memory_format=torch.contiguous_format)
-        of_scores[:, :, : grads[3].shape[2]] = grads[3]
-    query, key, value = (_with_absent(grad, x.shape[2]) for grad, x in zip(grads, call[:3], strict=False))
-    return query, key, value, of_scores
+        states = [x.detach().requires_grad_() for x in call.states]
+        output = call.attend(*states)
+    query, key, value, *scores = torch.autograd.grad(output, states, grad_output, materialize_grads=True)
+    of_scores = scores[0].contiguous() if scores else grad_output.new_empty(0)
+    return _in_memory(query), _in_memory(key), _in_memory(value), of_scores
 
 
 def _backward_shapes(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*arguments)
-    query, key, value = (_shape_of(states, states.shape[3]) for states in call[:3])
+    query, key, value = (_unknown(x, x.shape[3]) for x in (call.query, call.key, call.value))
     scores = call.key_scores
     return query, key, value, grad_output.new_empty(0) if scores is None else scores.new_empty(scores.shape)
 

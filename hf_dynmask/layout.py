@@ -258,6 +258,11 @@ class SequenceLayout:
         return owners(self.lengths, self.num_tokens)
 
     @cached_property
+    def begins(self) -> Tensor:
+        """Bool `(N,)`: which tokens are the first of their sequence."""
+        return begins(self.sequence_ids)
+
+    @cached_property
     def is_contiguous(self) -> bool:
         """Whether the flat order is the batch's own row-major order with nothing absent: flattening is a view."""
         rows, width = self.shape
@@ -287,12 +292,11 @@ class SequenceLayout:
         return tuple(Group(length, sum(1 for _ in run)) for length, run in groupby(self.sizes))
 
     @outside_graph
-    def flatten(self, padded: Tensor, fill: float | int | bool = 0) -> Tensor:
+    def flatten(self, padded: Tensor) -> Tensor:
         """Keep the real tokens alone.
 
         Args:
             padded (`Tensor` of shape `(B, T, ...)`): Any tensor in the batch's layout.
-            fill (*optional*, defaults to 0): Value of absent tokens in a `GraphLayout`, which keeps them.
 
         Returns:
             `Tensor` of shape `(1, N, ...)`: the real tokens in flat order; a view where nothing is absent.
@@ -376,10 +380,7 @@ class SequenceLayout:
 
     @outside_graph
     def targets_alone(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """`states (..., C)` and `labels (...)` where those are not -100: `(targets, C)` and `(targets,)`.
-
-        A `GraphLayout` hands them back as they are.
-        """
+        """`states (..., C)` and `labels (...)` where those are not -100: `(targets, C)` and `(targets,)`."""
         real = labels != IGNORE_INDEX
         return states[real], labels[real]
 
@@ -399,6 +400,18 @@ def owners(sizes: Tensor, total: int) -> Tensor:
     starts = sizes.cumsum(0)[:-1]
     steps = torch.zeros(total + 1, dtype=torch.long, device=sizes.device)
     return steps.index_add_(0, starts, torch.ones_like(starts)).cumsum(0)[:total]
+
+
+def begins(sequence_ids: Tensor) -> Tensor:
+    """Which of `(N,)` things are the first of their run, whose number they have."""
+    is_first = torch.arange(sequence_ids.shape[0], device=sequence_ids.device) == 0
+    return is_first | (sequence_ids != rolled(sequence_ids, 1))
+
+
+def rolled(values: Tensor, steps: int) -> Tensor:
+    """`values.roll(steps, dims=-1)`, for any size that a graph does not know."""
+    size = values.shape[-1]
+    return values.index_select(-1, (torch.arange(size, device=values.device) - steps) % size)
 
 
 def _cumulative(sizes: tuple[int, ...]) -> list[int]:

@@ -40,7 +40,7 @@ from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
 from .features import Frames
 from .fields import TOKEN_FIELDS, key_name
 from .graph import GraphLayout, GraphPlan
-from .layout import IGNORE_INDEX, SequenceLayout, outside_graph
+from .layout import IGNORE_INDEX, SequenceLayout, outside_graph, rolled
 from .masks import Dense, TopK, parse
 from .modeling_base import DynMaskBaseModel
 from .modules import (
@@ -633,7 +633,7 @@ class DynMaskForMaskedLM(DynMaskTaskModel):
         states = outputs.last_hidden_state
         if labels is None:
             return None, layout.unflatten(self.lm_head(states))
-        labels = layout.flatten(labels, fill=IGNORE_INDEX)
+        labels = layout.flatten(labels)
         if self.training:
             states, labels = layout.targets_alone(states, labels)
             return token_loss(self.lm_head(states), labels, num_items_in_batch), None
@@ -835,9 +835,7 @@ class TokenClassification(TaskModel):
 
     def _predict(self, outputs, layout, labels, num_items_in_batch):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = token_loss(logits, layout.flatten(labels, fill=IGNORE_INDEX), num_items_in_batch)
+        loss = token_loss(logits, layout.flatten(labels), num_items_in_batch) if labels is not None else None
         return loss, layout.unflatten(logits)
 
 
@@ -1026,16 +1024,13 @@ def _in_some_columns(
 def _aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
     """Targets `(1, N)`, each at the token that predicts it; `None` where there are none."""
     if shift_labels is not None:
-        return layout.flatten(shift_labels, fill=IGNORE_INDEX)
-    return None if labels is None else _next_tokens(layout.flatten(labels, fill=IGNORE_INDEX), layout)
+        return layout.flatten(shift_labels)
+    return None if labels is None else _next_tokens(layout.flatten(labels), layout)
 
 
 def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
     """Labels `(1, N)` moved to the token before, -100 at the end of each sequence."""
-    targets = torch.full_like(labels, IGNORE_INDEX)
-    same = layout.sequence_ids[1:] == layout.sequence_ids[:-1]
-    targets[:, :-1] = torch.where(same, labels[:, 1:], IGNORE_INDEX)
-    return targets
+    return rolled(labels.masked_fill(layout.begins, IGNORE_INDEX), -1)
 
 
 def fields_of_new_tokens(inputs: dict[str, Any], names: Iterable[str], new: int) -> dict[str, Tensor]:
@@ -1086,8 +1081,7 @@ def _ctc_loss(
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
     """CTC loss of `logits (1, N, V)` against `labels (S, L)`, reduced by `config.ctc_loss_reduction`."""
-    if isinstance(layout, GraphLayout):
-        layout, logits = layout.settled(logits)
+    layout = layout.settled() if isinstance(layout, GraphLayout) else layout
     targets, target_lengths = _ctc_targets(labels, layout, config)
     if not layout.num_tokens:
         return logits.sum()  # 0; torch takes no batch without frames

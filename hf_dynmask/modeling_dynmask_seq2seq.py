@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple
 from .cached import columns_seen, last_columns
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .fields import TOKEN_FIELDS
-from .layout import IGNORE_INDEX, SequenceLayout
+from .layout import IGNORE_INDEX, SequenceLayout, rolled
 from .modeling_dynmask import (
     DynMaskModel,
     DynMaskPreTrainedModel,
@@ -257,11 +257,8 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
                 "`decoder_start_token_id` and `pad_token_id` must be in the configuration to make decoder inputs of "
                 f"labels; got {start} and {pad}"
             )
-        flat = layout.flatten(labels)
-        shifted = nn.functional.pad(flat, (1, 0), value=start)[:, :-1]
-        begins = torch.ones_like(layout.sequence_ids, dtype=torch.bool)
-        begins[1:] = layout.sequence_ids[1:] != layout.sequence_ids[:-1]
-        shifted = shifted.masked_fill(shifted == IGNORE_INDEX, pad).masked_fill(begins, start)
+        shifted = rolled(layout.flatten(labels), 1)
+        shifted = shifted.masked_fill(shifted == IGNORE_INDEX, pad).masked_fill(layout.begins, start)
         return layout.unflatten(shifted, fill=pad)
 
     @torch.no_grad()
@@ -426,7 +423,7 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
         states, layout = sides.decoder.last_hidden_state, sides.decoder_layout
         if labels is None:
             return Seq2SeqLMOutput(logits=layout.unflatten(self._logits(states)), **sides.common())
-        labels = layout.flatten(labels, fill=IGNORE_INDEX)
+        labels = layout.flatten(labels)
         if self.training:
             states, labels = layout.targets_alone(states, labels)
             loss = token_loss(self._logits(states), labels, num_items_in_batch)

@@ -374,6 +374,7 @@ def test_what_is_more_than_one_graph(case):
         torch.testing.assert_close(found[name], value, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_trainer(tmp_path):
     words = Tokenizer(WordLevel({"[PAD]": 0}, unk_token="[PAD]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
@@ -410,7 +411,8 @@ def test_operators_keep_their_promises():
     """Shapes, strides, aliases and gradients are what the compiler is told."""
     torch.library.opcheck(graph_module.LAYOUT, ([ROWS, WIDTH], LENGTHS, None, None))
     layout = graph_module.LAYOUT([ROWS, WIDTH], LENGTHS, None, torch.rand(ROWS, WIDTH) < 0.2)
-    query, key, value = (torch.randn(1, heads, ROWS * WIDTH, 4, requires_grad=True) for heads in (4, 2, 2))
+    tokens = graph_module.known(layout).layout.num_tokens
+    query, key, value = (torch.randn(1, heads, tokens, 4, requires_grad=True) for heads in (4, 2, 2))
     spans = torch.randint(1, 3, (ROWS, 2, 2))
     for mask, names, fields in (("causal", "", []), ("visible", "hidden_spans", [spans])):
         tensors = query, key, value, None, None, layout, layout, fields
