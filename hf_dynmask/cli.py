@@ -77,9 +77,7 @@ def _one_line_errors() -> Iterator[None]:
 
 @app.command()
 def show(
-    expressions: Annotated[
-        list[str], typer.Argument(metavar="EXPR...", help="Masks, such as 'causal & window(3, 0)'.")
-    ],
+    expressions: Annotated[list[str], typer.Argument(metavar="EXPR", help="Masks, such as 'causal & window(3, 0)'.")],
     lengths: Annotated[str, typer.Option(help="Tokens of each sequence, such as 12,5.")],
     block_size: Annotated[
         int | None,

@@ -273,7 +273,7 @@ def evaluations(results: Results) -> list[EvalResult]:
             dataset_type=dataset.get("hub_id", dataset["name"]),
             dataset_name=dataset["name"],
             dataset_config=dataset.get("hub_config"),
-            dataset_split=dataset.get("hub_split", "test"),
+            dataset_split=dataset.get("hub_split") if "hub_id" in dataset else "test",
             dataset_args={"rows": dataset["rows"]["test"]},
             metric_type=HUB_METRICS.get(metric, metric),
             metric_name=metric,

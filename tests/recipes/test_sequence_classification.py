@@ -207,6 +207,8 @@ def test_card_names_what_is_on_the_hub(results):
     model, dataset = hub
     metadata: Any = make_card(results | {"model": model, "dataset": results["dataset"] | dataset}).data
     assert (metadata.base_model, metadata.datasets) == ("owner/model", ["owner/data"])
+    (measured,) = metadata.eval_results
+    assert (measured.dataset_type, measured.dataset_split) == ("owner/data", None)  # which one of its was not kept
 
 
 def test_origin_and_licence_of_samples():
