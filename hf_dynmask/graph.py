@@ -136,7 +136,11 @@ class GraphLayout:
         attention_mask: Tensor | None = None,
         missing: Tensor | None = None,
     ) -> GraphLayout:
-        """As [`SequenceLayout.of_batch`], which the operator calls; tokens that are `missing` are left out."""
+        """As [`SequenceLayout.of_batch`], which the operator calls; tokens that are `missing` are left out.
+
+        Raises:
+            ValueError: As there, when the graph runs.
+        """
         is_full = attention_mask is None and missing is None and (lengths is None or lengths.shape[0] != shape[0])
         if lengths is None and attention_mask is None:
             lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
@@ -240,7 +244,10 @@ def attend(
     key_scores: Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with either kind of plan; in a graph there are no weights."""
+    """Attention with either kind of plan, and weights, which there are none of in a graph.
+
+    See [`attend`] of `attention`, which both come to.
+    """
     if isinstance(plan, MaskPlan):
         return attend_outside(
             query,
@@ -281,6 +288,8 @@ def _random_from(seed: Tensor | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"dropout in a graph must be on a CPU or a CUDA device; got '{device.type}'")
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
     generator.manual_seed(int(seed))

@@ -288,11 +288,16 @@ def test_the_code_needs_nothing_but_torch_and_transformers(elsewhere):
 # The code of a folder first, then the package, then both again.
 SIDE_BY_SIDE = """
 import sys
+import torch
 from transformers import AutoModelForMaskedLM
 first = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 import hf_dynmask
 second = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 third = AutoModelForMaskedLM.from_pretrained(sys.argv[1])
+batch = {"input_ids": torch.arange(12).reshape(2, 6), "lengths": torch.tensor([6, 2])}
+for model in (first.eval(), third.eval()):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 first.save_pretrained(sys.argv[1] + "-first")
 third.save_pretrained(sys.argv[1] + "-third")
 print(type(first).__module__.partition(".")[0], type(second).__module__, type(third).__module__)
