@@ -23,10 +23,19 @@ from .layout import IGNORE_INDEX, SequenceLayout, begins
 from .masks import parse
 from .plan import MaskPlan
 
-# Code that travels with a checkpoint has operators of its own, beside those of an installed package.
-NAMESPACE = re.sub(r"[^A-Za-z0-9_]", "_", __name__.rpartition(".")[0] or __name__)
-globals().pop("LIBRARY", None)  # of a module that is executed anew: its operators go before they come again
+
+def _free_namespace(package: str) -> str:
+    """Code that travels with a checkpoint has operators of its own, beside those of an installed package, and so has
+    code that is executed anew: graphs that were made before go on with theirs."""
+    name = re.sub(r"[^A-Za-z0-9_]", "_", package)
+    while hasattr(getattr(torch.ops, name), "layout"):
+        name += "_"
+    return name
+
+
+NAMESPACE = _free_namespace(__name__.rpartition(".")[0] or __name__)
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_libraries: list[torch.library.Library] = [*globals().get("_libraries", ()), LIBRARY]  # operators go with theirs
 
 
 def operator(schema: str, run: Callable, shapes: Callable) -> Callable:
