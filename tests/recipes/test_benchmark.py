@@ -209,4 +209,5 @@ def test_figure():
     assert [axes.get_title() for axes in figure.axes] == ["bart, float32, forward", "bart, float32, forward+backward"]
     for axes in figure.axes:
         assert [label.get_text() for label in axes.get_xticklabels()] == ["pairs", "equal", "uniform"]
-        assert [bar.get_height() for bar in axes.patches] == [10.0] * 3 + [30.0] * 3 + [40.0] * 3
+        heights = [float(height) for bars in axes.containers for height in bars.datavalues]  # pyright: ignore
+        assert heights == [10.0] * 3 + [30.0] * 3 + [40.0] * 3
