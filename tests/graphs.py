@@ -12,7 +12,7 @@ from hf_dynmask import DynMaskConfig
 
 ROWS, WIDTH, VOCABULARY = 5, 9, 37
 LENGTHS = torch.tensor([7, 3, 0, 1, 9])
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 19}
 SIZES |= {"num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES |= {"max_position_embeddings": 64, "initializer_range": 0.3}
@@ -50,7 +50,7 @@ def without_padding() -> dict[str, Tensor]:
 LAYOUTS = [rows, flat, with_gaps, without_padding]
 
 
-def compiled(model, backend="aot_eager", **settings):
+def compiled(model, backend: Any = "aot_eager", **settings):
     return torch.compile(model, backend=backend, fullgraph=True, **settings)
 
 
