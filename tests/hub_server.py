@@ -235,6 +235,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         return found
 
+    def paths_info(self, kind: str, name: str, revision: str) -> Any:
+        """As huggingface_hub before 2 asks for some of the files."""
+        entries = _entries(self.files_at(kind, name, revision)[1])
+        wanted = parse_qs(self.body.decode()).get("paths", [])
+        return [entries[PurePosixPath(path)] for path in wanted if PurePosixPath(path) in entries]
+
     # --- Uploads ---
 
     def preupload(self, kind: str, name: str, revision: str) -> Any:
@@ -312,6 +318,7 @@ ROUTES = [
     Route("POST", "/api/validate-yaml", _Handler.validate_card, True),
     Route("GET", f"{API}(?:/revision{REVISION})?", _Handler.info, True),
     Route("GET", f"{API}/tree{REVISION}(?:/(?P<folder>.+))?", _Handler.tree, True),
+    Route("POST", f"{API}/paths-info{REVISION}", _Handler.paths_info, True),
     Route("POST", f"{API}/preupload{REVISION}", _Handler.preupload, False),
     Route("POST", rf"{WEB}\.git/info/lfs/objects/batch", _Handler.lfs_batch, False),
     Route("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put, True),  # its address is the permission
