@@ -18,17 +18,18 @@ from hf_dynmask import (
     DynMaskSeq2SeqConfig,
 )
 
-SHAPE: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+SHAPE: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"intermediate_size": 12}
 LENGTHS = [[5, 9], [6, 6], [1, 1], [9, 0], [0, 0], [300, 4], [7]]  # of one length or several, empty, of many blocks
 
 
 def config(mask: str = "full", **settings: Any) -> DynMaskConfig:
-    return DynMaskConfig(vocab_size=50, num_labels=50, mask=mask, **SHAPE | settings)
+    return DynMaskConfig(mask=mask, **SHAPE | {"num_labels": 50} | settings)
 
 
 def two_sides() -> DynMaskForConditionalGeneration:
     ids = {"decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return DynMaskForConditionalGeneration(DynMaskSeq2SeqConfig(vocab_size=50, **SHAPE, **ids))
+    return DynMaskForConditionalGeneration(DynMaskSeq2SeqConfig(**SHAPE, **ids))
 
 
 def texts(lengths: list[int]) -> dict[str, Tensor]:
