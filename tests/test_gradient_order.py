@@ -28,7 +28,7 @@ def config(mask: str = "full", **settings: Any) -> DynMaskConfig:
 
 
 def two_sides() -> DynMaskForConditionalGeneration:
-    ids = {"decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    ids: dict[str, Any] = {"decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return DynMaskForConditionalGeneration(DynMaskSeq2SeqConfig(**SHAPE, **ids))
 
 
