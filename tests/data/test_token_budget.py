@@ -402,7 +402,7 @@ def test_truncation_cuts_all_columns_with_an_entry_a_token():
     assert CollatorWithinBudget(list, 4, truncate=True)(features) == features
     of_frames = [{"input_features": [[1.0], [2.0]], "label": [1, 0]}]
     assert CollatorWithinBudget(list, 1, truncate=True)(of_frames) == [{"input_features": [[1.0]], "label": [1]}]
-    assert CollatorWithinBudget(list, 1, truncate=True)([{"length": 3}]) == [{"length": 3}]
+    assert CollatorWithinBudget(list, 1, truncate=True)([{"number": 3}]) == [{"number": 3}]
 
 
 def test_truncation_does_not_count_absent_tokens():
