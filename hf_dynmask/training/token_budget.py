@@ -112,6 +112,7 @@ class TokenBudgetMixin(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """What a batch weighs in an optimizer step: batches of a budget have unlike numbers of answers, too."""
+        assert self.model is not None  # there by now, says its annotation with less certainty
         if any(isinstance(module, DynMaskForQuestionAnswering) for module in self.model.modules()):
             batch_samples = [{**batch, **counted_answers(batch)} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)

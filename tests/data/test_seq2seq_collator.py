@@ -7,7 +7,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    BartForConditionalGeneration,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5ForConditionalGeneration,
+)
 
 from batches import assert_equal, assert_rows
 from hf_dynmask import DynMaskForConditionalGeneration, DynMaskSeq2SeqConfig
@@ -58,6 +65,38 @@ def test_flat(tokenizer, model):
 def test_decoder_inputs_by_the_rule_of_the_model(tokenizer, model):
     batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model)(EXAMPLES)
     assert_rows(batch, **ROWS, **TARGETS, decoder_input_ids=[[START, 8, PAD, PAD], [START, 4, 5, 6]])
+
+
+@pytest.mark.parametrize("model_class", [BartForConditionalGeneration, T5ForConditionalGeneration])
+def test_decoder_inputs_of_stock_models(model_class, tokenizer):
+    """In flat batches, too, no target begins with the end of the one before."""
+    sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "encoder_layers": 1}
+    sizes |= {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 12}
+    config = model_class.config_class(**sizes, pad_token_id=PAD, decoder_start_token_id=START)
+    features = [*EXAMPLES, {"input_ids": [4], "labels": []}]
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model_class(config))(features)
+    rows = [[START, 8, PAD, PAD], [START, 4, 5, 6], [PAD] * 4]
+    assert batch["decoder_input_ids"].tolist() == rows
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model_class(config), flat=True)(features)
+    assert batch["decoder_input_ids"].tolist() == [[START, 8, START, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("flat", [False, True])
+def test_losses_of_labels_taken_away_from_the_model(flat, smoothing, tokenizer, model, tmp_path):
+    """With label smoothing, or a loss function of the user's, as on the stock collator's batches."""
+
+    def loss_function(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / 6
+
+    settings: dict[str, Any] = {} if smoothing else {"compute_loss_func": loss_function}
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), label_smoothing_factor=smoothing, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    trainer = Seq2SeqTrainer(model, arguments, **settings)
+    expected = trainer.compute_loss(model, DataCollatorForSeq2Seq(tokenizer, model)(EXAMPLES))
+    found = trainer.compute_loss(model, DataCollatorForSeq2SeqWithLengths(tokenizer, model, flat=flat)(EXAMPLES))
+    torch.testing.assert_close(found, expected)
 
 
 def test_decoder_inputs_of_the_examples_win(tokenizer, model):
