@@ -114,7 +114,7 @@ def without_lengths(collator: Collator) -> Collator:
     """A collator whose batches do not tell padding from data, so that a model computes on all of it."""
 
     def collate(examples: list[Any]) -> Batch:
-        return {name: values for name, values in collator(examples).items() if not name.endswith("lengths")}
+        return {name: values for name, values in collator(examples).items() if not name.endswith(("lengths", "attention_mask"))}
 
     return collate
 
