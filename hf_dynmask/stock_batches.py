@@ -42,6 +42,7 @@ class Batch:
         is_inner (`bool`): Whether another model that is made ready runs this one.
         starts (bool `Tensor` of shape `(B, T)`, *optional*):
             Where sequences begin, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
+        told_by (`str`): Which of these does.
         is_heeded (`bool`): Whether some layer's attention has kept the sequences of the batch apart.
     """
 
@@ -50,6 +51,7 @@ class Batch:
     given: dict[str, Any]
     is_inner: bool = False
     starts: Tensor | None = None
+    told_by: str = ""
     is_heeded: bool = False
 
     @classmethod
@@ -64,9 +66,11 @@ class Batch:
             ValueError: Arguments contradict each other, or cannot be obeyed.
         """
         batch = cls(model, names, dict(given), is_inner)
+        if getattr(batch._first_of(CACHES), "is_of_flat_batch", False):
+            raise ValueError("a cache must hold one sequence a row; got one that a flat batch has filled")
         batch._put_padding("lengths", "attention_mask", INPUTS)
         batch._put_padding("decoder_lengths", "decoder_attention_mask", TARGETS)
-        batch.starts = batch._told()
+        batch._read_starts()
         batch._put_positions()
         return batch
 
@@ -83,14 +87,19 @@ class Batch:
             raise ValueError(f"`{name}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got neither")
         lengths = self.given[name] = torch.as_tensor(self.given[name], device=tokens.device)
         mask = self.given.get(mask_name)
-        layout = _agreed(name, tokens, lengths, mask if isinstance(mask, Tensor) else None)
+        places = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
+        layout = _agreed(name, places, lengths, mask if isinstance(mask, Tensor) else None)
         rows, width = layout.shape
-        if layout.num_sequences != rows or name in self.names:
+        if name in self.names:
+            return
+        if layout.num_sequences != rows:
+            if mask_name != "attention_mask":
+                raise ValueError(f"`{name}` must be of rows, one entry each; got {layout.num_sequences} for {rows}")
             return
         if mask is None:
             self._check_alone(name, layout, is_embedded=tokens.is_floating_point())
             is_there = torch.zeros(rows * width, dtype=torch.long, device=tokens.device)
-            mask = is_there.index_fill(0, layout.indices, 1).view(rows, width)
+            mask = is_there.index_fill(0, layout.indices, 1).view(places)
         if mask_name in self.names:
             self.given[mask_name] = mask
         elif layout.num_tokens < rows * width:
@@ -118,24 +127,21 @@ class Batch:
 
     # --- Sequences ---
 
-    def _told(self) -> Tensor | None:
-        """Bool `(B, T)`: where the batch says that sequences begin, `position_ids` aside."""
+    def _read_starts(self) -> None:
+        """Where the batch says that sequences begin, `position_ids` aside."""
         tokens = self._first_of(INPUTS)
-        if tokens is None:
-            return None
-        told = list(self._starts_by_name(tokens))
-        if not told:
-            return None
-        name, starts = told[0]
-        for other, theirs in told[1:]:
-            check_same(name, starts, other, theirs)
-        longest = max(layout_of(starts, None).sizes, default=0)
+        for name, starts in () if tokens is None else self._starts_by_name(tokens):
+            if self.starts is None:
+                self.starts, self.told_by = starts, name
+            check_same(self.told_by, self.starts, name, starts)
+        if self.starts is None:
+            return
+        longest = max(layout_of(self.starts, None).sizes, default=0)
         for bound in BOUNDS:
             if self.given.get(bound) is not None and int(self.given[bound]) < longest:
                 raise ValueError(
                     f"`{bound}` must not be below the longest sequence, {longest}; got {int(self.given[bound])}"
                 )
-        return starts
 
     def _starts_by_name(self, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
         rows, width = tokens.shape[:2]
@@ -202,18 +208,21 @@ _IN_FRONT = (
 )
 
 
-def _agreed(name: str, tokens: Tensor, lengths: Tensor, mask: Tensor | None) -> SequenceLayout:
-    """Layout of what `lengths` say, if a mask says the same."""
-    shape = (tokens.shape[0], tokens.shape[1])
+def _agreed(name: str, places: torch.Size, lengths: Tensor, mask: Tensor | None) -> SequenceLayout:
+    """Layout of what `lengths` say of rows of `places (..., T)`, if a mask says the same."""
+    shape = (places[:-1].numel(), places[-1])
+    if lengths.shape == places[:-1]:  # choices of a question are rows too
+        lengths = lengths.flatten()
     if mask is None:
-        return SequenceLayout.of_batch(shape, tokens.device, lengths)
-    if mask.dim() != 2:
+        return SequenceLayout.of_batch(shape, lengths.device, lengths)
+    if mask.dim() > len(places):
         raise ValueError(
             f"`{name}` must come without an explicit mask, which says itself who may see whom; got a mask of shape "
             f"{tuple(mask.shape)}"
         )
     try:
-        return SequenceLayout.of_batch(shape, tokens.device, lengths, mask.to(tokens.device))
+        mask = mask.to(lengths.device).reshape(-1, mask.shape[-1])
+        return SequenceLayout.of_batch(shape, lengths.device, lengths, mask)
     except ValueError as error:
         raise ValueError(f"{error} {_IN_FRONT}") from error
 

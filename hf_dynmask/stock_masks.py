@@ -276,7 +276,7 @@ class StockMask:
         by_positions = None
         if not (crosses and self._may_cross):
             by_positions = self._by_positions(batch.given.get("position_ids"))
-        starts = by_positions if batch.starts is None else self._told(batch.starts, by_positions)
+        starts = by_positions if batch.starts is None else self._told(batch, by_positions)
         if starts is None or not bool(starts[:, 1:].any()):
             return None
         self._check_flat(batch, crosses, counts_columns=by_positions is None and not has_bias)
@@ -292,8 +292,8 @@ class StockMask:
             told.append("position_ids")
         if told:
             raise ValueError(
-                f"`{told[0]}` of several sequences must be given to a model that is made ready for "
-                f"attn_implementation='{NAME}'; this {self.model_type} model is not, or its `forward` was replaced "
+                f"`{told[0]}` must be given to a model that is made ready for attn_implementation='{NAME}'; this "
+                f"{self.model_type} model is not, or its `forward` was replaced "
                 f"(`model.set_attn_implementation('{NAME}')` makes it ready)"
             )
 
@@ -305,16 +305,16 @@ class StockMask:
         self._check_continued(position_ids)
         return restarts(position_ids.expand(self.shape[0], -1), self.present(0))
 
-    def _told(self, starts: Tensor, by_positions: Tensor | None) -> Tensor:
-        """`starts (B, T)`, which the batch has told, if they fit the mask and contradict no positions."""
-        starts = starts.to(self.device)
+    def _told(self, batch: Batch, by_positions: Tensor | None) -> Tensor:
+        """Bool `(B, T)`: where the batch has told that sequences begin, if this fits the mask and the positions."""
+        starts = batch.starts.to(self.device)  # type: ignore[union-attr]
         if (self.shape[0], self.shape[2]) != starts.shape:
             raise ValueError(
-                f"a flat batch must have the shape of its mask, {(self.shape[0], self.shape[2])}; got "
+                f"`{batch.told_by}` must be of the mask's queries, of shape {(self.shape[0], self.shape[2])}; got "
                 f"{tuple(starts.shape)}"
             )
         if by_positions is not None:
-            check_same("the batch", starts, "position_ids", by_positions)
+            check_same(batch.told_by, starts, "position_ids", by_positions)
         return starts
 
     def _check_flat(self, batch: Batch, crosses: bool, counts_columns: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -18,7 +18,7 @@ from inspect import Parameter, getsource, signature, unwrap
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
 
@@ -145,13 +145,13 @@ def _announced(forward: Callable) -> Callable:
             return forward(model, *args, **kwargs)  # which raises
         given = dict(zip(names, args, strict=False)) | kwargs
         outer = batches.get()
-        batch = _read(model, names, given, takes_others=Parameter.VAR_KEYWORD in kinds, is_inner=bool(outer))
+        batch = _enter(model, names, given, takes_others=Parameter.VAR_KEYWORD in kinds, is_inner=bool(outer))
         batches.set((*outer, batch))
         try:
             output = forward(model, **batch.given)
         finally:
             batches.set(outer)
-        _check_heeded(batch)
+        _leave(batch, output)
         return output
 
     @wraps(forward)
@@ -168,7 +168,9 @@ def _announced(forward: Callable) -> Callable:
 
 
 @outside_graph
-def _read(model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool, is_inner: bool) -> Batch:
+def _enter(
+    model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool, is_inner: bool
+) -> Batch:
     if takes_others and not is_inner:
         _check_keywords(model, given.keys() - set(names) - KNOWN)
     if getattr(model, "_is_replica", False) and given.get("input_ids") is not None:
@@ -177,12 +179,15 @@ def _read(model: PreTrainedModel, names: list[str], given: dict[str, Any], takes
 
 
 @outside_graph
-def _check_heeded(batch: Batch) -> None:
-    if batch.is_heeded or batch.has_explicit_mask or not batch.is_flat:
-        return
-    raise ValueError(
-        f"a flat batch needs a model whose tokens meet in attention; those of {type(batch.model).__name__} do not"
-    )
+def _leave(batch: Batch, output: Any) -> None:
+    if batch.is_heeded:
+        for value in output.values() if isinstance(output, Mapping) else output:
+            if isinstance(value, Cache):
+                value.is_of_flat_batch = True  # type: ignore[attr-defined]
+    elif not batch.has_explicit_mask and batch.is_flat:
+        raise ValueError(
+            f"a flat batch needs a model whose tokens meet in attention; those of {type(batch.model).__name__} do not"
+        )
 
 
 # --- Keywords --------------------------------------------------------------------------------------------------------
@@ -193,15 +198,19 @@ def _check_keywords(model: PreTrainedModel, unknown: set[str]) -> None:
     unknown = {name for name in unknown if not name.startswith("output_")}  # decorators of `forward` read these
     if not unknown:
         return
-    known = KNOWN | signature(model.forward).parameters.keys()
-    for module in set(_code_of(model)):
-        known |= _mentioned(module)
+    named = KNOWN | signature(model.forward).parameters.keys()
+    known = named.union(*map(_mentioned, set(_code_of(model))))
     if getattr(model.config, "is_encoder_decoder", False):
-        known |= {f"{side}_{name}" for side in ("encoder", "decoder") for name in known}
+        named, known = _of_sides(named), _of_sides(known)
     for name in sorted(unknown - known):
-        near = get_close_matches(name, known, n=1)
+        near = get_close_matches(name, named, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         raise TypeError(f"no part of {type(model).__name__} knows the keyword `{name}`{hint}")
+
+
+def _of_sides(names: set[str]) -> set[str]:
+    """The names, and those by which an encoder-decoder hands them on to one side."""
+    return names | {f"{side}_{name}" for side in ("encoder", "decoder") for name in names}
 
 
 def _code_of(model: PreTrainedModel) -> Iterator[str]:
