@@ -78,7 +78,8 @@ def check_mask(model: PreTrainedModel, text: str) -> None:
             raise ValueError(f"the mask of a stock model must do without `{leaf.name}`, which {why}; got '{mask}'")
     config, name = model.config, type(model).__name__
     if config.sub_configs:
-        raise ValueError(f"`model` must be one part of a model; {name} has the parts {', '.join(config.sub_configs)}")
+        parts = ", ".join(sorted(config.sub_configs))
+        raise ValueError(f"`model` must be one part of a model; {name} has the parts {parts}")
     if has_cross_attention(config):
         raise ValueError(f"`model` must have self-attention alone; {name} has cross-attention")
 

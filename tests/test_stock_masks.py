@@ -11,7 +11,7 @@ from stock_models import random_stock
 LEFT = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 10, 11, 12]])
 RIGHT = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
 FAMILIES: dict[str, dict[str, Any]] = {
-    "bart": {"pad_token_id": 0, "decoder_start_token_id": 2},
+    "bart": {"pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 2},
     "gpt2": {},
     "llama": {},
     "mistral": {"sliding_window": 3},
@@ -61,7 +61,8 @@ def test_assisted_generation(family):
     expected = generated(stock, tokens)
     assert generated(model, tokens, assistant_model=next(both(family))) == expected
     assert generated(stock, tokens, assistant_model=model) == expected
-    assert generated(model, tokens, prompt_lookup_num_tokens=2) == expected
+    looked_up = {"prompt_lookup_num_tokens": 2}
+    assert generated(model, tokens, **looked_up) == generated(stock, tokens, **looked_up)
 
 
 @pytest.mark.parametrize("way", ["greedy", "static cache", "chunks", "chunks, static cache"])

@@ -166,7 +166,7 @@ def test_a_failed_pass_leaves_nothing_behind(error):
         raise error
 
     model, other = ready("bart", "base"), ready("bert")
-    model.decoder.layers[0].register_forward_pre_hook(fail)
+    next(iter(model.decoder.layers)).register_forward_pre_hook(fail)
     with pytest.raises(error):
         model(input_ids=ROWS, decoder_input_ids=ROWS)
     states(other, input_ids=FLAT, lengths=[4, 5])
@@ -372,7 +372,7 @@ def test_a_mask_that_is_taken_away(masked, tmp_path):
         ("bert", "causal &", "mask does not parse at column 9"),
         ("bert", "topk(3)", "the mask of a stock model must do without `topk`, which needs scores"),
         ("bart", "causal", "`model` must have self-attention alone; BartModel has cross-attention"),
-        ("llava", "causal", "`model` must be one part of a model; LlavaModel has the parts vision_config, text_config"),
+        ("llava", "causal", "`model` must be one part of a model; LlavaModel has the parts text_config, vision_config"),
         ("bloom", "causal", "BloomModel computes attention by itself"),
     ],
 )
