@@ -57,7 +57,7 @@ class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
     """
 
     model_type = "dynmask_seq2seq"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"encoder": DynMaskConfig, "decoder": DynMaskConfig}
 
     encoder: DynMaskConfig | dict[str, Any] | None = None

@@ -210,7 +210,7 @@ def test_what_generation_refuses():
         model.generate(ids, lengths=torch.tensor([4, 5, 2]))
     cache = model(ids).past_key_values
     late = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match="`attention_mask` must be 1 after the 4 columns that `past_key_values` holds"):
+    with pytest.raises(ValueError, match="`attention_mask` must be 1 after the 4 columns that the cache holds"):
         model.generate(torch.cat([ids, ids[:, :2]], dim=1), attention_mask=late, past_key_values=cache)
 
 
