@@ -153,7 +153,7 @@ class Head:
         reference: Makes the model to compare with, which sees padded rows.
         example: Makes an example of a number and a length.
         padded, rows, flat: Make the collator of a model, for the reference and for each kind of our batches.
-        score: What predictions `(B, …)` and labels give, whatever the layout.
+        score: A number that predictions and labels give, whatever the layout of the batch.
         ours: Makes our model of the reference.
     """
 
@@ -162,7 +162,7 @@ class Head:
     padded: Callable[[Any], Callable[..., Any]]
     rows: Callable[[Any], Callable[..., Any]]
     flat: Callable[[Any], Callable[..., Any]] | None
-    score: Callable[[Any, Any], float]
+    score: Callable[[Any, Any], Tensor]
     ours: Callable[[Any], Any] = from_transformers
 
     @property
@@ -173,28 +173,27 @@ class Head:
         return Dataset.from_list([self.example(k, length) for k, length in enumerate(LENGTHS)])
 
     def model(self, kind: str) -> Any:
-        """In which nothing is random but what the test sets."""
         model = self.reference()
         return model if kind == "padded" else self.ours(model)
 
 
-def likelihood(logits: Tensor, labels: Tensor) -> float:
+def likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """Of the targets, in logarithms."""
     logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
-    return float(torch.log_softmax(logits, -1).gather(-1, labels[:, None]).sum())
+    return torch.log_softmax(logits.float(), -1).gather(-1, labels[:, None]).sum()
 
 
-def next_likelihood(logits: Tensor, labels: Tensor) -> float:
+def next_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     return likelihood(logits[:, :-1], labels[:, 1:])
 
 
-def difference(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.squeeze(-1) - labels).square().sum())
+def difference(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.float().squeeze(-1) - labels).square().sum()
 
 
-def everything(logits: Any, labels: Any) -> float:
+def everything(logits: Any, labels: Any) -> Tensor:
     """Which is 0 where nothing is, and -100 where the Trainer pads."""
-    return float(sum(each[each != IGNORED].square().sum() for each in logits))
+    return torch.stack([each[each != IGNORED].float().square().sum() for each in logits]).sum()
 
 
 def bert(task: str, num_labels: int = 3):
@@ -289,14 +288,14 @@ HEADS = {
 class Scores:
     """What `compute_metrics` is given: all in one array, a list with one a batch, or batch after batch."""
 
-    def __init__(self, score: Callable[[Any, Any], float]):
+    def __init__(self, score: Callable[[Any, Any], Tensor]):
         self.score = score
         self.found: list[dict[str, float]] = []
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         logits, labels = prediction.predictions, prediction.label_ids
         batches = zip(logits, labels, strict=True) if isinstance(logits, list) else [(logits, labels)]
-        self.found += [{"score": self.score(*_read(*batch))} for batch in batches]
+        self.found += [{"score": float(self.score(*_read(*batch)))} for batch in batches]
         given = {"inputs": prediction.inputs, "losses": prediction.losses}
         self.found += [{name: _total(values)} for name, values in given.items() if values is not None]
         if not compute_result:
