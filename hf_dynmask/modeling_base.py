@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from .configuration_base import DynMaskBaseConfig, warn_of_other_code
 from .layout import check_not_scattered
