@@ -65,6 +65,7 @@ class Setting:
         also: What that needs, which is swept elsewhere.
         stock: Arguments of the stock model in place of `arguments`, where it is wrong under these.
         heads: On which it is tried.
+        rows_only: Heads whose flat batches stock code cannot read; the reason beside.
         refused: How it ends with some of them, and with their references: a part of the message.
         tolerance: Of all that is compared.
     """
@@ -73,6 +74,7 @@ class Setting:
     also: Mapping[str, Any] = field(default_factory=dict)
     stock: Mapping[str, Any] | None = None
     heads: tuple[str, ...] = tuple(HEADS)
+    rows_only: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     tolerance: float = 1e-5
 
@@ -126,7 +128,10 @@ SETTINGS = {
         },
     ),
     "half precision": Setting({"bf16": True}, tolerance=2e-2),
-    "half precision in evaluation": Setting({"bf16_full_eval": True}, tolerance=1e-2),
+    # Frames stay in float32, as they do for stock models of speech.
+    "half precision in evaluation": Setting(
+        {"bf16_full_eval": True}, refused={"CTC": "must have the same dtype"}, tolerance=1e-2
+    ),
     "checkpointing": Setting(
         {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
         refused={"recurrent, a class": "does not support (gradient|activation) checkpointing"},
@@ -135,8 +140,10 @@ SETTINGS = {
         {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
         refused={"recurrent, a class": "does not support (gradient|activation) checkpointing"},
     ),
+    # Without an attention mask the Trainer counts the numbers in frames that are not the tokenizer's pad id.
     "counting": Setting(
-        {"include_num_input_tokens_seen": "non_padding", "torch_empty_cache_steps": 1, "use_cache": True}
+        {"include_num_input_tokens_seen": "non_padding", "torch_empty_cache_steps": 1, "use_cache": True},
+        rows_only=("CTC",),
     ),
     "evaluation in parts": Setting(
         {
@@ -214,7 +221,7 @@ def test_a_setting_does_what_it_does_in_stock(name, head, tmp_path):
                 outcome(kind)
         return
     right = outcome("padded")
-    for kind in HEADS[head].kinds:
+    for kind in ("rows",) if head in setting.rows_only else HEADS[head].kinds:
         assert_same(outcome(kind), right, setting.tolerance)
 
 
