@@ -389,7 +389,7 @@ def _function(config: OurConfig, task: str) -> Settings:
             f"{side}.{name}": value for side in SIDES for name, value in _function(getattr(config, side), task).items()
         }
         return of_sides | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
-    unread = {"source_model_type", "layer_masks", "bos_token_id", "eos_token_id"}
+    unread = {"source_model_type", "layer_masks", "bos_token_id", "eos_token_id", "use_cache"}
     if task != "base":
         unread |= {"use_pooler"}
     if not config.add_cross_attention:
