@@ -57,6 +57,7 @@ from .modernbert import MODERNBERT
 from .qwen import QWEN2, QWEN3
 from .roberta import ROBERTA
 from .weights import to_ours, to_theirs
+from .zero3 import whole_weights
 
 
 class Task(NamedTuple):
@@ -175,16 +176,18 @@ def from_transformers(
         task = _task_of_checkpoint(stock_config, task)
         set_on_ours, set_on_theirs = _split(overrides, stock_config)
         _check_supported(stock_config, task)
-        stock = TASKS[task].stock[type(stock_config)].from_pretrained(source, **set_on_theirs)
+        with whole_weights():
+            stock = TASKS[task].stock[type(stock_config)].from_pretrained(source, **set_on_theirs)
         stock = _plain(stock)  # it may have come with an adapter
         stock_config = stock.config
     with no_init_weights():
         model = TASKS[task].ours_of(family)(_our_config(stock_config, task, **set_on_ours))
-    _check_tables(stock, family)
     links = family.links(task, model.base_model_prefix, stock.base_model_prefix, _num_layers(model.config))
-    weights = _weights(stock, family)
-    if isinstance(source, nn.Module):
-        weights = _cloned(weights)
+    with whole_weights(stock):
+        _check_tables(stock, family)
+        weights = _weights(stock, family)
+        if isinstance(source, nn.Module):
+            weights = _cloned(weights)
     _fill(model, to_ours(weights, links), family)
     _hand_on(stock, model)
     return model
@@ -234,7 +237,9 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     with no_init_weights():
         stock = TASKS[task].stock[type(stock_config)](stock_config)
     links = family.links(task, model.base_model_prefix, stock.base_model_prefix, _num_layers(config))
-    _fill(stock, to_theirs(_cloned(_weights(model, family)), links, _weights(stock, family)), family)
+    with whole_weights(model):
+        weights = _cloned(_weights(model, family))
+    _fill(stock, to_theirs(weights, links, _weights(stock, family)), family)
     for table in _tables(stock, family).values():
         stock._init_weights(table.to(model.dtype))
     _hand_on(model, stock)
@@ -385,7 +390,7 @@ def _function(config: OurConfig, task: str) -> Settings:
             f"{side}.{name}": value for side in SIDES for name, value in _function(getattr(config, side), task).items()
         }
         return of_sides | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
-    unread = {"source_model_type", "layer_masks", "bos_token_id", "eos_token_id"}
+    unread = {"source_model_type", "layer_masks", "bos_token_id", "eos_token_id", "use_cache"}
     if task != "base":
         unread |= {"use_pooler"}
     if not config.add_cross_attention:

@@ -33,7 +33,7 @@ from .columns import (
 
 class FlatBatch(dict[str, Any]):
     """A batch whose sequences stand end to end in one row, which cannot be split. Accelerate makes the parts of a batch
-    anew, by their class, when one process collates for all."""
+    by its class again when one process collates for all."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -63,9 +63,12 @@ class CollatorWithLengths(ABC):
         lengths = torch.tensor([len(tokens) for tokens in columns[self.main]])
         if "lengths" in columns:
             check_lengths(columns.pop("lengths"), lengths)
-        batch = {self.main: self._join(self.main, columns.pop(self.main)), "lengths": lengths}
-        if not self.flat:
-            batch["attention_mask"] = (torch.arange(batch[self.main].shape[1]) < lengths[:, None]).long()
+        tokens = self._join(self.main, columns.pop(self.main))
+        if self.flat:  # Accelerate takes the size of the first tensor for the number of examples
+            batch = {"lengths": lengths, self.main: tokens}
+        else:
+            is_there = torch.arange(tokens.shape[1]) < lengths[:, None]
+            batch = {self.main: tokens, "lengths": lengths, "attention_mask": is_there.long()}
         for name, values in columns.items():
             batch[name] = self._stack(name, values) if roles[name] == EXAMPLE else self._join(name, values)
         return FlatBatch(batch) if self.flat else batch
