@@ -6,10 +6,12 @@ Shape legend: B rows; T columns seen so far, those of now included; Tq columns o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .fields import TOKEN_FIELDS, Fields, key_name
 from .layout import SequenceLayout
@@ -17,6 +19,35 @@ from .masks import Mask
 from .plan import MaskPlan
 
 FAR = 2**40  # a position that no sequence reaches
+CACHE_NAMES = ("cache", "past_key_values")
+# What this release of transformers calls a cache in arguments and outputs: `past_key_values` before 5.24.
+CACHE_NAME = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
+
+
+def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, under whichever of its two names it came.
+
+    Raises:
+        ValueError: It came under both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument; got both")
+    return past_key_values if cache is None else cache
+
+
+def renamed_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with a cache under the name that this release of transformers knows."""
+    others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    cache = given_cache(*(arguments.get(name) for name in CACHE_NAMES))
+    return others if cache is None else others | {CACHE_NAME: cache}
+
+
+def output_with_cache(output_class: type, cache: Cache | None, **fields) -> Any:
+    """An output of transformers that has the cache under both of its names."""
+    output = output_class(**fields, **{CACHE_NAME: cache})
+    if cache is not None and CACHE_NAME != "cache":
+        output.cache = cache
+    return output
 
 
 def columns_seen(cache: Cache | None) -> int:

@@ -69,13 +69,23 @@ _known: Any = WeakTensorKeyDictionary()
 
 
 def _describe(
-    shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None
+    shape: list[int],
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    missing: Tensor | None,
+    position_ids: Tensor | None,
+    is_stated: bool,
 ) -> Tensor:
     """A layout as one tensor `(2 * M + 2 * S + 3,)` int64: `indices` and `positions` of the tokens, each with zeros
     behind them; `rank` and `lengths` of the sequences; B, T and N."""
     device = _given(lengths, attention_mask).device
     rows, width = shape
     layout = SequenceLayout.of_batch((rows, width), device, lengths, attention_mask)
+    if position_ids is not None and layout.divided_by_positions(position_ids, is_stated) is not layout:
+        raise ValueError(
+            "`position_ids` that restart must come with `lengths` or `cu_seq_lens_q` in a graph, whose number of "
+            f"sequences has to be known; got {position_ids.tolist()} alone"
+        )
     layout = (layout if missing is None else layout.without(missing)).by_length()
     absent = layout.positions.new_zeros(rows * width - layout.num_tokens)
     sizes = torch.tensor([rows, width, layout.num_tokens], device=device)
@@ -86,7 +96,7 @@ def _describe(
 
 
 def _description(
-    shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, missing: Tensor | None
+    shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, *_: Tensor | bool | None
 ) -> Tensor:
     sequences = shape[0] if lengths is None else lengths.shape[0]
     given = _given(lengths, attention_mask)
@@ -100,7 +110,8 @@ def _given(lengths: Tensor | None, attention_mask: Tensor | None) -> Tensor:
 
 
 LAYOUT = operator(
-    "layout(SymInt[] shape, Tensor? lengths, Tensor? attention_mask, Tensor? missing) -> Tensor",
+    "layout(SymInt[] shape, Tensor? lengths, Tensor? attention_mask, Tensor? missing, Tensor? position_ids, "
+    "bool is_stated) -> Tensor",
     _describe,
     _description,
 )
@@ -144,16 +155,18 @@ class GraphLayout:
         lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         missing: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> GraphLayout:
         """As [`SequenceLayout.of_batch`], which the operator calls; tokens that are `missing` are left out.
 
         Raises:
-            ValueError: As there, when the graph runs.
+            ValueError: As there, when the graph runs; or `position_ids` contradict `lengths`, or restart without them.
         """
+        is_stated = lengths is not None
         is_full = attention_mask is None and missing is None and (lengths is None or lengths.shape[0] != shape[0])
         if lengths is None and attention_mask is None:
             lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
-        described = LAYOUT(list(shape), lengths, attention_mask, missing)
+        described = LAYOUT(list(shape), lengths, attention_mask, missing, position_ids, is_stated)
         sequences = shape[0] if lengths is None else lengths.shape[0]
         return cls(shape, described, sequences, shape[0] * shape[1] if is_full else None)
 
@@ -233,12 +246,13 @@ class GraphPlan(NamedTuple):
     @property
     def reads_scores(self) -> bool:
         """As [`MaskPlan.reads_scores`]."""
-        return _reads_scores(self.mask)
+        return "key_scores" in fields_of(self.mask)
 
 
 @torch.compiler.assume_constant_result
-def _reads_scores(mask: str) -> bool:
-    return "key_scores" in parse(mask).fields
+def fields_of(mask: str) -> tuple[str, ...]:
+    """Names of the fields that an expression reads; a graph takes them for constant."""
+    return tuple(sorted(parse(mask).fields))
 
 
 def attend(

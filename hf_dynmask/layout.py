@@ -204,6 +204,55 @@ class SequenceLayout:
         sizes = torch.zeros_like(self.lengths).index_add_(0, self.sequence_ids, kept.long())
         return SequenceLayout(self.shape, tuple(sizes.tolist()), self.rank, self.indices[kept], self.positions[kept])
 
+    def divided(self, begins: Tensor) -> SequenceLayout:
+        """The same tokens as more sequences, whose positions count from 0 again.
+
+        Args:
+            begins (bool `Tensor` of shape `(N,)`): Tokens that begin a sequence, beside the first of each present one.
+        """
+        begins = begins | self.begins
+        if torch.equal(begins, self.begins):
+            return self
+        firsts = begins.nonzero().squeeze(1)
+        pieces = iter(torch.nn.functional.pad(firsts, (0, 1), value=self.num_tokens).diff().tolist())
+        sizes = []
+        for size in self.sizes:
+            sizes.append(next(pieces) if size else 0)
+            while (rest := size - sizes[-1]) > 0:
+                size = rest
+                sizes.append(next(pieces))
+        return SequenceLayout(
+            shape=self.shape,
+            sizes=tuple(sizes),
+            rank=torch.arange(len(sizes), device=self.rank.device),
+            indices=self.indices,
+            positions=self.positions - self.positions[firsts][begins.cumsum(0) - 1],
+        )
+
+    def divided_by_positions(self, position_ids: Tensor, is_stated: bool) -> SequenceLayout:
+        """The layout with a sequence for each time that positions restart: go back to the first one of their sequence.
+
+        Args:
+            position_ids (`Tensor` of shape `(B, T)`): Positions; absent places may hold anything.
+            is_stated (`bool`): Whether the batch has said otherwise where its sequences begin.
+
+        Raises:
+            ValueError: It has, and positions restart inside a sequence, or go on from one to the next in a row.
+        """
+        positions = self.flatten(position_ids)[0]
+        step, begins = positions.diff(), self.begins[1:]
+        firsts = positions[self.cu_seq_lens[:-1].long()[self.sequence_ids]]
+        restarts = ~begins & (positions[1:] == firsts[1:]) & (step <= 0)
+        if not is_stated:
+            return self.divided(torch.nn.functional.pad(restarts, (1, 0))[: self.num_tokens])
+        goes_on = begins & (step == 1) & (self.indices // max(self.shape[1], 1)).diff().eq(0)
+        if (restarts & (step < 0)).any() or goes_on.any():
+            raise ValueError(
+                f"`position_ids` must restart where sequences begin and only there; got {positions.tolist()} for "
+                f"sequences of {list(self.sizes)} tokens"
+            )
+        return self
+
     def columns(self, start: int, stop: int) -> SequenceLayout:
         """Some columns of a batch of rows, `(B, stop - start)`; the tokens in them keep their positions.
 

@@ -1,13 +1,61 @@
-"""What every DynMask model has: how it is saved and loaded."""
+"""What every DynMask model has: how it is saved and loaded, and which arguments its forward pass knows."""
 
 from collections import OrderedDict
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
 
 from .configuration_base import DynMaskBaseConfig, warn_of_other_code
 from .layout import check_not_scattered
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+# What transformers and its Trainer hand to a model of any class.
+FOR_ANY_MODEL = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache", "skip_logits"}
+
+
+def known_keywords(*further: str) -> Callable[[Forward], Forward]:
+    """Make a `forward` raise for keywords that no part of the model knows.
+
+    It knows those in its signature, those that transformers hands to models of any class, and `further` ones.
+
+    Raises:
+        TypeError: When called with another keyword, of which the message gives the nearest known one; or with one that
+            models of transformers know, but a DynMask model cannot obey.
+    """
+
+    def decorate(forward: Forward) -> Forward:
+        named = [name for name, kind in signature(forward).parameters.items() if kind.kind != Parameter.VAR_KEYWORD]
+        known = frozenset(named[1:]) | FOR_ANY_MODEL | frozenset(further)
+
+        @wraps(forward)
+        def checked(self, *args, **kwargs):
+            for name in kwargs:
+                if name not in known:
+                    raise TypeError(unknown_keyword(f"{type(self).__name__}.forward()", name, known))
+            if kwargs.get("is_causal") is not None:
+                raise TypeError(
+                    f"`is_causal` must be left out: the masks of a {type(self).__name__} are those of its "
+                    f"configuration, see `set_mask`; got {kwargs['is_causal']}"
+                )
+            return forward(self, *args, **kwargs)
+
+        return cast(Forward, checked)
+
+    return decorate
+
+
+def unknown_keyword(function: str, name: str, known: frozenset[str]) -> str:
+    """The message for a keyword that a function does not know."""
+    nearest = get_close_matches(name, sorted(known), n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"it knows {', '.join(sorted(known))}"
+    return f"{function} got an unexpected keyword argument `{name}`; {hint}"
 
 
 class DynMaskBaseModel(PreTrainedModel):

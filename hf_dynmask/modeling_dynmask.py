@@ -12,7 +12,7 @@ Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vo
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,27 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from .cached import cached_plans, columns_seen, last_columns
+from .batch import PACKING, frames_of_batch, given, given_input, is_explicit, layout_of_batch, per_token
+from .cached import (
+    CACHE_NAME,
+    cached_plans,
+    columns_seen,
+    given_cache,
+    last_columns,
+    output_with_cache,
+    renamed_cache,
+)
 from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
-from .features import Frames
 from .fields import TOKEN_FIELDS, key_name
-from .graph import GraphLayout, GraphPlan
+from .graph import GraphLayout, GraphPlan, fields_of
 from .layout import IGNORE_INDEX, SequenceLayout, outside_graph, rolled
 from .masks import Dense, TopK, parse
-from .modeling_base import DynMaskBaseModel
+from .modeling_base import DynMaskBaseModel, known_keywords
 from .modules import (
     ATTENTION_IMPLEMENTATIONS,
     DynMaskEmbeddings,
@@ -57,70 +66,9 @@ from .modules import (
 )
 from .plan import MaskPlan
 
+logger = logging.get_logger(__name__)
 FIELDS_PER_TOKEN = (*TOKEN_FIELDS, "missing")
 PER_TOKEN = (*FIELDS_PER_TOKEN, "token_type_ids", "inputs_embeds")  # inputs of generation with a value a token
-
-
-def layout_of_batch(
-    shape: tuple[int, int],
-    device: torch.device,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    missing: Tensor | None = None,
-    in_graph: bool = False,
-) -> SequenceLayout:
-    """Where the tokens of a batch of `shape` `(B, T)` sit; without `lengths` and `attention_mask` all are there.
-
-    An explicit `attention_mask` of three or four dimensions says nothing of that. Tokens that are `missing` are left
-    out; the others keep their positions. With `in_graph` it is, where a graph is being made, a [`GraphLayout`].
-
-    Raises:
-        ValueError: `lengths` and `attention_mask` disagree, or an input does not fit the shape.
-    """
-    if in_graph and torch.compiler.is_compiling():
-        attention_mask = None if is_explicit(attention_mask) else attention_mask
-        return cast(SequenceLayout, GraphLayout.of_batch(shape, device, lengths, attention_mask, missing))
-    return _layout_outside(shape, device, lengths, attention_mask, missing)
-
-
-@outside_graph
-def _layout_outside(shape, device, lengths, attention_mask, missing) -> SequenceLayout:
-    return frames_of_batch(shape, device, lengths, attention_mask, missing).present.by_length()
-
-
-@outside_graph
-def frames_of_batch(
-    shape: tuple[int, int],
-    device: torch.device,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    missing: Tensor | None,
-) -> Frames:
-    """As [`layout_of_batch`], with the tokens that are missing as well, in the batch's own order."""
-    whole = SequenceLayout.of_batch(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
-    return Frames(whole, whole if missing is None else whole.without(missing))
-
-
-def is_explicit(attention_mask: Tensor | None) -> bool:
-    """Whether a mask says which query may see which key, rather than which tokens are there."""
-    return attention_mask is not None and attention_mask.dim() > 2
-
-
-def given_input(
-    main: str,
-    input_ids: Tensor | None = None,
-    input_features: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    **_,
-) -> Tensor:
-    """The one input that there is: that named `main`, which the model reads, or `inputs_embeds`."""
-    named = {"input_ids": input_ids, "input_features": input_features, "inputs_embeds": inputs_embeds}
-    given = {name: value for name, value in named.items() if value is not None}
-    if len(given) != 1 or not given.keys() & {main, "inputs_embeds"}:
-        raise ValueError(
-            f"exactly one of `{main}` and `inputs_embeds` must be given; got {' and '.join(given) or 'neither'}"
-        )
-    return next(iter(given.values()))
 
 
 class DynMaskPreTrainedModel(DynMaskBaseModel):
@@ -232,6 +180,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @known_keywords()
     @can_return_tuple
     def forward(
         self,
@@ -250,6 +199,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         input_features: Tensor | None = None,
         layout: SequenceLayout | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_layout: SequenceLayout | None = None,
         encoder_fields: dict[str, Tensor] | None = None,
@@ -264,7 +214,11 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 `lengths`. Neither: all tokens are there. Or, bool of shape `(B, T, T)` or `(B, H, T, T)`: which query
                 may see which key, beside what the configuration's mask says.
             position_ids (`Tensor` of shape `(B, T)` or `(1, T)`): Positions in place of each token's index in its own
-                sequence, for the embeddings; masks go by the index.
+                sequence, for the embeddings; masks go by the index. Where nothing else says which tokens belong
+                together, each time that positions go back to the first one of their row a sequence begins.
+            cu_seq_lens_q, cu_seq_lens_k (integer `Tensor` of shape `(S + 1,)`): 0, then the end of each sequence of a
+                flat batch; an alternative to `lengths`. `max_length_q` and `max_length_k` are bounds of the longest,
+                and `seq_idx (1, N)` numbers the sequences, as transformers' padding-free collators give them.
             token_type_ids (`Tensor` of shape `(B, T)`): Token types; ignored by a model without types.
             inputs_embeds (`Tensor` of shape `(B, T, embedding_size)`): Token embeddings in place of `input_ids`.
             segment_ids (`Tensor` of shape `(B, T)`): Field of the mask `segments`.
@@ -280,20 +234,24 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 so are outputs: row b has `output_lengths(lengths)[b]` of them, from its left edge.
             layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
                 `last_hidden_state` stays flat, `(1, N, C)`. A head embeds frames first: see [`embed_features`].
-            past_key_values ([`~transformers.Cache`]): Keys and values of earlier columns; those of now are added. The
-                inputs are then the columns of now alone; `attention_mask`, `layout` and fields are of all.
+            past_key_values, cache ([`~transformers.Cache`]): Two names for the keys and values of earlier columns, to
+                which the current ones are added. The inputs are then the current columns alone; `attention_mask`,
+                `layout` and fields are of all.
             encoder_hidden_states (`Tensor` of shape `(1, Nk, C)`): Flat states that cross-attention looks at, in the
                 order of `encoder_layout`, a [`SequenceLayout`] with a sequence for each of this batch's.
             encoder_fields (`dict[str, Tensor]`): Fields of the encoder's batch, which the cross mask reads.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]:
-            `last_hidden_state (B, T, C)`, 0 where no token is; `pooler_output (B, C)` or `(S, C)`; `past_key_values` as
-            given; on request `hidden_states` and, with `attn_implementation="eager"`, `attentions (B, H, T, T)`.
+            `last_hidden_state (B, T, C)`, 0 where no token is; `pooler_output (B, C)` or `(S, C)`; the cache as given,
+            as `cache` and as `past_key_values`; on request `hidden_states` and, with `attn_implementation="eager"`,
+            `attentions (B, H, T, T)`.
 
         Raises:
             ValueError: The inputs contradict each other or the configuration; the message says what was expected.
+            TypeError: A keyword is unknown.
         """
+        cache = given_cache(cache, past_key_values)
         inputs = given_input(self.main_input_name, input_ids, input_features, inputs_embeds)
         output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
@@ -303,15 +261,24 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 f"got {self.config._attn_implementation!r}"
             )
         flat_output = layout is not None
+        packing = {name: kwargs.get(name) for name in PACKING}
         if input_features is not None:
-            inputs_embeds, layout = self.embed_features(input_features, lengths, attention_mask, missing)
+            inputs_embeds, layout = self.embed_features(input_features, lengths, attention_mask, missing, packing)
             inputs = inputs_embeds
         rows, width = inputs.shape[:2]
         if layout is None:
-            shape = (rows, width + columns_seen(past_key_values))
-            in_graph = past_key_values is None and not output_attentions
-            layout = layout_of_batch(shape, inputs.device, lengths, attention_mask, missing, in_graph)
-        whole, layout = layout, last_columns(layout, width) if past_key_values is not None else layout
+            seen = columns_seen(cache)
+            layout = layout_of_batch(
+                (rows, seen + width),
+                inputs.device,
+                lengths,
+                attention_mask,
+                missing,
+                position_ids=position_ids if seen == 0 else None,
+                packing=packing,
+                in_graph=cache is None and not output_attentions,
+            )
+        whole, layout = layout, last_columns(layout, width) if cache is not None else layout
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
         rotary = self._rotary(states, position_ids)
         fields = {
@@ -322,8 +289,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
             "mask_choice": mask_choice,
             "attention_mask": attention_mask if is_explicit(attention_mask) else None,
         }
-        fields = {name: field for name, field in fields.items() if field is not None}
-        plans = self._plans(layout, whole, past_key_values, fields)
+        fields = given(fields)
+        warn_of_unread_fields(self, fields, self.fields_read())
+        plans = self._plans(layout, whole, cache, fields)
         cross_plan = None
         if encoder_hidden_states is not None:
             cross_plan = self._cross_plan(layout, encoder_layout, fields, encoder_fields or {})
@@ -331,7 +299,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         all_states, all_weights, all_cross_weights = [], [], []
         for layer, plan, turns in zip(self.layers, plans, rotary, strict=True):
             if output_hidden_states:
-                # Handed back in the batch's layout, and on the way to the output: gradients reach it.
+                # Returned in the batch's layout, and on the way to the output: gradients reach it.
                 all_states.append(layout.unflatten(states))
                 states = layout.flatten(all_states[-1])
             states, weights, cross_weights = layer(
@@ -340,7 +308,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 plan=plan,
                 cross_plan=cross_plan,
                 rotary=turns,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
             )
             all_weights.append(weights)
             all_cross_weights.append(cross_weights)
@@ -348,14 +316,20 @@ class DynMaskModel(DynMaskPreTrainedModel):
         padded = states if flat_output else layout.unflatten(states)
         if output_hidden_states:
             all_states.append(layout.unflatten(states) if flat_output else padded)
-        return BaseModelOutputWithPoolingAndCrossAttentions(
+        return output_with_cache(
+            BaseModelOutputWithPoolingAndCrossAttentions,
+            cache,
             last_hidden_state=padded,
             pooler_output=self.pooler(layout.first_tokens(states)) if self.pooler is not None else None,
             hidden_states=tuple(all_states) if output_hidden_states else None,
-            past_key_values=past_key_values,
             attentions=tuple(all_weights) if output_attentions else None,
             cross_attentions=tuple(all_cross_weights) if output_attentions and cross_plan is not None else None,
         )
+
+    def fields_read(self) -> set[str]:
+        """Names of the fields that the model's masks read."""
+        texts = [*mask_texts(self.config), *([self.config.cross_mask] if self.config.add_cross_attention else [])]
+        return {name for text in dict.fromkeys(texts) for name in fields_of(text)}
 
     def embed_features(
         self,
@@ -363,11 +337,13 @@ class DynMaskModel(DynMaskPreTrainedModel):
         lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         missing: Tensor | None = None,
+        packing: dict[str, Any] | None = None,
     ) -> tuple[Tensor, SequenceLayout]:
         """Frames as `inputs_embeds`, projected or subsampled by convolutions.
 
         Args:
             input_features, lengths, attention_mask, missing: As in [`forward`].
+            packing (`dict[str, Any]`, *optional*): `cu_seq_lens_q` and the like of [`forward`].
 
         Returns:
             `Tensor` of shape `(B, output_lengths(T), embedding_size)` and the [`SequenceLayout`] of the frames in it.
@@ -381,8 +357,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 f"got {tuple(input_features.shape)}"
             )
         shape = tuple(input_features.shape[:2])
-        frames = frames_of_batch(shape, input_features.device, lengths, attention_mask, missing)
-        embeds, layout = self.embeddings.feature_embeddings(input_features, frames)
+        frames = frames_of_batch(shape, input_features.device, lengths, attention_mask, missing, packing=packing)
+        embeds, layout = self.embeddings.feature_embeddings(input_features.to(self.dtype), frames)
         return layout.unflatten(embeds), layout.by_length()
 
     @outside_graph
@@ -475,13 +451,21 @@ class DynMaskModel(DynMaskPreTrainedModel):
             self._check_positions(layout)
             position_ids = layout.positions[None] + self.config.position_offset
         else:
-            position_ids = layout.flatten(position_ids.expand(layout.shape))
+            position_ids = self._given_positions(layout, position_ids)
         if inputs_embeds is None:
-            words = self.embeddings.words(layout.flatten(input_ids))
+            words = self.embeddings.words(layout.flatten(input_ids), layout)
         else:
             words = layout.flatten(inputs_embeds)
         types = layout.flatten(token_type_ids.expand(layout.shape)) if token_type_ids is not None else None
         return self.embeddings(words, position_ids, types), position_ids
+
+    def _given_positions(self, layout: SequenceLayout, position_ids: Tensor) -> Tensor:
+        """Explicit positions `(1, N)`. Those that count each sequence from 0 say what a model counts by itself, be its
+        table read from 0 or, as RoBERTa's, from an offset."""
+        flat = layout.flatten(per_token(position_ids, layout.shape))
+        if not self.config.position_offset:
+            return flat
+        return flat + self.config.position_offset * (flat == layout.positions).all()
 
     def _check_positions(self, layout: SequenceLayout) -> None:
         if isinstance(layout, GraphLayout):  # its lengths are not known; the table itself takes no others
@@ -490,6 +474,16 @@ class DynMaskModel(DynMaskPreTrainedModel):
         if self.config.position_type in ("learned", "sinusoidal") and layout.extent > room:
             raise ValueError(
                 f"a sequence must have at most {room} tokens (`max_position_embeddings`); got {layout.extent}"
+            )
+
+
+def warn_of_unread_fields(model: PreTrainedModel, fields: Iterable[str], read: set[str]) -> None:
+    """Warn once where a field is given that no mask reads, and so does not change who may see whom."""
+    for name in fields:
+        if name not in read and name != "attention_mask" and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{type(model).__name__} got `{name}`, but no mask of it reads this field; "
+                f"its masks read {', '.join(sorted(read)) or 'none'}"
             )
 
 
@@ -510,12 +504,21 @@ def encoded(
     **inputs,
 ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
     """Outputs of a bare model, of which `last_hidden_state (1, N, C)` is flat, and the layout that it is in."""
-    given = given_input(model.main_input_name, input_features=input_features, **inputs)
+    tokens = given_input(model.main_input_name, input_features=input_features, **inputs)
+    packing = {name: inputs.pop(name, None) for name in PACKING}
     if input_features is None:
-        in_graph = in_graph and runs_in_graph(model, **inputs)
-        layout = layout_of_batch(tuple(given.shape[:2]), given.device, lengths, attention_mask, missing, in_graph)
+        layout = layout_of_batch(
+            tuple(tokens.shape[:2]),
+            tokens.device,
+            lengths,
+            attention_mask,
+            missing,
+            position_ids=inputs.get("position_ids"),
+            packing=packing,
+            in_graph=in_graph and runs_in_graph(model, **inputs),
+        )
     else:
-        inputs["inputs_embeds"], layout = model.embed_features(given, lengths, attention_mask, missing)
+        inputs["inputs_embeds"], layout = model.embed_features(tokens, lengths, attention_mask, missing, packing)
     inputs["return_dict"] = True
     explicit = attention_mask if is_explicit(attention_mask) else None
     return model(layout=layout, attention_mask=explicit, **inputs), layout
@@ -552,6 +555,7 @@ class TaskModel(PreTrainedModel):
         """(loss, logits in the batch's layout) from `outputs`, whose `last_hidden_state` is flat."""
         raise NotImplementedError
 
+    @known_keywords()
     @can_return_tuple
     def forward(
         self,
@@ -663,12 +667,17 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _shift_labels_in_label_smoothing(cls)
+
     def get_output_embeddings(self):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
+    @known_keywords("shift_labels")
     @can_return_tuple
     def forward(
         self,
@@ -685,6 +694,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -695,10 +705,11 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         Inputs as in [`DynMaskModel.forward`], and:
 
         Args:
-            past_key_values ([`~transformers.Cache`]): Keys and values of earlier columns. The inputs are the columns of
-                now; `attention_mask`, `missing` and fields are of all columns, and `lengths` is for the first ones.
-            use_cache (`bool`): Whether to hand back a cache, which a flat batch never does. `None`: as
-                `config.use_cache` says, not while training.
+            past_key_values, cache ([`~transformers.Cache`]): Two names for the keys and values of earlier columns. The
+                inputs are then the current columns alone; `attention_mask`, `missing` and fields are of all columns,
+                and `lengths` is for the first ones.
+            use_cache (`bool`): Whether to return a cache, which a flat batch never does. `None`: as `config.use_cache`
+                says, not while training.
             labels (`Tensor` of shape `(B, T)`): Token ids, -100 where there is no target; each is predicted from the
                 token before it.
             shift_labels (`Tensor` of shape `(B, T)`): Labels that stand at the token before already; they win over
@@ -715,20 +726,27 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
         if tokens is None:
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         rows, width = tokens.shape[:2]
-        seen = columns_seen(past_key_values)
+        cache = given_cache(cache, past_key_values)
+        seen = columns_seen(cache)
         if seen and lengths is not None:
             raise ValueError("`lengths` must come with the first columns; later ones take an `attention_mask` of all")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        in_graph = past_key_values is None and not use_cache and runs_in_graph(self.model, **kwargs)
-        whole = layout_of_batch((rows, seen + width), tokens.device, lengths, attention_mask, missing, in_graph)
+        whole = layout_of_batch(
+            (rows, seen + width),
+            tokens.device,
+            lengths,
+            attention_mask,
+            missing,
+            position_ids=position_ids if seen == 0 else None,
+            packing={name: kwargs.pop(name, None) for name in PACKING},
+            in_graph=cache is None and not use_cache and runs_in_graph(self.model, **kwargs),
+        )
         in_rows = whole.num_sequences == rows
-        if past_key_values is not None and not in_rows:
-            raise ValueError(
-                f"`past_key_values` needs a batch of one sequence a row; got {whole.num_sequences} in {rows} rows"
-            )
-        if use_cache and past_key_values is None and in_rows:
-            past_key_values = DynamicCache(config=self.config)
+        if cache is not None and not in_rows:
+            raise ValueError(f"a cache needs a batch of one sequence a row; got {whole.num_sequences} in {rows} rows")
+        if use_cache and cache is None and in_rows:
+            cache = DynamicCache(config=self.config)
         outputs = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -741,10 +759,10 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             mask_choice=mask_choice,
             attention_mask=attention_mask if is_explicit(attention_mask) else None,
             layout=whole,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs | {"return_dict": True},
         )
-        layout = whole if past_key_values is None else last_columns(whole, width)
+        layout = whole if cache is None else last_columns(whole, width)
         states = outputs.last_hidden_state
         loss = logits = None
         targets = _aligned_targets(labels, shift_labels, layout)
@@ -757,10 +775,11 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             of_tokens = self.lm_head(states)
             loss = token_loss(of_tokens, targets, num_items_in_batch)
             logits = _in_columns(of_tokens, layout, logits_to_keep)
-        return CausalLMOutputWithPast(
+        return output_with_cache(
+            CausalLMOutputWithPast,
+            cache,
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -781,8 +800,9 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: A prompt is empty, or they do not come in rows; `lengths` and `attention_mask` disagree; there
-                is padding after the columns of an earlier call's `past_key_values`.
+                is padding after the columns of an earlier call's cache.
         """
+        kwargs = renamed_cache(kwargs)
         prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
         rows = prompts if prompts is not None else kwargs.get("inputs_embeds")
         if rows is not None and (lengths is not None or kwargs.get("attention_mask") is not None):
@@ -793,10 +813,10 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             present = layout.unflatten(torch.ones_like(layout.positions)[None])
             if 0 in layout.sizes:
                 raise ValueError(f"prompts must have at least one token each; got lengths {present.sum(1).tolist()}")
-            seen = columns_seen(kwargs.get("past_key_values"))
+            seen = columns_seen(kwargs.get(CACHE_NAME))
             if seen and not present[:, seen:].all():
                 raise ValueError(
-                    f"`attention_mask` must be 1 after the {seen} columns that `past_key_values` holds: padding there "
+                    f"`attention_mask` must be 1 after the {seen} columns that the cache holds: padding there "
                     f"would move them; got {present[:, seen:].tolist()}"
                 )
             order = present.argsort(dim=1, stable=True)  # generation needs the last tokens in the last column
@@ -823,6 +843,14 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, GenerationMixin):
             outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
         )
         return model_kwargs | fields_of_new_tokens(model_kwargs, FIELDS_PER_TOKEN, num_new_tokens)
+
+
+def _shift_labels_in_label_smoothing(model_class: type) -> None:
+    """The Trainer's label smoothing shifts labels for the causal models whose names it finds in this table."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_class.__name__] = model_class.__name__
+
+
+_shift_labels_in_label_smoothing(DynMaskForCausalLM)
 
 
 class TokenClassification(TaskModel):
@@ -931,6 +959,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
     def _add_head(self, config):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
+    @known_keywords("labels")  # which the Trainer counts; the answer is in the positions
     @can_return_tuple
     def forward(
         self,
@@ -959,6 +988,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
             start_positions, end_positions (`Tensor` of shape `(B,)` or `(S,)`): First and last token of the answer.
             num_items_in_batch (`int` or `Tensor`): Answers over which the loss is averaged. `None`: this batch's.
         """
+        kwargs.pop("labels", None)
         outputs, layout = self._encode(
             input_ids=input_ids,
             lengths=lengths,

@@ -15,10 +15,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .batch import PACKING, given_input, layout_of_batch
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .layout import SequenceLayout, outside_graph
-from .modeling_base import DynMaskBaseModel
-from .modeling_dynmask import SequenceClassification, TaskModel, TokenClassification, given_input, layout_of_batch
+from .modeling_base import DynMaskBaseModel, known_keywords
+from .modeling_dynmask import SequenceClassification, TaskModel, TokenClassification
+from .modules import embed_tokens
+
+# Arguments of [`DynMaskModel`]: cells go through a sequence in its order, and there are no token types.
+WITHOUT_EFFECT = ("position_ids", "token_type_ids")
+FIELDS = ("segment_ids", "prefix_lengths", "hidden_spans", "global_tokens", "mask_choice")
 
 
 class DynMaskRecurrentLayer(nn.Module):
@@ -92,6 +98,7 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
         self.layers = nn.ModuleList(DynMaskRecurrentLayer(config, size) for size in sizes)
         self.post_init()
 
+    @known_keywords("input_features", *WITHOUT_EFFECT, *FIELDS)
     @can_return_tuple
     def forward(
         self,
@@ -104,7 +111,7 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
-        Batches are those of [`DynMaskModel`]; what only attention reads (positions, token types, fields) is ignored.
+        Batches are those of [`DynMaskModel`]. Token types have no effect, nor have positions, unless they restart.
 
         Args:
             input_ids (`Tensor` of shape `(B, T)`, or flat `(1, N)`): Token ids.
@@ -123,19 +130,31 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
             request `hidden_states`.
 
         Raises:
-            ValueError: The inputs contradict each other; the message says what was expected.
+            ValueError: The inputs contradict each other, or one is the field of a mask; the message says what was
+                expected.
         """
+        for name in FIELDS:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` must be None in a {type(self).__name__}, which has no mask to read it")
         inputs = given_input(self.main_input_name, input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
         flat_output = layout is not None
         if layout is None:
-            layout = layout_of_batch(tuple(inputs.shape[:2]), inputs.device, lengths, attention_mask, missing)
+            layout = layout_of_batch(
+                tuple(inputs.shape[:2]),
+                inputs.device,
+                lengths,
+                attention_mask,
+                missing,
+                position_ids=kwargs.get("position_ids"),
+                packing={name: kwargs.get(name) for name in PACKING},
+            )
         inputs = layout.flatten(inputs)
-        states = inputs if input_ids is None else self.word_embeddings(inputs)
+        states = inputs if input_ids is None else embed_tokens(self.word_embeddings, inputs, layout)
         output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         all_states, lasts = [], states.new_zeros(layout.num_sequences, self.config.hidden_size)
         for layer in self.layers:
             if output_hidden_states:
-                # Handed back in the batch's layout, and on the way to the output: gradients reach it.
+                # Returned in the batch's layout, and on the way to the output: gradients reach it.
                 all_states.append(layout.unflatten(states))
                 states = layout.flatten(all_states[-1])
             if layout.num_tokens:

@@ -25,20 +25,21 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .cached import columns_seen, last_columns
+from .batch import PACKING, is_explicit, layout_of_batch
+from .cached import columns_seen, given_cache, last_columns, output_with_cache, renamed_cache
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .fields import TOKEN_FIELDS
 from .layout import IGNORE_INDEX, SequenceLayout, rolled
+from .modeling_base import known_keywords
 from .modeling_dynmask import (
     DynMaskModel,
     DynMaskPreTrainedModel,
     encoded,
     fields_of_new_tokens,
-    is_explicit,
-    layout_of_batch,
     runs_in_graph,
     sequence_loss,
     token_loss,
+    warn_of_unread_fields,
 )
 from .modules import DynMaskPooler, classifier_dropout
 
@@ -50,17 +51,20 @@ Inputs = dict[str, Any]
 
 
 class BothSides(NamedTuple):
-    """What encoder and decoder gave: outputs whose `last_hidden_state` is flat, and the layouts of these."""
+    """What encoder and decoder gave: outputs whose `last_hidden_state` is flat, the layouts of these, and the cache."""
 
     encoder: BaseModelOutputWithPoolingAndCrossAttentions
     encoder_layout: SequenceLayout
     decoder: BaseModelOutputWithPoolingAndCrossAttentions
     decoder_layout: SequenceLayout
+    cache: Cache | None
 
-    def common(self) -> dict[str, Any]:
-        """What the outputs of all classes hold."""
+    def output(self, output_class: type, **fields) -> Any:
+        """An output of this class, with what those of all classes hold."""
+        return output_with_cache(output_class, self.cache, **fields, **self._common())
+
+    def _common(self) -> dict[str, Any]:
         return {
-            "past_key_values": self.decoder.past_key_values,
             "decoder_hidden_states": self.decoder.hidden_states,
             "decoder_attentions": self.decoder.attentions,
             "cross_attentions": self.decoder.cross_attentions,
@@ -80,6 +84,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         if config.encoder.num_features is not None:
             self.main_input_name = "input_features"
 
+    @known_keywords()
     @can_return_tuple
     def forward(
         self,
@@ -108,6 +113,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         decoder_mask_choice: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -130,10 +136,11 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
                 both sides, and others from the encoder's.
             encoder_outputs ([`~transformers.modeling_outputs.BaseModelOutput`]): States `(B, T, C)` that the encoder
                 has given before, in place of its inputs; `lengths` or `attention_mask` say where its tokens are.
-            past_key_values ([`~transformers.EncoderDecoderCache`]): Keys and values of earlier columns of the decoder,
-                and those of the encoder. The decoder's inputs are then the columns of now; `decoder_attention_mask` and
-                the decoder's fields are of all, and `decoder_lengths` is for the first ones.
-            use_cache (`bool`): Whether to hand back keys and values, which a flat batch never does. `None`: as the
+            past_key_values, cache ([`~transformers.EncoderDecoderCache`]): Two names for the keys and values of earlier
+                columns of the decoder, and those of the encoder. The decoder's inputs are then the current columns;
+                `decoder_attention_mask` and the decoder's fields are of all, and `decoder_lengths` is for the first
+                ones.
+            use_cache (`bool`): Whether to return keys and values, which a flat batch never does. `None`: as the
                 decoder's configuration says, and not in training or with labels.
             labels (`Tensor`): Targets, -100 where there is none: see the class for their shape.
             num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
@@ -144,7 +151,9 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
 
         Raises:
             ValueError: The inputs of a side contradict each other; the sides have not as many sequences; the decoder's
-                mask sees tokens that a cache does not have.
+                mask sees tokens that a cache does not have; there are `cu_seq_lens_q` or the like, which do not say of
+                which side they are.
+            TypeError: A keyword is unknown.
         """
         source = {
             "input_ids": input_ids,
@@ -176,8 +185,9 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             target |= self._made_target(source, target, labels)
         if use_cache is None:
-            use_cache = self.config.decoder.use_cache and not self.training and labels is None
-        sides = self.base_model.run(source, target, encoder_outputs, past_key_values, use_cache, **kwargs)
+            use_cache = self.config.use_cache and not self.training and labels is None
+        cache = given_cache(cache, past_key_values)
+        sides = self.base_model.run(source, target, encoder_outputs, cache, use_cache, **kwargs)
         return self._outputs(sides, labels, num_items_in_batch)
 
     def _made_target(self, source: Inputs, target: Inputs, labels: Tensor | None) -> Inputs:
@@ -282,14 +292,14 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         if labels is not None:
             raise ValueError("`labels` need a model with a head; got them for the bare model")
         states = sides.decoder_layout.unflatten(sides.decoder.last_hidden_state)
-        return Seq2SeqModelOutput(last_hidden_state=states, **sides.common())
+        return sides.output(Seq2SeqModelOutput, last_hidden_state=states)
 
     def run(
         self,
         source: Inputs,
         target: Inputs,
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool,
         **kwargs,
     ) -> BothSides:
@@ -297,37 +307,48 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
 
         Args:
             source, target (`dict`): Inputs of the encoder and of the decoder by their names in [`DynMaskModel`].
-            encoder_outputs, past_key_values, use_cache: As there.
-            kwargs: `output_hidden_states` and `output_attentions` are of both sides; others are ignored.
+            encoder_outputs, cache, use_cache: As there.
+            kwargs: `output_hidden_states` and `output_attentions` are of both sides.
         """
+        for name in PACKING:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` must be None in an encoder-decoder, which has two sides: a flat batch comes with "
+                    "`lengths` and `decoder_lengths`"
+                )
         asked = {
             name: kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         }
-        in_graph = encoder_outputs is None and source["input_features"] is None and past_key_values is None
+        in_graph = encoder_outputs is None and source["input_features"] is None and cache is None
         in_graph = in_graph and not use_cache and runs_in_graph(self.decoder, **asked)
+        encoder_fields = {name: source[name] for name in FIELDS if source[name] is not None}
+        read_by_encoder = self.encoder.fields_read()
+        warn_of_unread_fields(self, encoder_fields, read_by_encoder | self.decoder.fields_read())
         if encoder_outputs is None:
-            encoder, encoder_layout = encoded(self.encoder, **source, **asked, in_graph=in_graph)
+            own = source | {name: None for name in FIELDS if name not in read_by_encoder}
+            encoder, encoder_layout = encoded(self.encoder, **own, **asked, in_graph=in_graph)
         else:
             encoder, encoder_layout = self._given(encoder_outputs, source)
-        tokens, seen, mask = self._target_tokens(target), columns_seen(past_key_values), target["attention_mask"]
+        tokens, seen, mask = self._target_tokens(target), columns_seen(cache), target["attention_mask"]
         if seen and target["lengths"] is not None:
             raise ValueError(
                 "`decoder_lengths` must come with the first columns; later ones take a `decoder_attention_mask` of all"
             )
-        layout = target_layout(tokens, target["lengths"], mask, seen, in_graph)
-        past_key_values = self._cache(past_key_values, use_cache, encoder_layout, layout)
+        positions = target["position_ids"] if seen == 0 else None
+        layout = target_layout(tokens, target["lengths"], mask, positions, seen, in_graph)
+        cache = self._cache(cache, use_cache, encoder_layout, layout)
         decoder = self.decoder(
             **target | {"lengths": None, "attention_mask": mask if is_explicit(mask) else None},
             **asked,
             layout=layout,
-            past_key_values=past_key_values,
+            cache=cache,
             encoder_hidden_states=encoder.last_hidden_state,
             encoder_layout=encoder_layout,
-            encoder_fields={name: source[name] for name in FIELDS if source[name] is not None},
+            encoder_fields=encoder_fields,
             return_dict=True,
         )
-        of_now = layout if past_key_values is None else last_columns(layout, tokens.shape[1])
-        return BothSides(encoder, encoder_layout, decoder, of_now)
+        current = layout if cache is None else last_columns(layout, tokens.shape[1])
+        return BothSides(encoder, encoder_layout, decoder, current, cache)
 
     @staticmethod
     def _target_tokens(target: Inputs) -> Tensor:
@@ -354,7 +375,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         in_rows = sequences == rows
         if given is not None and not in_rows:
             raise ValueError(
-                f"`past_key_values` needs a batch of one sequence a row; got {sequences[0]} in {rows[0]} rows of the "
+                f"a cache needs a batch of one sequence a row; got {sequences[0]} in {rows[0]} rows of the "
                 f"encoder and {rows[1]} of the decoder"
             )
         if given is None and use_cache and in_rows:
@@ -416,21 +437,23 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
     def _made_target(self, source, target, labels):
         if labels is None:
             return {}
-        layout = target_layout(labels, target["lengths"], target["attention_mask"], in_graph=True)
+        layout = target_layout(
+            labels, target["lengths"], target["attention_mask"], target["position_ids"], in_graph=True
+        )
         return {"input_ids": self._shifted(labels, layout)}
 
     def _outputs(self, sides, labels, num_items_in_batch):
         states, layout = sides.decoder.last_hidden_state, sides.decoder_layout
         if labels is None:
-            return Seq2SeqLMOutput(logits=layout.unflatten(self._logits(states)), **sides.common())
+            return sides.output(Seq2SeqLMOutput, logits=layout.unflatten(self._logits(states)))
         labels = layout.flatten(labels)
         if self.training:
             states, labels = layout.targets_alone(states, labels)
             loss = token_loss(self._logits(states), labels, num_items_in_batch)
-            return Seq2SeqLMOutput(loss=loss, **sides.common())
+            return sides.output(Seq2SeqLMOutput, loss=loss)
         logits = self._logits(states)
         loss = token_loss(logits, labels, num_items_in_batch)
-        return Seq2SeqLMOutput(loss=loss, logits=layout.unflatten(logits), **sides.common())
+        return sides.output(Seq2SeqLMOutput, loss=loss, logits=layout.unflatten(logits))
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.lm_head(states) + self.final_logits_bias.view(-1)
@@ -438,24 +461,29 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
         return attention_mask  # which token is there; who sees whom is the plan's affair
 
-    def generate(self, *args, decoder_lengths: Tensor | None = None, **kwargs):
+    def generate(self, *args, labels: Tensor | None = None, decoder_lengths: Tensor | None = None, **kwargs):
         r"""
         [`~transformers.GenerationMixin.generate`] from sources padded on any side, or given with `lengths`.
 
         Args:
-            decoder_lengths (`Tensor`, *optional*): Ignored: in a batch of training they are of the targets, which are
-                not read here.
+            labels, decoder_lengths (`Tensor`, *optional*): Of the targets, in a batch of training; not read here.
 
         Raises:
-            ValueError: `decoder_lengths` come with `decoder_input_ids`, which are prompts; or prompts do not end in the
-                last column.
+            ValueError: Sources do not come in rows; `decoder_lengths` come with `decoder_input_ids`, which are prompts;
+                or prompts do not end in the last column.
         """
+        sources = next(
+            (kwargs[name] for name in SOURCE_INPUTS if kwargs.get(name) is not None), args[0] if args else None
+        )
+        lengths = kwargs.get("lengths")
+        if sources is not None and lengths is not None and len(lengths) != len(sources):
+            raise ValueError(f"sources must have a row each; got {len(lengths)} in {len(sources)} rows")
         if decoder_lengths is not None and kwargs.get("decoder_input_ids") is not None:
             raise ValueError(
                 "`decoder_lengths` must be None with `decoder_input_ids`: pad prompts on the left and give their "
                 f"`decoder_attention_mask`; got {decoder_lengths.tolist()}"
             )
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **renamed_cache(kwargs))
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
@@ -493,15 +521,17 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
         self.post_init()
 
     def _made_target(self, source, target, labels):
-        ids, lengths, mask = (source[name] for name in ("input_ids", "lengths", "attention_mask"))
+        names = ("input_ids", "lengths", "attention_mask", "position_ids")
+        ids, lengths, mask, positions = (source[name] for name in names)
         if ids is None:
             raise ValueError(
                 "`decoder_input_ids` must be given where no `input_ids` are there to make them of; got none"
             )
-        layout = layout_of_batch(tuple(ids.shape), ids.device, lengths, mask, in_graph=True)
+        layout = layout_of_batch(tuple(ids.shape), ids.device, lengths, mask, position_ids=positions, in_graph=True)
         return {
             "input_ids": self._shifted(ids, layout),
             "lengths": lengths,
+            "position_ids": positions,
             "attention_mask": None if is_explicit(mask) else mask,
         }
 
@@ -509,21 +539,28 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
         last = sides.decoder_layout.last_tokens(sides.decoder.last_hidden_state)
         logits = self.classifier(self.dropout(self.pooler(last)))
         loss = None if labels is None else sequence_loss(logits, labels, self.config, num_items_in_batch)
-        return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **sides.common())
+        return sides.output(Seq2SeqSequenceClassifierOutput, loss=loss, logits=logits)
 
 
 def target_layout(
     tokens: Tensor,
     lengths: Tensor | None,
     attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
     columns_before: int = 0,
     in_graph: bool = False,
 ) -> SequenceLayout:
     """Where the decoder's tokens sit, those of columns before `tokens` `(B, U, ...)` included."""
     rows, width = tokens.shape[:2]
     try:
-        shape = rows, columns_before + width
-        return layout_of_batch(shape, tokens.device, lengths, attention_mask, in_graph=in_graph)
+        return layout_of_batch(
+            (rows, columns_before + width),
+            tokens.device,
+            lengths,
+            attention_mask,
+            position_ids=position_ids,
+            in_graph=in_graph,
+        )
     except ValueError as error:
         raise ValueError(f"of the decoder's inputs: {error}") from error
 

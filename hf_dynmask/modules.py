@@ -18,9 +18,11 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from .cached import given_cache
 from .configuration_dynmask import DynMaskConfig, masks_of
 from .features import DynMaskFeatureEmbeddings
-from .graph import attend
+from .graph import GraphLayout, attend
+from .layout import SequenceLayout, outside_graph
 from .masks import TopK, parse
 from .plan import MaskPlan
 
@@ -38,6 +40,28 @@ def make_norm(config: DynMaskConfig, size: int) -> nn.Module:
 def classifier_dropout(config: DynMaskConfig) -> nn.Dropout:
     """The dropout before a classifier; without a setting of its own that of the hidden states."""
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
+def embed_tokens(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
+    """Embeddings `(1, N, E)` of token ids `(1, N)`.
+
+    The noise of NEFTune (arXiv:2310.05914), a hook on the table, goes by the shape of what the table returns: by
+    `alpha / sqrt(length * E)`. So the table is then given each sequence as a row, those of one length together.
+    """
+    if table.training and hasattr(table, "neftune_noise_alpha"):
+        return _embed_rows(table, input_ids, layout)
+    return table(input_ids)
+
+
+@outside_graph
+def _embed_rows(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
+    layout = layout.settled() if isinstance(layout, GraphLayout) else layout
+    groups = [group for group in layout.groups if group.length]
+    if not groups:  # no row to scale noise by
+        return nn.functional.embedding(input_ids, table.weight)
+    pieces = input_ids[0].split([group.length * group.count for group in groups])
+    rows = [table(ids.view(group.count, group.length)).flatten(0, 1) for ids, group in zip(pieces, groups, strict=True)]
+    return torch.cat(rows)[None]
 
 
 class DynMaskSinusoidalEmbedding(nn.Module):
@@ -101,9 +125,9 @@ class DynMaskEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
 
-    def words(self, input_ids: Tensor) -> Tensor:
-        """Embeddings of token ids."""
-        words = self.word_embeddings(input_ids)
+    def words(self, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
+        """Embeddings `(1, N, E)` of token ids `(1, N)`."""
+        words = embed_tokens(self.word_embeddings, input_ids, layout)
         return words if self.scale == 1 else words * self.scale
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
@@ -159,15 +183,15 @@ class DynMaskAttention(nn.Module):
         hidden_states: Tensor,
         plan: MaskPlan,
         rotary: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """States `(1, N, C)`, the plan and rotary (cos, sin) `(1, N, D)` to states `(1, N, C)` and weights, if any."""
         query = self._query(hidden_states)
         key, value = self._key_value(hidden_states)
         if rotary is not None:
             query, key = apply_rotary_pos_emb(query, key, *rotary)
-        if past_key_values is not None:
-            key, value = self._remembered(key, value, plan, past_key_values)
+        if cache is not None:
+            key, value = self._remembered(key, value, plan, cache)
         return self._attend(query, key, value, plan)
 
     def _query(self, hidden_states: Tensor) -> Tensor:
@@ -213,13 +237,13 @@ class DynMaskCrossAttention(DynMaskAttention):
         hidden_states: Tensor,
         plan: MaskPlan,
         encoder_states: Tensor,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """States `(1, N, C)` and those of the encoder `(1, Nk, C)` to states `(1, N, C)` and weights, if any."""
-        if past_key_values is None:
+        if cache is None:
             key, value = self._key_value(encoder_states)
         else:
-            key, value = self._made_once(encoder_states, plan, past_key_values)
+            key, value = self._made_once(encoder_states, plan, cache)
         return self._attend(self._query(hidden_states), key, value, plan)
 
     def _made_once(self, encoder_states: Tensor, plan: MaskPlan, cache: EncoderDecoderCache) -> tuple[Tensor, Tensor]:
@@ -278,11 +302,12 @@ class DynMaskLayer(GradientCheckpointingLayer):
         plan: MaskPlan,
         cross_plan: MaskPlan | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """States `(1, N, C)`, and of an encoder `(1, Nk, C)`, to states `(1, N, C)` and, where computed, weights
-        `(B, H, T, T)` and `(B, H, T, Tk)`."""
-        cache = past_key_values
+        `(B, H, T, T)` and `(B, H, T, Tk)`. The cache comes under the name by which gradient checkpointing knows it."""
+        cache = given_cache(cache, past_key_values)
         of_self = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         states, weights = self._sublayer(hidden_states, self.attention_norm, self.attention, plan, rotary, of_self)
         cross_weights = None

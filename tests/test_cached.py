@@ -203,7 +203,7 @@ def test_what_a_cache_does_not_go_with_is_named():
         model(torch.tensor([[7], [7]]), attention_mask=torch.ones(2, 1), past_key_values=cache)
     flat = torch.randint(VOCABULARY, (1, 7))
     assert model(flat, lengths=torch.tensor([4, 3]), use_cache=True).past_key_values is None
-    with pytest.raises(ValueError, match="`past_key_values` needs a batch of one sequence a row; got 2 in 1 rows"):
+    with pytest.raises(ValueError, match="a cache needs a batch of one sequence a row; got 2 in 1 rows"):
         model(flat, lengths=torch.tensor([4, 3]), past_key_values=DynamicCache(config=model.config))
 
 

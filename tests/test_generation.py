@@ -117,6 +117,7 @@ def test_an_assistant_changes_no_token(stock, model, prompts):
         expected = new_tokens(model, inputs, min_new_tokens=NEW)
         assert new_tokens(model, inputs, min_new_tokens=NEW, assistant_model=assistant) == expected
         assert new_tokens(model, inputs, min_new_tokens=NEW, prompt_lookup_num_tokens=2) == expected
+        assert new_tokens(stock, inputs, min_new_tokens=NEW, assistant_model=assistant) == expected
 
 
 class Collected(BaseStreamer):
@@ -210,7 +211,7 @@ def test_what_generation_refuses():
         model.generate(ids, lengths=torch.tensor([4, 5, 2]))
     cache = model(ids).past_key_values
     late = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match="`attention_mask` must be 1 after the 4 columns that `past_key_values` holds"):
+    with pytest.raises(ValueError, match="`attention_mask` must be 1 after the 4 columns that the cache holds"):
         model.generate(torch.cat([ids, ids[:, :2]], dim=1), attention_mask=late, past_key_values=cache)
 
 

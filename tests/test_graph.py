@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphs import CLOSE, LAYOUTS, LENGTHS, ROWS, WIDTH, assert_same, compiled, ids, make, present, rows, with_gaps
 from hf_dynmask import DynMaskModel, graph
-from hf_dynmask.modeling_dynmask import layout_of_batch
+from hf_dynmask.batch import layout_of_batch
 
 
 @pytest.fixture(autouse=True)
@@ -160,8 +160,8 @@ def test_dropout_needs_a_known_generator():
 
 def test_operators_keep_their_promises():
     """Shapes, strides, aliases and gradients are what the compiler is told."""
-    torch.library.opcheck(graph.LAYOUT, ([ROWS, WIDTH], LENGTHS, None, None))
-    layout = graph.LAYOUT([ROWS, WIDTH], LENGTHS, None, torch.rand(ROWS, WIDTH) < 0.2)
+    torch.library.opcheck(graph.LAYOUT, ([ROWS, WIDTH], LENGTHS, None, None, None, True))
+    layout = graph.LAYOUT([ROWS, WIDTH], LENGTHS, None, torch.rand(ROWS, WIDTH) < 0.2, None, True)
     tokens = graph.known(layout).layout.num_tokens
     query, key, value = (torch.randn(1, heads, tokens, 4, requires_grad=True) for heads in (4, 2, 2))
     spans = torch.randint(1, 3, (ROWS, 2, 2))
@@ -171,7 +171,7 @@ def test_operators_keep_their_promises():
 
 
 def test_a_layout_is_read_from_its_tensor_alone():
-    described = graph.LAYOUT([ROWS, WIDTH], None, with_gaps()["attention_mask"], None)
+    described = graph.LAYOUT([ROWS, WIDTH], None, with_gaps()["attention_mask"], None, None, False)
     known, read = (graph.known(tensor).layout for tensor in (described, described.clone()))
     assert known is not read and known.shape == read.shape and known.sizes == read.sizes
     for name in ("rank", "indices", "positions"):

@@ -24,6 +24,7 @@ LEVELS = [
     ["attention"],
     ["graph"],
     ["features", "stock", "stock_*"],
+    ["batch"],
     ["modules"],
     ["modeling_*"],
     ["work", "texts"],

@@ -138,11 +138,17 @@ def test_hidden_states_come_in_the_layout_of_the_batch():
     assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
 
 
-def test_what_only_attention_reads_is_ignored():
+def test_token_types_and_positions_have_no_effect():
     model = DynMaskRecurrentModel(config()).eval()
     inputs = ids()
-    output = model(inputs, lengths=LENGTHS, token_type_ids=torch.ones(6, 9), segment_ids=torch.ones(6, 9))
+    output = model(inputs, lengths=LENGTHS, token_type_ids=torch.ones(6, 9), position_ids=torch.arange(9)[None])
     assert torch.equal(output.last_hidden_state, model(inputs, lengths=LENGTHS).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["segment_ids", "prefix_lengths", "hidden_spans", "global_tokens", "mask_choice"])
+def test_fields_of_masks_are_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be None in a DynMaskRecurrentModel, which has no mask"):
+        DynMaskRecurrentForTokenClassification(config())(ids(), lengths=LENGTHS, **{name: torch.ones(6, 9)})
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def test_training(cell, flat, tmp_path):
     rows = []
     for _ in range(64):
         row = torch.randint(1, 4, (int(torch.randint(1, 9, ())),)).tolist()
-        rows.append({"input_ids": row, "segment_ids": [0] * len(row), "label": row[0] - 1})
+        rows.append({"input_ids": row, "token_type_ids": [0] * len(row), "label": row[0] - 1})
     dataset = Dataset.from_list(rows)
     arguments = TrainingArguments(
         str(tmp_path),

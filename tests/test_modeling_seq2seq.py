@@ -290,9 +290,9 @@ def dense_logits(model, masks, row: int, ids: Tensor, targets: Tensor, fields: d
         return [sequence_mask(text, range(len(tokens)), fields=fields, heads=HEADS) for text in texts]
 
     encoder, decoder = model.model.encoder, model.model.decoder
-    states = dense_states(encoder, encoder.embeddings.words(ids), of_layers(masks[0], ids, own))
+    states = dense_states(encoder, encoder.embeddings.word_embeddings(ids), of_layers(masks[0], ids, own))
     of_cross = sequence_mask(masks[2], range(len(targets)), range(len(ids)), cross, HEADS)
-    words = decoder.embeddings.words(targets)
+    words = decoder.embeddings.word_embeddings(targets)
     return model.lm_head(dense_states(decoder, words, of_layers(masks[1], targets, theirs), states, of_cross))
 
 
@@ -766,7 +766,7 @@ def test_texts_are_generated_in_evaluation(tokenizer, tmp_path):
             {"decoder_input_ids": torch.ones(1, 22).long(), "decoder_inputs_embeds": torch.ones(1, 22, 16)},
             "exactly one of `decoder_input_ids` and `decoder_inputs_embeds` .*; got both",
         ),
-        ({"past_key_values": "cache"}, "`past_key_values` needs a batch of one sequence a row; got 5 in 1 rows of the"),
+        ({"past_key_values": "cache"}, "a cache needs a batch of one sequence a row; got 5 in 1 rows of the"),
         ({"input_ids": None}, "exactly one of `input_ids` and `inputs_embeds` must be given; got neither"),
     ],
 )

@@ -24,7 +24,8 @@ class MaskSchedule(TrainerCallback):
     from a checkpoint goes on with the mask that an unbroken run has there. A change comes right after the step that
     completes the count, so the evaluation and the checkpoint of that step have the new mask. Every change is logged,
     as is the mask that a run starts or resumes with: `mask` (its text) and, for trackers that take numbers alone,
-    `mask_stage` (its place in the schedule, from 0). When training ends, the last mask stays on the model.
+    `mask_stage` (its place in the schedule, from 0). When training ends, the last mask stays on the model, or with
+    `load_best_model_at_end` the mask that the best checkpoint was saved and evaluated with.
 
     Args:
         masks (`dict[int | float, str]`):
@@ -61,18 +62,26 @@ class MaskSchedule(TrainerCallback):
         self._stage = self._logged = None
         for mask in self.masks.values():  # one that the model refuses is found now, not when its turn comes
             set_mask(unwrapped(model), mask)
-        self._follow(state, model)
+        self._follow(state.global_step, model)
 
     def on_step_begin(self, args, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs):
-        self._follow(state, model)
+        self._follow(state.global_step, model)
+        self._log_change(state, control)
+
+    on_step_end = on_step_begin
+
+    def on_train_end(self, args, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs):
+        if args.load_best_model_at_end and state.best_global_step is not None:  # the Trainer has loaded its weights
+            self._follow(state.best_global_step, model)
+            self._log_change(state, control)
+
+    def _log_change(self, state: TrainerState, control: TrainerControl) -> None:
         if self._stage != self._logged:
             self._logged = self._stage
             log(state, control, {"mask": self._mask, "mask_stage": self._stage})
 
-    on_step_end = on_step_begin
-
-    def _follow(self, state: TrainerState, model: nn.Module) -> None:
-        stage = bisect_right(self._starts, state.global_step) - 1
+    def _follow(self, step: int, model: nn.Module) -> None:
+        stage = bisect_right(self._starts, step) - 1
         if stage != self._stage:
             self._stage = stage
             set_mask(unwrapped(model), self._mask)

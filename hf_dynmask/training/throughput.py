@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from ..batch import layout_of_batch
 from ..layout import IGNORE_INDEX, outside_graph
-from ..modeling_dynmask import DynMaskPreTrainedModel, layout_of_batch
+from ..modeling_dynmask import DynMaskPreTrainedModel
 from ..modeling_dynmask_recurrent import DynMaskRecurrentPreTrainedModel
 from ..plan import MaskPlan
 from ..stock_masks import CONFIG_ENTRY
@@ -285,7 +286,7 @@ class _Batches:
         labels, positions = given.get("labels"), given.get("position_ids")
         if prefix and labels is not None and tuple(labels.shape) == shape:
             return (labels != IGNORE_INDEX).sum(-1)
-        if positions is not None and not isinstance(self.model, OURS) and tuple(positions.shape) == (1, shape[-1]):
+        if positions is not None and tuple(positions.shape) == (1, shape[-1]):
             return _lengths_of_runs(positions[0])
         return torch.full((math.prod(shape[:-1]),), shape[-1])
 

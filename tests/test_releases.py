@@ -1,0 +1,42 @@
+"""The releases that the tests run on: those that pyproject.toml allows, the earliest included."""
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from conftest import FAULTS_OF_OLD_RELEASES
+
+ROOT = Path(__file__).parents[1]
+
+
+def dependencies() -> dict[str, Requirement]:
+    """What pyproject.toml asks for, the extra `data` included; read as text since Python 3.10 has no `tomllib`."""
+    text = (ROOT / "pyproject.toml").read_text()
+    lines = re.findall(r'^(?:    |data = \[)"([^"]+)"', text.partition("dependencies = [")[2], flags=re.MULTILINE)
+    return {each.name: each for each in map(Requirement, lines)}
+
+
+def earliest() -> dict[str, Version]:
+    lines = re.findall(r"^(\w+)==([\w.]+)", (ROOT / "tests" / "floor.txt").read_text(), flags=re.MULTILINE)
+    return {name: Version(version) for name, version in lines}
+
+
+@pytest.mark.parametrize("name", dependencies())
+def test_the_floor_is_the_lower_bound(name):
+    (bound,) = [each.version for each in dependencies()[name].specifier if each.operator == ">="]
+    assert earliest()[name] == Version(bound)
+
+
+@pytest.mark.parametrize("test", FAULTS_OF_OLD_RELEASES)
+def test_faults_are_of_tests_that_exist(test):
+    path, name = re.fullmatch(r"([^:]+)(?:::\w+)*::(\w+)(?:\[.*\])?", test).groups()
+    assert f"def {name}(" in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize("release", {release for release, _ in FAULTS_OF_OLD_RELEASES.values()})
+def test_faults_are_of_releases_that_are_supported(release):
+    requirement = Requirement(release)
+    assert earliest()[requirement.name] in requirement.specifier
