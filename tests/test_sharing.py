@@ -99,23 +99,17 @@ def outputs_of(model, batch):
     with torch.no_grad():
         return [value for value in model(**batch).to_tuple() if isinstance(value, torch.Tensor)]
 
-def load(auto_class, folder):
-    model = auto_class.from_pretrained(folder, trust_remote_code=True)
-    for weight in model.parameters():  # read from a file, it may lie such that other kernels multiply it
-        weight.data = weight.data.clone()
-    return model
-
 for case in Path().glob("*/case.pt"):
     auto_class, batch = torch.load(case)
     auto_class, again = getattr(transformers, auto_class), case.parent / "again" / "model"
-    model = load(auto_class, case.parent / "model")
+    model = auto_class.from_pretrained(case.parent / "model", trust_remote_code=True)
     results = [outputs_of(model, batch)]
     outputs = model.train()(**batch)
     (outputs.loss if "loss" in outputs else outputs[0].square().mean()).backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.save_pretrained(again)
     results.append(outputs_of(model.eval(), batch))
-    model = load(auto_class, again)
+    model = auto_class.from_pretrained(again, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules.model."), type(model)
     torch.save([*results, outputs_of(model, batch)], case.parent / "outputs.pt")
 
@@ -156,7 +150,8 @@ def outputs_of(model, batch) -> list[torch.Tensor]:
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    """Equal to the last bit or two: which kernel multiplies a matrix depends on where it lies in memory."""
+    return all(torch.allclose(*pair, rtol=0, atol=1e-7) for pair in zip(one, other, strict=True))
 
 
 def change_config(folder: Path, **changes) -> None:
