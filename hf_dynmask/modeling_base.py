@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
@@ -83,6 +84,11 @@ class DynMaskBaseModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.check_shareable()
+        if kwargs.get("state_dict") is None and not all(map(_is_whole, self.parameters())):
+            raise ValueError(
+                "weights must be whole to be saved; got the parts that ZeRO-3 leaves on each process: save with the "
+                "`save_model` of the Trainer, or give the `state_dict` that Accelerate gathers"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _replicate_for_data_parallel(self):
@@ -91,6 +97,10 @@ class DynMaskBaseModel(PreTrainedModel):
             setattr(replica, name, OrderedDict(getattr(replica, name)))  # which it would share with this model
         replica.register_forward_pre_hook(_check_replica, with_kwargs=True)
         return replica
+
+
+def _is_whole(weight: Tensor) -> bool:
+    return getattr(weight, "ds_numel", weight.numel()) == weight.numel()  # an attribute of DeepSpeed's
 
 
 def _check_replica(replica, args, kwargs) -> None:

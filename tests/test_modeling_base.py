@@ -110,3 +110,12 @@ def test_a_cache_goes_by_both_names(head):
     empty = EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_pair else DynamicCache()
     with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument; got both"):
         model(**inputs(model), cache=empty, past_key_values=empty)
+
+
+def test_weights_that_are_shared_out_are_not_saved(model, tmp_path):
+    weight = next(model.parameters())
+    weight.ds_numel = 2 * weight.numel()  # as of a parameter of ZeRO-3 that is not gathered
+    with pytest.raises(ValueError, match="weights must be whole to be saved; got the parts that ZeRO-3 leaves"):
+        model.save_pretrained(tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()
+    model.save_pretrained(tmp_path / "whole", state_dict=model.state_dict())
