@@ -16,8 +16,8 @@ from .configuration_base import DynMaskBaseConfig, warn_of_other_code
 from .layout import check_not_scattered
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
-# What transformers, its Trainer and TRL hand to a model of any class.
-FOR_ANY_MODEL = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
+# What transformers and its Trainer hand to a model of any class.
+FOR_ANY_MODEL = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache", "skip_logits"}
 
 
 def known_keywords(*further: str) -> Callable[[Forward], Forward]:

@@ -115,7 +115,8 @@ def without_lengths(collator: Collator) -> Collator:
     """A collator whose batches do not tell padding from data, so that a model computes on all of it."""
 
     def collate(examples: list[Any]) -> Batch:
-        return {name: values for name, values in collator(examples).items() if not name.endswith(("lengths", "attention_mask"))}
+        told = ("lengths", "attention_mask")
+        return {name: values for name, values in collator(examples).items() if not name.endswith(told)}
 
     return collate
 
