@@ -5,7 +5,7 @@ Shape legend: B rows, T columns, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .batch import PACKING, frames_of_batch
 from .layout import SequenceLayout
 
 NAME = "dynmask"
@@ -25,10 +26,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 INPUTS = ("input_ids", "inputs_embeds")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 CACHES = ("cache", "past_key_values")
-# Arguments that say where sequences begin, besides `lengths` and `position_ids`, and that bound how long they are.
-CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k")
-BOUNDS = ("max_length_q", "max_length_k")
-FLAT_ARGUMENTS = ("lengths", *CUMULATIVE, "seq_idx")
+FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # which say where sequences begin
 
 
 @dataclass(eq=False)
@@ -68,47 +66,100 @@ class Batch:
         batch = cls(model, names, dict(given), is_inner)
         if getattr(batch._first_of(CACHES), "is_of_flat_batch", False):
             raise ValueError("a cache must hold one sequence a row; got one that a flat batch has filled")
-        batch._put_padding("lengths", "attention_mask", INPUTS)
-        batch._put_padding("decoder_lengths", "decoder_attention_mask", TARGETS)
-        batch._read_starts()
-        batch._put_positions()
+        batch._read_sequences()
+        batch._read_targets()
         return batch
 
-    # --- Padding ---
-
-    def _put_padding(self, name: str, mask_name: str, inputs: Collection[str]) -> None:
-        """Lengths of rows become a mask: a model's heads read it too, and whoever it hands its arguments on to."""
-        if self.given.get(name) is None:
+    def _read_sequences(self) -> None:
+        told = [name for name in FLAT_ARGUMENTS if self.given.get(name) is not None]
+        layout = self._layout(told, "attention_mask", INPUTS)
+        if layout is None:
             return
+        if told[0] == "lengths" and self.given["lengths"].numel() == layout.shape[0]:
+            self._put_padding(told.pop(0), "attention_mask", INPUTS, layout)
+        if not told:
+            return
+        starts = torch.zeros(layout.shape[0] * layout.shape[1], dtype=torch.bool, device=layout.indices.device)
+        starts = starts.index_fill(0, layout.indices[layout.begins], True).view(layout.shape)
+        self.starts, self.told_by = first_and(starts[:, 1:]), told[0]
+        if "position_ids" in self.names and self.given.get("position_ids") is None:
+            positions = layout.unflatten(layout.positions[None])
+            self.given["position_ids"] = positions + _first_position(self.model)
+
+    def _read_targets(self) -> None:
+        name = "decoder_lengths"
+        layout = self._layout([name] if self.given.get(name) is not None else [], "decoder_attention_mask", TARGETS)
+        if layout is None:
+            return
+        if layout.num_sequences != layout.shape[0]:
+            raise ValueError(
+                f"`{name}` must be of rows, one entry each; got {layout.num_sequences} for {layout.shape[0]}"
+            )
+        self._put_padding(name, "decoder_attention_mask", TARGETS, layout)
+
+    def _layout(self, told: list[str], mask_name: str, inputs: Collection[str]) -> SequenceLayout | None:
+        """What the arguments `told` say of the rows of `inputs`, if a mask says the same; `None` if nothing is told."""
+        if not told:
+            return None
         tokens = self._first_of(inputs)
         if tokens is None:
             if self.is_inner:
-                return
-            raise ValueError(f"`{name}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got neither")
-        lengths = self.given[name] = torch.as_tensor(self.given[name], device=tokens.device)
+                return None
+            raise ValueError(f"`{told[0]}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got none")
+        places = _places(tokens)
         mask = self.given.get(mask_name)
-        places = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
-        layout = _agreed(name, places, lengths, mask if isinstance(mask, Tensor) else None)
-        rows, width = layout.shape
+        mask = mask if isinstance(mask, Tensor) else None  # a `StockMask` was made by the model that runs this one
+        if mask is not None and mask.dim() > len(places):
+            raise ValueError(
+                f"`{told[0]}` must come without an explicit mask, which says itself who may see whom; got a mask of "
+                f"shape {tuple(mask.shape)}"
+            )
+        lengths = None
+        if told[0] in ("lengths", "decoder_lengths"):
+            lengths = torch.as_tensor(self.given[told[0]], device=tokens.device)
+            if lengths.shape == places[:-1]:  # choices of a question are rows too
+                lengths = lengths.flatten()
+            self.given[told[0]] = lengths
+        elif mask is not None and mask.shape != places:
+            mask = None
+        more = {} if inputs is TARGETS else self._more_of_sequences(places)
+        try:
+            return frames_of_batch(
+                (places[:-1].numel(), places[-1]),
+                tokens.device,
+                lengths,
+                None if mask is None else mask.to(tokens.device).reshape(-1, mask.shape[-1]),
+                None,
+                **more,
+            ).whole
+        except ValueError as error:
+            if mask is None or lengths is None:
+                raise
+            raise ValueError(f"{error} {_IN_FRONT}") from error
+
+    def _more_of_sequences(self, places: torch.Size) -> dict[str, Any]:
+        position_ids = self.given.get("position_ids")
+        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != places[-1]):
+            position_ids = None  # of several dimensions, or of choices
+        return {"position_ids": position_ids, "packing": {name: self.given.get(name) for name in PACKING}}
+
+    def _put_padding(self, name: str, mask_name: str, inputs: Collection[str], layout: SequenceLayout) -> None:
+        """Lengths of rows become a mask: a model's heads read it too, and whoever it hands its arguments on to."""
         if name in self.names:
             return
-        if layout.num_sequences != rows:
-            if mask_name != "attention_mask":
-                raise ValueError(f"`{name}` must be of rows, one entry each; got {layout.num_sequences} for {rows}")
-            return
-        if mask is None:
-            self._check_alone(name, layout, is_embedded=tokens.is_floating_point())
-            is_there = torch.zeros(rows * width, dtype=torch.long, device=tokens.device)
-            mask = is_there.index_fill(0, layout.indices, 1).view(places)
-        if mask_name in self.names:
-            self.given[mask_name] = mask
-        elif layout.num_tokens < rows * width:
-            raise ValueError(
-                f"`{name}` with padding need a model that takes `{mask_name}`; {type(self.model).__name__} does not"
-            )
+        if self.given.get(mask_name) is None:
+            tokens = self._first_of(inputs)
+            self._check_alone(name, tokens, layout)
+            if mask_name in self.names:
+                present = torch.zeros(_places(tokens), dtype=torch.long, device=tokens.device)
+                self.given[mask_name] = present.view(-1).index_fill_(0, layout.indices, 1).view(present.shape)
+            elif layout.num_tokens < layout.shape[0] * layout.shape[1]:
+                raise ValueError(
+                    f"`{name}` with padding need a model that takes `{mask_name}`; {type(self.model).__name__} does not"
+                )
         del self.given[name]
 
-    def _check_alone(self, name: str, layout: SequenceLayout, is_embedded: bool) -> None:
+    def _check_alone(self, name: str, tokens: Tensor, layout: SequenceLayout) -> None:
         """Lengths without a mask say nothing of tokens that other code has put in front of them."""
         cache = self._first_of(CACHES)
         if cache is not None and int(cache.get_seq_length()):
@@ -116,7 +167,7 @@ class Batch:
                 f"`{name}` with a cache in use must come with the `attention_mask` of all columns, those in the cache "
                 f"too; got a cache of {int(cache.get_seq_length())} columns and no mask"
             )
-        if is_embedded and layout.max_length < layout.shape[1]:
+        if tokens.is_floating_point() and layout.max_length < layout.shape[1]:
             raise ValueError(
                 f"`{name}` with `inputs_embeds` must reach the width {layout.shape[1]} in the longest row, or come "
                 f"with an `attention_mask`; got at most {layout.max_length} {_IN_FRONT}"
@@ -125,50 +176,7 @@ class Batch:
     def _first_of(self, names: Collection[str]) -> Any:
         return next((self.given[name] for name in names if self.given.get(name) is not None), None)
 
-    # --- Sequences ---
-
-    def _read_starts(self) -> None:
-        """Where the batch says that sequences begin, `position_ids` aside."""
-        tokens = self._first_of(INPUTS)
-        for name, starts in () if tokens is None else self._starts_by_name(tokens):
-            if self.starts is None:
-                self.starts, self.told_by = starts, name
-            check_same(self.told_by, self.starts, name, starts)
-        if self.starts is None:
-            return
-        longest = max(layout_of(self.starts, None).sizes, default=0)
-        for bound in BOUNDS:
-            if self.given.get(bound) is not None and int(self.given[bound]) < longest:
-                raise ValueError(
-                    f"`{bound}` must not be below the longest sequence, {longest}; got {int(self.given[bound])}"
-                )
-
-    def _starts_by_name(self, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
-        rows, width = tokens.shape[:2]
-        lengths = self.given.get("lengths")
-        if lengths is not None and lengths.numel() != rows:
-            yield "lengths", _starts_at(lengths.cumsum(0) - lengths, width)
-        for name in CUMULATIVE:
-            if self.given.get(name) is not None:
-                cu_seq_lens = torch.as_tensor(self.given[name], device=tokens.device)
-                lengths = SequenceLayout.from_cu_seq_lens(cu_seq_lens).lengths
-                if rows != 1 or int(cu_seq_lens[-1]) != width:
-                    raise ValueError(
-                        f"`{name}` must be of one row and end at its width; got an end of {int(cu_seq_lens[-1])} for "
-                        f"{rows} rows of width {width}"
-                    )
-                yield name, _starts_at(lengths.cumsum(0) - lengths, width)
-        seq_idx = self.given.get("seq_idx")
-        if seq_idx is not None:
-            if seq_idx.shape != (rows, width):
-                raise ValueError(f"`seq_idx` must have shape {(rows, width)}; got {tuple(seq_idx.shape)}")
-            yield "seq_idx", first_and(seq_idx.diff(dim=1) != 0).to(tokens.device)
-
-    def _put_positions(self) -> None:
-        if self.starts is None or "position_ids" not in self.names or self.given.get("position_ids") is not None:
-            return
-        positions = layout_of(self.starts, None).positions.view(self.starts.shape)
-        self.given["position_ids"] = positions + _first_position(self.model)
+    # --- Whether a row holds several sequences ---
 
     @property
     def has_explicit_mask(self) -> bool:
@@ -208,30 +216,9 @@ _IN_FRONT = (
 )
 
 
-def _agreed(name: str, places: torch.Size, lengths: Tensor, mask: Tensor | None) -> SequenceLayout:
-    """Layout of what `lengths` say of rows of `places (..., T)`, if a mask says the same."""
-    shape = (places[:-1].numel(), places[-1])
-    if lengths.shape == places[:-1]:  # choices of a question are rows too
-        lengths = lengths.flatten()
-    if mask is None:
-        return SequenceLayout.of_batch(shape, lengths.device, lengths)
-    if mask.dim() > len(places):
-        raise ValueError(
-            f"`{name}` must come without an explicit mask, which says itself who may see whom; got a mask of shape "
-            f"{tuple(mask.shape)}"
-        )
-    try:
-        mask = mask.to(lengths.device).reshape(-1, mask.shape[-1])
-        return SequenceLayout.of_batch(shape, lengths.device, lengths, mask)
-    except ValueError as error:
-        raise ValueError(f"{error} {_IN_FRONT}") from error
-
-
-def check_same(name: str, starts: Tensor, other: str, theirs: Tensor) -> None:
-    """Raises if two arguments have sequences begin at different columns, `starts` and `theirs (B, T)`."""
-    if not torch.equal(starts, theirs):
-        expected, found = ([row.nonzero().flatten().tolist() for row in each] for each in (starts, theirs))
-        raise ValueError(f"`{other}` must begin sequences where `{name}` does, at {expected}; got {found}")
+def _places(tokens: Tensor) -> torch.Size:
+    """`(..., T)` of ids or embeddings."""
+    return tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
 
 
 batches: ContextVar[tuple[Batch, ...]] = ContextVar("batches", default=())
@@ -275,12 +262,6 @@ def has_neftune(model: PreTrainedModel) -> bool:
 
 
 # --- Sequences -------------------------------------------------------------------------------------------------------
-
-
-def _starts_at(columns: Tensor, width: int) -> Tensor:
-    """Bool `(1, width)`: True at some columns; empty sequences at the end begin nowhere."""
-    starts = torch.zeros(1, width + 1, dtype=torch.bool, device=columns.device)
-    return starts.index_fill(1, columns.long(), True)[:, :width]
 
 
 def first_and(later: Tensor) -> Tensor:

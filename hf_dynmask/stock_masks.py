@@ -29,7 +29,6 @@ from .stock_batches import (
     FLAT_ARGUMENTS,
     NAME,
     Batch,
-    check_same,
     current_batches,
     first_and,
     has_cross_attention,
@@ -276,7 +275,7 @@ class StockMask:
         by_positions = None
         if not (crosses and self._may_cross):
             by_positions = self._by_positions(batch.given.get("position_ids"))
-        starts = by_positions if batch.starts is None else self._told(batch, by_positions)
+        starts = by_positions if batch.starts is None else self._told(batch)
         if starts is None or not bool(starts[:, 1:].any()):
             return None
         self._check_flat(batch, crosses, counts_columns=by_positions is None and not has_bias)
@@ -305,16 +304,14 @@ class StockMask:
         self._check_continued(position_ids)
         return restarts(position_ids.expand(self.shape[0], -1), self.present(0))
 
-    def _told(self, batch: Batch, by_positions: Tensor | None) -> Tensor:
-        """Bool `(B, T)`: where the batch has told that sequences begin, if this fits the mask and the positions."""
+    def _told(self, batch: Batch) -> Tensor:
+        """Bool `(B, T)`: where the batch has told that sequences begin, if this is of the mask's queries."""
         starts = batch.starts.to(self.device)  # type: ignore[union-attr]
         if (self.shape[0], self.shape[2]) != starts.shape:
             raise ValueError(
                 f"`{batch.told_by}` must be of the mask's queries, of shape {(self.shape[0], self.shape[2])}; got "
                 f"{tuple(starts.shape)}"
             )
-        if by_positions is not None:
-            check_same(batch.told_by, starts, "position_ids", by_positions)
         return starts
 
     def _check_flat(self, batch: Batch, crosses: bool, counts_columns: bool) -> None:

@@ -87,32 +87,35 @@ def test_what_the_collator_of_transformers_sends(settings, model):
     [
         (
             {"cu_seq_lens_q": [0, 4, 7]},
-            "`cu_seq_lens_q` must be of one row and end at its width; got an end of 7 for 1",
+            r"from 0 to the width of the row, 12; got \[0, 4, 7\]",
         ),
-        ({"cu_seq_lens_q": [4, 7, 12]}, r"`cu_seq_lens` must start at 0 and never fall; got \[4, 7, 12\]"),
+        ({"cu_seq_lens_q": [4, 7, 12]}, r"from 0 to the width of the row, 12; got \[4, 7, 12\]"),
         (
             {"cu_seq_lens_q": CU_SEQ_LENS, "cu_seq_lens_k": [0, 5, 12]},
-            r"`cu_seq_lens_k` must begin sequences where `cu_seq_lens_q` does, at \[\[0, 4, 7\]\]; got \[\[0, 5\]\]",
+            r"`cu_seq_lens_k` must equal `cu_seq_lens_q`, \[0, 4, 7, 12\]; got \[0, 5, 12\]",
         ),
         (
             {"cu_seq_lens_q": CU_SEQ_LENS, "lengths": [4, 4, 4]},
-            "`cu_seq_lens_q` must begin sequences where `lengths` does",
+            "`cu_seq_lens_q` must be the running sums of `lengths`",
         ),
-        ({"seq_idx": SEQ_IDX, "lengths": [4, 4, 4]}, "`seq_idx` must begin sequences where `lengths` does"),
+        ({"seq_idx": SEQ_IDX, "lengths": [4, 4, 4]}, "`seq_idx` must change only where a sequence of `lengths`"),
         *(
             (
                 {name: value, "position_ids": torch.arange(12)[None]},
-                f"`position_ids` must begin sequences where `{name}`",
+                "`position_ids` must restart where sequences begin and only there",
             )
             for name, value in {"lengths": [4, 3, 5], "cu_seq_lens_q": CU_SEQ_LENS, "seq_idx": SEQ_IDX}.items()
         ),
-        ({"seq_idx": SEQ_IDX[0]}, r"`seq_idx` must have shape \(1, 12\); got \(12,\)"),
+        ({"seq_idx": SEQ_IDX[0]}, r"`seq_idx` must have the input's shape \(1, 12\); got \(12,\)"),
         ({"lengths": [4, 3, 4]}, "`lengths` of a flat batch must add up to its width 12; got a sum of 11"),
         ({"lengths": [4.0, 3.0, 5.0]}, "`lengths` must be integers; got dtype torch.float32"),
         ({"lengths": [[4, 3, 5]]}, r"`lengths` must be a vector; got shape \(1, 3\)"),
         ({"lengths": [-1, 13]}, "`lengths` must not be negative; got -1"),
         ({"lengths": [13]}, "`lengths` must not be beyond the row width 12; got 13"),
-        ({"lengths": [4, 3, 5], "max_length_q": 4}, "`max_length_q` must not be below the longest sequence, 5; got 4"),
+        (
+            {"lengths": [4, 3, 5], "max_length_q": 4},
+            "`max_length_q` must be at least the longest sequence's length, 5; got 4",
+        ),
         (
             {"lengths": [4, 3, 5], "attention_mask": (FLAT < 10).long()},
             "`lengths` and `attention_mask` must name the same",
@@ -130,7 +133,7 @@ def test_contradictions(told, message, model):
 
 
 def test_lengths_without_tokens(model):
-    with pytest.raises(ValueError, match="`lengths` must come with `input_ids` or `inputs_embeds`; got neither"):
+    with pytest.raises(ValueError, match="`lengths` must come with `input_ids` or `inputs_embeds`; got none"):
         logits(model, lengths=[4, 3, 5])
 
 
@@ -162,6 +165,7 @@ def test_neftune_must_have_rows(told, model):
         {"lengths": LENGTHS, "position_ids": (PRESENT.cumsum(1) - 1) * PRESENT},
         {"attention_mask": PRESENT, "position_ids": (PRESENT.cumsum(1) - 1) * PRESENT},
         {"attention_mask": PRESENT, "position_ids": torch.arange(5)[None]},
+        {"lengths": LENGTHS, "position_ids": torch.arange(5)[None]},
         {"attention_mask": PRESENT, "position_ids": (PRESENT.cumsum(1) - 1).masked_fill(PRESENT == 0, 1)},
     ],
     ids=lambda told: ", ".join(told),
@@ -183,13 +187,16 @@ def test_rows_of_the_collator_with_positions(model):
     torch.testing.assert_close(torch.cat(rows), singles(model))
 
 
-def test_rows_of_several_sequences_with_padding(model):
-    tokens, position_ids = torch.cat([FLAT, FLAT]), torch.cat([POSITIONS, POSITIONS])
-    tokens[1, 7:] = position_ids[1, 7:] = 0
-    mask = (tokens != 0).long()
-    found, expected = logits(model, input_ids=tokens, attention_mask=mask, position_ids=position_ids), singles(model)
+@pytest.mark.parametrize("by", ["position_ids", "seq_idx"])
+def test_rows_of_several_sequences_with_padding(by, model):
+    tokens, value = torch.cat([FLAT, FLAT]), {"position_ids": POSITIONS, "seq_idx": SEQ_IDX}[by].repeat(2, 1)
+    tokens[1, 7:] = value[1, 7:] = 0
+    told = {"input_ids": tokens, by: value}
+    found, expected = logits(model, **told, attention_mask=(tokens != 0).long()), singles(model)
     torch.testing.assert_close(found[0], expected)
     torch.testing.assert_close(found[1, :7], expected[:7])
+    with pytest.raises(ValueError, match="must restart where sequences begin|must change only where a sequence"):
+        logits(model, **told, lengths=[12, 7])  # which say that each row is one sequence
 
 
 PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
