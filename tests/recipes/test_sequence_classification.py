@@ -151,7 +151,7 @@ def test_what_the_results_tell(results, folder):
     }
     assert results["training"]["learning_rate"] == 1e-2
     assert results["training"]["num_train_epochs"] == 2
-    assert results["environment"]["torch"] == torch.__version__
+    assert results["environment"]["torch"] == version("torch")
 
 
 def test_model_card_is_the_results(output, results, folder):
