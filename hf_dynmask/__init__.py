@@ -1,6 +1,14 @@
 """Exact dynamic attention masks for Hugging Face Transformers: lengths in, no work on padding.
 
-Importing the package registers its models with transformers' Auto classes and does nothing else.
+Importing the package changes three things in transformers, and has no other effect:
+
+- `AutoConfig` and the `AutoModel…` classes find its models.
+- `attn_implementation="dynmask"` is known, for transformers' own models.
+- `PreTrainedModel.get_correct_attn_implementation`, by which a model settles on its attention, is wrapped. A model
+  whose configuration has a mask, see [`set_mask`], gets `"dynmask"`; another attention is an error.
+
+Where a model of transformers is first to run with `"dynmask"`, the `forward` of its class is wrapped, so that its
+layers can look up what it was given. Models of the class that run with another attention behave as before.
 """
 
 from . import masks

@@ -16,11 +16,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .conversion import from_transformers
 from .data import TokenBudgetBatchSampler
+from .data.token_budget import example_lengths
 from .texts import text_column
 from .training.throughput import synchronize
 from .work import ModelWork, Sizes, config_work
 
-IDS = "input_ids"
+IDS, MASK = "input_ids", "attention_mask"
 UNLIMITED = 10**9
 BINS = 20
 TIMED_BATCHES = 8
@@ -270,9 +271,9 @@ def _spread(batches: list[Any]) -> list[Any]:
 
 
 def _tokens(dataset: Any, tokenizer: Any, columns: Sequence[str], as_target: bool = False) -> list[int]:
-    """Tokens of each example, special ones included."""
+    """Tokens of each example, special ones included, and padding not."""
     if not columns and IDS in dataset.column_names:
-        return list(map(len, dataset[IDS]))
+        return example_lengths(dataset.select_columns([name for name in (IDS, MASK) if name in dataset.column_names]))
     texts = [text_column(dataset, column) for column in columns or [None]]
     if not texts[0]:
         return []

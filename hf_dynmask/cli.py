@@ -272,7 +272,8 @@ SIDES = ("tokens", "tokens of the target")
 @app.command()
 def audit(
     dataset: Annotated[
-        str, typer.Argument(help="A file of csv, json, parquet or text, a folder of these, or a Hub id.")
+        str,
+        typer.Argument(help="A file of csv, json, parquet or text, a folder of these or by save_to_disk, or a Hub id."),
     ],
     model: Annotated[str, typer.Option(help="Whose tokenizer and sizes count: a folder or Hub id.")],
     batch_size: Annotated[int, typer.Option(help="Examples of a batch.")],

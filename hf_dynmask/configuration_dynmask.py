@@ -119,6 +119,7 @@ class DynMaskConfig(DynMaskBaseConfig):
     """
 
     model_type = "dynmask"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 10000
     hidden_size: int = 512

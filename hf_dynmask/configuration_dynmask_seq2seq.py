@@ -73,13 +73,22 @@ class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
 
     def __post_init__(self, **kwargs):
         common = {name: kwargs.pop(name) for name in OF_BOTH_SIDES & kwargs.keys()}
-        common["pad_token_id"] = self.pad_token_id
+        common |= {name: getattr(self, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         common["use_pooler"] = False
         self.encoder = _side(self.encoder, common)
         self.decoder = _side(self.decoder, common | OF_A_DECODER)
         if self.share_embeddings is None:
             self.share_embeddings = self.encoder.num_features is None and self.tie_word_embeddings
         super().__post_init__(**kwargs)
+
+    @property
+    def use_cache(self) -> bool:
+        """Whether the decoder returns keys and values; the Trainer sets it here."""
+        return self.decoder.use_cache
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        self.decoder.use_cache = value
 
     def check_shareable(self) -> None:
         """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""

@@ -246,12 +246,13 @@ class GraphPlan(NamedTuple):
     @property
     def reads_scores(self) -> bool:
         """As [`MaskPlan.reads_scores`]."""
-        return _reads_scores(self.mask)
+        return "key_scores" in fields_of(self.mask)
 
 
 @torch.compiler.assume_constant_result
-def _reads_scores(mask: str) -> bool:
-    return "key_scores" in parse(mask).fields
+def fields_of(mask: str) -> tuple[str, ...]:
+    """Names of the fields that an expression reads; a graph takes them for constant."""
+    return tuple(sorted(parse(mask).fields))
 
 
 def attend(

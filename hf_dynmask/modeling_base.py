@@ -10,14 +10,14 @@ from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from .configuration_base import DynMaskBaseConfig, warn_of_other_code
 from .layout import check_not_scattered
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
-# What transformers, its Trainer and TRL hand to a model of any class.
-FOR_ANY_MODEL = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
+# What transformers and its Trainer hand to a model of any class.
+FOR_ANY_MODEL = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache", "skip_logits"}
 
 
 def known_keywords(*further: str) -> Callable[[Forward], Forward]:

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, frames_of_batch, given, given_input, is_explicit, layout_of_batch, per_token
@@ -48,7 +48,7 @@ from .cached import (
 )
 from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
 from .fields import TOKEN_FIELDS, key_name
-from .graph import GraphLayout, GraphPlan
+from .graph import GraphLayout, GraphPlan, fields_of
 from .layout import IGNORE_INDEX, SequenceLayout, outside_graph, rolled
 from .masks import Dense, TopK, parse
 from .modeling_base import DynMaskBaseModel, known_keywords
@@ -66,6 +66,7 @@ from .modules import (
 )
 from .plan import MaskPlan
 
+logger = logging.get_logger(__name__)
 FIELDS_PER_TOKEN = (*TOKEN_FIELDS, "missing")
 PER_TOKEN = (*FIELDS_PER_TOKEN, "token_type_ids", "inputs_embeds")  # inputs of generation with a value a token
 
@@ -289,6 +290,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
             "attention_mask": attention_mask if is_explicit(attention_mask) else None,
         }
         fields = given(fields)
+        warn_of_unread_fields(self, fields, self.fields_read())
         plans = self._plans(layout, whole, cache, fields)
         cross_plan = None
         if encoder_hidden_states is not None:
@@ -324,6 +326,11 @@ class DynMaskModel(DynMaskPreTrainedModel):
             cross_attentions=tuple(all_cross_weights) if output_attentions and cross_plan is not None else None,
         )
 
+    def fields_read(self) -> set[str]:
+        """Names of the fields that the model's masks read."""
+        texts = [*mask_texts(self.config), *([self.config.cross_mask] if self.config.add_cross_attention else [])]
+        return {name for text in dict.fromkeys(texts) for name in fields_of(text)}
+
     def embed_features(
         self,
         input_features: Tensor,
@@ -351,7 +358,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
             )
         shape = tuple(input_features.shape[:2])
         frames = frames_of_batch(shape, input_features.device, lengths, attention_mask, missing, packing=packing)
-        embeds, layout = self.embeddings.feature_embeddings(input_features, frames)
+        embeds, layout = self.embeddings.feature_embeddings(input_features.to(self.dtype), frames)
         return layout.unflatten(embeds), layout.by_length()
 
     @outside_graph
@@ -467,6 +474,16 @@ class DynMaskModel(DynMaskPreTrainedModel):
         if self.config.position_type in ("learned", "sinusoidal") and layout.extent > room:
             raise ValueError(
                 f"a sequence must have at most {room} tokens (`max_position_embeddings`); got {layout.extent}"
+            )
+
+
+def warn_of_unread_fields(model: PreTrainedModel, fields: Iterable[str], read: set[str]) -> None:
+    """Warn once where a field is given that no mask reads, and so does not change who may see whom."""
+    for name in fields:
+        if name not in read and name != "attention_mask" and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{type(model).__name__} got `{name}`, but no mask of it reads this field; "
+                f"its masks read {', '.join(sorted(read)) or 'none'}"
             )
 
 
@@ -942,7 +959,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
     def _add_head(self, config):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
-    @known_keywords()
+    @known_keywords("labels")  # which the Trainer counts; the answer is in the positions
     @can_return_tuple
     def forward(
         self,
@@ -971,6 +988,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
             start_positions, end_positions (`Tensor` of shape `(B,)` or `(S,)`): First and last token of the answer.
             num_items_in_batch (`int` or `Tensor`): Answers over which the loss is averaged. `None`: this batch's.
         """
+        kwargs.pop("labels", None)
         outputs, layout = self._encode(
             input_ids=input_ids,
             lengths=lengths,

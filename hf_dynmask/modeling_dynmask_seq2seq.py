@@ -39,6 +39,7 @@ from .modeling_dynmask import (
     runs_in_graph,
     sequence_loss,
     token_loss,
+    warn_of_unread_fields,
 )
 from .modules import DynMaskPooler, classifier_dropout
 
@@ -184,7 +185,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             target |= self._made_target(source, target, labels)
         if use_cache is None:
-            use_cache = self.config.decoder.use_cache and not self.training and labels is None
+            use_cache = self.config.use_cache and not self.training and labels is None
         cache = given_cache(cache, past_key_values)
         sides = self.base_model.run(source, target, encoder_outputs, cache, use_cache, **kwargs)
         return self._outputs(sides, labels, num_items_in_batch)
@@ -320,8 +321,12 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         }
         in_graph = encoder_outputs is None and source["input_features"] is None and cache is None
         in_graph = in_graph and not use_cache and runs_in_graph(self.decoder, **asked)
+        encoder_fields = {name: source[name] for name in FIELDS if source[name] is not None}
+        read_by_encoder = self.encoder.fields_read()
+        warn_of_unread_fields(self, encoder_fields, read_by_encoder | self.decoder.fields_read())
         if encoder_outputs is None:
-            encoder, encoder_layout = encoded(self.encoder, **source, **asked, in_graph=in_graph)
+            own = source | {name: None for name in FIELDS if name not in read_by_encoder}
+            encoder, encoder_layout = encoded(self.encoder, **own, **asked, in_graph=in_graph)
         else:
             encoder, encoder_layout = self._given(encoder_outputs, source)
         tokens, seen, mask = self._target_tokens(target), columns_seen(cache), target["attention_mask"]
@@ -339,7 +344,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
             cache=cache,
             encoder_hidden_states=encoder.last_hidden_state,
             encoder_layout=encoder_layout,
-            encoder_fields={name: source[name] for name in FIELDS if source[name] is not None},
+            encoder_fields=encoder_fields,
             return_dict=True,
         )
         current = layout if cache is None else last_columns(layout, tokens.shape[1])
@@ -464,9 +469,15 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
             labels, decoder_lengths (`Tensor`, *optional*): Of the targets, in a batch of training; not read here.
 
         Raises:
-            ValueError: `decoder_lengths` come with `decoder_input_ids`, which are prompts; or prompts do not end in the
-                last column.
+            ValueError: Sources do not come in rows; `decoder_lengths` come with `decoder_input_ids`, which are prompts;
+                or prompts do not end in the last column.
         """
+        sources = next(
+            (kwargs[name] for name in SOURCE_INPUTS if kwargs.get(name) is not None), args[0] if args else None
+        )
+        lengths = kwargs.get("lengths")
+        if sources is not None and lengths is not None and len(lengths) != len(sources):
+            raise ValueError(f"sources must have a row each; got {len(lengths)} in {len(sources)} rows")
         if decoder_lengths is not None and kwargs.get("decoder_input_ids") is not None:
             raise ValueError(
                 "`decoder_lengths` must be None with `decoder_input_ids`: pad prompts on the left and give their "

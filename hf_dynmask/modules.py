@@ -22,7 +22,7 @@ from .cached import given_cache
 from .configuration_dynmask import DynMaskConfig, masks_of
 from .features import DynMaskFeatureEmbeddings
 from .graph import GraphLayout, attend
-from .layout import Group, SequenceLayout, outside_graph
+from .layout import SequenceLayout, outside_graph
 from .masks import TopK, parse
 from .plan import MaskPlan
 
@@ -56,7 +56,9 @@ def embed_tokens(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) ->
 @outside_graph
 def _embed_rows(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
     layout = layout.settled() if isinstance(layout, GraphLayout) else layout
-    groups = [group for group in layout.groups if group.length] or [Group(length=0, count=1)]
+    groups = [group for group in layout.groups if group.length]
+    if not groups:  # no row to scale noise by
+        return nn.functional.embedding(input_ids, table.weight)
     pieces = input_ids[0].split([group.length * group.count for group in groups])
     rows = [table(ids.view(group.count, group.length)).flatten(0, 1) for ids, group in zip(pieces, groups, strict=True)]
     return torch.cat(rows)[None]

@@ -44,8 +44,9 @@ from .modeling_dynmask_seq2seq import (
     DynMaskSeq2SeqModel,
 )
 from .stock import dynmask_attention_forward
-from .stock_batches import NAME, prepare
+from .stock_batches import NAME
 from .stock_masks import dynmask_mask
+from .stock_models import settled
 
 AUTO_CLASSES = {
     DynMaskConfig: {
@@ -95,16 +96,15 @@ def _prepare_stock_models() -> None:
     """Have stock models made ready where they settle on an `attn_implementation`.
 
     Transformers accepts a registered name for every model. One with attention code of its own would silently run that,
-    and many hand `position_ids` to no layer: the sequences of a flat batch would mix.
+    and one that has saved a mask would run without it.
     """
     settle = PreTrainedModel.get_correct_attn_implementation
-    if hasattr(settle, "__wrapped__"):
+    if hasattr(settle, "settles_dynmask"):  # `wraps` of others hands it on
         return
 
     @wraps(settle)
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
-        if requested_attention == NAME:
-            prepare(self)
-        return settle(self, requested_attention, is_init_check)
+        return settle(self, settled(self, requested_attention), is_init_check)
 
+    get_correct_attn_implementation.settles_dynmask = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation

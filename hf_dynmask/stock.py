@@ -1,6 +1,6 @@
 """`attn_implementation="dynmask"` for stock models: attention, and the choice of a mask.
 
-A stock model that is to run with it is made ready by [`prepare`] of `stock_batches`. Transformers then calls two
+A stock model that is to run with it is made ready by [`prepare`] of `stock_models`. Transformers then calls two
 functions: `dynmask_mask` of `stock_masks`, and in every layer [`dynmask_attention_forward`] with what that handed out.
 
 Shape legend: B rows, Tq and Tk columns of queries and keys, H heads, D and Dv head sizes.
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import masks
 from .attention import dynmask_attention
 from .layout import outside_graph
-from .masks import Mask, parse
 from .plan import MaskPlan
-from .stock_batches import NAME, current_batches, has_cross_attention
-from .stock_masks import CONFIG_ENTRY, StockMask
+from .stock_batches import CONFIG_ENTRY, NAME, current_batches
+from .stock_masks import StockMask
+from .stock_models import check_mask, warn_of_adapters
 
 # Arguments of some models' attention that change what is seen, and that no expression stands for.
 UNSERVED_ARGUMENTS = ("block_indices", "cache", "indices", "sinks")
@@ -45,31 +44,14 @@ def set_mask(model: PreTrainedModel, text: str | None) -> None:
         model.set_mask(text)  # type: ignore[operator]
         return
     if text is not None:
-        _check_expression(parse(text))
-        _check_model(model)
+        check_mask(model, text)
+        if model.config._attn_implementation != NAME:
+            raise ValueError(
+                f"`model` must run with attn_implementation='{NAME}'; {type(model).__name__} runs with "
+                f"'{model.config._attn_implementation}'"
+            )
     setattr(model.config, CONFIG_ENTRY, text)
-
-
-def _check_expression(mask: Mask) -> None:
-    for leaf, why in (
-        (masks.TopK, "needs scores that a stock model does not learn"),
-        (masks.Dense, "reads the `attention_mask` that a stock model keeps to itself"),
-        (masks.Custom, "cannot be saved with a configuration"),
-    ):
-        if mask.holds(leaf):
-            raise ValueError(f"the mask of a stock model must do without `{leaf.name}`, which {why}; got '{mask}'")
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    config, name = model.config, type(model).__name__
-    if config._attn_implementation != NAME:
-        raise ValueError(
-            f"`model` must run with attn_implementation='{NAME}'; {name} runs with '{config._attn_implementation}'"
-        )
-    if config.sub_configs:
-        raise ValueError(f"`model` must be one part of a model; {name} has the parts {', '.join(config.sub_configs)}")
-    if has_cross_attention(config):
-        raise ValueError(f"`model` must have self-attention alone; {name} has cross-attention")
+    warn_of_adapters(model)
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -125,7 +107,7 @@ def dynmask_attention_forward(
                 f"{type(module).__name__} must have as many queries and keys as its mask was made for, "
                 f"{attention_mask.shape[2:]}; got {(query.shape[2], key.shape[2])}"
             )
-        answer = attention_mask.answer(query, has_bias=bias is not None)
+        answer = attention_mask.answer(query, kwargs, has_bias=bias is not None)
     else:
         _check_unnoted(module, query, attention_mask)
         answer, added = _unnoted(module, query, key, attention_mask, is_causal)
@@ -160,7 +142,7 @@ def _check_unnoted(module: nn.Module, query: Tensor, mask: Tensor | None) -> Non
     if not batches:
         return
     batch = batches[-1]
-    if batch.cu_seq_lens(query.device) is not None if batch.has_explicit_mask else batch.is_flat:
+    if batch.is_told_flat if batch.has_explicit_mask else batch.is_flat:
         raise ValueError(
             f"a flat batch needs layers that are given the model's mask; {type(module).__name__} got {given}"
         )

@@ -10,7 +10,7 @@ Shape legend: B rows, T (Tq, Tk) columns of queries and keys, H heads, D head si
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -24,9 +24,21 @@ from .fields import Fields
 from .layout import outside_graph
 from .masks import Mask, allowed_by_head, parse
 from .plan import MaskPlan
-from .stock_batches import NAME, Batch, current_batches, first_and, has_cross_attention, layout_of, meeting, restarts
+from .stock_batches import (
+    CONFIG_ENTRY,
+    FLAT_ARGUMENTS,
+    NAME,
+    Batch,
+    check_same,
+    current_batches,
+    first_and,
+    has_cross_attention,
+    has_neftune,
+    layout_of,
+    meeting,
+    restarts,
+)
 
-CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` keeps its text in a stock model's configuration
 _FAR = 2**31  # beyond any position
 
 
@@ -144,9 +156,6 @@ def dynmask_mask(
     """
     if isinstance(attention_mask, StockMask):  # `generate` has made it ahead of the forward pass
         return attention_mask
-    batches = current_batches()
-    if attention_mask is None and batches:
-        attention_mask = batches[-1].padding(kv_length, device)
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     text = getattr(config, CONFIG_ENTRY, None)
     return StockMask(
@@ -210,11 +219,12 @@ class StockMask:
             f"this {self.model_type} model computes with one (`{operation}`)"
         )
 
-    def answer(self, query: Tensor, has_bias: bool = False) -> MaskPlan | Tensor:
+    def answer(self, query: Tensor, passed: Mapping[str, Any], has_bias: bool = False) -> MaskPlan | Tensor:
         """A plan, where the mask has an expression and every key is a query too; else the mask cell by cell.
 
         Args:
             query (`Tensor` of shape `(B, H, Tq, D)`): The queries of the layer that asks.
+            passed (`Mapping[str, Any]`): What the model hands on to the attention of its layers.
             has_bias (`bool`, *optional*, defaults to `False`): Whether a bias of the scores stands for positions.
 
         Returns:
@@ -225,9 +235,10 @@ class StockMask:
         """
         key = (query.shape[1], query.device)
         if key not in self._answers:
-            starts = self._starts(current_batches(), has_bias)
+            batches = current_batches()
+            starts = self._starts(batches, has_bias) if batches else self._check_rows(passed)
             if self._is_square and self._expression is not None:
-                self._answers[key] = self._plan(self._expression, starts, query.device)
+                self._answers[key] = self._plan(self._expression, starts, passed, query.device)
             else:
                 self._answers[key] = self._cells(starts, query.shape[1]).to(query.device)
         return self._answers[key]
@@ -251,7 +262,7 @@ class StockMask:
         band = None if self._known.expression is None else self._known.expression.band()
         return self.chosen is None and band is not None and band[0] == band[1]
 
-    def _present(self, side: int) -> Tensor | None:
+    def present(self, side: int) -> Tensor | None:
         """Bool `(B, T)`: which columns of the queries (0) or the keys (1) hold a token; `None`: all."""
         first = self.offsets[side]
         return None if self.padding is None else self.padding[:, first : first + self.shape[2 + side]]
@@ -260,21 +271,12 @@ class StockMask:
 
     def _starts(self, batches: tuple[Batch, ...], has_bias: bool) -> Tensor | None:
         """Bool `(B, T)`: the columns at which sequences begin; `None`: each row is one sequence."""
-        if not batches:
-            raise ValueError(
-                f"attn_implementation='{NAME}' must know what the {self.model_type} model is given: call the model, "
-                "`model(...)`; got a call of a part of it, or of `model.forward`"
-            )
         batch = batches[-1]
         crosses = any(has_cross_attention(outer.model.config) for outer in batches)
         by_positions = None
-        position_ids = batch.tensor("position_ids", self.device)
-        may_cross = crosses and self._may_cross
-        if position_ids is not None and position_ids.shape[1:] == (self.shape[2],) and not may_cross:
-            self._check_continued(position_ids)
-            by_positions = restarts(position_ids.expand(self.shape[0], -1), self._present(0))
-        cu_seq_lens, of_keys = batch.cu_seq_lens(self.device), batch.tensor("cu_seq_lens_k", self.device)
-        starts = by_positions if cu_seq_lens is None else self._checked(cu_seq_lens, of_keys, by_positions)
+        if not (crosses and self._may_cross):
+            by_positions = self._by_positions(batch.given.get("position_ids"))
+        starts = by_positions if batch.starts is None else self._told(batch, by_positions)
         if starts is None or not bool(starts[:, 1:].any()):
             return None
         self._check_flat(batch, crosses, counts_columns=by_positions is None and not has_bias)
@@ -282,29 +284,46 @@ class StockMask:
             heeded.is_heeded = True
         return starts
 
-    def _checked(self, cu_seq_lens: Tensor, of_keys: Tensor | None, by_positions: Tensor | None) -> Tensor:
-        """Bool `(1, T)`: what `cu_seq_lens` say, if nothing contradicts them."""
-        rows, _, width, _ = self.shape
-        if rows != 1 or int(cu_seq_lens[-1]) != width:
+    def _check_rows(self, passed: Mapping[str, Any]) -> None:
+        """Without its forward pass's arguments, a model can take rows alone; raises if what it hands on says more."""
+        told = [name for name in FLAT_ARGUMENTS if passed.get(name) is not None]
+        starts = self._by_positions(passed.get("position_ids"))
+        if self._known.is_packed or starts is not None and bool(starts[:, 1:].any()):
+            told.append("position_ids")
+        if told:
             raise ValueError(
-                f"`cu_seq_lens_q` must be of one row and end at its width; got an end of {int(cu_seq_lens[-1])} for "
-                f"{rows} rows of width {width}"
+                f"`{told[0]}` must be given to a model that is made ready for attn_implementation='{NAME}'; this "
+                f"{self.model_type} model is not, or its `forward` was replaced "
+                f"(`model.set_attn_implementation('{NAME}')` makes it ready)"
             )
-        if of_keys is not None and not torch.equal(of_keys, cu_seq_lens):
+
+    def _by_positions(self, position_ids: Tensor | None) -> Tensor | None:
+        """Bool `(B, T)`: the columns at which positions start again; `None` where they are not of the queries."""
+        if position_ids is None or position_ids.shape[1:] != (self.shape[2],):
+            return None
+        position_ids = position_ids.to(self.device)
+        self._check_continued(position_ids)
+        return restarts(position_ids.expand(self.shape[0], -1), self.present(0))
+
+    def _told(self, batch: Batch, by_positions: Tensor | None) -> Tensor:
+        """Bool `(B, T)`: where the batch has told that sequences begin, if this fits the mask and the positions."""
+        starts = batch.starts.to(self.device)  # type: ignore[union-attr]
+        if (self.shape[0], self.shape[2]) != starts.shape:
             raise ValueError(
-                f"`cu_seq_lens_k` must equal `cu_seq_lens_q`, {cu_seq_lens.tolist()}; got {of_keys.tolist()}"
+                f"`{batch.told_by}` must be of the mask's queries, of shape {(self.shape[0], self.shape[2])}; got "
+                f"{tuple(starts.shape)}"
             )
-        starts = torch.zeros(1, width + 1, dtype=torch.bool, device=self.device)
-        starts = starts.index_fill(1, cu_seq_lens.long(), True)[:, :width]
-        if by_positions is not None and not torch.equal(by_positions, starts):
-            raise ValueError(
-                f"`position_ids` must begin anew where `cu_seq_lens_q` does, {cu_seq_lens.tolist()}; they begin at "
-                f"{by_positions[0].nonzero().flatten().tolist()}"
-            )
+        if by_positions is not None:
+            check_same(batch.told_by, starts, "position_ids", by_positions)
         return starts
 
     def _check_flat(self, batch: Batch, crosses: bool, counts_columns: bool) -> None:
         model = f"this {self.model_type} model"
+        if has_neftune(batch.model):
+            raise ValueError(
+                "NEFTune must have rows: its noise falls with the width of a row, which in a flat batch is that of all "
+                "sequences together; got a flat batch"
+            )
         if crosses:
             raise ValueError(f"a flat batch needs a model without cross-attention; {model} has it")
         if counts_columns:
@@ -336,11 +355,14 @@ class StockMask:
 
     # --- Plans and cells ---
 
-    def _plan(self, expression: Mask, starts: Tensor | None, device: torch.device) -> MaskPlan:
-        fields = {name: value for name in expression.fields if (value := _field(name, device)) is not None}
+    def _plan(
+        self, expression: Mask, starts: Tensor | None, passed: Mapping[str, Any], device: torch.device
+    ) -> MaskPlan:
+        given = [passed, *(batch.given for batch in current_batches())]
+        fields = {name: each[name].to(device) for name in expression.fields for each in given if _has(each, name)}
         if self.chosen is None and self._known.block_ids is not None:
             fields["segment_ids"] = _unique_where_negative(self._known.block_ids).to(device)
-        present = self._present(0)
+        present = self.present(0)
         rows = first_and(torch.zeros(self.shape[0], self.shape[2] - 1, dtype=torch.bool, device=self.device))
         if starts is None and present is not None and self._may_cross:
             layout, key_layout = layout_of(rows, None), layout_of(rows, present, by_column=True).to(device)
@@ -353,7 +375,7 @@ class StockMask:
             return self._chosen_cells(self.chosen, heads)
         function = self.function
         if starts is not None and not self._known.is_packed:
-            layout = layout_of(starts, self._present(0))
+            layout = layout_of(starts, self.present(0))
             function = _in_each_sequence(function, starts.cumsum(1), layout.unflatten(layout.positions[None]))
         return masking_utils.sdpa_mask(  # type: ignore[return-value]
             *(self.shape[0], *self.shape[2:], *self.offsets),
@@ -374,7 +396,7 @@ class StockMask:
         )
         real = j < self.offsets[0] + self.shape[2]  # a static cache has room beyond the queries
         if self.padding is not None:
-            real = real & self._present(1)[:, None]  # type: ignore[index]
+            real = real & self.present(1)[:, None]  # type: ignore[index]
             left = self.padding.int().argmax(1)[:, None, None]
             i, j = i - left, j - left
         return allowed_by_head(mask, heads, i[..., None], j[:, :, None], Fields()) & real[:, :, None]
@@ -385,7 +407,5 @@ def _unique_where_negative(block_ids: Tensor) -> Tensor:
     return torch.where(block_ids < 0, -1 - torch.arange(block_ids.shape[1], device=block_ids.device), block_ids)
 
 
-def _field(name: str, device: torch.device) -> Tensor | None:
-    """A field for the chosen expression: an argument of the innermost model that has it."""
-    found = (batch.tensor(name, device) for batch in reversed(current_batches()))
-    return next((value for value in found if value is not None), None)
+def _has(given: Mapping[str, Any], name: str) -> bool:
+    return given.get(name) is not None

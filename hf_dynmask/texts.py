@@ -8,6 +8,7 @@ from typing import Any
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
 TEXT = ("string", "large_string")  # types of columns
+SAVED = ("state.json", "dataset_dict.json")  # files that `save_to_disk` writes, of one data set or of its splits
 
 
 def read_dataset(source: str, split: str = "train") -> Any:
@@ -15,8 +16,10 @@ def read_dataset(source: str, split: str = "train") -> Any:
     One split of a data set.
 
     Args:
-        source (`str`): A Hub id; a local file of csv, json, parquet or text (a row a line); or a folder of such files.
-        split (`str`, *optional*, defaults to `"train"`): The split. A file is one, `"train"`.
+        source (`str`): A Hub id; a local file of csv, json, parquet or text (a row a line); a folder of such files; or
+            one written by `save_to_disk`.
+        split (`str`, *optional*, defaults to `"train"`): The split. A file is one, `"train"`, and so is a folder to
+            which a single data set was saved.
 
     Returns:
         `datasets.Dataset`
@@ -37,6 +40,8 @@ def read_dataset(source: str, split: str = "train") -> Any:
             f"samples are the recipes': run `python recipes/command.py` in place of `hf-dynmask`; got {source}"
         )
     path = Path(source)
+    if any((path / name).is_file() for name in SAVED):
+        return _split_of(datasets.load_from_disk(source), split)
     if not path.is_file():
         return datasets.load_dataset(source, split=split)
     ending = path.suffix.removeprefix(".")
@@ -47,6 +52,13 @@ def read_dataset(source: str, split: str = "train") -> Any:
         return datasets.load_dataset(FORMATS[ending], data_files=os.path.abspath(path), split=split, **options)
     except DatasetGenerationError as error:
         raise ValueError(f"{source} cannot be read as {FORMATS[ending]}: {error.__cause__ or error}") from error
+
+
+def _split_of(saved: Any, split: str) -> Any:
+    splits = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
+    if split not in splits:
+        raise ValueError(f"the split must be one of {', '.join(map(repr, splits))}; got {split!r}")
+    return splits[split]
 
 
 def text_column(dataset: Any, column: str | None = None) -> list[str]:

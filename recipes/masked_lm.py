@@ -84,12 +84,11 @@ class MaskedLMTrainer(DynamicMaskingMixin, Trainer):
 
 
 class PaddedRows(DataCollatorForDynamicMasking):
-    """The same targets with an attention mask, for stock models."""
+    """The same targets with an attention mask alone, for stock models."""
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(features)
-        places = torch.arange(batch["input_ids"].shape[1])
-        batch["attention_mask"] = (places < batch.pop("lengths")[:, None]).long()
+        del batch["lengths"]
         return batch
 
 

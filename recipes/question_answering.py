@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(training.seed)
     settings = dropout_of(recipe.dropout)
     model = load_model(checkpoint, "question-answering", AutoModelForQuestionAnswering, **settings)
-    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer))}
+    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer, count_answers=True))}
     if recipe.baseline:
         contenders["stock"] = (to_transformers(model), DataCollatorWithPadding(tokenizer))
     evaluation = Evaluation(data["test"], list(questions["test"]["context"]), references)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, config
+from datasets import Dataset, DatasetDict, NamedSplit, config
 from matplotlib import image, pyplot
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -134,6 +134,12 @@ def test_tokens_need_no_tokenizer(tmp_path):
     BERT.save_pretrained(tmp_path)
     found = audited({"input_ids": [[2] * length for length in LENGTHS]}, str(tmp_path))
     assert found.sizes == [(length,) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_padding_in_the_data_is_not_counted(form, model):
+    data = {"input_ids": [[2, 2, 0, 0], [2, 0, 0, 0]], "attention_mask": [[1, 1, 0, 0], [0, 1, 1, 1]], "length": [4, 4]}
+    assert audit_dataset(Dataset.from_dict(data).with_format(form), model, 4).sizes == [(2,), (3,)]
 
 
 @pytest.mark.parametrize(
@@ -297,6 +303,38 @@ def test_a_split_that_is_not_there(model, tmp_path):
     result = run(tmp_path / "data.txt", "--model", model, "--split", "held_out")
     assert result.exit_code == 2
     assert 'error: Unknown split "held_out"' in result.stderr
+
+
+@pytest.mark.parametrize("split", [[], ["--split", "train"]])
+def test_a_folder_of_a_saved_data_set(split, model, tmp_path):
+    data = Dataset.from_dict({"text": TEXTS})
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "splits")
+    for folder in ("one", "splits"):
+        assert "10 examples, 89 tokens" in run(tmp_path / folder, "--model", model, *split).output
+    assert "1 examples, 3 tokens" in run(tmp_path / "splits", "--model", model, "--split", "test").output
+
+
+def test_a_saved_split_has_its_own_name(model, tmp_path):
+    Dataset.from_dict({"text": TEXTS}, split=NamedSplit("test")).save_to_disk(tmp_path / "data")
+    for split in ([], ["--split", "test"]):
+        assert "10 examples, 89 tokens" in run(tmp_path / "data", "--model", model, *split).output
+
+
+def test_a_split_that_was_not_saved(model, tmp_path):
+    data = Dataset.from_dict({"text": TEXTS})
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
+    for folder, known in (("one", "'train'"), ("splits", "'train', 'test'")):
+        result = run(tmp_path / folder, "--model", model, "--split", "held_out")
+        assert result.exit_code == 2
+        assert result.stderr == f"error: the split must be one of {known}; got 'held_out'\n"
+
+
+def test_a_saved_data_set_of_tokens(model, tmp_path):
+    rows = {"input_ids": [[2] * length for length in LENGTHS], "labels": list(range(10))}
+    Dataset.from_dict(rows).with_format("torch").save_to_disk(tmp_path / "data")
+    assert "10 examples, 89 tokens" in run(tmp_path / "data", "--model", model).output
 
 
 def test_without_datasets(monkeypatch, model):

@@ -117,6 +117,7 @@ def test_an_assistant_changes_no_token(stock, model, prompts):
         expected = new_tokens(model, inputs, min_new_tokens=NEW)
         assert new_tokens(model, inputs, min_new_tokens=NEW, assistant_model=assistant) == expected
         assert new_tokens(model, inputs, min_new_tokens=NEW, prompt_lookup_num_tokens=2) == expected
+        assert new_tokens(stock, inputs, min_new_tokens=NEW, assistant_model=assistant) == expected
 
 
 class Collected(BaseStreamer):

@@ -41,6 +41,7 @@ SIZES |= {"num_hidden_layers": 2, "hidden_dropout_prob": 0.0, "attention_probs_d
 RECURRENT: dict[str, Any] = {"hidden_size": 8, "vocab_size": VOCABULARY, "hidden_dropout_prob": 0.0}
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0, "a": 1})), pad_token="[PAD]")
 ROWS, FLAT = DataCollatorWithLengths(TOKENIZER), DataCollatorWithLengths(TOKENIZER, flat=True)
+ANSWERS, FLAT_ANSWERS = (DataCollatorWithLengths(TOKENIZER, flat=flat, count_answers=True) for flat in (False, True))
 PAIRS, FLAT_PAIRS = (DataCollatorForSeq2SeqWithLengths(TOKENIZER, flat=flat) for flat in (False, True))
 
 # --- Examples: of a number and a length, one whose share in the targets differs from that in the tokens ---------------
@@ -60,7 +61,7 @@ def some_tokens(k, length):
 
 def text(k, length):
     """The label of the first token is no target; the Trainer, which counts targets, must not take it for one."""
-    return {"input_ids": ids(k, length), "labels": [-100, *ids(k, length)[1:]]}
+    return {"input_ids": ids(k, length), "labels": ids(k, length)}
 
 
 def one_class(k, length):
@@ -130,8 +131,8 @@ HEADS = {
     "a number": (dynmask(DynMaskForSequenceClassification, num_labels=1), a_number, ROWS),
     "several classes": (dynmask(DynMaskForSequenceClassification), several_classes, ROWS),
     "token classes": (dynmask(DynMaskForTokenClassification, num_labels=3), some_tokens, ROWS),
-    "answers": (dynmask(DynMaskForQuestionAnswering), an_answer, ROWS),
-    "answers, flat": (dynmask(DynMaskForQuestionAnswering), an_answer, FLAT),
+    "answers": (dynmask(DynMaskForQuestionAnswering), an_answer, ANSWERS),
+    "answers, flat": (dynmask(DynMaskForQuestionAnswering), an_answer, FLAT_ANSWERS),
     "choices": (dynmask(DynMaskForMultipleChoice), choices, collate_choices),
     "CTC": (dynmask(DynMaskForCTC, num_features=2, ctc_zero_infinity=True), frames, DataCollatorForFeatures()),
     "pairs": (seq2seq(DynMaskForConditionalGeneration), a_pair, PAIRS),

@@ -1,8 +1,10 @@
 """The Auto classes find DynMask models, also what was saved."""
 
+from functools import wraps
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, PreTrainedModel
 from transformers.utils.generic import find_labels
 
 from hf_dynmask import DynMaskConfig, DynMaskRecurrentConfig, DynMaskSeq2SeqConfig
@@ -47,3 +49,15 @@ def test_registering_again_changes_nothing():
     for config_class, auto_classes in AUTO_CLASSES.items():
         model = AutoModel.from_config(config_class(**SIZES, **SETTINGS[config_class]))
         assert type(model) is auto_classes[AutoModel]
+
+
+def test_registering_behind_the_wrapper_of_another_package(monkeypatch):
+    settle = PreTrainedModel.get_correct_attn_implementation
+
+    @wraps(settle)
+    def of_another(self, *args, **kwargs):
+        return settle(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "get_correct_attn_implementation", of_another)
+    register()
+    assert PreTrainedModel.get_correct_attn_implementation is of_another

@@ -121,7 +121,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xlm-roberta": SIZES,
     "xlm-roberta-xl": SIZES,
 }
-FAMILIES = {name: sizes for name, sizes in FAMILIES.items() if name in CONFIG_MAPPING}  # of this transformers
+# Served where they use the attention interface: since transformers 5.2x.
+MOVED: dict[str, dict[str, Any]] = {
+    name: GPT | {"n_inner": 40, "rotary_dim": 4}
+    for name in ("codegen", "gptj")
+    if AutoModel._model_mapping[CONFIG_MAPPING[name]]._can_set_attn_implementation()  # pyright: ignore[reportIndexIssue]
+}
+FAMILIES = {name: sizes for name, sizes in (FAMILIES | MOVED).items() if name in CONFIG_MAPPING}  # of this transformers
 ENCODERS = {"t5", "umt5"}  # of an encoder-decoder, alone
 ROUNDED_BY_OTHERS = {"gpt_oss"}  # its experts compute the tokens of all documents in one product
 
@@ -142,11 +148,12 @@ WITHOUT_FLAT: dict[str, tuple[dict[str, Any], str]] = {
     "umt5": (T5, "without cross-attention; this umt5 model has it"),  # its encoder alone says so too
 }
 # Not served: attention code of their own.
-OWN_ATTENTION = (
+OWN_ATTENTION = [
     *("big_bird", "bloom", "canine", "codegen", "convbert", "deberta", "deberta-v2", "falcon", "flaubert", "gpt_neo"),
     *("gptj", "ibert", "longformer", "luke", "megatron-bert", "mpnet", "mpt", "nystromformer", "openai-gpt"),
     *("rembert", "roformer", "squeezebert", "xglm", "xlm", "xlnet"),
-)
+]
+OWN_ATTENTION = [name for name in OWN_ATTENTION if name not in MOVED]
 
 
 SIZES_OF_DOCUMENTS = [5, 6, 9]

@@ -57,6 +57,7 @@ from .modernbert import MODERNBERT
 from .qwen import QWEN2, QWEN3
 from .roberta import ROBERTA
 from .weights import to_ours, to_theirs
+from .zero3 import whole_weights
 
 
 class Task(NamedTuple):
@@ -108,13 +109,17 @@ REQUIRED = {
     "position_embedding_type": "absolute",
 }
 
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+COMPILED = "_orig_mod."  # in names, where a part of a model is compiled
+ADAPTED = (".base_layer", ".original_module")  # what PEFT calls a layer that it puts its own around
+
 COMMON_FIELDS = {field.name for field in fields(PreTrainedConfig)}
 OUR_FIELDS = [field.name for field in fields(DynMaskConfig) if field.name not in COMMON_FIELDS]
 SIDES = tuple(DynMaskSeq2SeqConfig.sub_configs)
 
 
 def from_transformers(
-    source: str | os.PathLike | PreTrainedModel, task: str | None = None, **overrides: Any
+    source: str | os.PathLike | nn.Module, task: str | None = None, **overrides: Any
 ) -> DynMaskPreTrainedModel:
     r"""
     Makes a DynMask model of a stock checkpoint: the same weights bit for bit, the same outputs on real tokens.
@@ -123,7 +128,8 @@ def from_transformers(
         source (`str`, `os.PathLike` or [`PreTrainedModel`]):
             A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `distilbert`, `electra`,
             `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`;
-            or an encoder-decoder of type `bart` or `marian`. Sliding windows become mask expressions.
+            or an encoder-decoder of type `bart` or `marian`. Sliding windows become mask expressions. A loaded model
+            may be compiled, or stand in what parallel training puts around it; adapters of PEFT must be merged.
         task (`str`, *optional*):
             `"base"`, `"token-classification"` or `"question-answering"`; of an encoder `"masked-lm"`,
             `"sequence-classification"` or `"multiple-choice"`, of a decoder `"causal-lm"`; of ModernBERT `"base"` or
@@ -144,8 +150,8 @@ def from_transformers(
         over without a copy.
 
     Raises:
-        ValueError: The model type or the task is unknown; the stock model uses a feature without a counterpart; an
-            override cannot be applied; the weights do not fit.
+        ValueError: The model type or the task is unknown; the stock model has adapters, or uses a feature without a
+            counterpart; an override cannot be applied; the weights do not fit.
 
     Example:
 
@@ -156,7 +162,8 @@ def from_transformers(
     >>> causal = from_transformers("google-bert/bert-base-uncased", "masked-lm", mask="causal")
     ```
     """
-    if isinstance(source, PreTrainedModel):
+    if isinstance(source, nn.Module):
+        source = _plain(source)
         stock_config = copy.deepcopy(source.config)
         family = _family(stock_config.model_type)
         task = _task_of_model(source, task)
@@ -170,13 +177,16 @@ def from_transformers(
         task = _task_of_checkpoint(stock_config, task)
         set_on_ours, set_on_theirs = _split(overrides, stock_config)
         _check_supported(stock_config, task)
-        stock = TASKS[task].stock[type(stock_config)].from_pretrained(source, **set_on_theirs)
+        with whole_weights():
+            stock = TASKS[task].stock[type(stock_config)].from_pretrained(source, **set_on_theirs)
+        stock = _plain(stock)  # it may have come with an adapter
         stock_config = stock.config
     with no_init_weights():
         model = TASKS[task].ours_of(family)(_our_config(stock_config, task, **set_on_ours))
-    _check_tables(stock, family)
     links = family.links(task, model.base_model_prefix, stock.base_model_prefix, _num_layers(model.config))
-    weights = _weights(stock, family) if stock is not source else _cloned(_weights(stock, family))
+    with whole_weights(stock):
+        _check_tables(stock, family)
+        weights = _weights(stock, family) if stock is not source else _cloned(_weights(stock, family))
     _fill(model, to_ours(weights, links), family)
     _hand_on(stock, model)
     return model
@@ -187,7 +197,8 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     Makes a stock model of a DynMask model; undoes [`from_transformers`], every weight bit-equal.
 
     Args:
-        model ([`DynMaskPreTrainedModel`]): A model of this package. It is left as it is, and its weights are copied.
+        model ([`DynMaskPreTrainedModel`]): A model of this package, compiled or not, without adapters of PEFT. It is
+            left as it is, and its weights are copied.
         model_type (`str`, *optional*):
             A type that [`from_transformers`] takes. `None`: the one that the model was converted from.
 
@@ -197,7 +208,7 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
 
     Raises:
         ValueError: No model type is given or known; the type cannot represent the model (rotary positions, a mask other
-            than `"full"`, …); `model` is not a DynMask model.
+            than `"full"`, …); `model` is not a DynMask model, or has adapters.
 
     Example:
 
@@ -205,6 +216,7 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     >>> to_transformers(model).save_pretrained("for-everyone")
     ```
     """
+    model = _plain(model)
     task = next((task for task, (_, ours) in TASKS.items() if isinstance(model, ours)), None)
     if task is None:
         known = ", ".join(ours.__name__ for _, classes in TASKS.values() for ours in classes)
@@ -224,11 +236,29 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     with no_init_weights():
         stock = TASKS[task].stock[type(stock_config)](stock_config)
     links = family.links(task, model.base_model_prefix, stock.base_model_prefix, _num_layers(config))
-    _fill(stock, to_theirs(_cloned(_weights(model, family)), links, _weights(stock, family)), family)
+    with whole_weights(model):
+        weights = _cloned(_weights(model, family))
+    _fill(stock, to_theirs(weights, links, _weights(stock, family)), family)
     for table in _tables(stock, family).values():
         stock._init_weights(table.to(model.dtype))
     _hand_on(model, stock)
     return stock
+
+
+def _plain(model: nn.Module) -> Any:
+    """The model in what `torch.compile` and parallel training put around it.
+
+    Raises:
+        ValueError: It has adapters, which no model has a place for.
+    """
+    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, PARALLEL) else model.get_submodule("_orig_mod")
+    if hasattr(model, "get_base_model") or any(name.endswith(ADAPTED) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"a model must be converted without adapters, which would be lost; got a {type(model).__name__} with some. "
+            "Merge them, by the `merge_and_unload()` of PEFT, or convert its `get_base_model()` before they are added"
+        )
+    return model
 
 
 def _family(model_type: str) -> Family:
@@ -359,7 +389,7 @@ def _function(config: OurConfig, task: str) -> Settings:
             f"{side}.{name}": value for side in SIDES for name, value in _function(getattr(config, side), task).items()
         }
         return of_sides | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
-    unread = {"source_model_type", "layer_masks", "bos_token_id", "eos_token_id"}
+    unread = {"source_model_type", "layer_masks", "bos_token_id", "eos_token_id", "use_cache"}
     if task != "base":
         unread |= {"use_pooler"}
     if not config.add_cross_attention:
@@ -380,12 +410,14 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[
 def _weights(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
     """The weights of `model`, of tied ones only that to which the others are tied; without tables."""
     left_out = {*model.all_tied_weights_keys, *(f"{name}.weight" for name in _tables(model, family))}
-    return {name: weight for name, weight in model.state_dict().items() if name not in left_out}
+    weights = {name.replace(COMPILED, ""): weight for name, weight in model.state_dict().items()}
+    return {name: weight for name, weight in weights.items() if name not in left_out}
 
 
 def _tables(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:
     """The modules of a stock model whose weights follow from its code."""
-    return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in family.tables}
+    modules = ((name.replace(COMPILED, ""), module) for name, module in model.named_modules())
+    return {name: module for name, module in modules if name.rpartition(".")[2] in family.tables}
 
 
 def _check_tables(stock: PreTrainedModel, family: Family) -> None:

@@ -3,9 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,16 +12,28 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_dynmask import IGNORE_INDEX
-from ..modeling_dynmask_seq2seq import DynMaskSeq2SeqPreTrainedModel
-
-Columns = dict[str, list[Tensor]]  # one tensor an example
-ANSWER = ("start_positions", "end_positions")
-MAIN_COLUMNS = ("input_ids", "input_features")
+from .columns import (
+    ANSWER,
+    EXAMPLE,
+    LABELS,
+    MAIN_COLUMNS,
+    NEXT_TOKEN,
+    ROLES,
+    TOKEN,
+    Columns,
+    are_inputs,
+    check_roles,
+    check_sizes,
+    presence,
+    read_columns,
+    unknown_role,
+    without_absent,
+)
 
 
 class FlatBatch(dict[str, Any]):
     """A batch whose sequences stand end to end in one row, which cannot be split. Accelerate makes the parts of a batch
-    anew, by their class, when one process collates for all."""
+    by its class again when one process collates for all."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -42,32 +53,86 @@ class CollatorWithLengths(ABC):
     main: ClassVar[str]
     flat: bool
     label_pad_token_id: int
+    column_roles: Mapping[str, str] | None
+
+    def __post_init__(self):
+        check_roles(self.column_roles, [self.main])
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        columns = self._columns(features)
-        per_token = _per_token(columns, self.main)
-        if "attention_mask" in columns:
-            columns = _without_absent(columns, per_token)
+        columns, roles = self._present(features)
         lengths = torch.tensor([len(tokens) for tokens in columns[self.main]])
-        batch = {self.main: self._join(self.main, columns.pop(self.main)), "lengths": lengths}
+        if "lengths" in columns:
+            check_lengths(columns.pop("lengths"), lengths)
+        tokens = self._join(self.main, columns.pop(self.main))
+        if self.flat:  # Accelerate takes the size of the first tensor for the number of examples
+            batch = {"lengths": lengths, self.main: tokens}
+        else:
+            is_there = torch.arange(tokens.shape[1]) < lengths[:, None]
+            batch = {self.main: tokens, "lengths": lengths, "attention_mask": is_there.long()}
         for name, values in columns.items():
-            batch[name] = self._join(name, values) if name in per_token else self._stack(name, values)
+            batch[name] = self._stack(name, values) if roles[name] == EXAMPLE else self._join(name, values)
         return FlatBatch(batch) if self.flat else batch
+
+    def role(self, name: str, values: list[Tensor]) -> str:
+        """
+        The role of a column, `"token"` or `"example"`: by `column_roles`, else by its name.
+
+        Args:
+            name (`str`): As models call it.
+            values (`list[Tensor]`): Of each example. Numbers alone are of the example, and so are labels that are
+                floats.
+
+        Raises:
+            ValueError: The name is unknown.
+        """
+        given = check_roles(self.column_roles, [self.main])
+        if name in given or name in ROLES:
+            return given.get(name) or ROLES[name]
+        if not any(value.ndim for value in values):
+            return EXAMPLE
+        if name != "labels":
+            raise unknown_role(name)
+        return EXAMPLE if values[0].is_floating_point() else self.role_of_labels
+
+    role_of_labels: ClassVar[str] = TOKEN  # where they are lists of integers
+
+    def _present(self, features: Sequence[Mapping[str, Any]]) -> tuple[Columns, dict[str, str]]:
+        """The tokens that are there, in all columns, and the role of each column."""
+        columns = self._columns(features)
+        roles = {name: self.role(name, values) for name, values in columns.items()}
+        keep = presence(columns, self.main)
+        check_sizes(columns, roles, self.main)
+        self._settle_labels(columns, roles, keep)
+        columns.pop("attention_mask", None)
+        if keep is not None:
+            columns = without_absent(columns, roles, keep)
+        if self.flat and roles.get("labels") == NEXT_TOKEN:
+            columns["labels"] = [_without_first(labels) for labels in columns["labels"]]
+        return columns, roles
+
+    def _settle_labels(self, columns: Columns, roles: dict[str, str], keep: list[Tensor] | None) -> None:
+        """Find labels that are the next tokens, and raise a `ValueError` where absent tokens leave open whose they are:
+        a token that is not there has no label, and a list that goes with the whole example has one at every place."""
+        labels = columns.get("labels", [])
+        if "labels" in check_roles(self.column_roles, [self.main]) or not any(label.ndim for label in labels):
+            return
+        if roles["labels"] == TOKEN and are_inputs(labels, columns[self.main]):
+            roles["labels"] = NEXT_TOKEN
+            return
+        if labels[0].is_floating_point():
+            return
+        for label, kept in zip(labels, keep or (), strict=False):
+            of_absent = label[~kept] if label.shape[:1] == kept.shape else label[:0]
+            ignored = (IGNORE_INDEX, self.label_pad_token_id) if roles["labels"] == TOKEN else ()
+            if any(number not in ignored for number in of_absent.flatten().tolist()):
+                raise unknown_role("labels")
 
     def _columns(self, features: Sequence[Mapping[str, Any]]) -> Columns:
         """The numbers in the examples, checked, under the names that models give them."""
-        columns = _columns(features)
+        columns = read_columns(features)
         if self.main not in columns:
             raise ValueError(f"examples must have a column `{self.main}`; got {', '.join(columns) or 'no numbers'}")
         self._check_main(columns[self.main])
-        for mask, tokens in zip(columns.get("attention_mask", ()), columns[self.main], strict=False):
-            if mask.shape != tokens.shape[:1]:
-                raise ValueError(
-                    f"`attention_mask` of an example must hold 0 or 1 a token, shape {tuple(tokens.shape[:1])}; "
-                    f"got shape {tuple(mask.shape)}"
-                )
-        if "lengths" in columns:
-            raise ValueError(f"`lengths` must be left to the collator, which counts `{self.main}`; got a column of it")
         return columns
 
     @abstractmethod
@@ -83,7 +148,7 @@ class CollatorWithLengths(ABC):
         return pad_sequence(values, batch_first=True, padding_value=self._padding(name))
 
     def _padding(self, name: str) -> int:
-        return self.label_pad_token_id if name == "labels" else 0
+        return self.label_pad_token_id if name in ("labels", "shift_labels") else 0
 
     def _stack(self, name: str, values: list[Tensor]) -> Tensor:
         """A column per example as `(B, …)`."""
@@ -91,34 +156,38 @@ class CollatorWithLengths(ABC):
             return pad_sequence([_spans(value) for value in values], batch_first=True)
         shapes = [tuple(value.shape) for value in values]
         if len(set(shapes)) > 1:
-            raise ValueError(
-                f"column `{name}` must have one entry a token, or the same shape in every example; got shapes {shapes}"
-            )
+            raise ValueError(f"column `{name}` must have the same shape in every example; got shapes {shapes}")
         return torch.stack(values)
 
 
 @dataclass
 class DataCollatorWithLengths(CollatorWithLengths):
     """
-    Collates tokenized examples into a batch that carries `lengths` in place of an attention mask.
+    Collates tokenized examples into a batch that carries `lengths`, which is all that models need to know of padding.
 
-    Each column of the examples finds its place by its shape:
+    Each column of the examples has a role, by its name:
 
-    - **per token**: every example has one entry for each of its tokens (`token_type_ids`, `position_ids`,
-      `segment_ids`, integer labels of tokens, …). These are padded, or flattened, along with `input_ids`.
-    - **per example**: anything else (`label`, `start_positions`, `prefix_lengths`, …) is stacked, so it must have the
-      same shape in all examples. `hidden_spans` is one of these: examples with fewer spans get spans of length 0. Float
-      labels always are: targets of a regression, or of several labels.
+    - **per token**: an example has one entry for each of its tokens: `token_type_ids`, `position_ids`,
+      `special_tokens_mask`, `offset_mapping`, `word_ids`, `segment_ids`, `global_tokens`, `missing`, `inputs_embeds`,
+      `shift_labels`, and `labels` that are lists of integers. These are padded, or flattened, along with `input_ids`.
+    - **per example**: `start_positions`, `end_positions`, `prefix_lengths`, `mask_choice`, `hidden_spans`, `idx`,
+      `labels` that are floats (targets of a regression, or of several labels), and all columns of one number an
+      example. These are stacked, so they must have the same shape in all examples; but examples with fewer
+      `hidden_spans` get spans of length 0.
+
+    A list under any other name needs its role in `column_roles`.
 
     Integers, and booleans that are labels, become int64, floats float32; other booleans stay. `label` and `label_ids`
-    become `labels`, and text is left out, as in [`~transformers.default_data_collator`].
+    become `labels`, and text is left out, as in [`~transformers.default_data_collator`]. `None` in `word_ids`, for a
+    token that is in no word, becomes -1.
 
     Examples that come padded (`attention_mask` with zeros) lose their absent tokens first, wherever these stand;
-    `start_positions` and `end_positions` move along.
+    `start_positions` and `end_positions` move along. A column `lengths`, as a budget of tokens may read it, must hold
+    the number of tokens that are there.
 
-    Answers, as `start_positions` and `end_positions`, come with `labels` as well, if examples have none. A model for
-    question answering does not read these; the [`~transformers.Trainer`] counts them, and would otherwise weigh
-    batches alike that hold unlike numbers of answers.
+    **Flat batches of a causal model.** Nothing predicts the first token of a sequence, but in a row of several the
+    [`~transformers.Trainer`] would count it as a target. `labels` of which each is the next token's therefore become
+    -100 there. Without a role in `column_roles` they are taken for such where all that are not -100 equal `input_ids`.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
@@ -130,6 +199,15 @@ class DataCollatorWithLengths(CollatorWithLengths):
         return_position_ids (`bool`, *optional*, defaults to `False`):
             Give `position_ids` too, from 0 on in each sequence. The models count for themselves; TRL's `SFTTrainer`
             wants to see them.
+        column_roles (`Mapping[str, str]`, *optional*):
+            Roles of columns, in place of those by name: `"token"` or `"example"`; of labels also `"next_token"`, one a
+            token, which is predicted from the tokens before it.
+        count_answers (`bool`, *optional*, defaults to `False`):
+            Give answers (`start_positions`, `end_positions`) `labels` too, if examples have none. A
+            [`DynMaskForQuestionAnswering`] does not read these; the Trainer counts them, and so averages the loss over
+            the answers of all batches of a step, of which some may have more than others. [`TokenBudgetMixin`] does so
+            by itself. Not for `label_smoothing_factor`, which smooths all `labels`, nor for stock models, whose loss
+            does not know the count.
 
     Returns:
         `dict[str, Tensor]`:
@@ -137,14 +215,18 @@ class DataCollatorWithLengths(CollatorWithLengths):
         - `input_ids`, int64 `(B, T)`: from the left edge, whatever the tokenizer's `padding_side`; T is the longest
           sequence of the batch. With `flat`: `(1, N)`.
         - `lengths`, int64 `(B,)`: tokens of each sequence.
+        - `attention_mask`, int64 `(B, T)`: the same for code that asks for it, such as the Trainer's
+          `include_num_input_tokens_seen`; 1 where a token is. With `flat`: none.
         - columns per token: `(B, T, …)`, 0 (labels: `label_pad_token_id`) where no token is. With `flat`: `(1, N, …)`.
         - columns per example: `(B, …)`.
-        - `labels` of answers: int64 `(B,)`, `start_positions`, or -100 where the answer is not inside the sequence.
+        - `labels`, with `count_answers`: int64 `(B,)`, `start_positions`, or -100 where the answer is not inside the
+          sequence.
 
     Raises:
-        ValueError: There are no examples; `input_ids` is missing or not a list of integers; a column is missing in some
-            examples, is neither per token nor of one shape, or does not hold numbers or text; `lengths` is given; rows
-            must be padded and the tokenizer has no pad token.
+        ValueError: `column_roles` has an unknown role, or one that does not fit the column. When called: there are no
+            examples; `input_ids` is missing or not a list of integers; the role of a column is not known; a column does
+            not have the shape of its role, is missing in some examples, or does not hold numbers or text; labels are
+            text; `lengths` is wrong; rows must be padded and the tokenizer has no pad token.
 
     Example:
 
@@ -152,7 +234,8 @@ class DataCollatorWithLengths(CollatorWithLengths):
     >>> collator = DataCollatorWithLengths(tokenizer)
     >>> collator([{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}])
     {'input_ids': tensor([[5, 6, 7],
-            [8, 0, 0]]), 'lengths': tensor([3, 1]), 'labels': tensor([1, 0])}
+            [8, 0, 0]]), 'lengths': tensor([3, 1]), 'attention_mask': tensor([[1, 1, 1],
+            [1, 0, 0]]), 'labels': tensor([1, 0])}
     ```
     """
 
@@ -160,6 +243,8 @@ class DataCollatorWithLengths(CollatorWithLengths):
     flat: bool = False
     label_pad_token_id: int = -100
     return_position_ids: bool = False
+    column_roles: Mapping[str, str] | None = None
+    count_answers: bool = False
 
     main: ClassVar[str] = "input_ids"
 
@@ -167,8 +252,8 @@ class DataCollatorWithLengths(CollatorWithLengths):
         batch = super().__call__(features)
         if self.return_position_ids and "position_ids" not in batch:
             batch["position_ids"] = self._join("position_ids", [torch.arange(n) for n in batch["lengths"].tolist()])
-        if "labels" not in batch and all(name in batch for name in ANSWER):
-            batch["labels"] = _countable(batch)
+        if self.count_answers:
+            batch.update(counted_answers(batch))
         return batch
 
     def _check_main(self, values):
@@ -197,12 +282,14 @@ class DataCollatorForFeatures(CollatorWithLengths):
     Collates examples of frames (of speech, of an image's patches, of a time series) into a batch that carries
     `lengths`.
 
-    Columns find their place as in [`DataCollatorWithLengths`], with frames for tokens. One more kind: integer labels
-    of an example that are not one a frame are its target, as for [`DynMaskForCTC`], and are padded.
+    Columns have their roles as in [`DataCollatorWithLengths`], with frames for tokens, but for one: `labels` that are
+    lists of integers are targets of the examples, as for [`DynMaskForCTC`], and are padded. Labels of frames need
+    `column_roles={"labels": "token"}`.
 
     Args:
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
         label_pad_token_id (`int`, *optional*, defaults to -100): Label behind a target, and of a row's absent frames.
+        column_roles (`Mapping[str, str]`, *optional*): As there.
 
     Returns:
         `dict[str, Tensor]`:
@@ -210,13 +297,14 @@ class DataCollatorForFeatures(CollatorWithLengths):
         - `input_features`, float32 `(B, T, F)`: from the left edge; T is the longest sequence of the batch, and 0
           stands where no frame is. With `flat`: `(1, N, F)`.
         - `lengths`, int64 `(B,)`: frames of each sequence.
+        - `attention_mask`, int64 `(B, T)`: 1 where a frame is. With `flat`: none.
         - `labels` of targets: int64 `(B, L)`, with `flat` as well.
         - other columns as there.
 
     Raises:
-        ValueError: There are no examples; `input_features` is missing or not frames of numbers, as many in each; a
-            column is missing in some examples, is neither per frame nor of one shape, or does not hold numbers or text;
-            `lengths` is given.
+        ValueError: `column_roles` has an unknown role, or one that does not fit the column. When called: there are no
+            examples; `input_features` is missing or not frames of numbers, as many in each; another column is refused
+            as there.
 
     Example:
 
@@ -229,14 +317,18 @@ class DataCollatorForFeatures(CollatorWithLengths):
 
             [[2.0000],
              [0.0000],
-             [0.0000]]]), 'lengths': tensor([3, 1]), 'labels': tensor([[   4],
+             [0.0000]]]), 'lengths': tensor([3, 1]), 'attention_mask': tensor([[1, 1, 1],
+            [1, 0, 0]]), 'labels': tensor([[   4],
             [-100]])}
     ```
     """
 
     flat: bool = False
     label_pad_token_id: int = -100
+    column_roles: Mapping[str, str] | None = None
+
     main: ClassVar[str] = "input_features"
+    role_of_labels: ClassVar[str] = EXAMPLE
 
     def _columns(self, features):
         columns = super()._columns(features)
@@ -257,28 +349,37 @@ class DataCollatorForFeatures(CollatorWithLengths):
         return super()._stack(name, values)
 
 
+class MakesDecoderInputs(Protocol):
+    """An encoder-decoder, of this package or a stock one."""
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor: ...
+
+
 @dataclass
 class DataCollatorForSeq2SeqWithLengths:
     """
     Collates pairs of a source and a target into a batch that carries the lengths of both.
 
     The target are the columns `labels` and those whose names begin with `decoder_`; all others are the source. Columns
-    of a side find their place as in [`DataCollatorWithLengths`], the target's by the tokens of `labels`. A source of
-    frames, `input_features`, is collated as by [`DataCollatorForFeatures`].
+    of a side have their roles as in [`DataCollatorWithLengths`], under their names without `decoder_`; the target's
+    tokens are `labels`. A source of frames, `input_features`, is collated as by [`DataCollatorForFeatures`]. A column
+    `lengths` may count the tokens of the source, or of both sides.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
-        model ([`DynMaskForConditionalGeneration`], *optional*):
-            Makes decoder inputs of the labels, by its `prepare_decoder_input_ids_from_labels`. Label smoothing in the
-            [`~transformers.Trainer`] needs these. `None`: there are none, and a model makes its own.
+        model ([`DynMaskForConditionalGeneration`] or a stock model, *optional*):
+            Makes decoder inputs of the labels, by its `prepare_decoder_input_ids_from_labels`. They are needed where
+            the [`~transformers.Trainer`] takes the labels away from the model: with `label_smoothing_factor` or
+            `compute_loss_func`. `None`: there are none, and a model makes its own of the labels.
         flat (`bool`, *optional*, defaults to `False`): Put all sequences of a side end to end, without padding.
         label_pad_token_id (`int`, *optional*, defaults to -100): Label of the absent tokens of a row.
+        column_roles (`Mapping[str, str]`, *optional*): As there, by full names.
 
     Returns:
         `dict[str, Tensor]`:
 
-        - `input_ids (B, T)`, or `input_features (B, T, F)`, and `lengths (B,)`, with the source's other columns: as
-          from the collator of that side alone. With `flat`: `(1, N, …)`.
+        - `input_ids (B, T)`, or `input_features (B, T, F)`, `lengths (B,)` and `attention_mask (B, T)`, with the
+          source's other columns: as from the collator of that side alone. With `flat`: `(1, N, …)`, and no mask.
         - `labels`, int64 `(B, U)`: `label_pad_token_id` behind each target. With `flat`: `(1, M)`.
         - `decoder_lengths`, int64 `(B,)`: tokens of each target.
         - `decoder_input_ids`, int64, with `model`: of the shape of `labels`.
@@ -286,8 +387,8 @@ class DataCollatorForSeq2SeqWithLengths:
         Examples without a target give the source alone.
 
     Raises:
-        ValueError: A side is refused as there; a target has columns, but no `labels`, or these are not a list of
-            integers.
+        ValueError: A role is refused as there. When called: a side is refused as there; a target has columns, but no
+            `labels`, or these are not a list of integers; `lengths` counts neither the source nor both sides.
 
     Example:
 
@@ -295,144 +396,114 @@ class DataCollatorForSeq2SeqWithLengths:
     >>> collator = DataCollatorForSeq2SeqWithLengths(tokenizer)
     >>> collator([{"input_ids": [5, 6, 7], "labels": [8]}, {"input_ids": [9], "labels": [4, 5]}])
     {'input_ids': tensor([[5, 6, 7],
-            [9, 0, 0]]), 'lengths': tensor([3, 1]), 'labels': tensor([[   8, -100],
+            [9, 0, 0]]), 'lengths': tensor([3, 1]), 'attention_mask': tensor([[1, 1, 1],
+            [1, 0, 0]]), 'labels': tensor([[   8, -100],
             [   4,    5]]), 'decoder_lengths': tensor([1, 2])}
     ```
     """
 
     tokenizer: PreTrainedTokenizerBase
-    model: DynMaskSeq2SeqPreTrainedModel | None = None
+    model: MakesDecoderInputs | None = None
     flat: bool = False
     label_pad_token_id: int = -100
+    column_roles: Mapping[str, str] | None = None
+
+    def __post_init__(self):
+        check_roles(self.column_roles, [*LABELS, *MAIN_COLUMNS])
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        sources = [{name: feature[name] for name in feature if not _of_target(name)} for feature in features]
-        targets = [
-            {name.removeprefix("decoder_"): feature[name] for name in feature if _of_target(name)}
-            for feature in features
-        ]
-        batch = self._source_collator(sources)(sources)
+        sources = [_of_side(feature, target=False) for feature in features]
+        targets = [_of_side(feature, target=True) for feature in features]
+        given = read_columns([{"lengths": source.pop("lengths", None)} for source in sources]) if sources else {}
+        batch = self._source_collator(any("input_features" in source for source in sources))(sources)
+        counted = [batch["lengths"]]
         if any(targets):
             batch.update(self._target(targets))
+            counted.append(batch["lengths"] + batch["decoder_lengths"])
+        check_lengths(given.get("lengths", []), *counted)
         return batch
 
-    def _source_collator(self, sources: Sequence[Mapping[str, Any]]) -> CollatorWithLengths:
-        if any("input_features" in source for source in sources):
-            return DataCollatorForFeatures(flat=self.flat)
-        return DataCollatorWithLengths(self.tokenizer, flat=self.flat)
+    def role(self, name: str, values: list[Tensor]) -> str:
+        """The role of a column for the source's tokens, see [`DataCollatorWithLengths.role`]; a target's has none."""
+        return EXAMPLE if _of_target(name) else self._source_collator(name == "input_features").role(name, values)
+
+    def _source_collator(self, of_frames: bool) -> CollatorWithLengths:
+        roles = _of_side(self.column_roles or {}, target=False)
+        if of_frames:
+            return DataCollatorForFeatures(self.flat, column_roles=roles)
+        return DataCollatorWithLengths(self.tokenizer, self.flat, column_roles=roles)
 
     def _target(self, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        roles = {**_of_side(self.column_roles or {}, target=True), "labels": TOKEN}
+        collate = _DataCollatorForTargets(
+            self.tokenizer, self.flat, self.label_pad_token_id, column_roles=roles, model=self.model
+        )
         try:
-            batch = _DataCollatorForTargets(self.tokenizer, self.flat, self.label_pad_token_id)(targets)
+            batch = collate(targets)
         except ValueError as error:
             raise ValueError(f"of the target: {error}") from error
-        batch = {name if name == "labels" else f"decoder_{name}": values for name, values in batch.items()}
-        if self.model is not None and "decoder_input_ids" not in batch:
-            shifted = self.model.prepare_decoder_input_ids_from_labels(batch["labels"], batch["decoder_lengths"])
-            batch["decoder_input_ids"] = shifted
-        return batch
+        batch.pop("attention_mask", None)
+        return {name if name == "labels" else f"decoder_{name}": values for name, values in batch.items()}
 
 
+@dataclass
 class _DataCollatorForTargets(DataCollatorWithLengths):
     """A target alone, its columns without `decoder_`."""
 
+    model: MakesDecoderInputs | None = None
+
     main: ClassVar[str] = "labels"
+
+    def _present(self, features):
+        columns, roles = super()._present(features)
+        if self.model is not None and "input_ids" not in columns:
+            columns["input_ids"] = self._decoder_inputs(self.model, columns["labels"])
+            roles["input_ids"] = TOKEN
+        return columns, roles
+
+    def _decoder_inputs(self, model: MakesDecoderInputs, targets: list[Tensor]) -> list[Tensor]:
+        """What a model makes of labels in rows, the one form that all models know."""
+        width = max(1, *map(len, targets))
+        rows = torch.stack([pad(labels, (0, width - len(labels)), value=IGNORE_INDEX) for labels in targets])
+        inputs = model.prepare_decoder_input_ids_from_labels(labels=rows)
+        return [row[: len(labels)] for row, labels in zip(inputs, targets, strict=True)]
 
 
 def _of_target(name: str) -> bool:
-    return name in ("label", "label_ids", "labels") or name.startswith("decoder_")
+    return name in LABELS or name.startswith("decoder_")
 
 
-def _columns(features: Sequence[Mapping[str, Any]]) -> Columns:
-    """The numbers in the examples under the names that models give them."""
-    if not features:
-        raise ValueError("`features` must hold at least one example; got none")
-    columns: Columns = {}
-    for name in dict.fromkeys(name for feature in features for name in feature):
-        values = [feature.get(name) for feature in features]
-        if all(value is None for value in values):
-            continue
-        arrays = [_array(name, value, index) for index, value in enumerate(values)]
-        if any(isinstance(array, np.ndarray) and array.dtype.kind in "US" for array in arrays):
-            continue
-        target = "labels" if name in ("label", "label_ids") else name
-        if target in columns:
-            raise ValueError(f"examples must have one column of labels; got `{name}` next to another")
-        columns[target] = _alike([torch.as_tensor(array) for array in arrays], is_label=target == "labels")
-    return columns
+def _of_side(columns: Mapping[str, Any], target: bool) -> dict[str, Any]:
+    """The columns of a side, without `decoder_`."""
+    return {name.removeprefix("decoder_"): columns[name] for name in columns if _of_target(name) == target}
 
 
-def _array(name: str, value: Any, index: int) -> Tensor | np.ndarray:
-    if value is None:
-        raise ValueError(f"column `{name}` must be in every example; got none in example {index}")
-    if isinstance(value, Tensor):
-        return value
-    try:
-        array = np.array(value)
-        if array.dtype == object:  # data sets in NumPy format hand over lists of text as arrays of objects
-            array = np.array(array.tolist())
-    except ValueError:  # NumPy's word for a ragged list
-        array = np.array(None)
-    if array.dtype == object:
-        raise ValueError(f"column `{name}` must hold numbers, even lists of numbers, or text; got {value!r}")
-    return array
+def check_lengths(given: list[Tensor], *counted: Tensor) -> None:
+    """Raise a `ValueError` where a column `lengths` says something else of an example than what is counted."""
+    for index, length in enumerate(given):
+        known = [int(count[index]) for count in counted]
+        if length.ndim or length.is_floating_point() or int(length) not in known:
+            raise ValueError(
+                "column `lengths` must hold what the collator counts, or be left out: "
+                f"{' or '.join(map(str, known))} in example {index}; got {length.tolist()}"
+            )
 
 
-def _alike(tensors: list[Tensor], is_label: bool) -> list[Tensor]:
-    """The tensors in one dtype. An empty list has none of its own, nor a shape beyond its length."""
-    filled = [tensor for tensor in tensors if tensor.numel()]
-    if any(tensor.is_floating_point() for tensor in filled):
-        dtype = torch.float32
-    elif filled and not is_label and all(tensor.dtype == torch.bool for tensor in filled):
-        dtype = torch.bool
-    else:
-        dtype = torch.int64
-    inner = filled[0].shape[1:] if filled else ()
-    return [(tensor.reshape(0, *inner) if tensor.shape == (0,) else tensor).to(dtype) for tensor in tensors]
+def _without_first(labels: Tensor) -> Tensor:
+    """Labels for a row of several sequences, in which nothing predicts the first token of one."""
+    labels = labels.clone()
+    labels[:1] = IGNORE_INDEX
+    return labels
 
 
-def _per_token(columns: Columns, main: str) -> set[str]:
-    """Names of the columns that have an entry for each token."""
-    sizes = [len(tokens) for tokens in columns[main]]
-    return {
-        name
-        for name, values in columns.items()
-        if name != "hidden_spans"
-        and not (name == "labels" and values[0].is_floating_point())
-        and all(value.ndim and len(value) == size for value, size in zip(values, sizes, strict=True))
-        and len({value.shape[1:] for value in values}) == 1
-    }
-
-
-def _without_absent(columns: Columns, per_token: set[str]) -> Columns:
-    """The columns without the tokens at 0 of `attention_mask`, and without `attention_mask`."""
-    keep = [mask.bool() for mask in columns["attention_mask"]]
-    names = [name for name in columns if name != "attention_mask"]
-    if all(kept.all() for kept in keep):
-        return {name: columns[name] for name in names}
-    shortened = {}
-    for name in names:
-        values = zip(columns[name], keep, strict=True)
-        if name in per_token:
-            shortened[name] = [value[kept] for value, kept in values]
-        elif name in ANSWER:
-            shortened[name] = [_moved(position, kept) for position, kept in values]
-        else:
-            shortened[name] = columns[name]
-    return shortened
-
-
-def _moved(position: Tensor, kept: Tensor) -> Tensor:
-    """Where a token stands once the absent ones are gone. Positions outside the example say "no answer" and stay."""
-    inside = (position >= 0) & (position < len(kept))
-    before = pad(kept.cumsum(0), (1, 0))
-    return torch.where(inside, before[position.clamp(0, len(kept))], position)
-
-
-def _countable(batch: dict[str, Tensor]) -> Tensor:
-    """A label `(B,)` for each answer, -100 where it is not inside its sequence and so is no target."""
+def counted_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`labels (B,)` of a batch with answers and none of its own: -100 where an answer is not inside its sequence and so
+    is no target."""
+    if "labels" in batch or not all(name in batch for name in ("lengths", *ANSWER)):
+        return {}
     start, end = (batch[name].flatten() for name in ANSWER)
-    return start.where((start >= 0) & (end >= 0) & (torch.maximum(start, end) < batch["lengths"]), IGNORE_INDEX)
+    is_inside = (start >= 0) & (end >= 0) & (torch.maximum(start, end) < batch["lengths"])
+    return {"labels": start.where(is_inside, IGNORE_INDEX)}
 
 
 def _spans(value: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .collators import DataCollatorWithLengths
+from .columns import LABELS, check_roles
 
 STRATEGIES = ("token", "whole_word", "span")
 COLUMNS = ("special_tokens_mask", "word_ids", "idx")  # what the collator reads besides what models read
-LABELS = ("label", "label_ids", "labels")
 
 # In place of an epoch.
 UNKNOWN = -2
@@ -50,7 +50,7 @@ class DataCollatorForDynamicMasking:
     always the same, and none of the training's.
 
     **What an example is.** Its `input_ids`, without absent tokens. Copies of one text in a data set thus have the same
-    targets in an epoch, unless an integer column `idx` tells them apart.
+    targets in an epoch, unless a column `idx` tells them apart.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -78,13 +78,16 @@ class DataCollatorForDynamicMasking:
             Without `dynamic`, how many times targets are drawn; the epochs take turns. BERT has 10.
         seed (`int`, *optional*, defaults to 0): What the targets are drawn with.
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
+        column_roles (`Mapping[str, str]`, *optional*):
+            Roles of columns whose names do not tell them, as in [`DataCollatorWithLengths`].
 
-    The examples may have these columns, all of integers, which the batch has not:
+    The examples may have these columns, which the batch has not:
 
-    - `special_tokens_mask`, per token: 1 where no target may be, besides the special tokens.
-    - `word_ids`, per token: its word, as from [`~transformers.BatchEncoding.word_ids`]; `None` is allowed. Without it,
-      words begin where the tokenizer's vocabulary marks it, by `"Ġ"` or `"▁"`, or by `"##"` where they go on.
-    - `idx`, per example: see above.
+    - `special_tokens_mask`, integers, per token: 1 where no target may be, besides the special tokens.
+    - `word_ids`, integers, per token: its word, as from [`~transformers.BatchEncoding.word_ids`]; `None`, or NaN, as
+      data sets in NumPy or PyTorch format have it for `None`, is in no word. Without it, words begin where the
+      tokenizer's vocabulary marks it, by `"Ġ"` or `"▁"`, or by `"##"` where they go on.
+    - `idx`, an integer or text, per example: see above.
 
     A stock Trainer drops them before the collator sees them; one with [`DynamicMaskingMixin`] does not.
 
@@ -94,14 +97,14 @@ class DataCollatorForDynamicMasking:
         - `input_ids`, int64 `(B, T)`, with `flat` `(1, N)`: most of the targets replaced.
         - `labels`, int64, same shape: the tokens that were at the targets, -100 elsewhere. They take the place of any
           labels that the examples have.
-        - `lengths`, int64 `(B,)`, and other columns: as from [`DataCollatorWithLengths`].
+        - `lengths`, int64 `(B,)`, `attention_mask` and other columns: as from [`DataCollatorWithLengths`].
 
     Raises:
         ValueError: The tokenizer has no mask token; the strategy is unknown; a probability is out of range, or
             `mask_replace_prob` and `random_replace_prob` exceed 1 in sum; `mlm_probability` is no schedule of epochs,
             or is one without `dynamic`; `copies` is no count, or is given with `dynamic`; `seed` is no integer of at
-            least 0. When called: nobody told the epoch; a column has a wrong type or shape; nothing says where words
-            begin; the examples are refused as there.
+            least 0; `column_roles` has an unknown role. When called: nobody told the epoch; a column has a wrong type
+            or shape; nothing says where words begin; the examples are refused as there.
 
     Example:
 
@@ -124,6 +127,7 @@ class DataCollatorForDynamicMasking:
     copies: int = 1
     seed: int = 0
     flat: bool = False
+    column_roles: Mapping[str, str] | None = None
 
     _vocabulary: "_Vocabulary" = field(init=False, repr=False, compare=False)
     _epoch: Tensor = field(init=False, repr=False, compare=False)
@@ -164,7 +168,8 @@ class DataCollatorForDynamicMasking:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         epoch = self._epoch_in_force()
-        batch = DataCollatorWithLengths(self.tokenizer, flat=self.flat)([_without_labels(each) for each in features])
+        collate = DataCollatorWithLengths(self.tokenizer, flat=self.flat, column_roles=self.column_roles)
+        batch = collate([_without_labels(each) for each in features])
         columns = _columns(batch, features[0])
         ids = batch["input_ids"]
         batch["labels"] = torch.full_like(ids, -100)
@@ -286,10 +291,11 @@ def _shared(epoch: int) -> Tensor:
 
 
 def _without_labels(feature: Mapping[str, Any]) -> dict[str, Any]:
-    """An example without labels; special tokens, which are in no word, get -1 in `word_ids`."""
+    """An example without labels. An `idx` of text becomes a number."""
     kept = {name: value for name, value in feature.items() if name not in LABELS}
-    if isinstance(kept.get("word_ids"), list | tuple):
-        kept["word_ids"] = [-1 if word is None else word for word in kept["word_ids"]]
+    if isinstance(kept.get("idx"), str):
+        digest = hashlib.blake2b(kept["idx"].encode(), digest_size=8)
+        kept["idx"] = int.from_bytes(digest.digest(), "little", signed=True)
     return kept
 
 
@@ -346,6 +352,7 @@ def _spans(count: int, probability: float, uniform: np.ndarray, at_least_one: bo
 
 
 def _check(collator: DataCollatorForDynamicMasking) -> None:
+    check_roles(collator.column_roles, ["input_ids"])
     if collator.tokenizer.mask_token_id is None:
         raise ValueError(
             f"`tokenizer.mask_token` must be set, to stand for the targets; got a {type(collator.tokenizer).__name__} "

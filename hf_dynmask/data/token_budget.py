@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Sampler
+from transformers import DataCollatorForSeq2Seq
 
-from .collators import MAIN_COLUMNS, _columns, _per_token
+from .collators import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
+from .columns import EXAMPLE, MAIN_COLUMNS, model_name, read_columns
 
 logger = getLogger(__name__)
 
@@ -224,14 +226,20 @@ class TokenBudgetIterableDataset(IterableDataset):
 
 @dataclass
 class CollatorWithinBudget:
-    """A collator whose examples, cut to the budget if asked, and whose batches stay within a budget of tokens."""
+    """A collator whose examples, cut to the budget if asked, and whose batches stay within a budget of tokens. The
+    column that the budget is counted by is left out, but for `lengths`, which a collator may check."""
 
     collator: Callable[[list[Any]], Any]
     max_tokens: int
     truncate: bool
+    length_column: str = "length"
 
     def __call__(self, features: list[Any]) -> Any:
-        batch = self.collator(_truncated(features, self.max_tokens) if self.truncate else features)
+        if self.length_column != "lengths":
+            features = [_without(feature, self.length_column) for feature in features]
+        if self.truncate:
+            features = _truncated(features, self.max_tokens, _role(self.collator))
+        batch = self.collator(features)
         tokens = int(batch["lengths"].sum()) if "lengths" in batch else 0
         if tokens > self.max_tokens:
             raise ValueError(
@@ -239,6 +247,10 @@ class CollatorWithinBudget:
                 "made by do not fit the dataset"
             )
         return batch
+
+
+def _without(feature: Any, name: str) -> Any:
+    return {key: feature[key] for key in feature if key != name} if name in feature else feature
 
 
 def example_length(example: Mapping[str, Any], column: str = "length", number: int = 0) -> int:
@@ -382,18 +394,30 @@ def _whole(value: Any, column: str, number: int) -> int:
 # --- Truncation -------------------------------------------------------------------------------------------------------
 
 
-def _truncated(features: list[Any], max_tokens: int) -> list[Any]:
+def _role(collator: Any) -> Callable[[str, list[torch.Tensor]], str]:
+    """How the collator tells columns of tokens from others. Stock ones know theirs by the same names."""
+    if hasattr(collator, "role"):
+        return collator.role
+    like: Any = DataCollatorWithLengths
+    if isinstance(collator, DataCollatorForSeq2Seq):
+        like = DataCollatorForSeq2SeqWithLengths
+    return like(tokenizer=None, column_roles=getattr(collator, "column_roles", None)).role
+
+
+def _truncated(features: list[Any], max_tokens: int, role: Callable[[str, list[torch.Tensor]], str]) -> list[Any]:
     """The examples with the first `max_tokens` tokens each, in all columns that have an entry a token."""
     main = next((name for name in MAIN_COLUMNS if features and name in features[0]), None)
     if main is None or all(len(feature[main]) <= max_tokens for feature in features):
         return features
-    per_token = _per_token(_columns(features), main)
-    if "labels" in per_token:
-        per_token |= {"label", "label_ids"}
+    columns = read_columns(features)
+    per_token = {name for name, values in columns.items() if role(name, values) != EXAMPLE}
     cut = []
     for feature in features:
         mask = feature.get("attention_mask")
         present = np.ones(len(feature[main]), int) if mask is None else np.asarray(mask)
         end = int(np.searchsorted(np.cumsum(present), max_tokens, side="right"))  # absent ones do not count
-        cut.append({name: value[:end] if name in per_token else value for name, value in feature.items()})
+        shorter = {name: value[:end] if model_name(name) in per_token else value for name, value in feature.items()}
+        if "lengths" in feature:
+            shorter["lengths"] = min(int(feature["lengths"]), max_tokens)
+        cut.append(shorter)
     return cut

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..data.collators import counted_answers
 from ..data.token_budget import (
     CollatorWithinBudget,
     TokenBudgetBatchSampler,
     TokenBudgetIterableDataset,
     example_lengths,
 )
+from ..modeling_dynmask import DynMaskForQuestionAnswering
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -38,7 +40,10 @@ class TokenBudgetMixin(Trainer):
 
     Lengths come from the column `length_column_name` of the training arguments (`"length"`), or else `lengths`, or
     else are counted in `input_ids` or `input_features` when training begins. For an encoder-decoder, give a column
-    that counts source and target.
+    that counts source and target. The collator does not see the column, except `lengths`, which it checks.
+
+    Batches with answers (`start_positions`, `end_positions`) weigh as many as they have of them, as those with `labels`
+    weigh as many as they have of these.
 
     - **`max_tokens`** is the budget of a batch, on one process, in one forward pass.
     - **`per_device_train_batch_size`**: with `max_tokens=None`, the examples of a batch on average. The budget is the
@@ -86,14 +91,31 @@ class TokenBudgetMixin(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own data loader, its batches replaced."""
         _check(self.args)
-        stock = super().get_train_dataloader()
         if isinstance(self.train_dataset, IterableDataset):
-            return self._loader_of_stream(stock, self.train_dataset)
+            if self.max_tokens is None:
+                raise ValueError("`max_tokens` must be given for a stream, whose mean length is not known; got None")
+            return self._loader_of_stream(self._stock_loader(self.max_tokens), self.train_dataset, self.max_tokens)
         self._batch_sampler = self._make_batch_sampler(self.train_dataset)
-        collator = CollatorWithinBudget(stock.collate_fn, self._batch_sampler.max_tokens, self.truncate)
-        loader = self._prepare(stock, stock.dataset, collate_fn=collator, batch_sampler=self._batch_sampler)
+        stock = self._stock_loader(self._batch_sampler.max_tokens)
+        loader = self._prepare(stock, stock.dataset, collate_fn=stock.collate_fn, batch_sampler=self._batch_sampler)
         loader.set_sampler(self._batch_sampler)  # so that `set_epoch` reaches it behind skipped batches, too
         return loader
+
+    def _stock_loader(self, max_tokens: int) -> DataLoader:
+        """The Trainer's own, which takes columns that no model reads away before they reach the collator."""
+        collator = self.data_collator
+        self.data_collator = CollatorWithinBudget(collator, max_tokens, self.truncate, self.args.length_column_name)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """What a batch weighs in an optimizer step: batches of a budget have unlike numbers of answers, too."""
+        assert self.model is not None  # there by now, says its annotation with less certainty
+        if any(isinstance(module, DynMaskForQuestionAnswering) for module in self.model.modules()):
+            batch_samples = [{**batch, **counted_answers(batch)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Examples of an optimizer step on all processes, on average."""
@@ -112,21 +134,18 @@ class TokenBudgetMixin(Trainer):
             lengths, max_tokens, num_replicas=self._num_replicas, seed=self._data_seed, truncate=self.truncate
         )
 
-    def _loader_of_stream(self, stock: DataLoader, dataset: IterableDataset) -> DataLoader:
-        if self.max_tokens is None:
-            raise ValueError("`max_tokens` must be given for a stream, whose mean length is not known; got None")
+    def _loader_of_stream(self, stock: DataLoader, dataset: IterableDataset, max_tokens: int) -> DataLoader:
         batches = TokenBudgetIterableDataset(
             dataset,
-            self.max_tokens,
+            max_tokens,
             num_replicas=self._num_replicas,
             buffer_size=self.buffer_size,
             length_column=self.args.length_column_name,
             seed=self._data_seed,
             truncate=self.truncate,
         )
-        collator = CollatorWithinBudget(stock.collate_fn, self.max_tokens, self.truncate)
         # Accelerate deals out what a stream yields by `batch_size`: one batch of ours to each process.
-        return self._prepare(stock, batches, collate_fn=partial(_collate_only, collator), batch_size=1)
+        return self._prepare(stock, batches, collate_fn=partial(_collate_only, stock.collate_fn), batch_size=1)
 
     def _prepare(self, stock: DataLoader, dataset: Any, **arguments: Any) -> Any:
         settings = {name: getattr(stock, name) for name in SETTINGS}
@@ -175,6 +194,6 @@ def _batches_as_they_are(accelerator: Accelerator) -> Iterator[None]:
         config.even_batches, config.dispatch_batches = given
 
 
-def _collate_only(collator: CollatorWithinBudget, batches: list) -> Any:
+def _collate_only(collate: Callable[[list[Any]], Any], batches: list) -> Any:
     (batch,) = batches
-    return collator(batch)
+    return collate(batch)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel, set_seed
 
 from hf_dynmask import (
     DynMaskConfig,
@@ -136,7 +136,15 @@ def test_losses_and_all_gradients_equal_those_of_the_stock_model(model_type, tas
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"use_cache": False}]
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"do_sample": True, "temperature": 0.8},
+    ],
 )
 @pytest.mark.parametrize(("model_type", "settings"), [("bart", {}), ("marian", {}), ("marian", UNSHARED)])
 def test_generated_tokens_equal_those_of_the_stock_model(model_type, settings, options):
@@ -144,14 +152,32 @@ def test_generated_tokens_equal_those_of_the_stock_model(model_type, settings, o
     model = from_transformers(stock)
     batch = random_batch("seq2seq-lm")
     options = {"max_new_tokens": 12, "do_sample": False, "no_repeat_ngram_size": 1, **options}
+    set_seed(1)
     expected = stock.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)
     for given in ({"attention_mask": batch["attention_mask"]}, {"lengths": SOURCES}):
+        set_seed(1)
         assert torch.equal(model.generate(batch["input_ids"], **given, **options), expected)
     moved = {
         name: torch.stack([row.roll(11 - int(n)) for row, n in zip(batch[name], SOURCES, strict=True)])
         for name in ("input_ids", "attention_mask")
     }  # padding on the left
+    set_seed(1)
     assert torch.equal(model.generate(moved["input_ids"], attention_mask=moved["attention_mask"], **options), expected)
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [("bart", {}), ("marian", {})])
+def test_an_assistant_changes_no_token(model_type, settings):
+    stock = stock_model(model_type, "seq2seq-lm", settings)
+    model, assistant = from_transformers(stock), from_transformers(stock)
+    with torch.no_grad():
+        for parameter in assistant.parameters():  # often, not always, of the same opinion
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    batch = random_batch("seq2seq-lm")
+    for ids, length in zip(batch["input_ids"], SOURCES, strict=True):
+        source, options = ids[None, : int(length)], {"max_new_tokens": 8, "do_sample": False}
+        expected = stock.generate(source, **options)
+        for each in (model, stock):
+            assert torch.equal(each.generate(source, **options, assistant_model=assistant), expected)
 
 
 @all_models

@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BatchEncoding, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from batches import assert_equal, assert_rows
 from hf_dynmask.data import DataCollatorWithLengths
 from strategies import examples
 
@@ -35,13 +36,6 @@ def flat():
     return DataCollatorWithLengths(make_tokenizer(pad_token="[PAD]"), flat=True)
 
 
-def assert_equal(batch, **expected):
-    """Same columns, numbers and dtypes."""
-    assert set(batch) == set(expected)
-    for name, values in expected.items():
-        torch.testing.assert_close(batch[name], torch.as_tensor(values), rtol=0, atol=0)
-
-
 def ids(*rows):
     return [{"input_ids": list(row)} for row in rows]
 
@@ -53,7 +47,7 @@ def ids(*rows):
 def test_rows_start_at_the_left_edge_whatever_the_padding_side(padding_side):
     collator = DataCollatorWithLengths(make_tokenizer(pad_token="[PAD]", padding_side=padding_side))
     batch = collator(ids([5], [6, 7, 8], [9, 9]))
-    assert_equal(batch, input_ids=[[5, PAD, PAD], [6, 7, 8], [9, 9, PAD]], lengths=[1, 3, 2])
+    assert_rows(batch, input_ids=[[5, PAD, PAD], [6, 7, 8], [9, 9, PAD]], lengths=[1, 3, 2])
 
 
 def test_flat(flat):
@@ -65,7 +59,7 @@ def test_empty_sequences(rows, flat):
         {"input_ids": [], "token_type_ids": [], "offset_mapping": [], "label": 1},
         {"input_ids": [4, 5], "token_type_ids": [0, 1], "offset_mapping": [(0, 1), (2, 4)], "label": 0},
     ]
-    assert_equal(
+    assert_rows(
         rows(features),
         input_ids=[[PAD, PAD], [4, 5]],
         lengths=[0, 2],
@@ -85,7 +79,7 @@ def test_empty_sequences(rows, flat):
 
 def test_a_batch_of_nothing_but_empty_sequences(rows, flat):
     nothing = torch.zeros(2, 0, dtype=torch.long)
-    assert_equal(rows(ids([], [])), input_ids=nothing, lengths=[0, 0])
+    assert_rows(rows(ids([], [])), input_ids=nothing, lengths=[0, 0])
     assert_equal(flat(ids([], [])), input_ids=nothing[:1], lengths=[0, 0])
 
 
@@ -98,8 +92,8 @@ def test_padding_in_the_examples_changes_nothing(sequences, data):
         present = data.draw(st.permutations([1] * len(sequence) + [0] * data.draw(st.integers(0, 3))))
         tokens = iter(sequence)
         padded_ids = [next(tokens) if here else 7 for here in present]
-        marks = [10 + place if here else 0 for place, here in enumerate(present)]
-        plain.append({"input_ids": sequence, "labels": [mark for mark in marks if mark]})
+        marks = [10 + place if here else -100 for place, here in enumerate(present)]
+        plain.append({"input_ids": sequence, "labels": [mark for mark in marks if mark != -100]})
         padded.append({"input_ids": padded_ids, "labels": marks, "attention_mask": present})
     for flat in (False, True):
         collator = DataCollatorWithLengths(make_tokenizer(pad_token="[PAD]"), flat=flat)
@@ -136,7 +130,7 @@ def test_rows_and_flat_hold_every_token_once(sequences):
 )
 def test_labels(rows, name, first, second, expected):
     batch = rows([{"input_ids": [1, 2], name: first}, {"input_ids": [1], name: second}])
-    assert_equal(batch, input_ids=[[1, 2], [1, PAD]], lengths=[2, 1], labels=expected)
+    assert_rows(batch, input_ids=[[1, 2], [1, PAD]], lengths=[2, 1], labels=expected)
 
 
 @pytest.mark.parametrize("form", ["rows", "flat"])
@@ -153,7 +147,9 @@ def test_label_pad_token_id():
     assert batch["labels"].tolist() == [[7, 8], [9, -1]]
 
 
-def test_columns_of_every_kind(rows, flat):
+def test_columns_of_every_kind():
+    tokenizer, roles = make_tokenizer(pad_token="[PAD]"), {"weight": "token"}
+    rows, flat = (DataCollatorWithLengths(tokenizer, flat=flat, column_roles=roles) for flat in (False, True))
     features = [
         {
             "input_ids": [1, 2, 4],
@@ -192,11 +188,10 @@ def test_columns_of_every_kind(rows, flat):
         "lengths": [3, 1],
         "start_positions": [1, 0],
         "end_positions": [2, 0],
-        "labels": [1, 0],
         "prefix_lengths": [2, 1],
         "hidden_spans": [[[0, 1], [2, 1]], [[0, 0], [0, 0]]],
     }
-    assert_equal(
+    assert_rows(
         rows(features),
         input_ids=[[1, 2, 4], [5, PAD, PAD]],
         token_type_ids=[[0, 1, 1], [0, 0, 0]],
@@ -236,18 +231,31 @@ def test_answers_move_with_their_tokens(rows):
     masks = [[0, 1, 0, 1], [1, 1, 0], []]
     starts, ends = [1, 3, 0], [3, -1, 0]
     names = ("input_ids", "attention_mask", "start_positions", "end_positions")
-    assert_equal(
+    assert_rows(
         rows([dict(zip(names, values, strict=True)) for values in zip(sequences, masks, starts, ends, strict=True)]),
         input_ids=[[11, 12], [14, 15], [PAD, PAD]],
         lengths=[2, 2, 0],
         start_positions=[0, 3, 0],
         end_positions=[1, -1, 0],
-        labels=[0, -100, -100],
     )
 
 
-def test_labels_of_their_own_stay_beside_answers(rows):
-    batch = rows([{"input_ids": [1, 2], "start_positions": 0, "end_positions": 1, "labels": 7}])
+@pytest.mark.parametrize("flat", [False, True])
+def test_answers_are_counted_where_that_is_wanted(flat):
+    """Those inside their sequence."""
+    examples = [
+        {"input_ids": [4] * 3, "start_positions": start, "end_positions": end}
+        for start, end in [(0, 2), (1, 1), (0, 3), (3, 2), (-1, -1)]
+    ]
+    tokenizer = make_tokenizer(pad_token="[PAD]")
+    plain = DataCollatorWithLengths(tokenizer, flat=flat)(examples)
+    counted = DataCollatorWithLengths(tokenizer, flat=flat, count_answers=True)(examples)
+    assert_equal(counted, **plain, labels=[0, 1, -100, -100, -100])
+
+
+def test_labels_of_their_own_stay_beside_answers():
+    collator = DataCollatorWithLengths(make_tokenizer(), count_answers=True)
+    batch = collator([{"input_ids": [1, 2], "start_positions": 0, "end_positions": 1, "labels": 7}])
     assert batch["labels"].tolist() == [7]
 
 
@@ -260,14 +268,14 @@ def test_containers(rows, container):
         {"input_ids": container(row), "attention_mask": container(mask), "hidden_spans": [container([0, 1])]}
         for row, mask in [([4, 5], [1, 1]), ([PAD, 6], [0, 1])]
     ]
-    assert_equal(rows(features), input_ids=[[4, 5], [6, PAD]], lengths=[2, 1], hidden_spans=[[[0, 1]], [[0, 1]]])
+    assert_rows(rows(features), input_ids=[[4, 5], [6, PAD]], lengths=[2, 1], hidden_spans=[[[0, 1]], [[0, 1]]])
 
 
 @pytest.mark.parametrize("format", [None, "numpy", "torch"])
 def test_data_sets(rows, format):
     columns = {"input_ids": [[4, 5], [6]], "words": [["a", "b"], ["c"]], "label": [1, 0]}
     dataset = Dataset.from_dict(columns).with_format(format)
-    assert_equal(rows([dataset[0], dataset[1]]), input_ids=[[4, 5], [6, PAD]], lengths=[2, 1], labels=[1, 0])
+    assert_rows(rows([dataset[0], dataset[1]]), input_ids=[[4, 5], [6, PAD]], lengths=[2, 1], labels=[1, 0])
 
 
 def test_tokenizer_output(rows):
@@ -275,7 +283,6 @@ def test_tokenizer_output(rows):
     assert isinstance(features[0], BatchEncoding)
     batch = rows(features)
     assert batch["input_ids"].tolist() == [[1, 2, 1], [2, PAD, PAD]]
-    assert "attention_mask" not in batch
 
 
 def test_pickle(rows):
@@ -300,7 +307,7 @@ class MeanOfEmbeddings(torch.nn.Module):
         super().__init__()
         self.embeddings = torch.nn.Embedding(10, 2)
 
-    def forward(self, input_ids, lengths, labels):
+    def forward(self, input_ids, lengths, labels, attention_mask=None):
         flat = input_ids[torch.arange(input_ids.shape[1]) < lengths[:, None]] if len(input_ids) > 1 else input_ids[0]
         logits = torch.segment_reduce(self.embeddings(flat), "mean", lengths=lengths, axis=0)
         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
@@ -352,15 +359,19 @@ def test_trainer(form, request, tmp_path):
         ([{"input_ids": [1], "x": [None]}], r"`x` must hold numbers, .*; got \[None\]"),
         (
             [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2], "labels": [1, 2, 3]}],
-            r"`labels` must have one entry a token, or the same shape in every example; got shapes \[\(2,\), \(3,\)\]",
+            r"`labels` must have one entry for each of the 2 tokens of example 1; got shape \(3,\)",
         ),
         (
             [{"input_ids": [1], "label": 0, "labels": [1]}],
             "must have one column of labels; got `labels` next to",
         ),
         (
-            [{"input_ids": [1], "x": [[1, 2]]}, {"input_ids": [1], "x": [[1, 2, 3]]}],
-            r"`x` must have one entry a token, or the same shape in every example; got shapes \[\(1, 2\), \(1, 3\)\]",
+            [{"input_ids": [1], "inputs_embeds": [[1.0, 2.0]]}, {"input_ids": [1], "inputs_embeds": [[1.0]]}],
+            r"`inputs_embeds` must have entries of one shape; got shapes \[\(1, 2\), \(1, 1\)\]",
+        ),
+        (
+            [{"input_ids": [1], "prefix_lengths": 1}, {"input_ids": [1], "prefix_lengths": [1]}],
+            r"`prefix_lengths` must have the same shape in every example; got shapes \[\(\), \(1,\)\]",
         ),
         (
             [{"input_ids": [1, 2], "attention_mask": [1]}],
@@ -370,7 +381,10 @@ def test_trainer(form, request, tmp_path):
             [{"input_ids": [1, 2], "attention_mask": [[1, 0], [1, 1]]}],
             r"`attention_mask` of an example must hold 0 or 1 a token, shape \(2,\); got shape \(2, 2\)",
         ),
-        ([{"input_ids": [1], "lengths": 1}], "`lengths` must be left to the collator, .*; got a column of it"),
+        (
+            [{"input_ids": [1, 2], "attention_mask": [1, 2]}],
+            r"`attention_mask` of an example must hold 0 or 1; got \[1, 2\] in example 0",
+        ),
         (
             [{"input_ids": [1], "hidden_spans": [[0, 1, 2]]}],
             r"`hidden_spans` of an example must have shape \(K, 2\); got \(1, 3\)",

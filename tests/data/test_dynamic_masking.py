@@ -7,6 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from hf_dynmask.data import DataCollatorForDynamicMasking, DataCollatorWithLengths
@@ -65,7 +66,8 @@ GOLDEN_IDS = [161, 193, 4, 18, 4, 39]
 def test_rows_and_flat_hold_the_same(strategy):
     rows, flat = make(strategy=strategy)(EXAMPLES), make(strategy=strategy, flat=True)(EXAMPLES)
     here = torch.arange(rows["input_ids"].shape[1]) < rows["lengths"][:, None]
-    assert set(rows) == set(flat) == {"input_ids", "lengths", "labels"}
+    assert set(flat) == {"input_ids", "lengths", "labels"}
+    assert set(rows) == {*flat, "attention_mask"} and torch.equal(rows["attention_mask"], here.long())
     assert torch.equal(rows["lengths"], flat["lengths"])
     for name, absent in (("input_ids", PAD), ("labels", -100)):
         assert torch.equal(rows[name][here], flat[name][0])
@@ -110,9 +112,11 @@ def test_copies_of_a_text_share_targets_unless_idx_tells_them_apart():
     row = EXAMPLES[0]
     first, second = make()([row, row])["labels"]
     assert torch.equal(first, second)
-    batch = make()([{**row, "idx": 0}, {**row, "idx": 1}])
-    assert not torch.equal(*batch["labels"])
-    assert "idx" not in batch
+    for names in ((0, 1), ("page 0", "page 1")):
+        batch = make()([{**row, "idx": name} for name in names])
+        assert not torch.equal(*batch["labels"])
+        assert "idx" not in batch
+        assert torch.equal(make()([{**row, "idx": names[1]}])["labels"][0], batch["labels"][1])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
@@ -321,7 +325,7 @@ def test_word_ids_win(strategy, container):
     rows = [{"input_ids": ids, "word_ids": words, "idx": i} for i in range(200)]
     batch = make(strategy=strategy, mlm_probability=0.3)(rows)
     targets = batch["labels"] != -100
-    assert set(batch) == {"input_ids", "lengths", "labels"}
+    assert set(batch) == {"input_ids", "lengths", "attention_mask", "labels"}
     assert (targets[:, 1:4].any(1) == targets[:, 1:4].all(1)).all()
     assert (targets[:, 4:6].any(1) == targets[:, 4:6].all(1)).all()
     assert (targets[:, 5] != targets[:, 7]).any()
@@ -335,6 +339,17 @@ def test_word_ids_of_a_tokenizer():
     assert torch.equal(targets[:, 1], targets[:, 2])
     assert torch.equal(targets[:, 4], targets[:, 5])
     assert not torch.equal(targets[:, 1], targets[:, 4])
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+@pytest.mark.parametrize("strategy", ["whole_word", "span"])
+def test_word_ids_in_formatted_data_sets(strategy, form):
+    """There `None` is NaN."""
+    ids, words = [CLS, 5, 6, SEP, 7, 8, SEP], [None, 0, 0, None, 0, 0, None]
+    dataset = Dataset.from_list([{"input_ids": ids, "word_ids": words, "idx": i} for i in range(20)])
+    expected = make(strategy=strategy, mlm_probability=0.5)(list(dataset))
+    found = make(strategy=strategy, mlm_probability=0.5)(list(dataset.with_format(form)))
+    assert torch.equal(found["labels"], expected["labels"]) and (found["labels"] != -100).any()
 
 
 def runs(flags):
@@ -383,7 +398,7 @@ def test_a_tokenizer_that_does_not_mark_words():
 def test_labels_of_the_examples_have_no_part(name):
     row = EXAMPLES[0]
     batch = make()([{**row, name: 1, "token_type_ids": [0] * len(row["input_ids"]), "text": "a"}])
-    assert set(batch) == {"input_ids", "lengths", "labels", "token_type_ids"}
+    assert set(batch) == {"input_ids", "lengths", "attention_mask", "labels", "token_type_ids"}
     assert torch.equal(batch["labels"], make()([row])["labels"])
 
 
@@ -459,11 +474,12 @@ def test_evaluation_has_no_epochs():
     [
         ({"labels": [1]}, "examples must have a column `input_ids`; got no numbers"),
         ({"input_ids": [0.5]}, "`input_ids` of an example must be a list of integers"),
-        ({"input_ids": [5, 6], "word_ids": [0]}, r"column `word_ids` must hold an integer for each token; got \[0\]"),
+        ({"input_ids": [5, 6], "word_ids": [0]}, r"column `word_ids` must have one entry for each of the 2 tokens"),
+        ({"input_ids": [5, 6], "word_ids": [0.5, 1]}, "column `word_ids` must hold an integer for each token; got"),
         ({"input_ids": [5], "word_ids": ["a"]}, r"column `word_ids` must hold an integer for each token; got \['a'\]"),
         ({"input_ids": [5], "special_tokens_mask": [0.5]}, "`special_tokens_mask` must hold an integer for each token"),
         ({"input_ids": [5], "idx": 0.5}, "column `idx` must hold an integer for each example; got 0.5"),
-        ({"input_ids": [5], "idx": "a"}, "column `idx` must hold an integer for each example; got 'a'"),
+        ({"input_ids": [5], "idx": ["a"]}, r"column `idx` must hold an integer for each example; got \['a'\]"),
         ({"input_ids": [5, 205]}, "`input_ids` must be from 0 to 204, as the tokenizer's are; got 5 to 205"),
     ],
 )

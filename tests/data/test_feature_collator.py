@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from batches import assert_equal, assert_rows
 from hf_dynmask.data import DataCollatorForFeatures
-
-
-def assert_equal(batch, **expected):
-    """Same columns, numbers and dtypes."""
-    assert set(batch) == set(expected)
-    for name, values in expected.items():
-        torch.testing.assert_close(batch[name], torch.as_tensor(values), rtol=0, atol=0)
-
 
 FRAMES = [[[0.5, 1.0], [1.5, 2.0], [2.5, 3.0]], [[4.0, 5.0]]]
 
@@ -26,7 +19,7 @@ def examples(**columns):
 
 def test_rows_and_flat():
     rows = [FRAMES[0], [*FRAMES[1], [0.0, 0.0], [0.0, 0.0]]]
-    assert_equal(DataCollatorForFeatures()(examples()), input_features=rows, lengths=[3, 1])
+    assert_rows(DataCollatorForFeatures()(examples()), input_features=rows, lengths=[3, 1])
     flat = DataCollatorForFeatures(flat=True)(examples())
     assert_equal(flat, input_features=[FRAMES[0] + FRAMES[1]], lengths=[3, 1])
 
@@ -39,7 +32,7 @@ def test_containers(container):
 
 def test_integers_become_floats():
     batch = DataCollatorForFeatures()([{"input_features": np.array([[255, 0]], dtype=np.uint8)}])
-    assert_equal(batch, input_features=[[[255.0, 0.0]]], lengths=[1])
+    assert_rows(batch, input_features=[[[255.0, 0.0]]], lengths=[1])
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -61,10 +54,24 @@ def test_labels_of_examples(flat, labels, expected):
 
 
 def test_labels_of_frames():
-    features = examples(labels=[[1, 2, 3], [4]])
-    assert DataCollatorForFeatures()(features)["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
-    assert DataCollatorForFeatures(flat=True)(features)["labels"].tolist() == [[1, 2, 3, 4]]
-    assert DataCollatorForFeatures(label_pad_token_id=-1)(features)["labels"].tolist() == [[1, 2, 3], [4, -1, -1]]
+    """They are told by their role alone: in flat batches targets that are as many as frames are another thing."""
+    features, roles = examples(labels=[[1, 2, 3], [4]]), {"labels": "token"}
+    for flat, expected in (False, [[1, 2, 3], [4, -100, -100]]), (True, [[1, 2, 3, 4]]):
+        assert DataCollatorForFeatures(flat, column_roles=roles)(features)["labels"].tolist() == expected
+        assert DataCollatorForFeatures(flat)(features)["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+    padded = DataCollatorForFeatures(label_pad_token_id=-1, column_roles=roles)(features)["labels"]
+    assert padded.tolist() == [[1, 2, 3], [4, -1, -1]]
+
+
+@pytest.mark.parametrize("labels", [[5, 6, 7], [5, -100, 7]])
+def test_labels_as_many_as_frames_some_of_which_are_absent(labels):
+    """They may be of the frames, and lose one, or be a target."""
+    features = [{"input_features": FRAMES[0], "attention_mask": [1, 0, 1], "labels": labels}]
+    with pytest.raises(ValueError, match=r"`labels` has an entry for each .* set `column_roles=\{'labels': 'token'\}`"):
+        DataCollatorForFeatures()(features)
+    for role, expected in ("token", [[5, 7]]), ("example", [labels]):
+        assert DataCollatorForFeatures(column_roles={"labels": role})(features)["labels"].tolist() == expected
+    assert DataCollatorForFeatures()([{**features[0], "labels": [5, 6]}])["labels"].tolist() == [[5, 6]]
 
 
 def test_other_columns():
@@ -75,7 +82,7 @@ def test_other_columns():
         text=["a b", "c"],
         hidden_spans=[[[0, 1]], []],
     )
-    assert_equal(
+    assert_rows(
         DataCollatorForFeatures()(features),
         input_features=[[FRAMES[0][0], FRAMES[0][2]], [*FRAMES[1], [0.0, 0.0]]],
         lengths=[2, 1],
@@ -87,7 +94,7 @@ def test_other_columns():
 
 def test_an_example_without_frames():
     batch = DataCollatorForFeatures()([{"input_features": []}, {"input_features": [[1.0, 2.0]]}])
-    assert_equal(batch, input_features=[[[0.0, 0.0]], [[1.0, 2.0]]], lengths=[0, 1])
+    assert_rows(batch, input_features=[[[0.0, 0.0]], [[1.0, 2.0]]], lengths=[0, 1])
 
 
 def test_pickle():
@@ -111,12 +118,12 @@ def test_pickle():
             r"`attention_mask` of an example must hold 0 or 1 a token, shape \(1,\); got shape \(2,\)",
         ),
         (
-            [{"input_features": [[1.0]], "lengths": 1}],
-            "`lengths` must be left to the collator, which counts `input_features`; got a column of it",
+            [{"input_features": [[1.0]], "lengths": 2}],
+            "`lengths` must hold what the collator counts, or be left out: 1 in example 0; got 2",
         ),
         (
             examples(labels=[[0.5], [0.5, 1.0]]),
-            r"`labels` must have one entry a token, or the same shape in every example; got shapes \[\(1,\), \(2,\)\]",
+            r"`labels` must have the same shape in every example; got shapes \[\(1,\), \(2,\)\]",
         ),
     ],
 )

@@ -7,8 +7,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    BartForConditionalGeneration,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5ForConditionalGeneration,
+)
 
+from batches import assert_equal, assert_rows
 from hf_dynmask import DynMaskForConditionalGeneration, DynMaskSeq2SeqConfig
 from hf_dynmask.data import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
 
@@ -16,13 +24,6 @@ PAD, START = 3, 2
 EXAMPLES = [{"input_ids": [5, 6, 7], "labels": [8, 9]}, {"input_ids": [9], "labels": [4, 5, 6, 7]}]
 ROWS = {"input_ids": [[5, 6, 7], [9, PAD, PAD]], "lengths": [3, 1]}
 TARGETS = {"labels": [[8, 9, -100, -100], [4, 5, 6, 7]], "decoder_lengths": [2, 4]}
-
-
-def assert_equal(batch, **expected):
-    """Same columns, numbers and dtypes."""
-    assert set(batch) == set(expected)
-    for name, values in expected.items():
-        torch.testing.assert_close(batch[name], torch.as_tensor(values), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def collator(tokenizer):
 
 
 def test_rows(collator):
-    assert_equal(collator(EXAMPLES), **ROWS, **TARGETS)
+    assert_rows(collator(EXAMPLES), **ROWS, **TARGETS)
 
 
 def test_flat(tokenizer, model):
@@ -63,13 +64,45 @@ def test_flat(tokenizer, model):
 
 def test_decoder_inputs_by_the_rule_of_the_model(tokenizer, model):
     batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model)(EXAMPLES)
-    assert_equal(batch, **ROWS, **TARGETS, decoder_input_ids=[[START, 8, PAD, PAD], [START, 4, 5, 6]])
+    assert_rows(batch, **ROWS, **TARGETS, decoder_input_ids=[[START, 8, PAD, PAD], [START, 4, 5, 6]])
+
+
+@pytest.mark.parametrize("model_class", [BartForConditionalGeneration, T5ForConditionalGeneration])
+def test_decoder_inputs_of_stock_models(model_class, tokenizer):
+    """In flat batches, too, no target begins with the end of the one before."""
+    sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "encoder_layers": 1}
+    sizes |= {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 12}
+    config = model_class.config_class(**sizes, pad_token_id=PAD, decoder_start_token_id=START)
+    features = [*EXAMPLES, {"input_ids": [4], "labels": []}]
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model_class(config))(features)
+    rows = [[START, 8, PAD, PAD], [START, 4, 5, 6], [PAD] * 4]
+    assert batch["decoder_input_ids"].tolist() == rows
+    batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model_class(config), flat=True)(features)
+    assert batch["decoder_input_ids"].tolist() == [[START, 8, START, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("flat", [False, True])
+def test_losses_of_labels_taken_away_from_the_model(flat, smoothing, tokenizer, model, tmp_path):
+    """With label smoothing, or a loss function of the user's, as on the stock collator's batches."""
+
+    def loss_function(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / 6
+
+    settings: dict[str, Any] = {} if smoothing else {"compute_loss_func": loss_function}
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), label_smoothing_factor=smoothing, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    trainer = Seq2SeqTrainer(model, arguments, **settings)
+    expected = trainer.compute_loss(model, DataCollatorForSeq2Seq(tokenizer, model)(EXAMPLES))
+    found = trainer.compute_loss(model, DataCollatorForSeq2SeqWithLengths(tokenizer, model, flat=flat)(EXAMPLES))
+    torch.testing.assert_close(found, expected)
 
 
 def test_decoder_inputs_of_the_examples_win(tokenizer, model):
     features = [{**example, "decoder_input_ids": [1] * len(example["labels"])} for example in EXAMPLES]
     batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model)(features)
-    assert_equal(batch, **ROWS, **TARGETS, decoder_input_ids=[[1, 1, PAD, PAD], [1, 1, 1, 1]])
+    assert_rows(batch, **ROWS, **TARGETS, decoder_input_ids=[[1, 1, PAD, PAD], [1, 1, 1, 1]])
 
 
 def test_loss_is_that_of_padded_batches(tokenizer, model):
@@ -101,7 +134,7 @@ def test_columns_of_the_target(collator):
         {**EXAMPLES[0], "decoder_segment_ids": [0, 1], "decoder_prefix_lengths": 1, "decoder_hidden_spans": [[0, 1]]},
         {**EXAMPLES[1], "decoder_segment_ids": [0, 0, 1, 1], "decoder_prefix_lengths": 2, "decoder_hidden_spans": []},
     ]
-    assert_equal(
+    assert_rows(
         collator(features),
         **ROWS,
         **TARGETS,
@@ -116,23 +149,23 @@ def test_absent_tokens_of_the_target(collator):
         {"input_ids": [5, 6, 7], "labels": [0, 8, 9], "decoder_attention_mask": [0, 1, 1]},
         {"input_ids": [9], "labels": [4, 5, 6, 7, 0], "decoder_attention_mask": [1, 1, 1, 1, 0]},
     ]
-    assert_equal(collator(padded), **ROWS, **TARGETS)
+    assert_rows(collator(padded), **ROWS, **TARGETS)
 
 
 def test_target_as_long_as_the_source_stays_whole(collator):
     """Labels are no column of the source's tokens, also where there are as many."""
     features = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0], "labels": [7, 8, 9]}]
-    assert_equal(collator(features), input_ids=[[5, 6]], lengths=[2], labels=[[7, 8, 9]], decoder_lengths=[3])
+    assert_rows(collator(features), input_ids=[[5, 6]], lengths=[2], labels=[[7, 8, 9]], decoder_lengths=[3])
 
 
 def test_empty_target(collator):
     features = [{"input_ids": [5], "labels": []}, {"input_ids": [6], "labels": [7]}]
-    assert_equal(collator(features), input_ids=[[5], [6]], lengths=[1, 1], labels=[[-100], [7]], decoder_lengths=[0, 1])
+    assert_rows(collator(features), input_ids=[[5], [6]], lengths=[1, 1], labels=[[-100], [7]], decoder_lengths=[0, 1])
 
 
 def test_without_target(tokenizer, model):
     features = [{"input_ids": example["input_ids"]} for example in EXAMPLES]
-    assert_equal(DataCollatorForSeq2SeqWithLengths(tokenizer, model)(features), **ROWS)
+    assert_rows(DataCollatorForSeq2SeqWithLengths(tokenizer, model)(features), **ROWS)
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -142,7 +175,8 @@ def test_source_of_frames(tokenizer, flat):
     batch = DataCollatorForSeq2SeqWithLengths(tokenizer, flat=flat)(features)
     rows = [[[0.5], [1.0]], [[2.0], [0.0]]]
     targets = {"labels": [[8, 9, 4, 5, 6, 7]], "decoder_lengths": [2, 4]} if flat else TARGETS
-    assert_equal(batch, input_features=[[[0.5], [1.0], [2.0]]] if flat else rows, lengths=[2, 1], **targets)
+    compare = assert_equal if flat else assert_rows
+    compare(batch, input_features=[[[0.5], [1.0], [2.0]]] if flat else rows, lengths=[2, 1], **targets)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -177,7 +211,7 @@ def test_label_pad_token_id(tokenizer):
 
 
 def test_pickle(collator):
-    assert_equal(pickle.loads(pickle.dumps(collator))(EXAMPLES), **ROWS, **TARGETS)
+    assert_rows(pickle.loads(pickle.dumps(collator))(EXAMPLES), **ROWS, **TARGETS)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +227,17 @@ def test_pickle(collator):
         ([{"input_ids": [1], "labels": [0.5]}], r"`labels` .* list of integers.* got shape \(1,\) of torch.float32"),
         ([EXAMPLES[0], {"input_ids": [1]}], "of the target: column `labels` must be in every example; got none in"),
         (
-            [{"input_ids": [1], "labels": [2], "decoder_lengths": 1}],
-            "of the target: `lengths` must be left to the collator, which counts `labels`; got a column of it",
+            [{"input_ids": [1], "labels": [2], "decoder_lengths": 2}],
+            "of the target: column `lengths` must hold what the collator counts, or be left out: 1 in example 0; got 2",
         ),
         (
             [{"input_ids": [1], "labels": [2], "decoder_attention_mask": [1, 0]}],
             r"of the target: `attention_mask` .* shape \(1,\); got shape \(2,\)",
         ),
-        ([{"input_ids": [1], "lengths": 1, "labels": [2]}], "^`lengths` must be left to the collator"),
+        (
+            [{"input_ids": [1], "lengths": 4, "labels": [2, 3]}],
+            "^column `lengths` must hold what the collator counts, or be left out: 1 or 3 in example 0; got 4",
+        ),
     ],
 )
 def test_bad_examples(collator, features, message):

@@ -4,8 +4,8 @@ import logging
 import pickle
 from typing import Any
 
-import numpy as np
 import accelerate
+import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
@@ -15,10 +15,19 @@ from datasets import IterableDataset as StreamOfDatasets
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
-from hf_dynmask import TokenBudgetBatchSampler, TokenBudgetIterableDataset
+from hf_dynmask import (
+    DataCollatorForFeatures,
+    DataCollatorForSeq2SeqWithLengths,
+    DataCollatorWithLengths,
+    TokenBudgetBatchSampler,
+    TokenBudgetIterableDataset,
+)
 from hf_dynmask.data.token_budget import CollatorWithinBudget, example_lengths
 from strategies import examples
 
@@ -414,7 +423,49 @@ def test_truncation_cuts_all_columns_with_an_entry_a_token():
     assert CollatorWithinBudget(list, 4, truncate=True)(features) == features
     of_frames = [{"input_features": [[1.0], [2.0]], "label": [1, 0]}]
     assert CollatorWithinBudget(list, 1, truncate=True)(of_frames) == [{"input_features": [[1.0]], "label": [1]}]
-    assert CollatorWithinBudget(list, 1, truncate=True)([{"length": 3}]) == [{"length": 3}]
+    assert CollatorWithinBudget(list, 1, truncate=True)([{"number": 3}]) == [{"number": 3}]
+
+
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0})), pad_token="[PAD]")
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_truncation_leaves_targets_whole(stock):
+    """Those of pairs, and of speech, even where they are as many as the tokens or frames."""
+    pair = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "decoder_input_ids": [0, 1, 2, 3]}
+    collator: Any = (DataCollatorForSeq2Seq if stock else DataCollatorForSeq2SeqWithLengths)(TOKENIZER)
+    batch = CollatorWithinBudget(collator, 3, truncate=True)([{**pair, "attention_mask": [1] * 4} if stock else pair])
+    assert batch["input_ids"].tolist() == [[1, 2, 3]] and batch["labels"].tolist() == [[1, 2, 3, 4]]
+    assert batch["decoder_input_ids"].tolist() == [[0, 1, 2, 3]]
+    speech = {"input_features": [[0.5], [1.0], [1.5]], "labels": [1, 2, 3]}
+    batch = CollatorWithinBudget(DataCollatorForFeatures(), 2, truncate=True)([speech])
+    assert batch["input_features"].shape == (1, 2, 1) and batch["labels"].tolist() == [[1, 2, 3]]
+
+
+def test_truncation_knows_the_roles_of_the_collator():
+    features = [{"input_ids": [1, 2, 3], "x": [7, 8, 9], "label_ids": [0.5, 1.0, 0.5]}]
+    cut = {"token": [[7, 8]], "example": [[7, 8, 9]]}
+    for role, expected in cut.items():
+        collator = DataCollatorWithLengths(TOKENIZER, column_roles={"x": role})
+        batch = CollatorWithinBudget(collator, 2, truncate=True)(features)
+        assert batch["x"].tolist() == expected and batch["labels"].tolist() == [[0.5, 1.0, 0.5]]
+    with pytest.raises(ValueError, match=r"whether column `x` .* set `column_roles=\{'x': 'token'\}`"):
+        CollatorWithinBudget(DataCollatorWithLengths(TOKENIZER), 2, truncate=True)(features)
+
+
+def test_the_column_of_lengths():
+    """Whatever its name, it is for the budget alone; a collator checks `lengths`."""
+    features = [{"input_ids": [1, 2, 3], "size": 3}, {"input_ids": [4], "size": 1}]
+    collator = CollatorWithinBudget(DataCollatorWithLengths(TOKENIZER), 4, False, length_column="size")
+    assert set(collator(features)) == {"input_ids", "lengths", "attention_mask"}
+    features = [{"input_ids": [1, 2, 3], "lengths": 3}, {"input_ids": [4], "lengths": 1}]
+    for column in ("length", "lengths"):
+        collator = CollatorWithinBudget(DataCollatorWithLengths(TOKENIZER), 4, False, length_column=column)
+        assert collator(features)["lengths"].tolist() == [3, 1]
+    collator = CollatorWithinBudget(DataCollatorWithLengths(TOKENIZER), 2, truncate=True)
+    assert collator(features[:1])["lengths"].tolist() == [2]
+    with pytest.raises(ValueError, match="`lengths` must hold what the collator counts, .*: 3 in example 0; got 2"):
+        CollatorWithinBudget(DataCollatorWithLengths(TOKENIZER), 4, False)([{"input_ids": [1, 2, 3], "lengths": 2}])
 
 
 def test_truncation_does_not_count_absent_tokens():

@@ -26,6 +26,7 @@ from hf_dynmask import (
     DynMaskForCausalLM,
     DynMaskForSequenceClassification,
     from_transformers,
+    to_transformers,
 )
 
 WORDS = ["[PAD]", "[UNK]", "a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad"]
@@ -43,6 +44,12 @@ def tokenizer():
     )
 
 
+LIKE_LLAMA: dict[str, Any] = {"position_type": "rotary", "norm_type": "rms_norm", "norm_placement": "before"}
+LIKE_LLAMA |= {"embedding_norm": False, "gated_feed_forward": True, "hidden_act": "silu", "attention_bias": False}
+LIKE_LLAMA |= {"feed_forward_bias": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LIKE_LLAMA |= {"use_pooler": False}
+
+
 def batch():
     input_ids = torch.arange(4 * 7).reshape(4, 7) % (len(WORDS) - 2) + 2
     return {"input_ids": input_ids, "lengths": LENGTHS}
@@ -53,9 +60,10 @@ def classifier(**settings):
     return DynMaskForSequenceClassification(DynMaskConfig(**SIZES, **settings)).eval()
 
 
-def writer():
+def writer(**settings):
     torch.manual_seed(0)
-    return DynMaskForCausalLM(DynMaskConfig(**SIZES, mask="causal", pad_token_id=0, eos_token_id=2)).eval()
+    config = DynMaskConfig(**SIZES, mask="causal", pad_token_id=0, eos_token_id=2, **settings)
+    return DynMaskForCausalLM(config).eval()
 
 
 def examples(causal=False):
@@ -151,6 +159,26 @@ def test_supervised_fine_tuning(tokenizer, tmp_path):
             args=settings_class(**arguments(tmp_path, **settings, **names)),
             data_collator=collator,
             train_dataset=examples(causal=True),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_fine_tuning(strategy, tokenizer, tmp_path):
+    """TRL packs without padding; the losses are those of the stock model, for which it keeps documents apart itself."""
+    trl = pytest.importorskip("trl")
+    documents = [{"input_ids": [2 + (3 * k + place) % 9 for place in range(3 + k % 7)]} for k in range(24)]
+    settings = {"packing": True, "packing_strategy": strategy, "max_length": 16, "bf16": False, "logging_steps": 1}
+    settings |= {"gradient_checkpointing": None}
+    losses = []
+    for model in (writer(**LIKE_LLAMA), to_transformers(writer(**LIKE_LLAMA), "llama")):
+        trainer = trl.SFTTrainer(
+            model=model.train(),
+            args=trl.SFTConfig(**arguments(tmp_path, **settings)),
+            train_dataset=Dataset.from_list(documents),
             processing_class=tokenizer,
         )
         trainer.train()

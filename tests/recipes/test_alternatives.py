@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 import torch

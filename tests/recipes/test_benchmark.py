@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from recipe_examples import write_examples
+from two_processes import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ def test_two_cpus(tmp_path):
         "max_steps": 2,
         "per_device_train_batch_size": 8,
     }
-    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
     launch += ["--config_file", "recipes/accelerate/two_cpus.yaml", "recipes/sequence_classification.py"]
     launch += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}

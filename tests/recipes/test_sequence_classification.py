@@ -5,6 +5,7 @@ import io
 import json
 import random
 import shlex
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 

@@ -3,35 +3,26 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import config as datasets_config
 from safetensors.torch import load_file
 
 import masked_lm
 import sequence_classification
+from launched import CONFIGURATIONS, deepspeed_environment, launched
 from on_cpus import take_cpus_for_gpus
 from recipe_examples import write_examples
 from two_processes import in_two_processes
 
-ROOT = Path(__file__).parents[2]
-CONFIGURATIONS = ROOT / "recipes" / "accelerate"
 STEPS = 6  # four an epoch, all of them full: Accelerate would fill up others from the beginning
 
 # --- Configurations of `accelerate launch` ---------------------------------------------------------------------------
-
-
-def launched(name: str, *options: str) -> Any:
-    """What `accelerate launch` makes of a configuration."""
-    command = ["--config_file", str(CONFIGURATIONS / f"{name}.yaml"), *options, "script.py"]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
-    return arguments
 
 
 @pytest.mark.parametrize(
@@ -55,16 +46,15 @@ def test_accelerate_takes_the_configuration(name, expected):
 
 @pytest.mark.parametrize("name, stage", [("zero2", 2), ("zero3", 3)])
 def test_accelerate_makes_a_deepspeed_configuration(name, stage, monkeypatch):
-    arguments = launched(name)
-    arguments.deepspeed_fields_from_accelerate_config = "zero_stage"  # as the launcher goes on to say
-    _, environment = prepare_deepspeed_cmd_env(arguments)
-    for variable, value in environment.items():
+    for variable, value in deepspeed_environment(name).items():
         monkeypatch.setenv(variable, value)
     plugin = DeepSpeedPlugin()
     assert plugin.deepspeed_config["zero_optimization"]["stage"] == stage
     assert plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
     assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == "auto"  # as the Trainer's arguments say
-    assert not plugin.zero3_init_flag
+    assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
+    assert plugin.deepspeed_config["gradient_clipping"] == "auto"
+    assert plugin.zero3_init_flag == (stage == 3)
 
 
 # --- DDP and FSDP2 ---------------------------------------------------------------------------------------------------

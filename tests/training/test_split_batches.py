@@ -243,3 +243,19 @@ def test_a_model_that_was_replicated_is_not_a_replica(tmp_path):
     model._replicate_for_data_parallel()
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     assert model(input_ids=tokens, lengths=torch.tensor([3])).logits.isfinite().all()  # what is behind is absent
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Accelerate dispatches the batches of a stream, in one process too."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+
+def test_a_stream_of_flat_batches_in_one_process_loses_no_sequence(tmp_path):
+    trainer, _ = make_trainer("flat", {}, str(tmp_path))
+    trainer.train_dataset, trainer.args.max_steps = Stream(), 4
+    batches = list(trainer.get_train_dataloader())
+    lengths = torch.cat([batch["lengths"] for batch in batches])
+    assert lengths.tolist() == LENGTHS
+    assert all(int(batch["lengths"].sum()) == batch["input_ids"].shape[1] for batch in batches)

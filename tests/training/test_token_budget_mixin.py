@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -13,12 +12,30 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from hf_dynmask import DynMaskConfig, DynMaskForSequenceClassification, TokenBudgetMixin
+from hf_dynmask import (
+    DataCollatorWithLengths,
+    DynMaskConfig,
+    DynMaskForQuestionAnswering,
+    DynMaskForSequenceClassification,
+    TokenBudgetBatchSampler,
+    TokenBudgetMixin,
+)
+from two_processes import free_port
 
 ROWS = 60
 MAX_TOKENS = 40
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0})), pad_token="[PAD]")
 SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -161,6 +178,73 @@ def test_lengths_from_a_column(column, tmp_path):
     assert {len(batch) for batch in loader.batch_sampler} == {2}
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("remove", [False, True])
+@pytest.mark.parametrize("column", ["length", "lengths", "tokens"])
+def test_a_column_of_lengths_reaches_no_model(column, remove, flat, tmp_path):
+    """Nor does text, where the Trainer leaves all columns in."""
+    data = rows(**{column: lambda row: len(row["input_ids"]), "text": lambda row: "a"})
+    settings = {"length_column_name": column} if column == "tokens" else {}
+    trainer = make_trainer(tmp_path, data, max_steps=2, remove_unused_columns=remove, **settings)
+    trainer.data_collator = DataCollatorWithLengths(TOKENIZER, flat=flat)
+    for batch in trainer.get_train_dataloader():
+        assert set(batch) - {"attention_mask"} == {"input_ids", "lengths", "labels"}
+    trainer.train()
+    assert isinstance(trainer.data_collator, DataCollatorWithLengths)
+
+
+# --- What batches weigh ----------------------------------------------------------------------------------------------
+
+
+class Gradients(TrainerCallback):
+    """What the optimizer is given."""
+
+    def on_pre_optimizer_step(self, args, state, control, model: Any = None, **kwargs):
+        self.found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def gradients(folder, trainer_class, model, collator, batches=1, **settings):
+    """Of one step over all examples, some of which have no answer."""
+    answers = {"start_positions": lambda row: 0, "end_positions": lambda row: len(row["input_ids"]) - 1}
+    answers = {name: lambda row, make=make: make(row) if row["labels"] else -1 for name, make in answers.items()}
+    data = rows(**answers).remove_columns("labels")
+    names = {"per_device_train_batch_size": ROWS, "max_grad_norm": 0.0, "save_strategy": "no", "report_to": "none"}
+    arguments = TrainingArguments(
+        str(folder), gradient_accumulation_steps=batches, max_steps=1, use_cpu=True, disable_tqdm=True, **names
+    )
+    seen = Gradients()
+    torch.manual_seed(0)
+    trainer = trainer_class(model, arguments, data_collator=collator, train_dataset=data, callbacks=[seen], **settings)
+    trainer.train()
+    return seen.found
+
+
+def qa_model():
+    torch.manual_seed(0)
+    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return DynMaskForQuestionAnswering(DynMaskConfig(vocab_size=ROWS, **SHAPE, **nothing))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_batches_weigh_as_many_as_they_have_answers(flat, tmp_path):
+    plain = DataCollatorWithLengths(TOKENIZER, flat=flat)
+    expected = gradients(tmp_path, Trainer, qa_model(), plain)
+    batches = TokenBudgetBatchSampler([len(row) for row in rows()["input_ids"]], MAX_TOKENS).num_steps
+    assert batches > 4
+    found = gradients(tmp_path, TokenBudgetTrainer, qa_model(), plain, batches, max_tokens=MAX_TOKENS)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_stock_models_do_not_count_answers(tmp_path):
+    """Their loss is the mean of a batch, which the Trainer then divides by the number of batches."""
+    stock = BertForQuestionAnswering(BertConfig(vocab_size=ROWS, **SHAPE))
+    trainer = TokenBudgetTrainer(stock, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    batch = DataCollatorWithLengths(TOKENIZER)([{"input_ids": [4, 5], "start_positions": 0, "end_positions": 1}])
+    assert trainer._get_num_items_in_batch([batch], torch.device("cpu")) is None
+    trainer = TokenBudgetTrainer(qa_model(), trainer.args)
+    assert trainer._get_num_items_in_batch([batch], torch.device("cpu")) == 1
+
+
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -234,11 +318,8 @@ def of_process(folder):
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     here = Path(__file__)
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [here.parents[2], here.parents[1]]))
     processes = [
         subprocess.Popen(

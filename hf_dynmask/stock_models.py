@@ -1,0 +1,236 @@
+"""Stock models made ready to run with `attn_implementation="dynmask"`, and the masks that their configurations keep.
+
+A layer's attention must know what the model's forward pass was given, and some of it the model keeps to itself. So the
+`forward` of a model's class is wrapped when the first model of that class is made ready: a hook of the instance would
+not run where `model.forward(...)` is called, nor for another model of the same configuration.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache, wraps
+from inspect import Parameter, getsource, signature, unwrap
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils.generic import TransformersKwargs
+
+from . import masks
+from .fields import FIELD_SHAPES
+from .layout import check_not_scattered, outside_graph
+from .masks import parse
+from .stock_batches import CACHES, CONFIG_ENTRY, INPUTS, NAME, Batch, batches, has_cross_attention
+
+# What any model may be given: by the batch contract, by transformers, and what only a decorator of `forward` reads.
+KNOWN = {
+    *(*INPUTS, "lengths", "attention_mask", "position_ids", "token_type_ids", "labels"),
+    *("return_dict", "use_cache", *CACHES),
+    *FIELD_SHAPES,
+    *TransformersKwargs.__annotations__,
+    *FlashAttentionKwargs.__annotations__,
+}
+
+# --- Which attention a model runs with -------------------------------------------------------------------------------
+
+
+def settled(model: PreTrainedModel, requested: str | None) -> str | None:
+    """The `attn_implementation` for a model that asks for one: `"dynmask"` where its configuration has a mask.
+
+    Raises:
+        ValueError: Another one is asked for in spite of a mask, or the model cannot run with `"dynmask"`.
+    """
+    text = getattr(model.config, CONFIG_ENTRY, None)
+    if text is not None:
+        requested = NAME if requested is None else requested
+        check_followed(model, requested)
+        check_mask(model, text)
+    if requested == NAME:
+        prepare(model)
+    return requested
+
+
+def check_followed(model: PreTrainedModel, implementation: str | None) -> None:
+    """Raises if the model's configuration has a mask, and the attention would not follow it."""
+    text = getattr(model.config, CONFIG_ENTRY, None)
+    if text is not None and implementation != NAME:
+        raise ValueError(
+            f"the configuration of {type(model).__name__} has the mask '{text}', which attn_implementation='{NAME}' "
+            f"alone can follow; got '{implementation}' (`set_mask(model, None)` takes the mask away)"
+        )
+
+
+def check_mask(model: PreTrainedModel, text: str) -> None:
+    """Raises if the text is no expression, or the model cannot follow it."""
+    mask = parse(text)
+    for leaf, why in (
+        (masks.TopK, "needs scores that a stock model does not learn"),
+        (masks.Dense, "reads the `attention_mask` that a stock model keeps to itself"),
+        (masks.Custom, "cannot be saved with a configuration"),
+    ):
+        if mask.holds(leaf):
+            raise ValueError(f"the mask of a stock model must do without `{leaf.name}`, which {why}; got '{mask}'")
+    config, name = model.config, type(model).__name__
+    if config.sub_configs:
+        parts = ", ".join(sorted(config.sub_configs))
+        raise ValueError(f"`model` must be one part of a model; {name} has the parts {parts}")
+    if has_cross_attention(config):
+        raise ValueError(f"`model` must have self-attention alone; {name} has cross-attention")
+
+
+def warn_of_adapters(model: PreTrainedModel) -> None:
+    """Have the model warn when an adapter is saved alone: of a mask that was just put on it, that says nothing."""
+    if _warn_of_adapter not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(_warn_of_adapter)
+
+
+def _warn_of_adapter(model: PreTrainedModel, prefix: str, keep_vars: bool) -> None:
+    text = getattr(model.config, CONFIG_ENTRY, None)
+    is_of_adapter = "base_model." in prefix or hasattr(model, "peft_config")
+    if text is not None and is_of_adapter:
+        warnings.warn(
+            f"an adapter is saved without the mask of its model, '{text}': save the model too, or call "
+            f"`set_mask(model, {text!r})` where the adapter is loaded",
+            stacklevel=2,
+        )
+
+
+# --- Forward passes --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Makes the forward passes of a class known to their layers; kept by a model, so that unpickling it does so too."""
+
+    model_class: type[PreTrainedModel]
+
+    def __post_init__(self):
+        if not hasattr(self.model_class.forward, "announces"):
+            self.model_class.forward = _announced(self.model_class.forward)  # type: ignore[method-assign]
+
+    def __reduce__(self):
+        return Ready, (self.model_class,)
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Make a stock model ready to run with `attn_implementation="dynmask"`.
+
+    Raises:
+        ValueError: The model's class does not use transformers' attention interface.
+    """
+    if not type(model)._can_set_attn_implementation():
+        raise ValueError(
+            f"attn_implementation='{NAME}' needs a model that uses transformers' attention interface; "
+            f"{type(model).__name__} computes attention by itself"
+        )
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part._dynmask_ready = Ready(type(part))  # type: ignore[assignment]
+
+
+def _announced(forward: Callable) -> Callable:
+    """A `forward` whose arguments the layers below it can look up, where its model runs with `"dynmask"`."""
+    parameters = signature(forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    names = [name for name in parameters if parameters[name].kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
+
+    @torch.compiler.disable(recursive=False)  # the layers may be compiled
+    def announced(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+            return forward(model, *args, **kwargs)  # which raises
+        given = dict(zip(names, args, strict=False)) | kwargs
+        outer = batches.get()
+        batch = _enter(model, names, given, takes_others=Parameter.VAR_KEYWORD in kinds, is_inner=bool(outer))
+        batches.set((*outer, batch))
+        try:
+            output = forward(model, **batch.given)
+        finally:
+            batches.set(outer)
+        _leave(batch, output)
+        return output
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        if self.config._attn_implementation == NAME:
+            return announced(self, args, kwargs)
+        check_followed(self, self.config._attn_implementation)
+        return forward(self, *args, **kwargs)
+
+    del wrapper.__wrapped__  # Accelerate follows it when it takes its own wrapper off
+    wrapper.__signature__ = signature(forward)  # type: ignore[attr-defined]
+    wrapper.announces = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+@outside_graph
+def _enter(
+    model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool, is_inner: bool
+) -> Batch:
+    if takes_others and not is_inner:
+        _check_keywords(model, given.keys() - set(names) - KNOWN)
+    if getattr(model, "_is_replica", False) and given.get("input_ids") is not None:
+        check_not_scattered(given["input_ids"], given.get("lengths"), getattr(model.config, "pad_token_id", None))
+    return Batch.read(model, names, given, is_inner)
+
+
+@outside_graph
+def _leave(batch: Batch, output: Any) -> None:
+    if batch.is_heeded:
+        for value in output.values() if isinstance(output, Mapping) else output:
+            if isinstance(value, Cache):
+                value.is_of_flat_batch = True  # type: ignore[attr-defined]
+    elif not batch.has_explicit_mask and batch.is_flat:
+        raise ValueError(
+            f"a flat batch needs a model whose tokens meet in attention; those of {type(batch.model).__name__} do not"
+        )
+
+
+# --- Keywords --------------------------------------------------------------------------------------------------------
+
+
+def _check_keywords(model: PreTrainedModel, unknown: set[str]) -> None:
+    """Raises if no part of the model reads a keyword."""
+    unknown = {name for name in unknown if not name.startswith("output_")}  # decorators of `forward` read these
+    if not unknown:
+        return
+    named = KNOWN | signature(model.forward).parameters.keys()
+    known = named.union(*map(_mentioned, set(_code_of(model))))
+    if getattr(model.config, "is_encoder_decoder", False):
+        named, known = _of_sides(named), _of_sides(known)
+    for name in sorted(unknown - known):
+        near = get_close_matches(name, named, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise TypeError(f"no part of {type(model).__name__} knows the keyword `{name}`{hint}")
+
+
+def _of_sides(names: set[str]) -> set[str]:
+    """The names, and those by which an encoder-decoder hands them on to one side."""
+    return names | {f"{side}_{name}" for side in ("encoder", "decoder") for name in names}
+
+
+def _code_of(model: PreTrainedModel) -> Iterator[str]:
+    """The modules of Python in which the forward passes of a model's parts stand, and its loss."""
+    if getattr(model, "loss_type", None) is not None or hasattr(model, "_loss_function"):
+        yield unwrap(model.loss_function).__module__
+    for part in model.modules():
+        for each in type(part).__mro__:
+            if "forward" in vars(each) and not each.__module__.startswith("torch."):
+                yield each.__module__
+
+
+@cache
+def _mentioned(module: str) -> frozenset[str]:
+    """The names of arguments, and the strings, in a module's code: whatever it reads of its keywords is among them."""
+    found = set()
+    for node in ast.walk(ast.parse(getsource(sys.modules[module]))):
+        if isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            found.add(node.value)
+    return frozenset(found)

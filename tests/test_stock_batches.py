@@ -1,0 +1,286 @@
+"""What a batch says of its sequences to a stock model: obeyed, or refused."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening
+
+from hf_dynmask import DataCollatorWithLengths
+from stock_models import random_stock
+
+DOCUMENTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+EXAMPLES = [{"input_ids": document} for document in DOCUMENTS]
+FLAT = torch.tensor([sum(DOCUMENTS, [])])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]])
+CU_SEQ_LENS = torch.tensor([0, 4, 7, 12])
+SEQ_IDX = torch.tensor([[0] * 4 + [1] * 3 + [2] * 5])
+ROWS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 0, 0, 0], [12, 13, 14, 0, 0]])
+PRESENT = (ROWS != 0).long()
+LENGTHS = PRESENT.sum(1)
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def stock(request):
+    return random_stock(request.param, "masked-lm" if request.param == "bert" else "causal-lm")
+
+
+@pytest.fixture
+def model(stock):
+    stock.set_attn_implementation("dynmask")
+    return stock
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def singles(model):
+    return torch.cat([logits(model, input_ids=torch.tensor([document]))[0] for document in DOCUMENTS])
+
+
+# --- Flat batches ---
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"lengths": [4, 3, 5]},
+        {"lengths": (4, 3, 5)},
+        {"lengths": torch.tensor([4, 3, 5], dtype=torch.int32)},
+        {"lengths": [0, 4, 3, 0, 5, 0]},
+        {"lengths": [4, 3, 5], "attention_mask": torch.ones(1, 12, dtype=torch.long)},
+        {"cu_seq_lens_q": CU_SEQ_LENS.tolist()},
+        {"cu_seq_lens_k": CU_SEQ_LENS},
+        {"cu_seq_lens_q": [0, 4, 4, 7, 12, 12]},
+        {"seq_idx": SEQ_IDX},
+        {"seq_idx": SEQ_IDX.int(), "position_ids": POSITIONS},
+        {"cu_seq_lens_q": CU_SEQ_LENS, "max_length_q": 5, "max_length_k": torch.tensor(500)},
+        {"lengths": [4, 3, 5], "cu_seq_lens_q": CU_SEQ_LENS, "seq_idx": SEQ_IDX, "position_ids": POSITIONS},
+    ],
+    ids=lambda told: ", ".join(told),
+)
+def test_whatever_tells_where_sequences_begin(told, model):
+    torch.testing.assert_close(logits(model, input_ids=FLAT, **told)[0], singles(model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"return_seq_idx": True}, {"return_flash_attn_kwargs": True}]
+    + [
+        {"return_seq_idx": True, "return_flash_attn_kwargs": True, "return_position_ids": told}
+        for told in (True, False)
+    ],
+    ids=str,
+)
+def test_what_the_collator_of_transformers_sends(settings, model):
+    batch = DataCollatorWithFlattening(**settings)([dict(example) for example in EXAMPLES])
+    del batch["labels"]
+    torch.testing.assert_close(logits(model, **batch)[0], singles(model))
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        (
+            {"cu_seq_lens_q": [0, 4, 7]},
+            "`cu_seq_lens_q` must be of one row and end at its width; got an end of 7 for 1",
+        ),
+        ({"cu_seq_lens_q": [4, 7, 12]}, r"`cu_seq_lens` must start at 0 and never fall; got \[4, 7, 12\]"),
+        (
+            {"cu_seq_lens_q": CU_SEQ_LENS, "cu_seq_lens_k": [0, 5, 12]},
+            r"`cu_seq_lens_k` must begin sequences where `cu_seq_lens_q` does, at \[\[0, 4, 7\]\]; got \[\[0, 5\]\]",
+        ),
+        (
+            {"cu_seq_lens_q": CU_SEQ_LENS, "lengths": [4, 4, 4]},
+            "`cu_seq_lens_q` must begin sequences where `lengths` does",
+        ),
+        ({"seq_idx": SEQ_IDX, "lengths": [4, 4, 4]}, "`seq_idx` must begin sequences where `lengths` does"),
+        *(
+            (
+                {name: value, "position_ids": torch.arange(12)[None]},
+                f"`position_ids` must begin sequences where `{name}`",
+            )
+            for name, value in {"lengths": [4, 3, 5], "cu_seq_lens_q": CU_SEQ_LENS, "seq_idx": SEQ_IDX}.items()
+        ),
+        ({"seq_idx": SEQ_IDX[0]}, r"`seq_idx` must have shape \(1, 12\); got \(12,\)"),
+        ({"lengths": [4, 3, 4]}, "`lengths` of a flat batch must add up to its width 12; got a sum of 11"),
+        ({"lengths": [4.0, 3.0, 5.0]}, "`lengths` must be integers; got dtype torch.float32"),
+        ({"lengths": [[4, 3, 5]]}, r"`lengths` must be a vector; got shape \(1, 3\)"),
+        ({"lengths": [-1, 13]}, "`lengths` must not be negative; got -1"),
+        ({"lengths": [13]}, "`lengths` must not be beyond the row width 12; got 13"),
+        ({"lengths": [4, 3, 5], "max_length_q": 4}, "`max_length_q` must not be below the longest sequence, 5; got 4"),
+        (
+            {"lengths": [4, 3, 5], "attention_mask": (FLAT < 10).long()},
+            "`lengths` and `attention_mask` must name the same",
+        ),
+        (
+            {"lengths": [4, 3, 5], "attention_mask": torch.ones(1, 1, 12, 12, dtype=torch.bool)},
+            r"`lengths` must come without an explicit mask, .* got a mask of shape \(1, 1, 12, 12\)",
+        ),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
+)
+def test_contradictions(told, message, model):
+    with pytest.raises(ValueError, match=message):
+        logits(model, input_ids=FLAT, **told)
+
+
+def test_lengths_without_tokens(model):
+    with pytest.raises(ValueError, match="`lengths` must come with `input_ids` or `inputs_embeds`; got neither"):
+        logits(model, lengths=[4, 3, 5])
+
+
+@pytest.mark.parametrize("told", [{"lengths": [4, 3, 5]}, {"position_ids": POSITIONS}])
+def test_neftune_must_have_rows(told, model):
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0  # as the Trainer sets it
+    try:
+        model.train()
+        with pytest.raises(ValueError, match="NEFTune must have rows: .*; got a flat batch"):
+            logits(model, input_ids=FLAT, **told)
+        logits(model, input_ids=ROWS, lengths=LENGTHS)
+        model.eval()
+        logits(model, input_ids=FLAT, **told)
+    finally:
+        del embeddings.neftune_noise_alpha
+        model.eval()
+
+
+# --- Rows ---
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"lengths": LENGTHS},
+        {"lengths": LENGTHS.tolist(), "attention_mask": PRESENT},
+        {"lengths": LENGTHS, "attention_mask": PRESENT.bool()},
+        {"lengths": LENGTHS, "position_ids": (PRESENT.cumsum(1) - 1) * PRESENT},
+        {"attention_mask": PRESENT, "position_ids": (PRESENT.cumsum(1) - 1) * PRESENT},
+        {"attention_mask": PRESENT, "position_ids": torch.arange(5)[None]},
+        {"attention_mask": PRESENT, "position_ids": (PRESENT.cumsum(1) - 1).masked_fill(PRESENT == 0, 1)},
+    ],
+    ids=lambda told: ", ".join(told),
+)
+def test_rows(told, model):
+    found = logits(model, input_ids=ROWS, **told)
+    for row, length in enumerate(LENGTHS.tolist()):
+        torch.testing.assert_close(found[row, :length], logits(model, input_ids=ROWS[row : row + 1, :length])[0])
+
+
+def test_rows_of_the_collator_with_positions(model):
+    class Tokenizer:
+        pad_token_id = 0
+
+    batch = DataCollatorWithLengths(Tokenizer(), return_position_ids=True)(EXAMPLES)
+    found = logits(model, **batch)
+    assert found.shape[:2] == (3, 5)
+    rows = [states[:length] for states, length in zip(found, batch["lengths"].tolist(), strict=True)]
+    torch.testing.assert_close(torch.cat(rows), singles(model))
+
+
+def test_rows_of_several_sequences_with_padding(model):
+    tokens, position_ids = torch.cat([FLAT, FLAT]), torch.cat([POSITIONS, POSITIONS])
+    tokens[1, 7:] = position_ids[1, 7:] = 0
+    mask = (tokens != 0).long()
+    found, expected = logits(model, input_ids=tokens, attention_mask=mask, position_ids=position_ids), singles(model)
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[1, :7], expected[:7])
+
+
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("sequence-classification", {}),
+    "distilbert": ("question-answering", {}),
+    "gpt2": ("sequence-classification", {}),
+    "llama": ("sequence-classification", {}),
+    "modernbert": ("sequence-classification", {"classifier_pooling": "mean"}),
+    "roberta": ("token-classification", {"pad_token_id": 0}),
+}
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_heads_see_lengths_as_they_see_a_mask(family):
+    task, settings = PAIRS[family]
+    model = random_stock(family, task, **settings)
+    model.set_attn_implementation("dynmask")
+    found, expected = (model(input_ids=ROWS, **told) for told in ({"lengths": LENGTHS}, {"attention_mask": PRESENT}))
+    for name in expected:
+        if "logits" in name:
+            assert torch.equal(found[name], expected[name])
+
+
+def test_lengths_of_choices():
+    model = random_stock("electra", "multiple-choice")
+    model.set_attn_implementation("dynmask")
+    choices, present = (torch.stack([each, each.flip(0)]) for each in (ROWS, PRESENT))
+    expected = model(input_ids=choices, attention_mask=present).logits
+    assert torch.equal(model(input_ids=choices, lengths=present.sum(-1)).logits, expected)
+    with pytest.raises(ValueError, match=r"`lengths` must have one entry a row, shape \(6,\)"):
+        model(input_ids=choices, lengths=[5, 2, 3])
+
+
+def test_embeddings_with_lengths_alone_must_reach_the_width(model):
+    """Lengthened in front by other code, they would look like this."""
+    embeddings = model.get_input_embeddings()(ROWS)
+    longer = torch.cat([embeddings[:, :1], embeddings], dim=1)
+    expected = logits(model, inputs_embeds=embeddings, attention_mask=PRESENT)
+    assert torch.equal(logits(model, inputs_embeds=embeddings, lengths=LENGTHS), expected)
+    with pytest.raises(ValueError, match="`lengths` with `inputs_embeds` must reach the width 6 .* got at most 5"):
+        logits(model, inputs_embeds=longer, lengths=LENGTHS)
+    mask = torch.cat([PRESENT[:, :1], PRESENT], dim=1)
+    with pytest.raises(ValueError, match="must name the same tokens.*PEFT's prompt methods.*`DataCollatorWithPadding`"):
+        logits(model, inputs_embeds=longer, lengths=LENGTHS, attention_mask=mask)
+
+
+def test_lengths_of_both_sides():
+    model = random_stock("bart", "seq2seq-lm")
+    model.set_attn_implementation("dynmask")
+    labels = torch.tensor([[5, 6, 7, 8], [9, 10, -100, -100], [11, 12, 13, -100]])
+    inputs = {"input_ids": ROWS, "labels": labels}
+    mask = (labels != -100).long()
+    expected = model(**inputs, attention_mask=PRESENT, decoder_attention_mask=mask)
+    found = model(**inputs, lengths=LENGTHS, decoder_lengths=[4, 2, 3])
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    with pytest.raises(ValueError, match="must name the same tokens; got lengths .4, 2, 3. and a mask with .4, 4, 4."):
+        model(**inputs, decoder_lengths=[4, 2, 3], decoder_attention_mask=torch.ones_like(mask))
+    with pytest.raises(ValueError, match="`decoder_lengths` must be of rows, one entry each; got 2 for 1"):
+        model(input_ids=ROWS[:1], decoder_input_ids=FLAT, decoder_lengths=[4, 8])
+    with pytest.raises(ValueError, match="a flat batch needs a model without cross-attention"):
+        model(input_ids=FLAT, lengths=[4, 8], decoder_input_ids=FLAT)
+
+
+# --- Caches ---
+
+
+@pytest.fixture
+def causal():
+    model = random_stock("llama", "causal-lm")
+    model.set_attn_implementation("dynmask")
+    return model
+
+
+def cache_of(output):
+    name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.2x
+    return {name: output[name]}
+
+
+def test_a_cache_of_a_flat_batch_is_not_gone_on_from(causal):
+    cache = cache_of(causal(input_ids=FLAT, lengths=[4, 3, 5], use_cache=True))
+    with pytest.raises(ValueError, match="a cache must hold one sequence a row; got one that a flat batch has filled"):
+        causal(input_ids=FLAT[:, :1], **cache)
+
+
+def test_a_flat_batch_behind_a_cache(causal):
+    cache = cache_of(causal(input_ids=FLAT, use_cache=True))
+    with pytest.raises(ValueError, match=r"`position_ids` must go on from the \[12\] tokens in the cache; got \[0\]"):
+        causal(input_ids=FLAT, lengths=[4, 3, 5], **cache)
+
+
+def test_lengths_behind_a_cache(causal):
+    cache = cache_of(causal(input_ids=ROWS, use_cache=True))
+    with pytest.raises(ValueError, match="`lengths` with a cache in use must come with the `attention_mask` of all"):
+        causal(input_ids=ROWS, lengths=LENGTHS, **cache)
