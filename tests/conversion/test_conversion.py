@@ -196,7 +196,7 @@ def test_a_converted_model_is_saved_and_loaded(model_type, task, tmp_path):
     inputs = in_lengths(random_batch(stock, task))
     with torch.no_grad():
         for found, expected in zip(loaded(**inputs).to_tuple(), model(**inputs).to_tuple(), strict=True):
-            if isinstance(expected, Tensor):  # from a file, weights lie elsewhere in memory, and sums may round otherwise
+            if isinstance(expected, Tensor):  # loaded weights lie elsewhere in memory: sums may round otherwise
                 torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 

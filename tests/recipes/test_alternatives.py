@@ -55,7 +55,7 @@ def test_run(tiny, tmp_path, capsys):
                 assert rate == record["tokens"] / record["seconds"][pass_name][method]
                 assert f"{rate:,.0f}" in printed
     assert printed.strip() == alternatives.report(results)
-    assert f"torch {version("torch")}" in printed
+    assert f"torch {version('torch')}" in printed
 
 
 @pytest.mark.parametrize("shape", METHODS)
