@@ -10,6 +10,12 @@ from typing import Any
 TIMEOUT = 120  # seconds, beyond which a process is stuck
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def in_two_processes(function: Callable[..., Any], folder: Path, *preload: str) -> None:
     """Call `function(folder)` in two processes.
 
@@ -20,9 +26,7 @@ def in_two_processes(function: Callable[..., Any], folder: Path, *preload: str) 
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [context.Process(target=_run, args=(function, folder, rank, port)) for rank in range(2)]
     for process in processes:
         process.start()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_available
 
 from recipe_examples import write_examples
+from two_processes import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def test_two_cpus(configuration, more, tmp_path):
         "max_steps": 2,
         "per_device_train_batch_size": 8,
     }
-    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
     launch += ["--config_file", f"recipes/accelerate/{configuration}.yaml", *more]
     launch += ["recipes/sequence_classification.py"]
     launch += [text for name, value in options.items() for text in (f"--{name}", str(value))]

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import shlex
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_what_the_results_tell(results, folder):
     }
     assert results["training"]["learning_rate"] == 1e-2
     assert results["training"]["num_train_epochs"] == 2
-    assert results["environment"]["torch"] == torch.__version__
+    assert results["environment"]["torch"] == version("torch")
 
 
 def test_model_card_is_the_results(output, results, folder):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -32,6 +31,7 @@ from hf_dynmask import (
     TokenBudgetBatchSampler,
     TokenBudgetMixin,
 )
+from two_processes import free_port
 
 ROWS = 60
 MAX_TOKENS = 40
@@ -318,11 +318,8 @@ def of_process(folder):
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     here = Path(__file__)
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [here.parents[2], here.parents[1]]))
     processes = [
         subprocess.Popen(
