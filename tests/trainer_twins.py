@@ -361,7 +361,7 @@ def make_trainer(
     given: dict[str, Any] = {"data_collator": getattr(head, kind)(model), "processing_class": TOKENIZER}
     given |= {"train_dataset": head.examples(), "eval_dataset": head.examples()}
     given |= {"compute_metrics": Scores(head.score)}
-    return trainer_class(model, arguments_class(str(folder), **{**defaults, **arguments}), **given | (of_trainer or {}))
+    return trainer_class(model, arguments_class(str(folder), **{**defaults, **arguments}), **{**given, **(of_trainer or {})})
 
 
 def trained(trainer: Trainer, **settings: Any) -> Outcome:

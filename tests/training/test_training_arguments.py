@@ -30,6 +30,7 @@ from trainer_twins import HEADS, LENGTHS, Outcome, assert_same, make_trainer, tr
 
 NAMES = {each.name for each in fields(TrainingArguments)}
 OF_PAIRS = {each.name for each in fields(Seq2SeqTrainingArguments)} - NAMES
+OF_STOCK = tuple(name for name, head in HEADS.items() if head.ours is with_our_attention)
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
 
 
@@ -128,10 +129,7 @@ SETTINGS = {
         },
     ),
     "half precision": Setting({"bf16": True}, tolerance=2e-2),
-    # Frames stay in float32, as they do for stock models of speech.
-    "half precision in evaluation": Setting(
-        {"bf16_full_eval": True}, refused={"CTC": "must have the same dtype"}, tolerance=1e-2
-    ),
+    "half precision in evaluation": Setting({"bf16_full_eval": True}, tolerance=1e-2),
     "checkpointing": Setting(
         {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
         refused={"recurrent, a class": "does not support (gradient|activation) checkpointing"},
@@ -204,7 +202,7 @@ CASES = [(name, head) for name, setting in SETTINGS.items() for head in setting.
 
 def arguments_of(setting: Setting, head: str, kind: str) -> dict[str, Any]:
     """Those of a stock model are its own, too, where only its attention is ours."""
-    stock = kind == "padded" and setting.stock is not None and HEADS[head].ours is not with_our_attention
+    stock = kind == "padded" and setting.stock is not None and head not in OF_STOCK
     return {**setting.also, **(setting.stock if stock and setting.stock is not None else setting.arguments)}
 
 
@@ -280,28 +278,36 @@ def largest_noise(self, low, high):
     return self.fill_(high)
 
 
-@of_every_head()
-def test_noise_of_embeddings(head, tmp_path, monkeypatch):
+def with_noise(head: str, kind: str, folder: Path, **settings: Any) -> Outcome:
+    trainer = make_trainer(HEADS[head], kind, folder / kind, {"neftune_noise_alpha": 5.0, **settings})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "uniform_", largest_noise)
+        return trained(trainer)
+
+
+@of_every_head(but=(*OF_STOCK, "CTC"))
+def test_noise_of_embeddings(head, tmp_path):
     """As large as the length of each sequence says. That of stock models depends on the width of the padded batch, so
     they are given one sequence at a time."""
-
-    def outcome(kind: str, **settings: Any) -> Outcome:
-        trainer = make_trainer(HEADS[head], kind, tmp_path / kind, {"neftune_noise_alpha": 5.0, **settings})
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "uniform_", largest_noise)
-            return trained(trainer)
-
-    if head == "CTC":
-        with pytest.raises(NotImplementedError, match="get_input_embeddings"):  # frames have no table of embeddings
-            outcome("rows")
-        return
     one = {"per_device_train_batch_size": 1}
-    right = outcome("padded", **one, max_steps=3)
+    right = with_noise(head, "padded", tmp_path, **one, max_steps=3)
     for kind in HEADS[head].kinds:
-        assert_same(outcome(kind, **one, max_steps=3), right)
-        parts = outcome(kind, **one, gradient_accumulation_steps=3, max_steps=1)
-        together = outcome(kind, per_device_train_batch_size=3, max_steps=1)
+        assert_same(with_noise(head, kind, tmp_path, **one, max_steps=3), right)
+        parts = with_noise(head, kind, tmp_path, **one, gradient_accumulation_steps=3, max_steps=1)
+        together = with_noise(head, kind, tmp_path, per_device_train_batch_size=3, max_steps=1)
         assert together.logs[0]["loss"] == pytest.approx(parts.logs[0]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("head", OF_STOCK)
+def test_noise_of_embeddings_of_stock_models(head, tmp_path):
+    assert_same(with_noise(head, "rows", tmp_path), with_noise(head, "padded", tmp_path))
+    with pytest.raises(ValueError, match="NEFTune must have rows"):
+        with_noise(head, "flat", tmp_path)
+
+
+def test_noise_of_frames(tmp_path):
+    with pytest.raises(NotImplementedError, match="get_input_embeddings"):  # they have no table of embeddings
+        with_noise("CTC", "rows", tmp_path)
 
 
 @pytest.mark.parametrize("head", ["masked LM", "pairs", "CTC"])
