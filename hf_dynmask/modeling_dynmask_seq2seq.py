@@ -356,7 +356,9 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         if len(given) != 1:
             raise ValueError(
                 "exactly one of `decoder_input_ids` and `decoder_inputs_embeds` must be given, or `labels` to make "
-                f"ids of; got {'both' if given else 'neither'}"
+                f"ids of; got {'both' if given else 'neither'}. Where the Trainer takes the labels away, to smooth "
+                "them or for a loss function, give the collator the model: "
+                "`DataCollatorForSeq2SeqWithLengths(…, model=model)`"
             )
         return given[0]
 

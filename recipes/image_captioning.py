@@ -94,9 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = make_tokenizer(texts["train"]["text"], recipe.vocab_size)
     data = extract_features(texts, tokenizer, recipe)
 
-    collator = DataCollatorForSeq2SeqWithLengths(tokenizer)
     set_seed(training.seed)
     model = make_model(recipe, tokenizer)
+    collator = DataCollatorForSeq2SeqWithLengths(tokenizer, model)
     contenders: Contenders = {"dynmask": (model, collator)}
     if recipe.baseline:
         contenders["padded"] = (copy.deepcopy(model), without_lengths(collator))

@@ -163,14 +163,13 @@ def from_transformers(
     ```
     """
     if isinstance(source, nn.Module):
-        source = _plain(source)
-        stock_config = copy.deepcopy(source.config)
+        stock = _plain(source)
+        stock_config = copy.deepcopy(stock.config)
         family = _family(stock_config.model_type)
-        task = _task_of_model(source, task)
+        task = _task_of_model(stock, task)
         set_on_ours, set_on_theirs = _split(overrides, stock_config)
         _set(stock_config, set_on_theirs, family)
         _check_supported(stock_config, task)
-        stock = source
     else:
         stock_config = AutoConfig.from_pretrained(source, **overrides)
         family = _family(stock_config.model_type)
@@ -186,7 +185,9 @@ def from_transformers(
     links = family.links(task, model.base_model_prefix, stock.base_model_prefix, _num_layers(model.config))
     with whole_weights(stock):
         _check_tables(stock, family)
-        weights = _weights(stock, family) if stock is not source else _cloned(_weights(stock, family))
+        weights = _weights(stock, family)
+        if isinstance(source, nn.Module):
+            weights = _cloned(weights)
     _fill(model, to_ours(weights, links), family)
     _hand_on(stock, model)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers.integrations import deepspeed as integration
@@ -21,7 +22,8 @@ def whole_weights(*models: nn.Module) -> Iterator[None]:
         return
     import deepspeed
 
-    config = integration._hf_deepspeed_config_weak_ref()
+    reference: Any = integration._hf_deepspeed_config_weak_ref
+    config = reference()
     integration.unset_hf_deepspeed_config()  # by which `from_pretrained` knows that it is to share weights out
     try:
         with deepspeed.zero.GatheredParameters([weight for model in models for weight in model.parameters()]):

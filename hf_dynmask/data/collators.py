@@ -32,19 +32,32 @@ from .columns import (
 
 
 class FlatBatch(dict[str, Any]):
-    """A batch whose sequences stand end to end in one row, which cannot be split. Accelerate makes the parts of a batch
-    by its class again when one process collates for all."""
+    """A batch whose sequences stand end to end in one row, which cannot be split. Accelerate makes parts of it, by its
+    class, where one process collates for all."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        lengths = self.get("lengths")
+        if isinstance(lengths, Tensor) and _is_cut(lengths):
+            self._refuse(f"`lengths` of a flat batch must be whole; got {lengths.numel()} of them")
         for name in MAIN_COLUMNS:
             rows = self[name].shape[0] if isinstance(self.get(name), Tensor) else 1
             if rows != 1:
-                raise ValueError(
-                    f"`{name}` of a flat batch must have 1 row, which cannot be split or joined; got {rows}. Collate "
-                    "with `flat=False`, or let each process collate its own batches: `dispatch_batches=False` in "
-                    "`accelerator_config`"
-                )
+                self._refuse(f"`{name}` of a flat batch must have 1 row, which cannot be split or joined; got {rows}")
+
+    @staticmethod
+    def _refuse(message: str) -> None:
+        raise ValueError(
+            f"{message}. Collate with `flat=False`, or let each process collate its own batches: "
+            "`dispatch_batches=False` in `accelerator_config`"
+        )
+
+
+def _is_cut(lengths: Tensor) -> bool:
+    """Whether this process has got a part of them. (One process alone gets all; Accelerate takes a part beside.)"""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_part = lengths.untyped_storage().nbytes() > lengths.nbytes
+    return is_part and several and torch.distributed.get_world_size() > 1
 
 
 class CollatorWithLengths(ABC):

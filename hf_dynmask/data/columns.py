@@ -19,7 +19,10 @@ TOKEN, EXAMPLE, NEXT_TOKEN = "token", "example", "next_token"
 PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "offset_mapping", "word_ids")
 PER_TOKEN += ("segment_ids", "global_tokens", "missing", "inputs_embeds", "shift_labels")
 PER_EXAMPLE = (*ANSWER, "lengths", "prefix_lengths", "mask_choice", "hidden_spans", "idx")
-ROLES = dict.fromkeys((*MAIN_COLUMNS, *PER_TOKEN), TOKEN) | dict.fromkeys(PER_EXAMPLE, EXAMPLE)
+ROLES: Mapping[str, str] = {
+    **dict.fromkeys((*MAIN_COLUMNS, *PER_TOKEN), TOKEN),
+    **dict.fromkeys(PER_EXAMPLE, EXAMPLE),
+}
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------

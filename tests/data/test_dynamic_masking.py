@@ -3,6 +3,7 @@
 import copy
 import pickle
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 import pytest
@@ -346,9 +347,10 @@ def test_word_ids_of_a_tokenizer():
 def test_word_ids_in_formatted_data_sets(strategy, form):
     """There `None` is NaN."""
     ids, words = [CLS, 5, 6, SEP, 7, 8, SEP], [None, 0, 0, None, 0, 0, None]
-    dataset = Dataset.from_list([{"input_ids": ids, "word_ids": words, "idx": i} for i in range(20)])
-    expected = make(strategy=strategy, mlm_probability=0.5)(list(dataset))
-    found = make(strategy=strategy, mlm_probability=0.5)(list(dataset.with_format(form)))
+    rows = [{"input_ids": ids, "word_ids": words, "idx": i} for i in range(20)]
+    formatted: Any = Dataset.from_list(rows).with_format(form)
+    expected = make(strategy=strategy, mlm_probability=0.5)(rows)
+    found = make(strategy=strategy, mlm_probability=0.5)(list(formatted))
     assert torch.equal(found["labels"], expected["labels"]) and (found["labels"] != -100).any()
 
 

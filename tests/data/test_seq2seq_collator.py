@@ -99,6 +99,12 @@ def test_losses_of_labels_taken_away_from_the_model(flat, smoothing, tokenizer, 
     torch.testing.assert_close(found, expected)
 
 
+def test_labels_taken_away_from_a_model_without_decoder_inputs(collator, model, tmp_path):
+    arguments = Seq2SeqTrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"got neither\. .* `DataCollatorForSeq2SeqWithLengths\(…, model=model\)`"):
+        Seq2SeqTrainer(model, arguments).compute_loss(model, collator(EXAMPLES))
+
+
 def test_decoder_inputs_of_the_examples_win(tokenizer, model):
     features = [{**example, "decoder_input_ids": [1] * len(example["labels"])} for example in EXAMPLES]
     batch = DataCollatorForSeq2SeqWithLengths(tokenizer, model)(features)

@@ -2,18 +2,31 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
+from transformers.integrations.deepspeed import is_deepspeed_available
 
 from recipe_examples import write_examples
 
 ROOT = Path(__file__).parents[2]
 
+ON_CPUS = ["--num_processes", "2", "--mixed_precision", "no"]
+WITH_DEEPSPEED = pytest.mark.skipif(
+    not is_deepspeed_available() or shutil.which("c++") is None,
+    reason="needs `pip install deepspeed`, and a compiler for the operator by which its processes on CPUs talk",
+)
 
-def test_two_cpus(tmp_path):
+
+@pytest.mark.parametrize(
+    "configuration, more", [("two_cpus", []), pytest.param("zero3", ON_CPUS, marks=WITH_DEEPSPEED)]
+)
+def test_two_cpus(configuration, more, tmp_path):
     write_examples(tmp_path)
     options = {
         "model": tmp_path / "model",
@@ -23,9 +36,11 @@ def test_two_cpus(tmp_path):
         "per_device_train_batch_size": 8,
     }
     launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", "recipes/accelerate/two_cpus.yaml", "recipes/sequence_classification.py"]
+    launch += ["--config_file", f"recipes/accelerate/{configuration}.yaml", *more]
+    launch += ["recipes/sequence_classification.py"]
     launch += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}  # ninja's
     run = subprocess.run([sys.executable, *launch], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("| hf_dynmask, lengths") == 1  # the main process alone reports

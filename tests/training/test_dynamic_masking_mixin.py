@@ -147,6 +147,33 @@ def test_columns_of_the_collator_reach_it(as_list, tmp_path):
     assert set(labels) == {(-100, -100, -100), (7, 8, -100)}
 
 
+TEXTS: dict[str, list[Any]] = {
+    "text": ["a b", "c"],
+    "a text that is none": ["a b", None],
+    "words": [["a", "b", "c"], ["d"]],
+    "sentences": [[["a"], ["b", "c"]], [["d"]]],
+    "idx": ["page 1", "page 2"],
+    "label": ["good", "bad"],
+    "labels": [["O", "B-PER", "O"], ["O", "O", "O"]],
+}
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+@pytest.mark.parametrize("remove", [False, True])
+@pytest.mark.parametrize("name", TEXTS)
+def test_columns_of_text(name, remove, form, tmp_path):
+    """They reach no model, also where all columns of the data set reach the collator; `idx` tells examples apart."""
+    columns = {"input_ids": [[7, 8, 9], [9, 8, 7]], "word_ids": [[None, 0, 0], [0, 1, 1]], name: TEXTS[name]}
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "remove_unused_columns": remove}
+    data = Dataset.from_dict(columns).with_format(form)
+    trainer, seen = make_trainer(tmp_path, train=data, collator=make(None, strategy="whole_word"), **settings)
+    trainer.data_collator.set_epoch(0)
+    (batch,) = trainer.get_train_dataloader()
+    assert set(batch) == {"input_ids", "lengths", "attention_mask", "labels"}
+    trainer.train()
+    assert len(seen.epochs[0]) == 1
+
+
 def test_a_stock_trainer_does_not_tell_the_epoch(tmp_path):
     trainer, _ = make_trainer(tmp_path, kind=Trainer)
     with pytest.raises(ValueError, match="the epoch must be known, .* `DynamicMaskingMixin`"):

@@ -221,7 +221,7 @@ def gradients(folder, trainer_class, model, collator, batches=1, **settings):
 
 def qa_model():
     torch.manual_seed(0)
-    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    nothing: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return DynMaskForQuestionAnswering(DynMaskConfig(vocab_size=ROWS, **SHAPE, **nothing))
 
 
