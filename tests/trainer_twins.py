@@ -138,7 +138,7 @@ class BertForQuestionAnsweringInTokens(BertForQuestionAnswering):
         outputs: Any = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         absent = attention_mask == 0
         ends: Any = zip((outputs.start_logits, outputs.end_logits), (start_positions, end_positions), strict=True)
-        losses = [nn.functional.cross_entropy(each.masked_fill(absent, -1e9), place) for each, place in ends]
+        losses = [nn.functional.cross_entropy(each.masked_fill(absent, -torch.inf), place) for each, place in ends]
         logits = {name: each.masked_fill(absent, 0) for name, each in outputs.items()}
         return type(outputs)(loss=(losses[0] + losses[1]) / 2, **logits)
 

@@ -128,8 +128,9 @@ SETTINGS = {
             "CTC": "size .* must match|Size does not match",
         },
     ),
-    "half precision": Setting({"bf16": True}, tolerance=2e-2),
-    "half precision in evaluation": Setting({"bf16_full_eval": True}, tolerance=1e-2),
+    "bfloat16": Setting({"bf16": True}, tolerance=2e-2),
+    "bfloat16 in evaluation": Setting({"bf16_full_eval": True}, tolerance=1e-2),
+    "float16 in evaluation": Setting({"fp16_full_eval": True}, tolerance=1e-2),
     "checkpointing": Setting(
         {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
         refused={"recurrent, a class": "does not support (gradient|activation) checkpointing"},
@@ -379,7 +380,9 @@ def test_batches_that_fit_are_found(kind, tmp_path):
         return trainer
 
     right, found = outcome("padded"), outcome(kind)
-    assert found.state.train_batch_size == right.state.train_batch_size in (1, 2)  # early releases of accelerate halve it
+    assert (
+        found.state.train_batch_size == right.state.train_batch_size in (1, 2)
+    )  # early releases of accelerate halve it
     assert_same(Outcome.of(found), Outcome.of(right))
     counted = outcome(kind, callbacks=[ThroughputCallback()]).state.log_history[-1]
     assert counted["train_real_tokens"] == sum(LENGTHS)
@@ -454,8 +457,8 @@ FIELDS: dict[str, Any] = {
     "auto_find_batch_size": test_batches_that_fit_are_found,
     "average_tokens_across_devices": "accumulation",
     "batch_eval_metrics": "evaluation by batch",
-    "bf16": "half precision",
-    "bf16_full_eval": "half precision in evaluation",
+    "bf16": "bfloat16",
+    "bf16_full_eval": "bfloat16 in evaluation",
     "data_seed": "order",
     "dataloader_drop_last": "order",
     "dataloader_in_order": "loading",
@@ -470,7 +473,7 @@ FIELDS: dict[str, Any] = {
     "ddp_find_unused_parameters": PROCESSES,
     "ddp_static_graph": PROCESSES,
     "ddp_timeout": PROCESSES,
-    "debug": "looks at activations and changes none",
+    "debug": "looks at activations and changes none; stock BERT ends in it, at a mask of booleans",
     "deepspeed": PROCESSES,
     "disable_tqdm": PLACE,
     "do_eval": SCRIPTS,
@@ -485,7 +488,7 @@ FIELDS: dict[str, Any] = {
     "eval_strategy": "evaluation of losses",
     "eval_use_gather_object": "evaluation in parts",
     "fp16": OF_GPUS,
-    "fp16_full_eval": OF_GPUS,
+    "fp16_full_eval": "float16 in evaluation",
     "fsdp": PROCESSES,
     "fsdp_config": PROCESSES,
     "full_determinism": "determinism",
