@@ -151,10 +151,10 @@ def test_flat_batches_that_each_process_collates(name, of_ranks):
 
 
 def test_flat_batches_are_not_dispatched(ranks):
-    wrong = "`lengths` of a flat batch must be whole; got 2 of them", "`input_ids` of a flat batch must have 1 row, "
+    wrong = "`lengths` of a flat batch must be whole; got 2 of them"
     for rank in range(2):
         message = json.loads((ranks / f"{rank}.json").read_text())
-        assert wrong[rank] in message
+        assert wrong in message
         assert "`dispatch_batches=False`" in message
 
 
