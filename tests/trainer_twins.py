@@ -123,22 +123,22 @@ class DataCollatorForChoices:
 
 
 class DataCollatorForPaddedFeatures(DataCollatorForFeatures):
-    """Frames with an attention mask and without lengths."""
+    """Frames with an attention mask alone."""
 
     def __call__(self, features):
         batch = super().__call__(features)
-        lengths = batch.pop("lengths")
-        return batch | {"attention_mask": (torch.arange(max(lengths)) < lengths[:, None]).long()}
+        del batch["lengths"]
+        return batch
 
 
 class BertForQuestionAnsweringInTokens(BertForQuestionAnswering):
     """Without padding: the stock model looks for answers there, too, and its loss depends on the width of the batch."""
 
-    def forward(self, input_ids=None, attention_mask=None, start_positions=None, end_positions=None, **kwargs):
-        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    def forward(self, input_ids=None, attention_mask: Any = None, start_positions=None, end_positions=None, **kwargs):
+        outputs: Any = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         absent = attention_mask == 0
-        ends = zip((outputs.start_logits, outputs.end_logits), (start_positions, end_positions), strict=True)
-        losses = [nn.functional.cross_entropy(each.masked_fill(absent, -1e9), place) for each, place in ends]
+        ends: Any = zip((outputs.start_logits, outputs.end_logits), (start_positions, end_positions), strict=True)
+        losses = [nn.functional.cross_entropy(each.masked_fill(absent, -torch.inf), place) for each, place in ends]
         logits = {name: each.masked_fill(absent, 0) for name, each in outputs.items()}
         return type(outputs)(loss=(losses[0] + losses[1]) / 2, **logits)
 
@@ -222,7 +222,7 @@ def recognizing():
 
 def recurrent():
     torch.manual_seed(0)
-    return DynMaskRecurrentForSequenceClassification(DynMaskRecurrentConfig(**OURS, num_labels=3))
+    return DynMaskRecurrentForSequenceClassification(DynMaskRecurrentConfig(**{**OURS, "num_labels": 3}))
 
 
 def with_our_attention(model):
@@ -360,8 +360,8 @@ def make_trainer(
     arguments_class = Seq2SeqTrainingArguments if pairs else TrainingArguments
     given: dict[str, Any] = {"data_collator": getattr(head, kind)(model), "processing_class": TOKENIZER}
     given |= {"train_dataset": head.examples(), "eval_dataset": head.examples()}
-    given |= {"compute_metrics": Scores(head.score)}
-    return trainer_class(model, arguments_class(str(folder), **{**defaults, **arguments}), **given | (of_trainer or {}))
+    given |= {"compute_metrics": Scores(head.score), **(of_trainer or {})}
+    return trainer_class(model, arguments_class(str(folder), **{**defaults, **arguments}), **given)
 
 
 def trained(trainer: Trainer, **settings: Any) -> Outcome:

@@ -693,6 +693,16 @@ def test_a_mask_of_the_user_wins_over_those_of_the_layers():
     assert [str(mask) for mask in model.config.masks()] == ["causal & chunk(4)"] * 3
 
 
+@pytest.mark.parametrize("model_type, task", [("llama", "causal-lm"), ("bert", "masked-lm"), ("bart", "seq2seq-lm")])
+def test_whether_a_model_caches_is_no_obstacle(model_type, task):
+    """A Trainer sets it."""
+    model: Any = from_transformers(random_stock(model_type, task))
+    model.config.use_cache = not model.config.use_cache
+    stock = to_transformers(model)
+    for name, weight in from_transformers(stock).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+
+
 def test_settings_of_generation_carry_over(tmp_path):
     stock = random_stock("llama", "causal-lm")
     stock.generation_config.update(temperature=0.3, do_sample=True, eos_token_id=[7, 8])
