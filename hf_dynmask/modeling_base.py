@@ -1,5 +1,6 @@
 """What every DynMask model has: how it is saved and loaded, and which arguments its forward pass knows."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -97,6 +98,26 @@ class DynMaskBaseModel(PreTrainedModel):
             setattr(replica, name, OrderedDict(getattr(replica, name)))  # which it would share with this model
         replica.register_forward_pre_hook(_check_replica, with_kwargs=True)
         return replica
+
+
+def warn_of_adapters_alone(model: Any, mask: object) -> None:
+    """Have a model warn when an adapter is saved without it: of `mask`, which it was given, an adapter says nothing."""
+    inside = getattr(model, "get_base_model", None)  # of PEFT
+    model = model if inside is None else inside()
+    model._mask_put_on = mask  # type: ignore[assignment]
+    if _warn_of_adapter not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(_warn_of_adapter)
+
+
+def _warn_of_adapter(model: PreTrainedModel, prefix: str, keep_vars: bool) -> None:
+    mask = model._mask_put_on
+    is_of_adapter = "base_model." in prefix or hasattr(model, "peft_config")
+    if mask is not None and is_of_adapter:
+        warnings.warn(
+            f"an adapter is saved without the mask of its model, {mask!r}: save the model too, or call "
+            f"`set_mask(model, {mask!r})` where the adapter is loaded",
+            stacklevel=2,
+        )
 
 
 def _is_whole(weight: Tensor) -> bool:

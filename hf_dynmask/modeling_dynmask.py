@@ -51,7 +51,7 @@ from .fields import TOKEN_FIELDS, key_name
 from .graph import GraphLayout, GraphPlan, fields_of
 from .layout import IGNORE_INDEX, SequenceLayout, outside_graph, rolled
 from .masks import Dense, TopK, parse
-from .modeling_base import DynMaskBaseModel, known_keywords
+from .modeling_base import DynMaskBaseModel, known_keywords, warn_of_adapters_alone
 from .modules import (
     ATTENTION_IMPLEMENTATIONS,
     DynMaskEmbeddings,
@@ -127,6 +127,7 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
         changed = self.checked_masks(mask)
         for name, value in changed.items():
             setattr(self.config, name, value)
+        warn_of_adapters_alone(self, mask)
 
     def checked_masks(self, mask: str | list[str] | None = None, cross_mask: str | None = None) -> dict[str, Any]:
         """The fields of the configuration that hold these masks, once it is sure that they fit the model."""

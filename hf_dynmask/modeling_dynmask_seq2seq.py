@@ -30,7 +30,7 @@ from .cached import columns_seen, given_cache, last_columns, output_with_cache, 
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .fields import TOKEN_FIELDS
 from .layout import IGNORE_INDEX, SequenceLayout, rolled
-from .modeling_base import known_keywords
+from .modeling_base import known_keywords, warn_of_adapters_alone
 from .modeling_dynmask import (
     DynMaskModel,
     DynMaskPreTrainedModel,
@@ -223,6 +223,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         for side, changed in zip((encoder, decoder), checked, strict=True):
             for name, value in changed.items():
                 setattr(side.config, name, value)
+        warn_of_adapters_alone(self, [mask, decoder_mask, cross_mask])
 
     def get_input_embeddings(self) -> nn.Module:
         """The tokens' table: the encoder's, or the decoder's where the encoder reads frames."""

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from .attention import dynmask_attention
 from .layout import outside_graph
+from .modeling_base import warn_of_adapters_alone
 from .plan import MaskPlan
 from .stock_batches import CONFIG_ENTRY, NAME, current_batches
 from .stock_masks import StockMask
-from .stock_models import check_mask, warn_of_adapters
+from .stock_models import check_mask
 
 # Arguments of some models' attention that change what is seen, and that no expression stands for.
 UNSERVED_ARGUMENTS = ("block_indices", "cache", "indices", "sinks")
@@ -51,7 +52,7 @@ def set_mask(model: PreTrainedModel, text: str | None) -> None:
                 f"'{model.config._attn_implementation}'"
             )
     setattr(model.config, CONFIG_ENTRY, text)
-    warn_of_adapters(model)
+    warn_of_adapters_alone(model, text)
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------

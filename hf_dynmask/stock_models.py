@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -82,23 +81,6 @@ def check_mask(model: PreTrainedModel, text: str) -> None:
         raise ValueError(f"`model` must be one part of a model; {name} has the parts {parts}")
     if has_cross_attention(config):
         raise ValueError(f"`model` must have self-attention alone; {name} has cross-attention")
-
-
-def warn_of_adapters(model: PreTrainedModel) -> None:
-    """Have the model warn when an adapter is saved alone: of a mask that was just put on it, that says nothing."""
-    if _warn_of_adapter not in model._state_dict_pre_hooks.values():
-        model.register_state_dict_pre_hook(_warn_of_adapter)
-
-
-def _warn_of_adapter(model: PreTrainedModel, prefix: str, keep_vars: bool) -> None:
-    text = getattr(model.config, CONFIG_ENTRY, None)
-    is_of_adapter = "base_model." in prefix or hasattr(model, "peft_config")
-    if text is not None and is_of_adapter:
-        warnings.warn(
-            f"an adapter is saved without the mask of its model, '{text}': save the model too, or call "
-            f"`set_mask(model, {text!r})` where the adapter is loaded",
-            stacklevel=2,
-        )
 
 
 # --- Forward passes --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from hf_dynmask.batch import layout_of_batch
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "hidden_dropout_prob": 0.0}
 ATTENTION: dict[str, Any] = {"num_attention_heads": 2, "intermediate_size": 24, "attention_probs_dropout_prob": 0.0}
-CLOSE = {"atol": 1e-6, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-5}
 IDS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14], [15, 16]]
 SIZE = sum(map(len, IDS))
 OF_TOKENS = ("last_hidden_state", "logits", "start_logits", "end_logits")

@@ -24,7 +24,8 @@ LENGTHS = [[5, 9], [6, 6], [1, 1], [9, 0], [0, 0], [300, 4], [7]]  # of one leng
 
 
 def config(mask: str = "full", **settings: Any) -> DynMaskConfig:
-    return DynMaskConfig(mask=mask, **SHAPE | {"num_labels": 50} | settings)
+    fields: dict[str, Any] = SHAPE | {"num_labels": 50} | settings
+    return DynMaskConfig(mask=mask, **fields)
 
 
 def two_sides() -> DynMaskForConditionalGeneration:

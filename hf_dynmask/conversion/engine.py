@@ -44,6 +44,7 @@ from ..modeling_dynmask_seq2seq import (
     DynMaskSeq2SeqForSequenceClassification,
     DynMaskSeq2SeqModel,
 )
+from ..stock_batches import CONFIG_ENTRY
 from .bart import BART
 from .bert import BERT
 from .distilbert import DISTILBERT
@@ -332,6 +333,9 @@ def _our_config(stock_config: PreTrainedConfig, task: str, **overrides: Any) -> 
     settings |= {ours: getattr(stock_config, theirs) for ours, theirs in family.renamed.items()}
     settings |= family.implied(stock_config, task)
     settings |= {"source_model_type": stock_config.model_type, "name_or_path": stock_config.name_or_path}
+    mask = getattr(stock_config, CONFIG_ENTRY, None)
+    if mask is not None and not overrides.keys() & {"mask", "layer_masks"}:
+        overrides["mask"] = mask
     if "mask" in overrides:
         settings["layer_masks"] = None  # which would win over it
     overrides |= {side: settings.get(side, {}) | overrides[side] for side in SIDES if side in overrides}

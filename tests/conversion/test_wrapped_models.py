@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hf_dynmask import set_mask
 from hf_dynmask.conversion import from_transformers, to_transformers
 from stock_models import random_stock
 
@@ -110,3 +111,16 @@ def test_a_folder_with_an_adapter_beside_the_weights(tmp_path):
     lora(stock).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be converted without adapters, which would be lost"):
         from_transformers(tmp_path)
+
+
+def test_the_mask_of_a_stock_model_comes_along(tmp_path):
+    stock = random_stock("llama", "causal-lm")
+    stock.set_attn_implementation("dynmask")
+    set_mask(stock, "causal & window(2, 0)")
+    ids = torch.arange(5, 17)[None]
+    stock.save_pretrained(tmp_path)
+    for source in (stock, tmp_path):
+        model = from_transformers(source)
+        assert model.config.mask == "causal & window(2, 0)"
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    assert from_transformers(stock, mask="causal").config.mask == "causal"

@@ -1,5 +1,6 @@
 """Other libraries of the ecosystem, each used as its users do. Without a library its tests are skipped."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hf_dynmask import (
     DynMaskForCausalLM,
     DynMaskForSequenceClassification,
     from_transformers,
+    set_mask,
     to_transformers,
 )
 
@@ -111,6 +113,37 @@ def test_lora(make, task, tokenizer, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     auto_class = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
     torch.testing.assert_close(logits_of(auto_class.from_pretrained(tmp_path / "merged")), trained)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT
+def test_an_adapter_without_the_mask_that_its_model_was_given(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(writer(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    set_mask(adapted, "causal & window(2, 0)")
+    with pytest.warns(UserWarning, match="an adapter is saved without the mask of its model, 'causal & window"):
+        adapted.save_pretrained(str(tmp_path))
+    merged = adapted.merge_and_unload()
+    assert merged.config.mask == "causal & window(2, 0)"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # of PEFT
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_tokens_that_peft_puts_in_front(kind, tokenizer):
+    """With an attention mask, as with a stock model; lengths, which PEFT leaves as they were, are refused."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    rows = DataCollatorWithLengths(tokenizer)([{"input_ids": [2, 3, 4, 5]}, {"input_ids": [6, 7]}])
+    losses = []
+    for model in (writer(**LIKE_LLAMA), to_transformers(writer(**LIKE_LLAMA), "llama").eval()):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, copy.deepcopy(config)).eval()
+        told = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+        losses.append(adapted(**told, labels=rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)).loss)
+        if len(losses) == 1:
+            with pytest.raises(ValueError, match="`lengths` (and|must come with)"):
+                adapted(**rows, labels=rows["input_ids"])
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
 
 
 # --- sentence-transformers -------------------------------------------------------------------------------------------

@@ -204,6 +204,27 @@ def test_checkpoints_have_the_mask_of_their_step(tmp_path):
     assert masks == ["window(3)", "full"]
 
 
+@pytest.mark.parametrize("best", range(1, STEPS + 1))
+def test_the_best_checkpoint_comes_back_with_its_mask(best, tmp_path):
+    """And the model is what it was when it was evaluated, whichever step was the best."""
+    schedule, seen = MaskSchedule({0: "window(1)", 3: "window(3)", 6: "full"}), {}
+
+    class Judge(TrainerCallback):
+        def on_evaluate(self, args, state, control, model, metrics, **kwargs):
+            seen[state.global_step] = model.config.mask
+            metrics["eval_fitness"] = -abs(state.global_step - best)
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "fitness", "greater_is_better": True}
+    model = make_model()
+    trainer = make_trainer(model, tmp_path, schedule, Judge(), **settings)
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    assert model.config.mask == seen[best]
+    again = DynMaskForSequenceClassification.from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert again.config.mask == seen[best]
+
+
 def test_a_stock_model(tmp_path):
     """The loss of each stage is that of the stage's mask."""
     torch.manual_seed(0)

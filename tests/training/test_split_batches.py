@@ -254,7 +254,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def test_a_stream_of_flat_batches_in_one_process_loses_no_sequence(tmp_path):
-    trainer, _ = make_trainer("flat", {}, str(tmp_path))
+    trainer, _ = make_trainer("flat", {}, tmp_path)
     trainer.train_dataset, trainer.args.max_steps = Stream(), 4
     batches = list(trainer.get_train_dataloader())
     lengths = torch.cat([batch["lengths"] for batch in batches])
