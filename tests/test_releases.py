@@ -32,6 +32,6 @@ def test_the_floor_is_the_lower_bound(name):
 
 @pytest.mark.parametrize("faults", [FAULTS_OF_OLD_RELEASES, WARNINGS_OF_OLD_RELEASES])
 def test_faults_are_of_releases_that_are_supported(faults):
-    for release, _ in faults.values():
+    for release, _ in faults:
         requirement = Requirement(release)
         assert earliest()[requirement.name] in requirement.specifier
