@@ -96,6 +96,7 @@ SETTINGS = {
             "adam_beta2": 0.9,
             "adam_epsilon": 1e-2,
             "max_grad_norm": 0.3,
+            "full_determinism": True,
         }
     ),
     # The losses of BERT and BART are given the number of items and do not read it: those of several batches add up.
@@ -119,7 +120,7 @@ SETTINGS = {
         },
         refused=NO_IDS,
     ),
-    "balance": Setting({"train_sampling_strategy": "batch_rebalance"}, refused=NO_IDS),
+    "balance": Setting({"train_sampling_strategy": "batch_rebalance"}, heads=("masked LM", "CTC"), refused=NO_IDS),
     "label smoothing": Setting(
         {"label_smoothing_factor": 0.1},
         refused={
@@ -141,7 +142,12 @@ SETTINGS = {
     ),
     # Without an attention mask the Trainer counts the numbers in frames that are not the tokenizer's pad id.
     "counting": Setting(
-        {"include_num_input_tokens_seen": "non_padding", "torch_empty_cache_steps": 1, "use_cache": True},
+        {
+            "include_num_input_tokens_seen": "non_padding",
+            "torch_empty_cache_steps": 1,
+            "use_cache": True,
+            "remove_unused_columns": False,
+        },
         rows_only=("CTC",),
     ),
     "evaluation in parts": Setting(
@@ -182,7 +188,6 @@ SETTINGS = {
         {"save_strategy": "best", "load_best_model_at_end": True, "save_only_model": True, "save_on_each_node": True},
         also=EVERY_STEP,
     ),
-    "all columns": Setting({"remove_unused_columns": False}),
     "loading": Setting(
         {
             "dataloader_num_workers": 1,
@@ -193,7 +198,6 @@ SETTINGS = {
         },
         heads=("masked LM",),
     ),
-    "determinism": Setting({"full_determinism": True}),
     "batches taken apart": Setting(
         {"accelerator_config": {"split_batches": True, "dispatch_batches": True, "even_batches": False}}
     ),
@@ -491,7 +495,7 @@ FIELDS: dict[str, Any] = {
     "fp16_full_eval": "float16 in evaluation",
     "fsdp": PROCESSES,
     "fsdp_config": PROCESSES,
-    "full_determinism": "determinism",
+    "full_determinism": "optimizer",
     "generation_config": test_generation,
     "generation_max_length": test_generation,
     "generation_num_beams": test_generation,
@@ -540,7 +544,7 @@ FIELDS: dict[str, Any] = {
     "prediction_loss_only": "evaluation of losses",
     "project": PLACE,
     "push_to_hub": HUB,
-    "remove_unused_columns": "all columns",
+    "remove_unused_columns": "counting",
     "report_to": PLACE,
     "restore_callback_states_from_checkpoint": test_callbacks_of_a_run_that_goes_on,
     "resume_from_checkpoint": test_a_run_that_goes_on,
