@@ -1,8 +1,10 @@
 """Exact dynamic attention masks for Hugging Face Transformers: lengths in, no work on padding.
 
-Importing the package changes three things in transformers, and has no other effect:
+Importing the package changes four things in transformers, and has no other effect:
 
 - `AutoConfig` and the `AutoModel…` classes find its models.
+- `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, by which the Trainer's label smoothing knows whose labels to shift, has the names
+  of its causal models.
 - `attn_implementation="dynmask"` is known, for transformers' own models.
 - `PreTrainedModel.get_correct_attn_implementation`, by which a model settles on its attention, is wrapped. A model
   whose configuration has a mask, see [`set_mask`], gets `"dynmask"`; another attention is an error.

@@ -25,6 +25,7 @@ from . import masks
 from .fields import FIELD_SHAPES
 from .layout import check_not_scattered, outside_graph
 from .masks import parse
+from .modeling_dynmask import warn_of_unread_fields
 from .stock_batches import CACHES, CONFIG_ENTRY, INPUTS, NAME, Batch, batches, has_cross_attention
 
 # What any model may be given: by the batch contract, by transformers, and what only a decorator of `forward` reads.
@@ -156,6 +157,7 @@ def _enter(
 ) -> Batch:
     if takes_others and not is_inner:
         _check_keywords(model, given.keys() - set(names) - KNOWN)
+        _warn_of_fields(model, [name for name in FIELD_SHAPES if name not in names and given.get(name) is not None])
     if getattr(model, "_is_replica", False) and given.get("input_ids") is not None:
         check_not_scattered(given["input_ids"], given.get("lengths"), getattr(model.config, "pad_token_id", None))
     return Batch.read(model, names, given, is_inner)
@@ -189,6 +191,13 @@ def _check_keywords(model: PreTrainedModel, unknown: set[str]) -> None:
         near = get_close_matches(name, named, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         raise TypeError(f"no part of {type(model).__name__} knows the keyword `{name}`{hint}")
+
+
+def _warn_of_fields(model: PreTrainedModel, fields: list[str]) -> None:
+    if fields:
+        parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        texts = {text for part in parts if (text := getattr(part.config, CONFIG_ENTRY, None)) is not None}
+        warn_of_unread_fields(model, fields, {name for text in texts for name in parse(text).fields})
 
 
 def _of_sides(names: set[str]) -> set[str]:

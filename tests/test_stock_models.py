@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 
 import copy
+import logging
 import pickle
 import re
 import subprocess
@@ -480,3 +481,16 @@ def test_tokens_in_front(name, peft):
         ValueError, match="`lengths` with `inputs_embeds` must reach|`lengths` with a cache in use must"
     ):
         loss(model, lengths=lengths)
+
+
+def test_a_field_that_no_mask_reads_is_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = ready("llama")
+    with caplog.at_level("WARNING"):
+        model(input_ids=ROWS, prefix_lengths=torch.ones(len(ROWS), dtype=torch.long))
+    assert "LlamaForCausalLM got `prefix_lengths`, but no mask of it reads this field" in caplog.text
+    caplog.clear()
+    set_mask(model, "causal | prefix")
+    with caplog.at_level("WARNING"):
+        model(input_ids=ROWS, prefix_lengths=torch.ones(len(ROWS), dtype=torch.long))
+    assert "prefix_lengths" not in caplog.text
