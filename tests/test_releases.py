@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 def dependencies() -> dict[str, Requirement]:
     """What pyproject.toml asks for, the extra `data` included; read as text since Python 3.10 has no `tomllib`."""
     text = (ROOT / "pyproject.toml").read_text()
-    lines = re.findall(r'^(?:    |data = \[)"([^"]+)"', text.partition("dependencies = [")[2], flags=re.MULTILINE)
+    text = text.partition("\ndependencies = [")[2].partition("\n[project.scripts]")[0]
+    lines = re.findall(r'^(?:    |data = \[)"([^"]+)"', text, flags=re.MULTILINE)
     return {each.name: each for each in map(Requirement, lines)}
 
 
