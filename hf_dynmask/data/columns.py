@@ -92,9 +92,7 @@ def _tensor(name: str, value: Any, index: int) -> Tensor:
 def _array(name: str, value: Any) -> Tensor:
     try:
         array = np.array(value)
-        if (
-            array.dtype == object
-        ):  # lists in lists, as data sets in NumPy format hand them over, or `None` among numbers
+        if array.dtype == object:  # data sets in NumPy format give lists in lists, or `None` among numbers
             array = np.array(array.tolist(), dtype=float if name == "word_ids" else None)
     except (ValueError, TypeError):  # NumPy's words for a ragged list, and for what is no number
         array = np.array(None)
