@@ -68,7 +68,7 @@ NOT_FOR_US = {
     r"test_(moe|output_router|eager_matches_batched_and_grouped)_\w+": "there is no mixture of experts",
     r"test_(can_load_from_already_mapped_keys|reverse_loading_mapping)": "no weights are renamed while loading",
     r"test_keep_in_fp32_modules(_exist|_strict\w*)?": "no module has to stay in float32",
-    r"test_bc_cache_name_forward": "it wants a warning for `past_key_values`; both names are good: test_modeling_base.py",
+    r"test_bc_cache_name_forward": "it wants a warning for one of the two names; both are good: test_modeling_base.py",
     r"test_capture_outputs_decorator": "hidden states are returned by the model's loop, not caught by hooks",
     r"test_can_capture_specific_layers_hidden_states": "`output_hidden_states` means all layers or none",
     r"test_resize_position_vector_embeddings": "as for stock BERT, a position table is not resized",
