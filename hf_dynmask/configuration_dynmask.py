@@ -74,7 +74,7 @@ class DynMaskConfig(DynMaskBaseConfig):
             Whether sinusoidal positions have all sines before all cosines (Marian, Whisper) rather than in turns.
         position_offset (`int`, *optional*, defaults to 0):
             Row of the position table that position 0 reads (RoBERTa: `pad_token_id + 1`). Explicit `position_ids` are
-            read as they are.
+            rows of the table, unless they count each sequence from 0, as collators do that know of no offset.
         max_position_embeddings (`int`, *optional*, defaults to 10000): Rows of the position table.
         rope_parameters (`dict`, *optional*): Rotary parameters as in transformers (`rope_theta`, `rope_type`, …).
         layer_rope_theta (`list[float]`, *optional*):

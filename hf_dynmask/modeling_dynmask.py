@@ -264,7 +264,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
         flat_output = layout is not None
         packing = {name: kwargs.get(name) for name in PACKING}
         if input_features is not None:
-            inputs_embeds, layout = self.embed_features(input_features, lengths, attention_mask, missing, packing)
+            inputs_embeds, layout = self.embed_features(
+                input_features, lengths, attention_mask, missing, position_ids, packing
+            )
             inputs = inputs_embeds
         rows, width = inputs.shape[:2]
         if layout is None:
@@ -338,12 +340,15 @@ class DynMaskModel(DynMaskPreTrainedModel):
         lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
         missing: Tensor | None = None,
+        position_ids: Tensor | None = None,
         packing: dict[str, Any] | None = None,
     ) -> tuple[Tensor, SequenceLayout]:
         """Frames as `inputs_embeds`, projected or subsampled by convolutions.
 
         Args:
             input_features, lengths, attention_mask, missing: As in [`forward`].
+            position_ids (`Tensor` of shape `(B, output_lengths(T))`, *optional*): Of the frames that are left; not used
+                here, but checked.
             packing (`dict[str, Any]`, *optional*): `cu_seq_lens_q` and the like of [`forward`].
 
         Returns:
@@ -360,6 +365,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
         shape = tuple(input_features.shape[:2])
         frames = frames_of_batch(shape, input_features.device, lengths, attention_mask, missing, packing=packing)
         embeds, layout = self.embeddings.feature_embeddings(input_features.to(self.dtype), frames)
+        if position_ids is not None and not is_explicit(attention_mask):
+            layout.divided_by_positions(per_token(position_ids, layout.shape), is_stated=True)
         return layout.unflatten(embeds), layout.by_length()
 
     @outside_graph
@@ -519,7 +526,9 @@ def encoded(
             in_graph=in_graph and runs_in_graph(model, **inputs),
         )
     else:
-        inputs["inputs_embeds"], layout = model.embed_features(tokens, lengths, attention_mask, missing, packing)
+        inputs["inputs_embeds"], layout = model.embed_features(
+            tokens, lengths, attention_mask, missing, inputs.get("position_ids"), packing
+        )
     inputs["return_dict"] = True
     explicit = attention_mask if is_explicit(attention_mask) else None
     return model(layout=layout, attention_mask=explicit, **inputs), layout

@@ -182,6 +182,18 @@ def test_cumulative_lengths_are_of_one_row():
         attention(DynMaskModel)(input_ids=torch.ones(2, 3, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 3, 6]))
 
 
+def test_positions_of_frames_that_restart_need_lengths():
+    model = attention(DynMaskModel, num_features=3)
+    frames, positions = torch.randn(1, 5, 3), torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match="`position_ids` must restart where sequences begin and only there"):
+        model(input_features=frames, position_ids=positions)
+    flat = model(input_features=frames, position_ids=positions, lengths=torch.tensor([3, 2])).last_hidden_state
+    told = model(input_features=frames, cu_seq_lens_q=torch.tensor([0, 3, 5])).last_hidden_state
+    alone = torch.cat([model(input_features=part).last_hidden_state for part in frames.split([3, 2], dim=1)], dim=1)
+    torch.testing.assert_close(flat, alone, **CLOSE)
+    torch.testing.assert_close(told, alone, **CLOSE)
+
+
 def test_an_encoder_decoder_takes_lengths_alone():
     model = DynMaskSeq2SeqModel(DynMaskSeq2SeqConfig(**SIZES, **ATTENTION, decoder_start_token_id=1))
     with pytest.raises(ValueError, match="`cu_seq_lens_q` must be None in an encoder-decoder, which has two sides"):
