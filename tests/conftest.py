@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 # The tests read local folders only. Set before any Hugging Face library is imported, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Old releases with a fault, and the fault -> tests (file::name, without a class) that meet it. There, they must fail.
+# Old releases with a fault, and the fault -> tests that meet it, as file::name without a class, or how these begin.
+# There, they must fail.
 FAULTS_OF_OLD_RELEASES = {
     ("transformers<5.18", "beams of the stock Marian end in an error: its logits lack the pad token"): [
         "tests/conversion/test_seq2seq_conversion.py"
@@ -21,13 +22,23 @@ FAULTS_OF_OLD_RELEASES = {
         "tests/test_generation.py::test_the_tokens_are_those_of_the_stock_model_whatever_the_form[mistral-penalties]"
     ],
     ("transformers<5.18", "a resumed run loads the optimizer onto `cpu:0`, which torch does not know"): [
-        "tests/training/test_token_budget_mixin.py::test_two_processes"
+        "tests/training/test_token_budget_mixin.py::test_two_processes",
+        "tests/training/test_deepspeed.py::",
     ],
     ("transformers<5.20", "the suite passes a `device` to rotary positions, which ours do not take"): [
         "tests/test_modeling_common_suite.py::test_model_rope_scaling_frequencies"
     ],
     ("transformers<5.22", "the suite skips it for models whose files bear no year"): [
         "tests/test_modeling_common_suite.py::test_can_init_all_missing_weights"
+    ],
+    ("transformers<5.24", "the common suite lacks tests that tables name"): [
+        f"tests/test_modeling_common_suite.py::test_tables_name_tests_of_the_suite[table{number}]" for number in (0, 6)
+    ],
+    ("huggingface_hub<2.2", "cards are validated by huggingface.co, whatever `HF_ENDPOINT` says"): [
+        "tests/test_hub.py::test_a_card_stays_when_its_model_is_pushed_again"
+    ],
+    ("huggingface_hub<1.27", "a client that has failed to connect is closed, and used again"): [
+        "tests/test_hub.py::test_an_unreachable_hub"
     ],
     ("trl<1", "SFTTrainer computes the entropy of logits, which models that train do not return"): [
         "tests/ecosystem/test_libraries.py::test_supervised_fine_tuning",
@@ -56,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for (release, fault), tests in FAULTS_OF_OLD_RELEASES.items():
         for item in items if is_installed(release) else ():
-            if f"{item.nodeid.partition('::')[0]}::{item.name}" in tests:
+            if f"{item.nodeid.partition('::')[0]}::{item.name}".startswith(tuple(tests)):
                 item.add_marker(pytest.mark.xfail(reason=f"{release}: {fault}"))
 
 
