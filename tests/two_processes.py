@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120  # seconds, beyond which a process is stuck
+TIMEOUT = 300  # seconds, beyond which a process is stuck; DeepSpeed may compile for a minute first
 
 
 def free_port() -> int:
