@@ -347,8 +347,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
 
         Args:
             input_features, lengths, attention_mask, missing: As in [`forward`].
-            position_ids (`Tensor` of shape `(B, output_lengths(T))`, *optional*): Of the frames that are left; not used
-                here, but checked.
+            position_ids (`Tensor` of shape `(B, output_lengths(T))`, *optional*): Of the frames that are left; of one
+                row, they are checked against its sequences.
             packing (`dict[str, Any]`, *optional*): `cu_seq_lens_q` and the like of [`forward`].
 
         Returns:
@@ -365,7 +365,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
         shape = tuple(input_features.shape[:2])
         frames = frames_of_batch(shape, input_features.device, lengths, attention_mask, missing, packing=packing)
         embeds, layout = self.embeddings.feature_embeddings(input_features.to(self.dtype), frames)
-        if position_ids is not None and not is_explicit(attention_mask):
+        may_be_flat = layout.shape[0] == 1 and not is_explicit(attention_mask)
+        if position_ids is not None and may_be_flat:
             layout.divided_by_positions(per_token(position_ids, layout.shape), is_stated=True)
         return layout.unflatten(embeds), layout.by_length()
 
