@@ -29,7 +29,7 @@ from .fields import Fields, check_extent, check_fields
 
 Band = tuple[int | None, int | None]
 NO_FIELDS: frozenset[str] = frozenset()
-MAX_DEPTH = 32  # of expressions in one another: all that walks through them is far from Python's limit of recursion
+MAX_DEPTH = 16  # of masks in one another: to trace them for a kernel takes dozens of Python's 1000 frames for each
 MAX_CHARACTERS = 2**14  # of a text, which a stranger may have written
 
 
@@ -254,9 +254,16 @@ class _Chain(_Compound):
 
     sign: ClassVar[str]
     level: ClassVar[int]  # how tightly it binds
+    join: ClassVar[Callable]
 
     def __init__(self, *masks: Mask):
         super().__init__(*(part for mask in masks for part in (mask.parts if type(mask) is type(self) else (mask,))))
+
+    def allowed(self, i, j, fields):
+        seen = self.masks[0].allowed(i, j, fields)
+        for mask in self.masks[1:]:  # one frame a level: kernels have this traced, with a dozen of Python's for each
+            seen = self.join(seen, mask.allowed(i, j, fields))
+        return seen
 
     def __str__(self):
         return f" {self.sign} ".join(_operand(mask, self.level + 1) for mask in self.masks)
@@ -265,10 +272,7 @@ class _Chain(_Compound):
 class And(_Chain):
     """Every mask allows the pair."""
 
-    sign, level = "&", 2
-
-    def allowed(self, i, j, fields):
-        return reduce(operator.and_, (mask.allowed(i, j, fields) for mask in self.masks))
+    sign, level, join = "&", 2, operator.and_
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
         answers = [mask._classify(q_lo, q_hi, k_lo, k_hi, fields) for mask in self.masks]
@@ -295,10 +299,7 @@ class And(_Chain):
 class Or(_Chain):
     """Some mask allows the pair."""
 
-    sign, level = "|", 1
-
-    def allowed(self, i, j, fields):
-        return reduce(operator.or_, (mask.allowed(i, j, fields) for mask in self.masks))
+    sign, level, join = "|", 1, operator.or_
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
         answers = [mask._classify(q_lo, q_hi, k_lo, k_hi, fields) for mask in self.masks]
@@ -360,18 +361,11 @@ class Leaf(Mask):
 
 def _check_int(leaf: Leaf, argument: str, minimum: int, maximum: int = _LARGEST) -> None:
     value = getattr(leaf, argument)
-    shown = _number_shown(value)
+    got = shown(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{argument}` of `{leaf.name}` must be an integer of at least {minimum}; got {shown}")
+        raise ValueError(f"`{argument}` of `{leaf.name}` must be an integer of at least {minimum}; got {got}")
     if value > maximum:
-        raise ValueError(f"`{argument}` of `{leaf.name}` must be at most {maximum}; got {shown}")
-
-
-def _number_shown(value: object) -> str:
-    """For a message: Python does not write integers of more than 4300 digits."""
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)
+        raise ValueError(f"`{argument}` of `{leaf.name}` must be at most {maximum}; got {got}")
 
 
 class _BandLeaf(Leaf):
@@ -917,11 +911,11 @@ def parse(text: str) -> Mask:
         [`Mask`], with `parse(str(mask)) == mask`.
 
     Raises:
-        ValueError: The text is no expression of the language, has more than 16,384 characters or is more than 32 masks
+        ValueError: The text is no expression of the language, has more than 16,384 characters or is more than 16 masks
             deep; the message names the column (from 1).
     """
     if not isinstance(text, str):
-        raise ValueError(f"a mask must be text such as 'causal & window(255, 0)'; got {_shown(repr(text))}")
+        raise ValueError(f"a mask must be text such as 'causal & window(255, 0)'; got {shown(text)}")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the text of a mask must have at most {MAX_CHARACTERS} characters; got {len(text)}")
     return _parse(text)
@@ -982,7 +976,7 @@ class _Reader:
         if name not in _LEAVES:
             near = get_close_matches(name, _LEAVES, n=1)
             hint = f"did you mean `{near[0]}`? " if near else ""
-            self._fail(f"unknown mask `{_shown(name)}`; {hint}known are {', '.join(sorted(_LEAVES))}", start)
+            self._fail(f"unknown mask `{name[:100]}`; {hint}known are {', '.join(sorted(_LEAVES))}", start)
         leaf = _LEAVES[name]
         values = self._arguments(
             self._any if issubclass(leaf, _Choice) else self._custom if leaf is Custom else self._number
@@ -1053,14 +1047,17 @@ class _Reader:
         """Raises an error about what begins at `start`, or about the token, which is not what was expected."""
         if start is None:
             start = self.start
-            reason += f", not {_shown(repr(self.token))}" if self.token else ", not the end"
+            reason += f", not {shown(self.token)}" if self.token else ", not the end"
         line, column = self.text.count("\n", 0, start) + 1, start - self.text.rfind("\n", 0, start)
         place = f"line {line}, column {column}" if "\n" in self.text.strip() else f"column {column}"
-        raise ValueError(f"mask does not parse at {place}: {reason}; got {_shown(repr(self.text))}") from None
+        raise ValueError(f"mask does not parse at {place}: {reason}; got {shown(self.text)}") from None
 
 
-def _shown(text: str) -> str:
-    """The text for a message, cut where it is long."""
+def shown(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python does not write more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
 
 
