@@ -12,6 +12,7 @@ from .configuration_base import DynMaskBaseConfig
 from .configuration_fields import (
     activation,
     at_least,
+    check_padding,
     checked_settings,
     each,
     mask_text,
@@ -272,6 +273,8 @@ class DynMaskConfig(DynMaskBaseConfig):
         return [(self.rope_parameters or {}).get("rope_theta", 10000.0)] * self.num_hidden_layers
 
     def validate_sizes(self):
+        if self.num_features is None:
+            check_padding(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}; "

@@ -6,7 +6,7 @@
 from huggingface_hub.dataclasses import strict
 
 from .configuration_base import DynMaskBaseConfig
-from .configuration_fields import at_least, checked_settings, not_negative, one_of, probability, ranges
+from .configuration_fields import at_least, check_padding, checked_settings, not_negative, one_of, probability, ranges
 
 
 @strict
@@ -61,6 +61,7 @@ class DynMaskRecurrentConfig(DynMaskBaseConfig):
         super().__post_init__(**checked_settings(self, kwargs))
 
     def validate_sizes(self):
+        check_padding(self)
         if self.bidirectional and self.hidden_size % 2:
             raise ValueError(f"`hidden_size` must be even: half is of each direction; got {self.hidden_size}")
 

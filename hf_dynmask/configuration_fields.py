@@ -1,5 +1,6 @@
 """What the fields of a configuration may hold, which may be a stranger's: a type, a range and a message each."""
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from inspect import getattr_static
@@ -92,14 +93,40 @@ def one_of(*choices: Any) -> Check:
     return check
 
 
+def a(kind: Any, wanted: str) -> Check:
+    """Values of a type."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise ValueError(f"`{name}` must be {wanted}; got {shown(value)}")
+
+    return check
+
+
+boolean, text, dictionary = a(bool, "True or False"), a(str, "text"), a(dict, "a dictionary")
+
+
 def each(check_one: Check) -> Check:
     """A list, every entry of which passes a check."""
 
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"`{name}` must be a list; got {shown(value)}")
+        a(list | tuple, "a list")(name, value)
         for place, entry in enumerate(value):
             check_one(f"{name}[{place}]", entry)
+
+    return check
+
+
+def mapping(check_key: Check, check_value: Check) -> Check:
+    """A dictionary that is not empty, every key and value of which pass a check."""
+
+    def check(name: str, value: Any) -> None:
+        dictionary(name, value)
+        if not value:
+            raise ValueError(f"`{name}` must have at least one entry; got {{}}")
+        for key, entry in value.items():
+            check_key(f"{name}.keys()", key)
+            check_value(f"{name}[{key!r}]", entry)
 
     return check
 
@@ -122,6 +149,7 @@ def mask_text(name: str, value: Any) -> None:
 
 def rotary(name: str, value: Any) -> None:
     """Parameters of rotary positions, as transformers names them; those it does not name are its to warn of."""
+    dictionary(name, value)
     for key in value.keys() & ROTARY.keys():
         if value[key] is not None or key in NEEDED:
             ROTARY[key](f"{name}[{key!r}]", value[key])
@@ -150,6 +178,43 @@ ROTARY: dict[str, Check] = {
 # --- What transformers reads -----------------------------------------------------------------------------------------
 
 
+def _whole(name: str, value: Any) -> None:
+    """An integer, or one in text, as keys of JSON are."""
+    if not re.fullmatch(r"-?[0-9]{1,18}", str(value), re.ASCII):
+        raise ValueError(f"`{name}` must be an integer; got {shown(value)}")
+
+
+def _floating(name: str, value: Any) -> None:
+    """A floating dtype of torch, or its name."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`{name}` must be a floating dtype of torch, or its name; got {shown(value)}")
+
+
+SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, nor do all its releases check alike
+    "transformers_version": text,
+    "architectures": each(text),
+    "output_hidden_states": boolean,
+    "output_attentions": boolean,
+    "return_dict": boolean,
+    "dtype": _floating,
+    "torch_dtype": _floating,
+    "chunk_size_feed_forward": at_least(0),
+    "is_encoder_decoder": boolean,
+    "num_labels": at_least(1, MOST_LABELS),
+    "id2label": mapping(_whole, text),
+    "label2id": mapping(text, _whole),
+    "problem_type": one_of("regression", "single_label_classification", "multi_label_classification"),
+    "attn_implementation": a(str | dict, "text, or a dictionary"),
+    "rope_scaling": rotary,
+    "rope_theta": positive,
+    "partial_rotary_factor": positive,
+    "layer_types": each(text),
+    "mlp_layer_types": each(text),
+    "mtp_layer_types": each(text),
+}
+
+
 def checked_settings(config: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
     """What a configuration was given beside its own fields, once it is sure that transformers can read it and its own.
 
@@ -164,19 +229,17 @@ def checked_settings(config: PreTrainedConfig, given: dict[str, Any]) -> dict[st
         _check_free(type(config), name, value)
         near = [known for known in sorted(names - given.keys()) if _one_slip_apart(name, known)]
         if near and not hasattr(config, name):
-            logger.warning(f"`{name}` is no field of {type(config).__name__} and has no effect; is it `{near[0]}`?")
-    if given.get("per_layer_config") is not None:
-        raise ValueError(
-            "`per_layer_config` must be None: DynMask models have equal layers, which may differ in `layer_masks`; got "
-            f"{shown(given['per_layer_config'])}"
-        )
-    if "num_labels" in given:
-        at_least(1, MOST_LABELS)("num_labels", given["num_labels"])
-    if config.id2label is not None:
-        _check_labels(config.id2label)
-    for name, value in (("dtype", config.dtype), ("torch_dtype", given.get("torch_dtype"))):
-        if isinstance(value, str) and not getattr(getattr(torch, value, None), "is_floating_point", False):
-            raise ValueError(f"`{name}` must be the name of a floating dtype of torch; got {shown(value)}")
+            logger.warning_once(f"`{name}` is no field of {type(config).__name__}; is it meant to be `{near[0]}`?")
+    settings = {name: getattr(config, name) for name in names} | given
+    for name in SETTINGS.keys() & settings.keys():
+        if settings[name] is not None or name == "num_labels":
+            SETTINGS[name](name, settings[name])
+    unread = {"per_layer_config": "equal layers, which may differ in `layer_masks`"}
+    if "rope_parameters" not in names:
+        unread |= dict.fromkeys(("rope_parameters", "rope_scaling"), "no rotary positions of its own")
+    for name, reason in unread.items():
+        if given.get(name) is not None:
+            raise ValueError(f"`{name}` must be None: a {type(config).__name__} has {reason}; got {shown(given[name])}")
     return given
 
 
@@ -190,18 +253,17 @@ def _check_free(config_class: type[PreTrainedConfig], name: str, value: Any) -> 
         )
 
 
-def _check_labels(id2label: dict) -> None:
-    if not id2label:
-        raise ValueError("`id2label` must have at least one label; got {}")
-    for key in id2label:
-        try:
-            int(key)
-        except ValueError:
-            raise ValueError(f"`id2label` must have integers for keys; got {shown(key)}") from None
+def check_padding(config: Any) -> None:
+    """Raises a `ValueError` where a table of token embeddings has no row for padding."""
+    pad, size = config.pad_token_id, config.vocab_size
+    if pad is not None and not -size <= pad < size:
+        raise ValueError(f"`pad_token_id` must be below vocab_size={size}; got {shown(pad)}")
 
 
 def _one_slip_apart(name: str, known: str) -> bool:
     """Whether one character is missing, too many or another one, or two neighbours have changed places."""
+    if abs(len(name) - len(known)) > 1:
+        return False
     start = len(commonprefix([name, known]))
     ends = name[start:], known[start:]
     left, right = (end[: len(end) - len(commonprefix([text[::-1] for text in ends]))] for end in ends)

@@ -325,9 +325,7 @@ def test_all_that_goes_through_the_deepest_masks(leaf):
     in_little_room(walk, mask)
     with pytest.raises(ValueError, match=r"masks must be at most 16 deep in one another .*; got 17"):
         around(mask, 1)
-    with pytest.raises(
-        ValueError, match="mask does not parse at column 1: masks must be at most 16 deep"
-    ):
+    with pytest.raises(ValueError, match="mask does not parse at column 1: masks must be at most 16 deep"):
         masks.parse(f"select({mask})")
 
 
