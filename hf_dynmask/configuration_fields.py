@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .masks import parse, shown
 
 LARGEST = 2**31 - 1  # of integers
-MOST_LABELS = 10**6  # that a configuration may ask for by their number; transformers makes a name for each
+MOST_LABELS = 10**5  # that a number may ask for: transformers makes a name for each, in half a second
 Check = Callable[[str, Any], None]
 Config = TypeVar("Config", bound=type)
 
@@ -202,8 +202,8 @@ SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, 
     "chunk_size_feed_forward": at_least(0),
     "is_encoder_decoder": boolean,
     "num_labels": at_least(1, MOST_LABELS),
-    "id2label": mapping(_whole, text),
-    "label2id": mapping(text, _whole),
+    "id2label": mapping(_whole, a(str | int, "text")),
+    "label2id": mapping(a(str | int, "text"), _whole),
     "problem_type": one_of("regression", "single_label_classification", "multi_label_classification"),
     "attn_implementation": a(str | dict, "text, or a dictionary"),
     "rope_scaling": rotary,

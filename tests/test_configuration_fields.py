@@ -210,7 +210,7 @@ WRONG = [
     ({"use_cache": "yes"}, r"'use_cache' expected bool, got str"),
 ]
 OF_TRANSFORMERS = [
-    ({"num_labels": 10**9}, r"`num_labels` must be at most 1000000; got 1000000000"),
+    ({"num_labels": 10**9}, r"`num_labels` must be at most 100000; got 1000000000"),
     ({"num_labels": 0}, r"`num_labels` must be at least 1; got 0"),
     ({"num_labels": None}, r"`num_labels` must be an integer; got None"),
     ({"id2label": {"first": "a"}}, r"`id2label.keys\(\)` must be an integer; got 'first'"),
