@@ -15,7 +15,6 @@ from .configuration_fields import (
     check_padding,
     checked_settings,
     each,
-    mask_text,
     not_negative,
     one_of,
     positive,
@@ -46,6 +45,14 @@ def distinct_mask_texts(config: "DynMaskConfig") -> list[str]:
     if config.layer_masks is not None:
         return list(dict.fromkeys(config.layer_masks))
     return ["full" if config.mask is None else config.mask]
+
+
+def _mask(name: str, value: str) -> None:
+    """An expression of the mask language."""
+    try:
+        parse(value)
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from None
 
 
 @strict
@@ -79,9 +86,9 @@ def distinct_mask_texts(config: "DynMaskConfig") -> list[str]:
     pooler_act=activation,
     pooler_dropout=probability,
     lm_head_act=activation,
-    mask=mask_text,
-    layer_masks=each(mask_text),
-    cross_mask=mask_text,
+    mask=_mask,
+    layer_masks=each(_mask),
+    cross_mask=_mask,
     apply_mask_to=one_of("scores", "weights"),
     ctc_loss_reduction=one_of("mean", "sum"),
     initializer_range=not_negative,

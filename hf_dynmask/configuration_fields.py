@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from .masks import parse, shown
+from .messages import shown
 
 LARGEST = 2**31 - 1  # of integers
 MOST_LABELS = 10**5  # that a number may ask for: transformers makes a name for each, in half a second
@@ -137,14 +137,6 @@ def activation(name: str, value: Any) -> None:
         raise ValueError(
             f"`{name}` must be the name of an activation of transformers: {', '.join(ACT2FN)}; got {shown(value)}"
         )
-
-
-def mask_text(name: str, value: Any) -> None:
-    """An expression of the mask language."""
-    try:
-        parse(value)
-    except ValueError as error:
-        raise ValueError(f"`{name}`: {error}") from None
 
 
 def rotary(name: str, value: Any) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .fields import Fields, check_extent, check_fields
+from .messages import shown
 
 Band = tuple[int | None, int | None]
 NO_FIELDS: frozenset[str] = frozenset()
@@ -1051,14 +1052,6 @@ class _Reader:
         line, column = self.text.count("\n", 0, start) + 1, start - self.text.rfind("\n", 0, start)
         place = f"line {line}, column {column}" if "\n" in self.text.strip() else f"column {column}"
         raise ValueError(f"mask does not parse at {place}: {reason}; got {shown(self.text)}") from None
-
-
-def shown(value: object) -> str:
-    """A value for a message, cut where it is long."""
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python does not write more than 4300 digits
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
 
 
 full = Full
