@@ -237,8 +237,11 @@ def checked_settings(config: PreTrainedConfig, given: dict[str, Any]) -> dict[st
 
 def _check_free(config_class: type[PreTrainedConfig], name: str, value: Any) -> None:
     taken = getattr_static(config_class, name, None)
-    can_be_set = taken is None or isinstance(taken, property) and taken.fset is not None
-    if name.startswith("__") or not (can_be_set or name == "model_type"):
+    if isinstance(taken, property):
+        is_code = taken.fset is None
+    else:  # a subclass may have defaults that are no fields
+        is_code = hasattr(taken, "__get__") or hasattr(PreTrainedConfig, name) and name != "model_type"
+    if is_code or name.startswith("__"):
         raise ValueError(
             f"`{name}` must not be given: it is no field of {config_class.__name__}, but part of its code; got "
             f"{shown(value)}"

@@ -19,7 +19,7 @@ from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from functools import lru_cache, reduce
 from inspect import signature
-from itertools import groupby
+from itertools import chain, groupby
 from typing import ClassVar, NoReturn
 
 import torch
@@ -31,6 +31,7 @@ from .messages import shown
 Band = tuple[int | None, int | None]
 NO_FIELDS: frozenset[str] = frozenset()
 MAX_DEPTH = 16  # of masks in one another: to trace them for a kernel takes dozens of Python's 1000 frames for each
+MAX_LEAVES = 2**13
 MAX_CHARACTERS = 2**14  # of a text, which a stranger may have written
 
 
@@ -38,6 +39,7 @@ class Mask:
     """An immutable mask expression. Combine masks with `&`, `|` and `~`; compare them with `==`."""
 
     depth: int = 1  # a leaf's; of other masks one more than that of the deepest part
+    leaves: int = 1
 
     @property
     def parts(self) -> tuple[Mask, ...]:
@@ -234,13 +236,21 @@ class _Compound(Mask):
     masks: tuple[Mask, ...]
 
     def __init__(self, *masks: Mask):
-        depth = 1 + max(mask.depth for mask in masks)
+        depth = 1 + max(mask.depth - self._merges(mask) for mask in masks)
+        leaves = sum(mask.leaves for mask in masks)
         if depth > MAX_DEPTH:
             raise ValueError(
                 f"masks must be at most {MAX_DEPTH} deep in one another (chains count as one); got {depth}"
             )
-        object.__setattr__(self, "masks", masks)
-        object.__setattr__(self, "depth", depth)
+        if leaves > MAX_LEAVES:
+            raise ValueError(f"a mask must be made of at most {MAX_LEAVES} leaves; got {leaves}")
+        parts = chain.from_iterable(mask.parts if self._merges(mask) else (mask,) for mask in masks)
+        for name, value in (("masks", tuple(parts)), ("depth", depth), ("leaves", leaves)):
+            object.__setattr__(self, name, value)  # it is frozen
+
+    def _merges(self, mask: Mask) -> bool:
+        """Whether the parts of a mask become parts of this one."""
+        return False
 
     @property
     def parts(self):
@@ -257,8 +267,8 @@ class _Chain(_Compound):
     level: ClassVar[int]  # how tightly it binds
     join: ClassVar[Callable]
 
-    def __init__(self, *masks: Mask):
-        super().__init__(*(part for mask in masks for part in (mask.parts if type(mask) is type(self) else (mask,))))
+    def _merges(self, mask):
+        return type(mask) is type(self)
 
     def allowed(self, i, j, fields):
         seen = self.masks[0].allowed(i, j, fields)

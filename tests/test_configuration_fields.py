@@ -5,6 +5,7 @@ import random
 import re
 import resource
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -12,7 +13,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hf_dynmask import DynMaskConfig, DynMaskRecurrentConfig, DynMaskSeq2SeqConfig
 
-SIZES = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=16)
+SIZES: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 16,
+}
 CONFIGS = [
     DynMaskConfig(**SIZES),
     DynMaskConfig(
@@ -324,7 +331,8 @@ def test_large_numbers_cost_nothing(settings, tmp_path):
     ],
 )
 def test_a_slip_in_a_name_is_warned_of(name, known, caplog):
-    DynMaskConfig(**{name: None})
+    settings: dict[str, Any] = {name: None}
+    DynMaskConfig(**settings)
     assert f"`{name}` is no field of DynMaskConfig; is it meant to be `{known}`?" in caplog.text
 
 

@@ -356,6 +356,14 @@ def test_chains_made_in_python(join):
     assert reduce(join, [masks.causal()] * 5000, masks.causal()) == join(mask, masks.causal())
 
 
+@pytest.mark.parametrize(
+    "join", [operator.and_, operator.or_, lambda mask, _: mask | mask, lambda mask, _: masks.heads(mask, mask)]
+)
+def test_masks_of_too_many_leaves(join):
+    with pytest.raises(ValueError, match=r"a mask must be made of at most 8192 leaves; got (8193|16384)"):
+        reduce(join, [masks.causal()] * 10**5)
+
+
 def test_a_chain_is_grouped_in_no_way():
     a, b, c = masks.causal(), masks.window(3), masks.visible()
     assert a & (b & c) == (a & b) & c
