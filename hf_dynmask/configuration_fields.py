@@ -93,7 +93,7 @@ def one_of(*choices: Any) -> Check:
     return check
 
 
-def a(kind: Any, wanted: str) -> Check:
+def of_type(kind: Any, wanted: str) -> Check:
     """Values of a type."""
 
     def check(name: str, value: Any) -> None:
@@ -103,14 +103,17 @@ def a(kind: Any, wanted: str) -> Check:
     return check
 
 
-boolean, text, dictionary = a(bool, "True or False"), a(str, "text"), a(dict, "a dictionary")
+boolean = of_type(bool, "True or False")
+text = of_type(str, "text")
+dictionary = of_type(dict, "a dictionary")
+_label = of_type(str | int, "text")  # or a number, as Python has it
 
 
 def each(check_one: Check) -> Check:
     """A list, every entry of which passes a check."""
 
     def check(name: str, value: Any) -> None:
-        a(list | tuple, "a list")(name, value)
+        of_type(list | tuple, "a list")(name, value)
         for place, entry in enumerate(value):
             check_one(f"{name}[{place}]", entry)
 
@@ -194,10 +197,10 @@ SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, 
     "chunk_size_feed_forward": at_least(0),
     "is_encoder_decoder": boolean,
     "num_labels": at_least(1, MOST_LABELS),
-    "id2label": mapping(_whole, a(str | int, "text")),
-    "label2id": mapping(a(str | int, "text"), _whole),
+    "id2label": mapping(_whole, _label),
+    "label2id": mapping(_label, _whole),
     "problem_type": one_of("regression", "single_label_classification", "multi_label_classification"),
-    "attn_implementation": a(str | dict, "text, or a dictionary"),
+    "attn_implementation": of_type(str | dict, "text, or a dictionary"),
     "rope_scaling": rotary,
     "rope_theta": positive,
     "partial_rotary_factor": positive,
@@ -208,18 +211,23 @@ SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, 
 
 
 def checked_settings(config: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration was given beside its own fields, once it is sure that transformers can read it and its own.
+    """What [`~transformers.PreTrainedConfig`] is to be given, checked, as are its own fields.
 
-    A setting that nobody knows stays an attribute, as everywhere in transformers; one that looks like a slip of the pen
-    is warned of.
+    A setting that is no field becomes an attribute, as of any configuration. If its name is nearly that of a field, a
+    warning says so.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): The configuration in its `__post_init__`.
+        given (`dict[str, Any]`): What it was given that is no field of its class.
 
     Raises:
         ValueError: A setting would replace a method or attribute of the class, or is out of its range.
     """
     names = {field.name for field in fields(config)}
+    absent = sorted(names - given.keys())
     for name, value in given.items():
         _check_free(type(config), name, value)
-        near = [known for known in sorted(names - given.keys()) if _one_slip_apart(name, known)]
+        near = [known for known in absent if _one_slip_apart(name, known)]
         if near and not hasattr(config, name):
             logger.warning_once(f"`{name}` is no field of {type(config).__name__}; is it meant to be `{near[0]}`?")
     settings = {name: getattr(config, name) for name in names} | given
@@ -252,7 +260,7 @@ def check_padding(config: Any) -> None:
     """Raises a `ValueError` where a table of token embeddings has no row for padding."""
     pad, size = config.pad_token_id, config.vocab_size
     if pad is not None and not -size <= pad < size:
-        raise ValueError(f"`pad_token_id` must be below vocab_size={size}; got {shown(pad)}")
+        raise ValueError(f"`pad_token_id` must be None or a token id below vocab_size={size}; got {shown(pad)}")
 
 
 def _one_slip_apart(name: str, known: str) -> bool:

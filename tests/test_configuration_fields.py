@@ -22,16 +22,18 @@ SIZES: dict[str, Any] = {
 }
 CONFIGS = [
     DynMaskConfig(**SIZES),
-    DynMaskConfig(
-        **SIZES,
-        position_type="rotary",
-        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-        layer_masks=["causal & window(3, 0)", "heads(full, causal)"],
-        num_features=3,
-        conv_kernel=[3, 3],
-        conv_stride=[1, 2],
-        num_labels=3,
-        dtype="float32",
+    DynMaskConfig.from_dict(
+        SIZES
+        | {
+            "position_type": "rotary",
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            "layer_masks": ["causal & window(3, 0)", "heads(full, causal)"],
+            "num_features": 3,
+            "conv_kernel": [3, 3],
+            "conv_stride": [1, 2],
+            "num_labels": 3,
+            "dtype": "float32",
+        }
     ),
     DynMaskSeq2SeqConfig(**SIZES, encoder={"mask": "window(4)"}, decoder_start_token_id=2),
     DynMaskRecurrentConfig(vocab_size=60, hidden_size=16),
@@ -211,7 +213,7 @@ WRONG = [
     ({"layer_masks": []}, r"`layer_masks` must have one entry a layer, num_hidden_layers=2; got 0"),
     ({"apply_mask_to": "keys"}, r"`apply_mask_to` must be one of 'scores', 'weights'; got 'keys'"),
     ({"ctc_loss_reduction": "none"}, r"`ctc_loss_reduction` must be one of 'mean', 'sum'; got 'none'"),
-    ({"pad_token_id": 60}, r"`pad_token_id` must be below vocab_size=60; got 60"),
+    ({"pad_token_id": 60}, r"`pad_token_id` must be None or a token id below vocab_size=60; got 60"),
     ({"pad_token_id": "0"}, r"'pad_token_id' with value '0' doesn't match any type"),
     ({"source_model_type": 3}, r"'source_model_type' with value 3 doesn't match any type"),
     ({"use_cache": "yes"}, r"'use_cache' expected bool, got str"),
@@ -255,7 +257,7 @@ def test_what_a_field_cannot_be(settings, message):
         ({"cell": "rnn"}, r"`cell` must be one of 'lstm', 'gru'; got 'rnn'"),
         ({"num_hidden_layers": 0}, r"`num_hidden_layers` must be at least 1; got 0"),
         ({"classifier_dropout": 1.5}, r"`classifier_dropout` must be a number from 0 to 1; got 1.5"),
-        ({"pad_token_id": 10**20}, r"`pad_token_id` must be below vocab_size=10000"),
+        ({"pad_token_id": 10**20}, r"`pad_token_id` must be None or a token id below vocab_size=10000"),
         (
             {"rope_scaling": {"rope_type": "yarn"}},
             r"`rope_scaling` must be None: a \w+ has no rotary positions of its own",
