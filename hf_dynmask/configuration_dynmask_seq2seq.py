@@ -81,7 +81,7 @@ class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
         self.decoder = _side("decoder", self.decoder, common | OF_A_DECODER)
         if self.share_embeddings is None:
             self.share_embeddings = self.encoder.num_features is None and self.tie_word_embeddings
-        super().__post_init__(**checked_settings(self, kwargs))
+        super().__post_init__(**checked_settings(self, kwargs, OF_BOTH_SIDES))
 
     @property
     def use_cache(self) -> bool:

@@ -1,7 +1,7 @@
 """What the fields of a configuration may hold, which may be a stranger's: a type, a range and a message each."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from inspect import getattr_static
 from os.path import commonprefix
@@ -210,7 +210,7 @@ SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, 
 }
 
 
-def checked_settings(config: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
+def checked_settings(config: PreTrainedConfig, given: dict[str, Any], of_parts: Iterable[str] = ()) -> dict[str, Any]:
     """What [`~transformers.PreTrainedConfig`] is to be given, checked, as are its own fields.
 
     A setting that is no field becomes an attribute, as of any configuration. If its name is nearly that of a field, a
@@ -219,12 +219,13 @@ def checked_settings(config: PreTrainedConfig, given: dict[str, Any]) -> dict[st
     Args:
         config ([`~transformers.PreTrainedConfig`]): The configuration in its `__post_init__`.
         given (`dict[str, Any]`): What it was given that is no field of its class.
+        of_parts (`Iterable[str]`, *optional*): Further names that it knows, as fields of its parts.
 
     Raises:
         ValueError: A setting would replace a method or attribute of the class, or is out of its range.
     """
     names = {field.name for field in fields(config)}
-    absent = sorted(names - given.keys())
+    absent = sorted(names.union(of_parts) - given.keys())
     for name, value in given.items():
         _check_free(type(config), name, value)
         near = [known for known in absent if _one_slip_apart(name, known)]

@@ -266,6 +266,7 @@ class _Chain(_Compound):
     sign: ClassVar[str]
     level: ClassVar[int]  # how tightly it binds
     join: ClassVar[Callable]
+    join_complements: ClassVar[Callable]
 
     def _merges(self, mask):
         return type(mask) is type(self)
@@ -276,6 +277,11 @@ class _Chain(_Compound):
             seen = self.join(seen, mask.allowed(i, j, fields))
         return seen
 
+    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
+        answers = [mask._classify(q_lo, q_hi, k_lo, k_hi, fields) for mask in self.masks]
+        always, never = zip(*answers, strict=True)
+        return reduce(self.join, always), reduce(self.join_complements, never)
+
     def __str__(self):
         return f" {self.sign} ".join(_operand(mask, self.level + 1) for mask in self.masks)
 
@@ -283,12 +289,7 @@ class _Chain(_Compound):
 class And(_Chain):
     """Every mask allows the pair."""
 
-    sign, level, join = "&", 2, operator.and_
-
-    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
-        answers = [mask._classify(q_lo, q_hi, k_lo, k_hi, fields) for mask in self.masks]
-        always, never = zip(*answers, strict=True)
-        return reduce(operator.and_, always), reduce(operator.or_, never)
+    sign, level, join, join_complements = "&", 2, operator.and_, operator.or_
 
     def band(self):
         bands = [mask.band() for mask in self.masks]
@@ -310,12 +311,7 @@ class And(_Chain):
 class Or(_Chain):
     """Some mask allows the pair."""
 
-    sign, level, join = "|", 1, operator.or_
-
-    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
-        answers = [mask._classify(q_lo, q_hi, k_lo, k_hi, fields) for mask in self.masks]
-        always, never = zip(*answers, strict=True)
-        return reduce(operator.or_, always), reduce(operator.and_, never)
+    sign, level, join, join_complements = "|", 1, operator.or_, operator.and_
 
 
 class Not(_Compound):

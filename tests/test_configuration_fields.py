@@ -336,6 +336,8 @@ def test_a_slip_in_a_name_is_warned_of(name, known, caplog):
     settings: dict[str, Any] = {name: None}
     DynMaskConfig(**settings)
     assert f"`{name}` is no field of DynMaskConfig; is it meant to be `{known}`?" in caplog.text
+    DynMaskSeq2SeqConfig(**settings)
+    assert f"`{name}` is no field of DynMaskSeq2SeqConfig; is it meant to be `{known}`?" in caplog.text
 
 
 def test_what_transformers_writes_is_no_slip(caplog, tmp_path):
