@@ -63,7 +63,7 @@ class SequenceLayout:
             ValueError: `lengths` is not a vector of integers, has the wrong size, is negative or beyond T; or the
                 lengths of a flat row do not add up to T.
         """
-        sizes = _checked_lengths(lengths)
+        sizes = checked_lengths("lengths", lengths)
         if shape is None:
             shape = (1, sum(sizes))
         rows, width = shape
@@ -117,7 +117,7 @@ class SequenceLayout:
         Raises:
             ValueError: `cu_seq_lens` is not a vector of integers that starts at 0 and never falls.
         """
-        _check_integers("cu_seq_lens", cu_seq_lens)
+        cu_seq_lens = _vector("cu_seq_lens", cu_seq_lens)
         if cu_seq_lens.numel() == 0 or cu_seq_lens[0] != 0 or (cu_seq_lens.diff() < 0).any():
             raise ValueError(f"`cu_seq_lens` must start at 0 and never fall; got {cu_seq_lens.tolist()}")
         total = int(cu_seq_lens[-1])
@@ -468,18 +468,34 @@ def _cumulative(sizes: tuple[int, ...]) -> list[int]:
     return [0, *accumulate(sizes)]
 
 
-def _check_integers(name: str, vector: Tensor) -> None:
-    if vector.dim() != 1:
-        raise ValueError(f"`{name}` must be a vector; got shape {tuple(vector.shape)}")
-    if vector.dtype.is_floating_point or vector.dtype.is_complex or vector.dtype == torch.bool:
-        raise ValueError(f"`{name}` must be integers; got dtype {vector.dtype}")
+def integers(name: str, values: Tensor) -> Tensor:
+    """The values as int64, in which sums of positions and lengths fit.
+
+    Raises:
+        ValueError: They are no integers, or of a dtype that holds some beyond int64.
+    """
+    if values.dtype == torch.int64:
+        return values
+    if values.is_floating_point() or values.is_complex() or values.dtype in (torch.bool, torch.uint64):
+        raise ValueError(f"`{name}` must be integers; got dtype {values.dtype}")
+    return values.long()
 
 
-def _checked_lengths(lengths: Tensor) -> tuple[int, ...]:
-    _check_integers("lengths", lengths)
-    sizes = tuple(lengths.tolist())
+def _vector(name: str, values: Tensor) -> Tensor:
+    if values.dim() != 1:
+        raise ValueError(f"`{name}` must be a vector; got shape {tuple(values.shape)}")
+    return integers(name, values)
+
+
+def checked_lengths(name: str, lengths: Tensor) -> tuple[int, ...]:
+    """Lengths `(S,)` on the host.
+
+    Raises:
+        ValueError: They are not a vector of integers, or negative.
+    """
+    sizes = tuple(_vector(name, lengths).tolist())
     if any(size < 0 for size in sizes):
-        raise ValueError(f"`lengths` must not be negative; got {min(sizes)}")
+        raise ValueError(f"`{name}` must not be negative; got {min(sizes)}")
     return sizes
 
 

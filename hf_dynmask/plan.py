@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .fields import TOKEN_FIELDS, Fields, key_name
+from .fields import TOKEN_FIELDS, Fields, key_name, typed
 from .layout import SequenceLayout
 from .masks import Mask, allowed_by_head, head_runs, parse
 
@@ -82,7 +82,7 @@ class MaskPlan:
         block_size (`int`, *optional*, defaults to 128): Queries and keys of a block.
 
     Raises:
-        ValueError: A field is missing or has the wrong shape; the two layouts differ in their number of sequences.
+        ValueError: A field is missing or has the wrong shape or dtype; the two layouts differ in their number of sequences.
     """
 
     def __init__(
@@ -338,7 +338,7 @@ def _by_sequence(name: str, field: Tensor, layout: SequenceLayout) -> Tensor:
     """A field `(B, T)` in the batch's layout as `(S, P)`, by the batch's order of sequences and by position."""
     if tuple(field.shape[:2]) != tuple(layout.shape):
         raise ValueError(f"the field `{name}` must have shape {tuple(layout.shape)}; got {tuple(field.shape)}")
-    table = layout.by_position(layout.flatten(field))
+    table = layout.by_position(layout.flatten(typed(name, field)))
     return torch.empty_like(table).index_copy(0, layout.rank, table)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .batch import PACKING, frames_of_batch
-from .layout import SequenceLayout
+from .layout import SequenceLayout, integers
 
 NAME = "dynmask"
 CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` keeps its text in a stock model's configuration
@@ -274,6 +274,8 @@ def restarts(position_ids: Tensor, present: Tensor | None) -> Tensor:
 
     A position follows that is the next one, or has gone up as the column has.
     """
+    if not position_ids.is_floating_point():
+        position_ids = integers("position_ids", position_ids)
     if present is None:
         return first_and(position_ids.diff(dim=1) != 1)
     row, column = present.nonzero(as_tuple=True)

@@ -82,6 +82,8 @@ def _tensor(name: str, value: Any, index: int) -> Tensor:
     if value is None:
         raise ValueError(f"column `{name}` must be in every example; got none in example {index}")
     array = value if isinstance(value, Tensor) else _array(name, value)
+    if array.dtype == torch.uint64 and (array.long() < 0).any():
+        raise ValueError(f"column `{name}` must hold integers below 2**63; got {value!r} in example {index}")
     if name == "word_ids":
         array = _whole(array)
     if name in LABELS and array.isnan().any():
