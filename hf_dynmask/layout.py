@@ -253,6 +253,13 @@ class SequenceLayout:
             )
         return self
 
+    def in_rows(self) -> SequenceLayout:
+        """The same tokens, in the same flat order, with a row for each sequence, in which they stand by position."""
+        if self.num_sequences == self.shape[0]:
+            return self
+        indices = self.rank[self.sequence_ids] * self.extent + self.positions
+        return SequenceLayout((self.num_sequences, self.extent), self.sizes, self.rank, indices, self.positions)
+
     def columns(self, start: int, stop: int) -> SequenceLayout:
         """Some columns of a batch of rows, `(B, stop - start)`; the tokens in them keep their positions.
 

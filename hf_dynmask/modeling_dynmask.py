@@ -462,7 +462,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         else:
             position_ids = self._given_positions(layout, position_ids)
         if inputs_embeds is None:
-            words = self.embeddings.words(layout.flatten(input_ids), layout)
+            words = self.embeddings.words(layout.flatten(integers("input_ids", input_ids)), layout)
         else:
             words = layout.flatten(inputs_embeds)
         types = None
@@ -876,7 +876,9 @@ class TokenClassification(TaskModel):
 
     def _predict(self, outputs, layout, labels, num_items_in_batch):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = token_loss(logits, layout.flatten(labels), num_items_in_batch) if labels is not None else None
+        loss = None
+        if labels is not None:
+            loss = token_loss(logits, layout.flatten(integers("labels", labels)), num_items_in_batch)
         return loss, layout.unflatten(logits)
 
 

@@ -22,7 +22,7 @@ from .cached import given_cache
 from .configuration_dynmask import DynMaskConfig, masks_of
 from .features import DynMaskFeatureEmbeddings
 from .graph import GraphLayout, attend
-from .layout import SequenceLayout, integers, outside_graph
+from .layout import SequenceLayout, outside_graph
 from .masks import TopK, parse
 from .plan import MaskPlan
 
@@ -48,7 +48,6 @@ def embed_tokens(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) ->
     The noise of NEFTune (arXiv:2310.05914), a hook on the table, goes by the shape of what the table returns: by
     `alpha / sqrt(length * E)`. So the table is then given each sequence as a row, those of one length together.
     """
-    input_ids = integers("input_ids", input_ids)
     if table.training and hasattr(table, "neftune_noise_alpha"):
         return _embed_rows(table, input_ids, layout)
     return table(input_ids)

@@ -219,7 +219,8 @@ class StockMask:
         )
 
     def answer(self, query: Tensor, passed: Mapping[str, Any], has_bias: bool = False) -> MaskPlan | Tensor:
-        """A plan, where the mask has an expression and every key is a query too; else the mask cell by cell.
+        """A plan, where every key is a query too and the mask has an expression or a row several sequences; else the mask
+        cell by cell.
 
         Args:
             query (`Tensor` of shape `(B, H, Tq, D)`): The queries of the layer that asks.
@@ -239,7 +240,8 @@ class StockMask:
             if self._is_square and self._expression is not None:
                 self._answers[key] = self._plan(self._expression, starts, passed, query.device)
             else:
-                self._answers[key] = self._cells(starts, query.shape[1]).to(query.device)
+                cells = self._cells(starts, query.shape[1]).to(query.device)
+                self._answers[key] = cells if starts is None else self._plan_of_cells(cells, starts)
         return self._answers[key]
 
     @cached_property
@@ -366,6 +368,11 @@ class StockMask:
         else:
             layout, key_layout = layout_of(rows if starts is None else starts, present), None
         return MaskPlan(expression, layout.to(device), key_layout, fields=fields)
+
+    def _plan_of_cells(self, cells: Tensor, starts: Tensor) -> MaskPlan:
+        """Cells of several sequences a row, which the plan keeps apart."""
+        layout = layout_of(starts, self.present(0)).to(cells.device)
+        return MaskPlan(masks.dense(), layout, fields={"attention_mask": cells})
 
     def _cells(self, starts: Tensor | None, heads: int) -> Tensor:
         if self.chosen is not None:
