@@ -95,9 +95,7 @@ def attend(
     return output if poisoned is None else output.masked_fill(poisoned, torch.nan), None
 
 
-def _without_poison(
-    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _without_poison(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query, key and value with 0 in sequences that hold NaN or infinity, and the query tokens `(N, 1)` of those.
 
     Unfused, all tokens meet in one product, in which a weight of 0 holds no NaN back.

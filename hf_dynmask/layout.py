@@ -95,8 +95,7 @@ class SequenceLayout:
             raise ValueError(f"`attention_mask` must have shape (batch, width); got {tuple(attention_mask.shape)}")
         present = attention_mask.bool()
         if attention_mask.dtype != torch.bool and not torch.equal(present.to(attention_mask.dtype), attention_mask):
-            other = attention_mask[present.to(attention_mask.dtype) != attention_mask]
-            raise ValueError(f"`attention_mask` must hold only 0 and 1; got {other[0].item()}")
+            raise not_binary("attention_mask", attention_mask)
         rows, width = attention_mask.shape
         positions = present.cumsum(1) - 1
         return cls(
@@ -518,6 +517,17 @@ def _check_flat(sizes: tuple[int, ...], width: int) -> None:
             f"`lengths` of a flat batch must add up to its width {width}; got a sum of {sum(sizes)} over "
             f"{len(sizes)} sequences (a flat batch cannot be split over devices: use rows for that)"
         )
+
+
+NUMBERED = (
+    "documents of one row are kept apart by `position_ids` that restart, or by `segment_ids` and a mask with `segments`"
+)
+
+
+def not_binary(name: str, mask: Tensor) -> ValueError:
+    """An error for a mask `(B, T)` that does not say which tokens are there, but, it may be, of which document."""
+    other = mask[(mask != 0) & (mask != 1)]
+    return ValueError(f"`{name}` must hold only 0 and 1; got {other[0].item()} ({NUMBERED})")
 
 
 def check_not_scattered(tokens: Tensor, lengths: Tensor | None, pad_token_id: int | None) -> None:

@@ -162,11 +162,17 @@ def dynmask_mask(
         offsets=(int(q_offset), int(kv_offset)),
         function=mask_function,
         use_vmap=use_vmap,
-        padding=None if padding is None or bool(padding.all()) else padding.expand(batch_size, -1),
+        padding=None if padding is None or _all(padding) else padding.expand(batch_size, -1),
         chosen=None if text is None else parse(text),
         device=torch.device(device),
         model_type=getattr(config, "model_type", "stock"),
     )
+
+
+def _all(padding: Tensor) -> bool:
+    """Whether all tokens are there; raises if the mask that says so cannot."""
+    batches = current_batches()
+    return batches[0].read_along(padding.all())[0] if batches else bool(padding.all())
 
 
 @dataclass(eq=False, kw_only=True)

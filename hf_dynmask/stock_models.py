@@ -165,6 +165,8 @@ def _enter(
 
 @outside_graph
 def _leave(batch: Batch, output: Any) -> None:
+    if batch.unchecked:
+        batch.read_along()
     if batch.is_heeded:
         for value in output.values() if isinstance(output, Mapping) else output:
             if isinstance(value, Cache):

@@ -282,7 +282,7 @@ class _Batches:
         if lengths is not None:
             return lengths.flatten()
         if mask is not None:
-            return mask.sum(-1).flatten()
+            return (mask != 0).sum(-1).flatten()  # models of transformers take any number for a token
         labels, positions = given.get("labels"), given.get("position_ids")
         if prefix and labels is not None and tuple(labels.shape) == shape:
             return (labels != IGNORE_INDEX).sum(-1)
