@@ -118,7 +118,8 @@ class Mask:
             too cautious.
 
         Raises:
-            ValueError: A field that the mask reads is missing or has the wrong shape or dtype; a position is no integer.
+            ValueError: A field that the mask reads is missing or has the wrong shape or dtype; positions are no
+                integers.
         """
         ends = {"q_lo": q_lo, "q_hi": q_hi, "k_lo": k_lo, "k_hi": k_hi}
         return self.classify_checked(*(integers(name, end) for name, end in ends.items()), self.checked(fields))

@@ -82,7 +82,8 @@ class MaskPlan:
         block_size (`int`, *optional*, defaults to 128): Queries and keys of a block.
 
     Raises:
-        ValueError: A field is missing or has the wrong shape or dtype; the two layouts differ in their number of sequences.
+        ValueError: A field is missing or has the wrong shape or dtype; the two layouts differ in their number of
+            sequences.
     """
 
     def __init__(
@@ -297,13 +298,17 @@ class MaskPlan:
 
     @property
     def in_rows(self) -> MaskPlan:
-        """The plan for [`SequenceLayout.in_rows`] of both sides: where no sequence meets another, NaN in one cannot reach
-        another, which a weight of 0 would not hold back. Itself where it is of such rows."""
+        """The plan for [`SequenceLayout.in_rows`] of both sides; itself where it is of such rows.
+
+        Sequences that never meet are safe from each other's NaN, which a weight of 0 would not hold back.
+        """
         return self.derived(_in_rows) or self
 
     def in_batch(self, table: Tensor) -> Tensor:
-        """Cells by sequence and position `(S | 1, 1 | H, P, P)` in the batch's own layout `(B, 1 | H, Tq, Tk)`; 0 where two
-        tokens do not stand in one sequence."""
+        """Cells by sequence and position `(S | 1, 1 | H, P, P)` in the batch's own layout `(B, 1 | H, Tq, Tk)`.
+
+        They are 0 where two tokens do not stand in one sequence.
+        """
         same = self.same_sequence
         if not table.numel():
             return same.to(table.dtype).expand(-1, table.shape[1], -1, -1)

@@ -105,17 +105,17 @@ def dynmask_attention_forward(
             raise ValueError(f"attn_implementation='{NAME}' does not serve the `{name}` of {type(module).__name__}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = position_bias
-    if isinstance(attention_mask, StockMask):
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        _check_unnoted(module, query, attention_mask)
+        answer, added = _unnoted(module, query, key, attention_mask, is_causal)
+        bias = added if bias is None or added is None else bias + added
+    else:
         if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
             raise ValueError(
                 f"{type(module).__name__} must have as many queries and keys as its mask was made for, "
                 f"{attention_mask.shape[2:]}; got {(query.shape[2], key.shape[2])}"
             )
         answer = attention_mask.answer(query, kwargs, has_bias=bias is not None)
-    else:
-        _check_unnoted(module, query, attention_mask)
-        answer, added = _unnoted(module, query, key, attention_mask, is_causal)
-        bias = added if bias is None or added is None else bias + added
     scored = softcap is not None or s_aux is not None or output_attentions
     if isinstance(answer, MaskPlan) and bias is None and not scored:
         return _by_plan(query, key, value, answer, factor, dropout).transpose(1, 2), None
@@ -182,7 +182,7 @@ def _apart(
     bias: Tensor | None,
     *settings: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """[`_by_cells`] or [`_by_scores`] on a row for each sequence, see [`MaskPlan.in_rows`], with 0 where no token is."""
+    """[`_by_cells`] or [`_by_scores`] on a row for each sequence, see [`MaskPlan.in_rows`]; 0 where no token is."""
     rows = plan.in_rows
     sides = (query, plan.layout, rows.layout), *((x, plan.key_layout, rows.key_layout) for x in (key, value))
     states = (after.unflatten_heads(before.flatten_heads(x)) for x, before, after in sides)

@@ -85,7 +85,7 @@ class Batch:
                 yield name, mask
 
     def read_along(self, *flags: Tensor) -> list[bool]:
-        """Values of bool scalars, for which a device must be waited for, and with them whether masks hold 0 and 1 alone.
+        """Values of bool scalars, for which a device must be waited for, and with them whether masks are of 0 and 1.
 
         Raises:
             ValueError: One does not: models of transformers would take any number for a token that is there.
@@ -250,7 +250,8 @@ def _places(tokens: Tensor) -> torch.Size:
     return tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
 
 
-batches: ContextVar[tuple[Batch, ...]] = ContextVar("batches", default=())
+# Kept where this file is executed again: models that were made ready before go on to write there.
+batches: ContextVar[tuple[Batch, ...]] = globals().get("batches") or ContextVar("batches", default=())
 
 
 def current_batches() -> tuple[Batch, ...]:

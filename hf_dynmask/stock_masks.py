@@ -225,8 +225,7 @@ class StockMask:
         )
 
     def answer(self, query: Tensor, passed: Mapping[str, Any], has_bias: bool = False) -> MaskPlan | Tensor:
-        """A plan, where every key is a query too and the mask has an expression or a row several sequences; else the mask
-        cell by cell.
+        """A plan, where every key is a query too and the mask has an expression or a row several sequences; else cells.
 
         Args:
             query (`Tensor` of shape `(B, H, Tq, D)`): The queries of the layer that asks.

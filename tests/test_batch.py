@@ -312,3 +312,54 @@ def test_tokens_and_labels_that_are_no_integers():
         model(input_ids=INPUT["input_ids"].float())
     with pytest.raises(ValueError, match="`labels` must be integers; got dtype torch.float32"):
         model(**INPUT, labels=INPUT["input_ids"].float())
+
+
+# --- Masks that number documents --------------------------------------------------------------------------------------
+
+NUMBERED = [[1, 1, 2, 2, 0], [1, 1, 2, 2, 3], [0, 0, 2, 2, 2], [2, 2, 2, 2, 2], [1, 1, 1, 1, -1], [1, 255, 0, 0, 0]]
+NUMBERED += [[1.0, 0.5, 0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf, 0.0, 0.0], [1.0, torch.nan, 0.0, 0.0, 0.0]]
+ROW = {"input_ids": torch.arange(5, 10)[None]}
+
+
+@pytest.mark.parametrize("mask", NUMBERED, ids=str)
+@pytest.mark.parametrize("name", ["bare", "causal LM", "a class", "answers", "recurrent, token classes"])
+def test_masks_that_number_documents(name, mask):
+    match = r"`attention_mask` must hold only 0 and 1; got .*`position_ids` that restart, or by `segment_ids`"
+    with pytest.raises(ValueError, match=match):
+        MODELS[name]()(**ROW, attention_mask=torch.tensor([mask]))
+
+
+def test_documents_of_one_row():
+    """What the message says to give."""
+    model = attention(DynMaskForTokenClassification, mask="segments", position_type="none")
+    numbers = torch.tensor([[1, 1, 2, 2, 2]])
+    by_field = model(**ROW, segment_ids=numbers).logits
+    by_positions = model(**ROW, position_ids=torch.tensor([[0, 1, 0, 1, 2]]), segment_ids=0 * numbers).logits
+    torch.testing.assert_close(by_field, by_positions, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32], ids=str)
+def test_masks_that_number_documents_in_a_graph(dtype):
+    compiled = torch.compile(attention(DynMaskForTokenClassification), backend="eager", fullgraph=True)
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
+        compiled(**ROW, attention_mask=torch.tensor([[1, 1, 2, 2, 0]], dtype=dtype))
+
+
+@pytest.mark.parametrize("side", ["attention_mask", "decoder_attention_mask"])
+def test_masks_of_both_sides(side):
+    model = DynMaskSeq2SeqModel(DynMaskSeq2SeqConfig(**SIZES, **ATTENTION, decoder_start_token_id=1))
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
+        model(**ROW, decoder_input_ids=ROW["input_ids"], **{side: torch.tensor([[1, 1, 2, 2, 0]])})
+
+
+def test_generation_refuses_masks_that_number_documents():
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
+        MODELS["causal LM"]().generate(**ROW, attention_mask=torch.tensor([[1, 1, 2, 2, 2]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5), (1, 1, 5, 5), (1, 2, 5, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
+def test_explicit_masks_are_bool(shape, dtype):
+    """A mask that is added to the scores is not taken for one of zeros and ones."""
+    with pytest.raises(ValueError, match=f"the field `attention_mask` must be bool; got {dtype}"):
+        attention(DynMaskModel)(**ROW, attention_mask=torch.zeros(shape, dtype=dtype))
