@@ -253,6 +253,7 @@ def test_integers_of_any_size(told, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
 def test_integers_of_any_size_in_a_graph(dtype):
+    torch.compiler.reset()
     model = attention(DynMaskForMaskedLM, mask=READING)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for told in ("lengths", "cu_seq_lens"):
@@ -340,6 +341,7 @@ def test_documents_of_one_row():
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32], ids=str)
 def test_masks_that_number_documents_in_a_graph(dtype):
+    torch.compiler.reset()
     compiled = torch.compile(attention(DynMaskForTokenClassification), backend="eager", fullgraph=True)
     with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
         compiled(**ROW, attention_mask=torch.tensor([[1, 1, 2, 2, 0]], dtype=dtype))

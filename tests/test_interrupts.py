@@ -405,6 +405,7 @@ def steps(model, count, every=10):
             optimizer.zero_grad(set_to_none=False)
         except KeyboardInterrupt:
             optimizer.zero_grad(set_to_none=False)
+        if step % every == every - 1:  # once the error, and what it has passed through, is gone
             figures.append((tensors_alive(), hooks_of(model)))
     return figures
 
