@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_dynmask import (
     DataCollatorWithLengths,
@@ -23,6 +31,7 @@ from hf_dynmask import (
     DynMaskModel,
     DynMaskSeq2SeqConfig,
     DynMaskSeq2SeqModel,
+    ThroughputCallback,
     graph,
     stock,
     stock_masks,
@@ -415,3 +424,29 @@ def test_memory_and_hooks_stay_as_they_are(name):
     figures = steps(MODELS[name](), 40)
     assert len(figures) == 4
     assert len(set(figures)) == 1
+
+
+class Interrupting(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_of_a_training(tmp_path, other):
+    """What it was counted by is gone with it; a training that goes on counts once."""
+    model = MODELS["ours, sdpa"]()
+    hooks = hooks_of(model)
+    examples = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
+    settings = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
+    for _ in range(3):
+        trainer = Trainer(model, settings, DataCollatorWithLengths(random_tokenizer()), examples)
+        trainer.add_callback(ThroughputCallback())
+        trainer.add_callback(Interrupting())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert hooks_of(model) <= hooks + 3
+    del trainer
+    gc.collect()
+    assert hooks_of(model) == hooks
+    inputs = inputs_of("ours")
+    with torch.no_grad():
+        check_next(model.eval(), inputs, model(**inputs)[0], other)
