@@ -121,8 +121,9 @@ class Mask:
             ValueError: A field that the mask reads is missing or has the wrong shape or dtype; positions are no
                 integers.
         """
-        ends = {"q_lo": q_lo, "q_hi": q_hi, "k_lo": k_lo, "k_hi": k_hi}
-        return self.classify_checked(*(integers(name, end) for name, end in ends.items()), self.checked(fields))
+        q_lo, q_hi = integers("q_lo", q_lo), integers("q_hi", q_hi)
+        k_lo, k_hi = integers("k_lo", k_lo), integers("k_hi", k_hi)
+        return self.classify_checked(q_lo, q_hi, k_lo, k_hi, self.checked(fields))
 
     def classify_checked(
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, fields: Fields

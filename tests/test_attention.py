@@ -620,17 +620,17 @@ def test_nan_stays_in_its_sequence(implementation, name, poisoned, value):
 @pytest.mark.parametrize("apply_mask_to", ["scores", "weights"])
 def test_weights_of_a_flat_batch_are_those_of_its_sequences(apply_mask_to):
     case = apart("missing", "causal & window(2, 0)")
-    *inputs, _ = inputs_of(case, 4, 4)
-    inputs[1][:, :, 8] = torch.nan
+    query, key, value, _ = inputs_of(case, 4, 4)
+    key[:, :, 8] = torch.nan
     plan, sizes = case.plan(), case.layout.sizes
-    _, weights = attend_reference(*inputs, plan, scaling=0.5, apply_mask_to=apply_mask_to)
+    _, weights = attend_reference(query, key, value, plan, scaling=0.5, apply_mask_to=apply_mask_to)
     assert weights.shape == (1, 4, *case.layout.shape[1:], *case.layout.shape[1:])
     flat = weights[0][:, case.layout.indices][:, :, case.layout.indices]
     ends = torch.tensor(sizes).cumsum(0).tolist()
     for start, stop in zip([0, *ends], ends, strict=False):
         own = SequenceLayout.from_attention_mask(torch.ones(1, stop - start))
         own = replace(own, positions=case.layout.positions[start:stop])
-        alone = (states[:, :, start:stop] for states in inputs)
-        _, expected = attend_reference(*alone, MaskPlan(plan.mask, own), scaling=0.5, apply_mask_to=apply_mask_to)
+        q, k, v = (states[:, :, start:stop] for states in (query, key, value))
+        _, expected = attend_reference(q, k, v, MaskPlan(plan.mask, own), scaling=0.5, apply_mask_to=apply_mask_to)
         torch.testing.assert_close(flat[:, start:stop, start:stop], expected[0], equal_nan=True)
         assert (flat[:, start:stop, :start] == 0).all() and (flat[:, start:stop, stop:] == 0).all()

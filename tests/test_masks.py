@@ -492,13 +492,14 @@ def test_small_integers_give_the_answers_of_int64(text, dtype):
     ],
 )
 def test_numbers_beyond_any_position(text, always, far):
-    mask, ends = masks.parse(text.format(far)), [torch.tensor([end]) for end in (0, 5, 0, 5)]
+    mask, first, end = masks.parse(text.format(far)), torch.tensor([0]), torch.tensor([5])
     cells = mask.dense(torch.tensor([6]))
-    assert mask.classify(*ends)[0].item() is always is bool(cells.all())
-    assert mask.classify(*ends)[1].item() is not bool(cells.any())
+    every, none = mask.classify(first, end, first, end)
+    assert every.item() is always is bool(cells.all())
+    assert none.item() is not bool(cells.any())
     last = torch.tensor([2**63 - 1])  # the largest position that a tensor holds
-    assert masks.window(far).classify(*[last] * 4)[0].item()
-    assert masks.span(1, far).classify(*[last] * 4)[1].item()
+    assert masks.window(far).classify(last, last, last, last)[0].item()
+    assert masks.span(1, far).classify(last, last, last, last)[1].item()
 
 
 @pytest.mark.parametrize(
@@ -550,11 +551,10 @@ def test_lengths_positions_and_fields_that_are_no_integers(dtype):
         masks.full().dense(ones)
     with pytest.raises(ValueError, match=f"`key_lengths` must be integers; got dtype {dtype}"):
         masks.full().dense(integers, key_lengths=ones)
-    for number, name in enumerate(["q_lo", "q_hi", "k_lo", "k_hi"]):
-        ends = [integers] * 4
-        ends[number] = ones
+    ends = dict.fromkeys(["q_lo", "q_hi", "k_lo", "k_hi"], integers)
+    for name in ends:
         with pytest.raises(ValueError, match=f"`{name}` must be integers; got dtype {dtype}"):
-            masks.causal().classify(*ends)
+            masks.causal().classify(**ends | {name: ones})  # pyright: ignore[reportArgumentType]
     for text, name, shape in [
         ("prefix", "prefix_lengths", (1,)),
         ("visible", "hidden_spans", (1, 1, 2)),
