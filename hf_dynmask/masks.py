@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .fields import Fields, check_extent, check_fields
+from .layout import checked_lengths, integers
 from .messages import shown
 
 Band = tuple[int | None, int | None]
@@ -132,14 +133,17 @@ class Mask:
             too cautious.
 
         Raises:
-            ValueError: A field that the mask reads is missing or has the wrong shape.
+            ValueError: A field that the mask reads is missing or has the wrong shape or dtype; positions are no
+                integers.
         """
+        q_lo, q_hi = integers("q_lo", q_lo), integers("q_hi", q_hi)
+        k_lo, k_hi = integers("k_lo", k_lo), integers("k_hi", k_hi)
         return self.classify_checked(q_lo, q_hi, k_lo, k_hi, self.checked(fields))
 
     def classify_checked(
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, fields: Fields
     ) -> tuple[Tensor, Tensor]:
-        """[`classify`] with fields that were checked before."""
+        """[`classify`] with int64 positions and fields that were checked before."""
         always, never = self._classify(q_lo, q_hi, k_lo, k_hi, fields)
         shape = torch.broadcast_shapes(q_lo.shape, q_hi.shape, k_lo.shape, k_hi.shape, always.shape, never.shape)
         return always.expand(shape), never.expand(shape)
@@ -178,19 +182,21 @@ class Mask:
             Bool `Tensor` of shape `(B, 1 | heads, max(lengths), max(key_lengths))`; `False` beyond a sequence's end.
 
         Raises:
-            ValueError: A field that the mask reads is missing or has the wrong shape; the number of masks in
-                `heads(...)` does not divide `heads`.
+            ValueError: Lengths are no integers, or negative; a field that the mask reads is missing or has the wrong
+                shape or dtype; the number of masks in `heads(...)` does not divide `heads`.
         """
+        i = _positions_up_to("lengths", lengths).view(1, 1, -1, 1)
+        j = i.mT
+        if key_lengths is not None:
+            j = _positions_up_to("key_lengths", key_lengths).view(1, 1, 1, -1)
         key_lengths = lengths if key_lengths is None else key_lengths
         checked = self.checked(fields, rows=lengths.numel())
-        i = _positions_up_to(lengths).view(1, 1, -1, 1)
-        j = _positions_up_to(key_lengths).view(1, 1, 1, -1)
         check_extent(checked, i.numel(), j.numel(), heads)
-        real = j < key_lengths.view(-1, 1, 1, 1)
+        real = j < key_lengths.long().view(-1, 1, 1, 1)
         if "key_scores" in checked.tables:
             scores = checked.tables["key_scores"][..., : j.numel()]
             checked = checked.having("key_scores", scores.masked_fill(~real[:, 0], -torch.inf))
-        return allowed_by_head(self, heads, i, j, checked) & real & (i < lengths.view(-1, 1, 1, 1))
+        return allowed_by_head(self, heads, i, j, checked) & real & (i < lengths.long().view(-1, 1, 1, 1))
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, other) if isinstance(other, Mask) else NotImplemented
@@ -221,9 +227,8 @@ def allowed_by_head(mask: Mask, heads: int, i: Tensor, j: Tensor, fields: Fields
     return torch.cat([part.expand(rows, -1, -1, -1) for part in cells], dim=1)
 
 
-def _positions_up_to(lengths: Tensor) -> Tensor:
-    longest = int(lengths.max()) if lengths.numel() else 0
-    return torch.arange(longest, device=lengths.device)
+def _positions_up_to(name: str, lengths: Tensor) -> Tensor:
+    return torch.arange(max(checked_lengths(name, lengths), default=0), device=lengths.device)
 
 
 # --- Expressions of expressions --------------------------------------------------------------------------------------
@@ -347,7 +352,7 @@ def _operand(mask: Mask, level: int) -> str:
 # --- Leaves ----------------------------------------------------------------------------------------------------------
 
 _LEAVES: dict[str, type[Leaf]] = {}
-_LARGEST = 2**62  # sums with positions still fit in 64 bits
+_LARGEST = 2**62  # differences of positions and of these still fit in 64 bits
 
 
 class Leaf(Mask):
@@ -391,7 +396,7 @@ class _BandLeaf(Leaf):
         if left is not None:
             seen = seen & (j >= i - left)
         if right is not None:
-            seen = seen & (j <= i + right)
+            seen = seen & (j - right <= i)  # no sum of the two, which might not fit in 64 bits
         return seen
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
@@ -559,18 +564,18 @@ class Span(Leaf):
         _check_int(self, "length", 0)
 
     def allowed(self, i, j, fields):
-        return (j >= self.start) & (j < self.start + self.length) & _everywhere(i, j)
+        return _in_span(j, j, self.start, self.length) & _everywhere(i, j)
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
-        stop = self.start + self.length
         everywhere = _everywhere(q_lo, k_lo)
-        outside = (k_hi < self.start) | (k_lo >= stop)
-        return (k_lo >= self.start) & (k_hi < stop) & everywhere, (outside | (self.length == 0)) & everywhere
+        outside = _outside_span(k_lo, k_hi, self.start, self.length) | (self.length == 0)
+        return _in_span(k_lo, k_hi, self.start, self.length) & everywhere, outside & everywhere
 
 
 @dataclass(frozen=True)
 class Visible(Leaf):
-    """`visible`: `j` lies in none of `hidden_spans[b]`, pairs (start, length) as in `span`; length 0 hides nothing."""
+    """`visible`: `j` lies in none of `hidden_spans[b]`, pairs (start, length) as in `span`. A length of 0 or less hides
+    nothing."""
 
     name = "visible"
 
@@ -580,22 +585,21 @@ class Visible(Leaf):
     def _spans(self, like: Tensor, fields: Fields) -> list[tuple[Tensor, Tensor]]:
         # Number by number: FlexAttention's kernels go wrong with a table of spans as a value.
         spans = range(fields.tables["hidden_spans"].shape[1])
-        pairs = ([fields.of_sequence("hidden_spans", like, k, end) for end in (0, 1)] for k in spans)
-        return [(start, start + length) for start, length in pairs]
+        start, length = ([fields.of_sequence("hidden_spans", like, k, end) for k in spans] for end in (0, 1))
+        return list(zip(start, length, strict=True))
 
     def allowed(self, i, j, fields):
         seen = _everywhere(i, j)
-        for start, stop in self._spans(seen, fields):
-            seen = seen & ((j < start) | (j >= stop))
+        for start, length in self._spans(seen, fields):
+            seen = seen & _outside_span(j, j, start, length)
         return seen
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
         always = _everywhere(q_lo, k_lo)
         never = ~always
-        for start, stop in self._spans(always, fields):
-            empty = stop <= start
-            always = always & (empty | (k_hi < start) | (k_lo >= stop))
-            never = never | (~empty & (k_lo >= start) & (k_hi < stop))
+        for start, length in self._spans(always, fields):
+            always = always & ((length <= 0) | _outside_span(k_lo, k_hi, start, length))
+            never = never | _in_span(k_lo, k_hi, start, length)
         return always, never
 
 
@@ -879,8 +883,18 @@ def _band_ranges(
     if left is not None:
         always, never = always & (k_lo >= q_hi - left), never | (k_hi < q_lo - left)
     if right is not None:
-        always, never = always & (k_hi <= q_lo + right), never | (k_lo > q_hi + right)
+        always, never = always & (k_hi - right <= q_lo), never | (k_lo - right > q_hi)
     return always, never
+
+
+def _in_span(lo: Tensor, hi: Tensor, start: int | Tensor, length: int | Tensor) -> Tensor:
+    """Whether all of a range lies in `start <= j < start + length`, a sum that might not fit in 64 bits."""
+    return (lo >= start) & (hi - start < length)
+
+
+def _outside_span(lo: Tensor, hi: Tensor, start: int | Tensor, length: int | Tensor) -> Tensor:
+    """Whether none of it does."""
+    return (hi < start) | (lo - start >= length)
 
 
 def _mixed(x):

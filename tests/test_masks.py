@@ -608,3 +608,141 @@ def test_a_field_of_wrong_shape(text, field, shape, message):
 def test_a_field_that_must_be_bool(text, field, shape):
     with pytest.raises(ValueError, match=f"the field `{field}` must be bool; got torch.float32"):
         masks.parse(text).dense(torch.tensor([3]), fields={field: torch.zeros(shape)})
+
+
+# --- dtypes of integers ------------------------------------------------------------------------------------------
+
+SMALL = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32]
+NUMBERED = ["window(0, 100)", "window({0})", "window(100, {0})", "dilated({0}, 3)", "dilated(90, {0})", "chunk({0})"]
+NUMBERED += ["chunk(50)", "chunk_causal({0})", "chunk_causal(50)", "prefix({0})", "prefix(100)", "global_tokens({0})"]
+NUMBERED += ["span({0}, {0})", "span(100, {0})", "span(20, 100)", "random(0.5, 7)", "full", "causal", "backward"]
+NUMBERED += ["diagonal", "custom(wedge)", "~window({0}) | causal & dilated(64, 2)"]
+OF_FIELDS = ["prefix", "visible", "segments", "shared_question", "select(full, causal, window(3))"]
+LENGTH = 110  # positions of which the sum of two is beyond int8, and twice that beyond uint8
+
+
+def fields_of(dtype):
+    fields = {
+        "prefix_lengths": torch.tensor([100, 0]),
+        "hidden_spans": torch.tensor([[[100, 120], [3, 4]], [[0, 0], [127, 127]]]),
+        "segment_ids": torch.arange(2 * LENGTH).view(2, LENGTH) // 3 % 127,
+        "mask_choice": torch.tensor([1, 2]),
+    }
+    return {name: field.to(dtype) for name, field in fields.items()}
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+@pytest.mark.parametrize("text", [text.format(2**62) for text in NUMBERED] + OF_FIELDS)
+def test_small_integers_give_the_answers_of_int64(text, dtype):
+    mask = masks.parse(text)
+    lengths, expected_fields = torch.tensor([LENGTH, 77]), fields_of(torch.int64)
+    expected = mask.dense(lengths, key_lengths=lengths.flip(0), fields=expected_fields)
+    found = mask.dense(lengths.to(dtype), key_lengths=lengths.flip(0).to(dtype), fields=fields_of(dtype))
+    assert torch.equal(found, expected)
+    lo, hi = split(LENGTH, 13)
+    ends = lo[None, :, None], hi[None, :, None], lo[None, None], hi[None, None]
+    own = (None, None) if text not in OF_FIELDS else (fields_of(dtype), expected_fields)
+    found = mask.classify(*(end.to(dtype) for end in ends), fields=own[0])
+    assert torch.equal(torch.stack(found), torch.stack(mask.classify(*ends, fields=own[1])))
+
+
+@pytest.mark.parametrize("far", [2**31, 2**40, 2**62])
+@pytest.mark.parametrize(
+    "text, always",
+    [
+        ("window({0})", True),
+        ("window(0, {0})", False),
+        ("dilated({0}, 1)", True),
+        ("span(0, {0})", True),
+        ("span({0}, {0})", False),
+        ("span(3, {0})", False),
+        ("prefix({0})", True),
+        ("chunk({0})", True),
+        ("chunk_causal({0})", True),
+        ("global_tokens({0})", True),
+    ],
+)
+def test_numbers_beyond_any_position(text, always, far):
+    mask, first, end = masks.parse(text.format(far)), torch.tensor([0]), torch.tensor([5])
+    cells = mask.dense(torch.tensor([6]))
+    every, none = mask.classify(first, end, first, end)
+    assert every.item() is always is bool(cells.all())
+    assert none.item() is not bool(cells.any())
+    last = torch.tensor([2**63 - 1])  # the largest position that a tensor holds
+    assert masks.window(far).classify(last, last, last, last)[0].item()
+    assert masks.span(1, far).classify(last, last, last, last)[1].item()
+
+
+@pytest.mark.parametrize(
+    "span, hidden",
+    [
+        ([2, 3], [2, 3, 4]),
+        ([2, 2**63 - 1], [2, 3, 4, 5]),  # a sum beyond 64 bits
+        ([5, 2**62], [5]),
+        ([9, 2], []),  # behind the end
+        ([4, 100], [4, 5]),
+        ([-2, 4], [0, 1]),  # begins before the sequence
+        ([-(2**63), 2**63 - 1], []),
+        ([-9, 4], []),
+        ([3, 0], []),
+        ([3, -1], []),
+        ([2**63 - 1, 2**63 - 1], []),
+        ([-(2**63), -(2**63)], []),
+    ],
+)
+def test_spans_that_are_not_inside_the_sequence(span, hidden):
+    fields = {"hidden_spans": torch.tensor([[span]])}
+    visible = masks.visible().dense(torch.tensor([6]), fields=fields)[0, 0, 0]
+    assert (~visible).nonzero().flatten().tolist() == hidden
+    places = torch.arange(6)[None]
+    always, never = masks.visible().classify(places, places, places, places, fields)
+    assert always[0].tolist() == visible.tolist()
+    assert never[0].tolist() == (~visible).tolist()
+
+
+@pytest.mark.parametrize("prefix, seen", [(-3, 0), (0, 0), (2, 2), (9, 4), (-(2**63), 0), (2**63 - 1, 4)])
+def test_prefixes_that_are_not_inside_the_sequence(prefix, seen):
+    fields = {"prefix_lengths": torch.tensor([prefix])}
+    assert masks.prefix().dense(torch.tensor([4]), fields=fields)[0, 0, 0].sum() == seen
+
+
+def test_segments_may_have_any_numbers():
+    fields = {"segment_ids": torch.tensor([[-(2**63), 2**63 - 1, -1, -1]])}
+    expected = fields["segment_ids"][0][:, None] == fields["segment_ids"][0]
+    assert torch.equal(masks.segments().dense(torch.tensor([4]), fields=fields)[0, 0], expected)
+
+
+NOT_INTEGERS = [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", NOT_INTEGERS, ids=str)
+def test_lengths_positions_and_fields_that_are_no_integers(dtype):
+    ones, integers = torch.ones(1).to(dtype), torch.ones(1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"`lengths` must be integers; got dtype {dtype}"):
+        masks.full().dense(ones)
+    with pytest.raises(ValueError, match=f"`key_lengths` must be integers; got dtype {dtype}"):
+        masks.full().dense(integers, key_lengths=ones)
+    ends = dict.fromkeys(["q_lo", "q_hi", "k_lo", "k_hi"], integers)
+    for name in ends:
+        with pytest.raises(ValueError, match=f"`{name}` must be integers; got dtype {dtype}"):
+            masks.causal().classify(**ends | {name: ones})  # pyright: ignore[reportArgumentType]
+    for text, name, shape in [
+        ("prefix", "prefix_lengths", (1,)),
+        ("visible", "hidden_spans", (1, 1, 2)),
+        ("segments", "segment_ids", (1, 1)),
+        ("select(full)", "mask_choice", (1,)),
+    ]:
+        with pytest.raises(ValueError, match=f"`{name}` must be integers; got dtype {dtype}"):
+            masks.parse(text).dense(integers, fields={name: torch.zeros(shape).to(dtype)})
+
+
+def test_lengths_that_are_negative():
+    with pytest.raises(ValueError, match="`lengths` must not be negative; got -1"):
+        masks.full().dense(torch.tensor([3, -1], dtype=torch.int8))
+    with pytest.raises(ValueError, match="`key_lengths` must not be negative; got -2"):
+        masks.full().dense(torch.tensor([3]), key_lengths=torch.tensor([-2]))
+
+
+def test_scores_of_integers():
+    with pytest.raises(ValueError, match="the field `key_scores` must be floating point; got torch.int64"):
+        masks.topk(1).dense(torch.tensor([3]), fields={"key_scores": torch.zeros(1, 1, 3, dtype=torch.long)})

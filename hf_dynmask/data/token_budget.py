@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import DataCollatorForSeq2Seq
 
 from .collators import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
-from .columns import EXAMPLE, MAIN_COLUMNS, model_name, read_columns
+from .columns import EXAMPLE, MAIN_COLUMNS, model_name, not_binary, read_columns
 
 logger = getLogger(__name__)
 
@@ -259,7 +259,8 @@ def example_length(example: Mapping[str, Any], column: str = "length", number: i
     `input_features`, those alone that are 1 in `attention_mask` where it has one.
 
     Raises:
-        ValueError: The example, called by its `number`, has none of these, or the column is no whole number from 0.
+        ValueError: The example, called by its `number`, has none of these, or the column is no whole number from 0, or
+            the mask holds something else than 0 and 1.
     """
     for name in (column, "lengths"):
         if name in example:
@@ -267,11 +268,19 @@ def example_length(example: Mapping[str, Any], column: str = "length", number: i
     for name in MAIN_COLUMNS:
         if name in example:
             mask = example.get("attention_mask")
-            return len(example[name]) if mask is None else int(np.sum(np.asarray(mask)))
+            return len(example[name]) if mask is None else int(_present(mask, number).sum())
     raise ValueError(
         f"examples must have a column `{column}` or `lengths` that counts their tokens, or else `input_ids` or "
         f"`input_features`; got {', '.join(example) or 'no columns'} in example {number}"
     )
+
+
+def _present(mask: Any, number: int) -> np.ndarray:
+    """Which tokens of an example are there, as its `attention_mask` has it."""
+    mask = np.asarray(mask)
+    if ((mask != 0) & (mask != 1)).any():
+        raise not_binary(mask, number)
+    return mask == 1
 
 
 def example_lengths(dataset: Any, column: str = "length") -> list[int]:
@@ -412,9 +421,9 @@ def _truncated(features: list[Any], max_tokens: int, role: Callable[[str, list[t
     columns = read_columns(features)
     per_token = {name for name, values in columns.items() if role(name, values) != EXAMPLE}
     cut = []
-    for feature in features:
+    for number, feature in enumerate(features):
         mask = feature.get("attention_mask")
-        present = np.ones(len(feature[main]), int) if mask is None else np.asarray(mask)
+        present = np.ones(len(feature[main]), bool) if mask is None else _present(mask, number)
         end = int(np.searchsorted(np.cumsum(present), max_tokens, side="right"))  # absent ones do not count
         shorter = {name: value[:end] if model_name(name) in per_token else value for name, value in feature.items()}
         if "lengths" in feature:
