@@ -136,8 +136,7 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
             by_layer = not isinstance(mask, str)
             changed |= {"layer_masks": list(mask)} if by_layer else {"layer_masks": None, "mask": mask}
         config = copy.copy(self.config)
-        for name, value in changed.items():
-            setattr(config, name, value)
+        vars(config).update(changed)
         config.validate_masks()
         cross = parse(config.cross_mask)
         layers = [module for module in self.modules() if isinstance(module, DynMaskLayer)]

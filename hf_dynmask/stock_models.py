@@ -80,6 +80,8 @@ def check_mask(model: PreTrainedModel, text: str) -> None:
         if mask.holds(leaf):
             raise ValueError(f"the mask of a stock model must do without `{leaf.name}`, which {why}; got '{mask}'")
     config, name = model.config, type(model).__name__
+    if heads := getattr(config, "num_attention_heads", None):
+        mask.head_borders(heads)
     if config.sub_configs:
         parts = ", ".join(sorted(config.sub_configs))
         raise ValueError(f"`model` must be one part of a model; {name} has the parts {parts}")

@@ -1,6 +1,11 @@
 """The mask language: text form, dense form and classification of ranges, against the oracle."""
 
+import copy
+import inspect
 import operator
+import pickle
+import sys
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -10,6 +15,8 @@ from hypothesis import strategies as st
 
 import oracle
 from hf_dynmask import masks
+from hf_dynmask.layout import SequenceLayout
+from hf_dynmask.plan import MaskPlan
 from strategies import FIELD_FREE, LEAVES, Batch, batches, examples, leaves, texts
 
 # --- text form ---------------------------------------------------------------------------------------------------
@@ -66,6 +73,21 @@ def test_text_and_python_make_the_same_mask(text, made):
 )
 def test_precedence_is_that_of_python(text, explicit):
     assert masks.parse(text) == masks.parse(explicit)
+
+
+@pytest.mark.parametrize(
+    "text, same",
+    [
+        ("\n  causal\n\t& window(255,\r\n 0)\n", "causal & window(255, 0)"),
+        ("window ( 1_000 , 2 , )", "window(1000, 2)"),
+        ("random(.5, 1)", "random(5e-1, 1)"),
+        ("full()", "full"),
+        ("causal & (full & visible)", "causal & full & visible"),
+        ("(((causal)))", "causal"),
+    ],
+)
+def test_texts_of_one_meaning(text, same):
+    assert masks.parse(text) == masks.parse(same)
 
 
 def test_grouping_survives_the_text_form():
@@ -265,6 +287,106 @@ def test_a_mask_that_names_a_band_is_that_band(text):
         np.testing.assert_array_equal(oracle.sequence_mask(text, range(17)), expected)
 
 
+# --- chains and nesting ------------------------------------------------------------------------------------------
+
+
+def around(mask: masks.Mask, levels: int) -> masks.Mask:
+    """Made of the mask by `levels` operators, one inside the other."""
+    for level in range(levels):
+        mask = (mask | masks.diagonal(), mask & masks.window(2), masks.select(mask), masks.heads(mask))[level % 4]
+    return mask
+
+
+def walk(mask: masks.Mask) -> None:
+    """Calls all that goes through an expression."""
+    lengths = torch.tensor([3])
+    fields = {"mask_choice": torch.tensor([0]), "key_scores": torch.rand(1, 1, 3)}
+    assert mask.fields <= fields.keys()
+    assert not mask.holds(masks.Custom)
+    assert not mask.is_relative or mask.band() is None or mask.band()
+    assert mask == copy.deepcopy(mask) == pickle.loads(pickle.dumps(mask))
+    assert hash(mask) == hash(copy.copy(mask))
+    assert len(repr(mask)) > len(str(mask))
+    dense = mask.dense(lengths, fields=fields)
+    always, never = mask.classify(*torch.tensor([0, 2, 0, 2])[:, None, None, None].unbind(), fields=fields)
+    assert dense.all() or not always.any()
+    assert not (dense.any() and never.any())
+    plan = MaskPlan(mask, SequenceLayout.from_lengths(lengths), fields={"mask_choice": fields["mask_choice"]})
+    for _, of_heads in plan.with_key_scores(torch.rand(1, 1, 3)).by_heads(1):
+        assert len(repr(of_heads.mask)) > 0
+        assert of_heads.dense().shape == (1, 1, 3, 3)
+
+
+@pytest.mark.parametrize("leaf", [masks.causal(), masks.topk(2)], ids=str)
+def test_all_that_goes_through_the_deepest_masks(leaf):
+    mask = around(leaf, masks.MAX_DEPTH - 1)
+    assert mask.depth == masks.MAX_DEPTH
+    assert masks.parse(str(mask)) == mask
+    in_little_room(walk, mask)
+    with pytest.raises(ValueError, match=r"masks must be at most 16 deep in one another .*; got 17"):
+        around(mask, 1)
+    with pytest.raises(ValueError, match="mask does not parse at column 1: masks must be at most 16 deep"):
+        masks.parse(f"select({mask})")
+
+
+def in_little_room(call, *arguments):
+    """The call, with room for as many frames as a program that is deep in others may have left."""
+    frames, limit = len(inspect.stack(0)), sys.getrecursionlimit()
+    sys.setrecursionlimit(frames + 400)
+    try:
+        call(*arguments)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+@pytest.mark.parametrize("join", [operator.and_, operator.or_])
+@pytest.mark.parametrize("leaf", [masks.causal(), masks.topk(2)], ids=str)
+def test_all_that_goes_through_long_chains(leaf, join):
+    mask = reduce(join, [masks.window(n) for n in range(300)], leaf)
+    assert mask.depth == 2
+    assert masks.parse(str(mask)) == mask
+    in_little_room(walk, mask)
+
+
+@pytest.mark.parametrize("join", [operator.and_, operator.or_])
+def test_chains_made_in_python(join):
+    mask = reduce(join, [masks.causal()] * 5000)
+    assert str(mask).count("causal") == 5000
+    in_little_room(walk, mask)
+    assert reduce(join, [masks.causal()] * 5000, masks.causal()) == join(mask, masks.causal())
+
+
+@pytest.mark.parametrize(
+    "join", [operator.and_, operator.or_, lambda mask, _: mask | mask, lambda mask, _: masks.heads(mask, mask)]
+)
+def test_masks_of_too_many_leaves(join):
+    with pytest.raises(ValueError, match=r"a mask must be made of at most 8192 leaves; got (8193|16384)"):
+        reduce(join, [masks.causal()] * 10**5)
+
+
+def test_a_chain_is_grouped_in_no_way():
+    a, b, c = masks.causal(), masks.window(3), masks.visible()
+    assert a & (b & c) == (a & b) & c
+    assert str(a | (b | c)) == "causal | window(3, 3) | visible"
+    assert a & (b | c) != (a & b) | c
+
+
+def test_runs_of_heads_are_found_without_looking_at_each():
+    mask = masks.parse("heads(full, causal) & heads(full, full, window(3), full)")
+    assert [(run, str(found)) for run, found in masks.head_runs(mask, 4 * 10**12)] == [
+        (slice(0, 2 * 10**12), "full & full"),
+        (slice(2 * 10**12, 3 * 10**12), "causal & window(3, 3)"),
+        (slice(3 * 10**12, 4 * 10**12), "causal & full"),
+    ]
+
+
+def test_numbers_too_large_to_write():
+    with pytest.raises(ValueError, match=r"`left` of `window` must be at most .*; got an integer of 16610 bits"):
+        masks.window(10**5000)
+    with pytest.raises(ValueError, match=r"`left` of `window` must be an integer .*; got an integer of 16610 bits"):
+        masks.window(-(10**5000))
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -282,15 +404,15 @@ def test_a_mask_that_names_a_band_is_that_band(text):
         ("full | xyzzy", r"at column 8: unknown mask `xyzzy`; known are"),
         ("  causal & fulll", r"at column 12: unknown mask `fulll`"),
         ("full & 3", r"at column 8: expected a mask"),
-        ("full + causal", r"at column 1: expected a mask, `&`, `\|`, `~` or parentheses"),
-        ("full and causal", r"at column 1: expected a mask"),
+        ("full + causal", r"at column 6: expected `&`, `\|` or the end, not '\+'"),
+        ("full and causal", r"at column 6: expected `&`, `\|` or the end, not 'and'"),
         ("__import__('os')", r"at column 1(1|2)?: "),
-        ("full & causal.name", r"at column 8: expected a mask"),
+        ("full & causal.name", r"at column 14: expected `&`, `\|` or the end, not '\.'"),
         ("full & window", r"at column 8: `window` takes \(left, right\); got 0 arguments"),
         ("full & span(1, 2, 3)", r"at column 8: `span` takes \(start, length\); got 3 arguments"),
-        ("full & window(right=3)", r"at column 8: expected a mask"),
+        ("full & window(right=3)", r"at column 15: expected a number, not 'right'"),
         ("full & window(causal)", r"at column 15: expected a number"),
-        ("full & window(2 ** 99)", r"at column 15: expected a number"),
+        ("full & window(2 ** 99)", r"at column 17: expected `,` or `\)`, not '\*'"),
         ("full & window(True)", r"at column 15: expected a number"),
         ("full & window(-1)", r"at column 8: `left` of `window` must be an integer of at least 0; got -1"),
         ("full & window(1, -1)", r"at column 8: `right` of `window` must be an integer of at least 0; got -1"),
@@ -323,7 +445,54 @@ def test_a_mask_that_names_a_band_is_that_band(text):
         ("full & ~topk(3)", r"at column 8: `~` cannot be applied to `topk`"),
         ("~(full & heads(full, topk(3)))", r"at column 1: `~` cannot be applied to `topk`"),
         ("~~select(full | topk(3))", r"at column 2: `~` cannot be applied to `topk`"),
-        ("~" * 5000 + "full", r"mask does not parse: nested too deeply"),
+        ("  ", r"at column 3: expected a mask, not the end; got '  '"),
+        ("causal  # only the past\n& window(2, 0)", r"at line 1, column 9: expected `&`, `\|` or the end, not '#'"),
+        ("window(4) # & causal", r"at column 11: expected `&`, `\|` or the end, not '#'"),
+        ("# causal", r"at column 1: expected a mask, not '#'"),
+        ("causal &\n  fulll", r"at line 2, column 3: unknown mask `fulll`"),
+        ("causal\nfull", r"at line 2, column 1: expected `&`, .* not 'full'"),
+        ("causal; full", r"at column 7: expected .*, not ';'"),
+        ("causal \\\n& full", r"at line 1, column 8: expected .*, not '\\\\'"),
+        ("causal\f& full", r"at column 7: expected .*, not '\\x0c'"),
+        ("causal\x00", r"at column 7: expected .*, not '\\x00'"),
+        ("causal\xa0& full", r"at column 7: expected .*, not '\\xa0'"),
+        ("\ufeffcausal", r"at column 1: expected a mask, not '\\ufeff'"),
+        ("causal\u2028& full", r"at column 7: expected .*, not '\\u2028'"),
+        ("\uff43ausal", r"at column 1: expected a mask, not '\uff43'"),
+        ("c\u0430usal", r"at column 1: unknown mask `c`"),
+        ("causal\u0301", r"at column 7: expected .*, not "),
+        ("window(\u0663)", r"at column 8: expected a number, not '\u0663'"),
+        ("window(0x10)", r"at column 9: expected `,` or `\)`, not 'x10'"),
+        ("window(010)", r"at column 9: expected `,` or `\)`, not '10'"),
+        ("window(1__0)", r"at column 9: expected `,` or `\)`, not '__0'"),
+        ("window(1e400)", r"`left` of `window` must be an integer of at least 0; got inf"),
+        ("window(4j)", r"at column 9: expected `,` or `\)`, not 'j'"),
+        ("window(nan)", r"at column 8: expected a number, not 'nan'"),
+        ("window(--4)", r"at column 9: expected a number, not '-'"),
+        ("window(" + "9" * 5000 + ")", r"at column 8: a number must have at most 100 characters; got 5000"),
+        ("random(0." + "1" * 5000 + ", 0)", r"at column 8: a number must have at most 100 characters; got 5002"),
+        ("window(*causal)", r"at column 8: expected a number, not '\*'"),
+        ("heads(*full)", r"at column 7: expected a mask, not '\*'"),
+        ("heads(,)", r"at column 7: expected a mask, not ','"),
+        ("heads(full causal)", r"at column 12: expected `,` or `\)`, not 'causal'"),
+        ("(full, causal)", r"at column 6: expected `&`, `\|` or `\)`, not ','"),
+        ("(causal := full)", r"at column 9: expected .*, not ':'"),
+        ("f'{causal}'", r"at column 1: unknown mask `f`"),
+        ("'causal'", r'at column 1: expected a mask, not "\'"'),
+        ("causal if full else causal", r"at column 8: expected .*, not 'if'"),
+        ("lambda: causal", r"at column 1: unknown mask `lambda`"),
+        ("[causal for _ in full]", r"at column 1: expected a mask, not '\['"),
+        ("causal()()", r"at column 9: expected .*, not '\('"),
+        ("(causal", r"at column 8: expected `&`, `\|` or `\)`, not the end"),
+        ("window(4", r"at column 9: expected `,` or `\)`, not the end"),
+        ("None", r"at column 1: unknown mask `None`"),
+        ("~" * 5000 + "full", r"at column 17: parentheses and `~` must be less than 16 deep in one another; got more"),
+        ("(" * 5000 + "full" + ")" * 5000, r"at column 17: parentheses and `~` must be less than 16 deep"),
+        ("heads(" * 2000 + "full" + ")" * 2000, r"at column 97: parentheses and `~` must be less than 16 deep"),
+        ("causal & (full | " * 900 + "full" + ")" * 900, r"parentheses and `~` must be less than 16 deep"),
+        (" & ".join(["causal"] * 5000), r"the text of a mask must have at most 16384 characters; got 44997"),
+        (" " * 10**6, r"the text of a mask must have at most 16384 characters; got 1000000"),
+        ("x" * 10_000, r"unknown mask `x{100}`; .* got 'x{199}… \(10002 characters\)"),
     ],
 )
 def test_text_that_does_not_parse(text, message):
@@ -331,7 +500,7 @@ def test_text_that_does_not_parse(text, message):
         masks.parse(text)
 
 
-@pytest.mark.parametrize("text", [None, 5, ["causal"]])
+@pytest.mark.parametrize("text", [None, 5, ["causal"], b"causal", ["causal"] * 10_000])
 def test_a_mask_that_is_no_text(text):
     with pytest.raises(ValueError, match=r"a mask must be text such as 'causal & window\(255, 0\)'; got "):
         masks.parse(text)
@@ -349,9 +518,11 @@ def test_a_choice_among_what_is_no_mask(make):
         make("full")
 
 
-def test_custom_masks_have_names_that_the_language_can_read():
-    with pytest.raises(ValueError, match="`name` of a custom mask must be an identifier; got 'my mask'"):
-        masks.register("my mask", oracle.PREDICATES["wedge"])
+@pytest.mark.parametrize("name", ["my mask", "größe", "", "3rd"])
+def test_custom_masks_have_names_that_the_language_can_read(name):
+    message = f"`name` of a custom mask must be an identifier of ASCII characters; got '{name}'"
+    with pytest.raises(ValueError, match=message):
+        masks.register(name, oracle.PREDICATES["wedge"])
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4])
