@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 LEVELS = [
     ["layout", "fields"],
     ["masks"],
-    ["plan", "configuration_*"],
+    ["plan", "pairs", "configuration_*"],
     ["cached"],
     ["attention_*"],
     ["attention"],
