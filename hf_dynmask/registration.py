@@ -79,11 +79,18 @@ def register() -> None:
     """
     for config_class, model_classes in AUTO_CLASSES.items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        classes = {AutoConfig: config_class, **model_classes}
+        config_class.classes_in_code = {auto.__name__: _in_code(ours) for auto, ours in classes.items()}
         for auto_class, model_class in model_classes.items():
             auto_class.register(config_class, model_class, exist_ok=True)
     AttentionInterface.register(NAME, dynmask_attention_forward)
     AttentionMaskInterface.register(NAME, dynmask_mask)
     _prepare_stock_models()
+
+
+def _in_code(ours: type) -> str:
+    """Where code that is loaded from a folder has a class."""
+    return f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}"
 
 
 def model_class(config: PreTrainedConfig) -> Any:

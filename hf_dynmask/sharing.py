@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .configuration_base import changed_code
+from . import folders
+from .configuration_base import HERE, code_of
 from .registration import AUTO_CLASSES, model_class
-
-CHECKPOINT = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+from .shared_code import verify
 
 
 def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -33,12 +32,12 @@ def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrai
         model ([`~transformers.PreTrainedModel`]): A model of this package. It is left as it is.
         folder (`str` or `os.PathLike`):
             Is written beside its place first, and put there as a whole: when something fails, what was there stays.
-            Of a former export weights, configuration and code are replaced; other files stay.
+            Of a former export weights, configuration and code are replaced; other files, and folders inside it, stay.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Goes into the folder, too.
 
     Raises:
         ValueError: `model` is not of this package, or has a `custom(...)` mask; `folder` holds something that is not a
-            former export.
+            former export, is a mount point, or has the working directory in it.
 
     Example:
 
@@ -56,7 +55,7 @@ def write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
     """What [`export`] writes, into a folder that is there."""
     config, model.config = model.config, copy.deepcopy(model.config)
     try:
-        model.config.auto_map = _auto_map(type(config))
+        model.config.auto_map = dict(config.classes_in_code)
         model.save_pretrained(folder)
     finally:
         model.config = config
@@ -83,66 +82,30 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(source) if get_tokenizer_config(source) else None
 
 
-def verify(folder: str | os.PathLike) -> None:
-    """
-    Compares the code in a folder that [`export`] has written with the hashes in its `config.json`.
+def replacing(folder: str | os.PathLike) -> AbstractContextManager[Path]:
+    """[`hf_dynmask.folders.replacing`] where `folder` must be new, empty or a former export."""
+    return folders.replacing(folder, _written)
 
-    Raises:
-        ValueError: The folder is no export; a file is missing, or is not what was exported.
+
+def _written(folder: Path) -> set[str] | None:
+    """Names of the files that an export has written into a folder; `None`: it is no export.
+
+    What `config.json` lists counts where it is a name of this package's, weights where the index has their name.
     """
-    code = code_of(Path(folder))
+    code = code_of(folder)
     if code is None:
-        raise ValueError(f"`folder` must be one that was exported, with the hashes of its code; got {folder}")
-    if changed := changed_code(code["sha256"], Path(folder)):
-        raise ValueError(
-            f"the code in {folder} must be what hf_dynmask {code['version']} exported, by the hashes in config.json; "
-            f"changed or missing: {', '.join(changed)}"
-        )
-
-
-@contextmanager
-def replacing(folder: str | os.PathLike) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` at the end of the block, unless there is an error.
-
-    Raises:
-        ValueError: `folder` holds something that is not a former export.
-    """
-    place = Path(folder).resolve()
-    code = code_of(place)
-    if code is None and place.exists() and (place.is_file() or any(place.iterdir())):
-        raise ValueError(f"`folder` must be new, empty or a former export; {folder} holds something else")
-    new = place.with_name(f".{place.name}-{uuid4().hex}")
-    try:
-        if code is None:
-            new.mkdir(parents=True)
-        else:
-            shutil.copytree(place, new, symlinks=True, ignore=shutil.ignore_patterns(*CHECKPOINT, *code["sha256"]))
-        yield new
-        _put(new, place)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _put(new: Path, place: Path) -> None:
-    if not place.exists():
-        new.rename(place)
-        return
-    former = new.with_name(f"{new.name}.former")
-    place.rename(former)
-    try:
-        new.rename(place)
-    except OSError:
-        former.rename(place)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def code_of(folder: Path) -> dict[str, Any] | None:
-    """What an export's `config.json` says of its code; `None` of any other folder."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dynmask_code")
-    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    files = {path.name for path in HERE.glob("*.py")} & code["sha256"].keys()
+    return {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} | files | _parts(folder)
+
+
+def _parts(folder: Path) -> set[str]:
+    """Names of the files that weights were divided into."""
+    try:
+        names = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+        return {name for name in names if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return set()
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -151,9 +114,3 @@ def _check(model: PreTrainedModel) -> None:
         names = ", ".join(ours.__name__ for ours in known)
         raise ValueError(f"`model` must be one of {names}; got {type(model).__name__}")
     model.config.check_shareable()
-
-
-def _auto_map(config_class: type[PreTrainedConfig]) -> dict[str, str]:
-    """Where code that is loaded from a folder has the classes of this configuration."""
-    classes = {AutoConfig: config_class, **AUTO_CLASSES[config_class]}
-    return {auto.__name__: f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}" for auto, ours in classes.items()}

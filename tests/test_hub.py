@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from datasets import config as datasets_config
-from huggingface_hub import ModelCard, create_repo, list_repo_tree, upload_folder
+from huggingface_hub import ModelCard, create_repo, list_repo_tree, upload_file, upload_folder
 from huggingface_hub.hf_api import RepoFile
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -51,6 +52,7 @@ from hf_dynmask import (
     DynMaskSeq2SeqConfig,
 )
 from hf_dynmask.cli import app
+from hf_dynmask.shared_code import verify_code
 from hf_dynmask.sharing import export
 from hub_server import HOST, TOKEN, USER, Hub
 from recipe_examples import write_examples
@@ -408,6 +410,15 @@ def push_export(trained: Path, folder: Path) -> Any:
     return [(logits(each), type(each).__module__) for each in (model, loaded)], tokens, str(ModelCard.load(name))
 
 
+def pull_code(folder: Path) -> Any:
+    """What the code on the Hub, and that of the model saved again, are compared with; its map; and with other code."""
+    loaded: Any = AutoModelForSequenceClassification.from_pretrained(f"{USER}/exported")
+    loaded.save_pretrained(folder)
+    compared = verify_code(f"{USER}/exported"), verify_code(str(folder))
+    upload_file(path_or_fileobj=b"import os", path_in_repo="masks.py", repo_id=f"{USER}/exported")
+    return compared, loaded.config.auto_map, error_of(verify_code, f"{USER}/exported")
+
+
 def test_an_export_of_a_recipe(trained, user, hub, stranger, tmp_path):
     """With the package, its own code runs; without it, that of the repository. Outputs are the same."""
     (pushed, pulled), tokens, card = user(push_export, trained, tmp_path / "export")
@@ -420,6 +431,10 @@ def test_an_export_of_a_recipe(trained, user, hub, stranger, tmp_path):
     files = hub.model(f"{USER}/exported").files
     assert files[FIGURE].content == (trained / FIGURE).read_bytes()
     assert {"model.safetensors", "modeling_dynmask.py", "masks.py"} <= files.keys()
+    (here, again), auto_map, error = user(pull_code, tmp_path / "again")
+    assert here == again == f"the installed hf_dynmask {version('hf_dynmask')}"
+    assert auto_map["AutoModel"] == "modeling_dynmask.DynMaskModel"
+    assert re.search("ValueError: the code in .* changed or missing: masks.py", error)
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ LEVELS = [
     ["modules"],
     ["modeling_*"],
     ["stock", "stock_*"],
-    ["work", "texts"],
-    ["registration", "conversion", "sharing", "data", "training", "plotting"],
+    ["work", "texts", "folders"],
+    ["registration", "shared_code", "conversion", "sharing", "data", "training", "plotting"],
     ["audit", "check"],
     ["cli"],
 ]

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from ..configuration_base import DynMaskBaseConfig
 from ..configuration_dynmask import DynMaskConfig
 from ..configuration_dynmask_seq2seq import OF_BOTH_SIDES, DynMaskSeq2SeqConfig
 from ..masks import parse
@@ -114,7 +115,7 @@ PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 COMPILED = "_orig_mod."  # in names, where a part of a model is compiled
 ADAPTED = (".base_layer", ".original_module")  # what PEFT calls a layer that it puts its own around
 
-COMMON_FIELDS = {field.name for field in fields(PreTrainedConfig)}
+COMMON_FIELDS = {field.name for field in fields(DynMaskBaseConfig)}
 OUR_FIELDS = [field.name for field in fields(DynMaskConfig) if field.name not in COMMON_FIELDS]
 SIDES = tuple(DynMaskSeq2SeqConfig.sub_configs)
 

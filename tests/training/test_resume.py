@@ -3,7 +3,9 @@
 import os
 import random
 import resource
+import shutil
 import signal
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from dying import CONTEXT, SIGNALS, calls_of, die
 from hf_dynmask import (
     DataCollatorForDynamicMasking,
     DataCollatorWithLengths,
@@ -123,6 +126,38 @@ def test_a_killed_process_ends_like_an_unbroken_one(kind, tmp_path):
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == [
         entry["loss"] for entry in unbroken.state.log_history if "loss" in entry
     ]
+
+
+@pytest.mark.skipif(CONTEXT is None, reason="needs fork")
+@pytest.mark.parametrize("how", SIGNALS, ids=lambda how: how.name)
+def test_a_process_that_dies_while_it_saves(how, tmp_path):
+    """The checkpoint is whole or refused; the earlier one stays whole, and the next run saves over a broken one."""
+    kill_while_it_saves(how, tmp_path, times=3)
+
+
+def kill_while_it_saves(how: signal.Signals, folder: Path, times: int) -> None:
+    trainer = make_trainer("shuffled rows", folder, max_steps=2 * SAVE_STEPS)
+    trainer.train()
+    earlier, last = (folder / f"checkpoint-{k * SAVE_STEPS}" for k in (1, 2))
+    save = partial(trainer._save_checkpoint, trainer.model, None)  # type: ignore[arg-type]
+    save()
+    whole = contents(earlier), contents(last)
+    calls = calls_of(save)
+    chosen = random.Random(how)
+    for moment in (chosen.randint(1, calls) for _ in range(times)):
+        shutil.rmtree(last)
+        die(moment, how, save)
+        assert contents(earlier) == whole[0]
+        if not last.exists() or contents(last) != whole[1]:
+            with pytest.raises((OSError, ValueError)):
+                make_trainer("shuffled rows", folder, max_steps=5).train(resume_from_checkpoint=str(last))
+        save()
+        assert contents(last) == whole[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of each file; of the random state only whether it is there, since refused trainings set the seed."""
+    return {path.name: b"" if path.name == "rng_state.pth" else path.read_bytes() for path in folder.iterdir()}
 
 
 # --- A full disk -----------------------------------------------------------------------------------------------------

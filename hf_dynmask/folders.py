@@ -1,0 +1,235 @@
+"""A folder that takes the place of a former one as a whole, and keeps what others have put there."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+WORKSPACE = re.compile(r"\.hf_dynmask-[0-9a-f]{32}")  # where a folder is written, beside its place
+NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+
+_HOLDS_SOMETHING_ELSE = "`folder` must be new, empty or a former export; {} holds something else"
+_HOLDS_A_MOUNT_POINT = "`folder` must hold no mount point, which cannot be moved; got {}"
+
+Written = Callable[[Path], set[str] | None]
+
+
+@contextmanager
+def replacing(folder: str | os.PathLike, written: Written) -> Iterator[Path]:
+    """
+    A new folder that takes the place of `folder` at the end of the block, unless there is an error.
+
+    Files of the former folder that `written` does not name are kept, and so is everything in folders inside it. There
+    is no moment without a folder where the system can exchange two (Linux). Elsewhere, a process that is killed between
+    two renames leaves the former folder beside its place, and the next one puts it back. The next one also removes what
+    a killed process has left half-written.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where a link leads, that is replaced, and the link stays.
+        written (`Callable[[Path], set[str] | None]`):
+            Names of the files at the top of a former folder that may be replaced or removed; `None`: it is not a folder
+            that may be replaced.
+
+    Yields:
+        `Path`: The new folder, to be filled.
+
+    Raises:
+        ValueError: `folder` holds something that may not be replaced, is a mount point, or has the working directory
+            in it. Nothing has been touched then.
+    """
+    place = _resolved(folder)
+    _check(place, folder, written)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _workspace(place.parent) as workspace:
+        new = workspace / "new"
+        new.mkdir()
+        yield new
+        _put(new, place, written)
+
+
+def _resolved(folder: str | os.PathLike) -> Path:
+    try:
+        return Path(folder).resolve()
+    except RuntimeError:  # of Python before 3.13
+        raise ValueError(f"`folder` must lead somewhere; {folder} is a link to itself") from None
+
+
+def _check(place: Path, folder: str | os.PathLike, written: Written) -> None:
+    if not os.path.lexists(place):
+        return
+    if not (_is_free(place) or (place.is_dir() and written(place) is not None)):
+        raise ValueError(_HOLDS_SOMETHING_ELSE.format(folder))
+    if os.path.ismount(place):
+        raise ValueError(f"`folder` must not be a mount point, which cannot be replaced: give a folder in {folder}")
+    if Path.cwd().is_relative_to(place):
+        raise ValueError(f"`folder` must not have the working directory in it, since it is replaced; got {folder}")
+
+
+def _is_free(place: Path) -> bool:
+    return not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir()))
+
+
+# --- Beside the place ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _workspace(parent: Path) -> Iterator[Path]:
+    """A folder of this process, removed in the end. What processes that were killed have left is removed first."""
+    workspace = parent / f".hf_dynmask-{uuid4().hex}"
+    with ExitStack() as stack:
+        with _locked(parent):  # so that nobody removes a workspace before it is locked
+            _recover(parent)
+            workspace.mkdir()
+            stack.enter_context(_locked(workspace))
+        stack.callback(shutil.rmtree, workspace, ignore_errors=True)
+        yield workspace
+
+
+def _recover(parent: Path) -> None:
+    for workspace in parent.iterdir():
+        if WORKSPACE.fullmatch(workspace.name) and workspace.is_dir() and not workspace.is_symlink():
+            with _locked(workspace, wait=False) as is_ours:
+                if is_ours:
+                    _put_back(workspace)
+                    shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _put_back(workspace: Path) -> None:
+    """What a process had moved away from its place before it was killed."""
+    with suppress(FileNotFoundError):
+        for former in (workspace / "former").iterdir():
+            if not os.path.lexists(workspace.parent / former.name):
+                former.rename(workspace.parent / former.name)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether this process alone has the folder, until the block or the process ends."""
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except OSError:  # another process has it, or the file system knows no locks
+            is_locked = False
+        yield is_locked
+    finally:
+        os.close(handle)
+
+
+# --- Into the place --------------------------------------------------------------------------------------------------
+
+
+def _put(new: Path, place: Path, written: Written) -> None:
+    if place.is_dir():
+        shutil.copymode(place, new)
+    if _is_free(place):
+        try:
+            new.rename(place)
+            return
+        except OSError:  # another process was faster
+            if _is_free(place):
+                raise
+    replaced = {path.relative_to(new) for path in new.rglob("*") if not path.is_dir()}
+    _keep(place, new, written(place))
+    former = _exchanged(new, place, new.parent / "former" / place.name)
+    replaced |= {Path(name) for name in written(former) or ()}
+    _bring_back(former, place, replaced)
+
+
+def _keep(place: Path, new: Path, replaced: set[str] | None) -> None:
+    """Link what is in the place, and is not replaced, into the new folder."""
+    if replaced is None:
+        raise ValueError(_HOLDS_SOMETHING_ELSE.format(place))
+
+    def is_left_out(path: Path) -> bool:
+        there, here = place / path, new / path
+        is_folder = there.is_dir() and not there.is_symlink()
+        if not here.exists():
+            return not is_folder and str(path) in replaced
+        if here.is_dir() != is_folder:
+            raise ValueError(f"`folder` must hold {'no folder' if is_folder else 'a folder'} of this name; got {there}")
+        if path.suffix == ".py" and str(path) not in replaced:
+            raise ValueError(f"`folder` must hold no code of others under this name; got {there}")
+        return not is_folder
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        if os.path.ismount(folder):
+            raise ValueError(_HOLDS_A_MOUNT_POINT.format(folder))
+        inside = Path(folder).relative_to(place)
+        return [name for name in names if is_left_out(inside / name)]
+
+    shutil.copytree(place, new, symlinks=True, ignore=left_out, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name; where the file system has no such links, a copy."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise ValueError(_HOLDS_A_MOUNT_POINT.format(source)) from None
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchanged(new: Path, place: Path, aside: Path) -> Path:
+    """Put the new folder into the place, and return where the former one is."""
+    try:
+        _exchange(new, place)
+        return new
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ValueError(f"`folder` must not be a mount point, which cannot be replaced; got {place}") from None
+        if error.errno not in NOT_SUPPORTED:
+            raise
+    aside.parent.mkdir()
+    try:
+        place.rename(aside)
+        new.rename(place)
+    except BaseException:
+        if aside.exists() and not place.exists():
+            aside.rename(place)
+        raise
+    return aside
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange two folders in one step, where the system can."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, TypeError):  # of another system than Linux
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one), None, str(other))
+
+
+def _bring_back(former: Path, place: Path, replaced: set[Path], inside: Path = Path()) -> None:
+    """Move what others have put into the former folder since it was copied."""
+    for entry in os.scandir(former / inside):
+        path = inside / entry.name
+        if entry.is_dir(follow_symlinks=False) and (place / path).is_dir():
+            _bring_back(former, place, replaced, path)
+        elif path not in replaced and not _is_same(former / path, place / path):
+            os.replace(former / path, place / path)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if one.is_symlink() and other.is_symlink():
+        return os.readlink(one) == os.readlink(other)
+    return os.path.lexists(other) and os.path.samestat(one.lstat(), other.lstat())
