@@ -259,15 +259,15 @@ def example_length(example: Mapping[str, Any], column: str = "length", number: i
     `input_features`, those alone that are 1 in `attention_mask` where it has one.
 
     Raises:
-        ValueError: The example, called by its `number`, has none of these, or the column is no whole number from 0.
+        ValueError: The example, called by its `number`, has none of these; the column is no whole number from 0, or
+            `input_ids` no list.
     """
     for name in (column, "lengths"):
         if name in example:
             return _whole(example[name], name, number)
     for name in MAIN_COLUMNS:
         if name in example:
-            mask = example.get("attention_mask")
-            return len(example[name]) if mask is None else int(np.sum(np.asarray(mask)))
+            return _counted(example[name], name, example.get("attention_mask"), number)
     raise ValueError(
         f"examples must have a column `{column}` or `lengths` that counts their tokens, or else `input_ids` or "
         f"`input_features`; got {', '.join(example) or 'no columns'} in example {number}"
@@ -376,6 +376,23 @@ def _within(lengths: np.ndarray, max_tokens: int, truncate: bool, first: int = 0
             f"{first + int(lengths.argmax())} has {lengths.max()} tokens. Raise it, or set `truncate=True`"
         )
     return lengths.clip(max=max_tokens)
+
+
+def _counted(tokens: Any, column: str, mask: Any, number: int) -> int:
+    try:
+        if isinstance(tokens, str):
+            raise TypeError
+        return len(tokens) if mask is None else int(np.sum(np.asarray(mask)))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"column `{column}` must hold the tokens of an example in a list, and `attention_mask`, if there is one, 0 "
+            f"or 1 for each; got {_short(tokens)} and {_short(mask)} in example {number}"
+        ) from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _whole(value: Any, column: str, number: int) -> int:
