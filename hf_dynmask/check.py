@@ -110,7 +110,8 @@ def compare(ours: PreTrainedModel, stock: PreTrainedModel) -> Iterator[Finding]:
 
 def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Models:
     if type(config) not in AUTO_CLASSES:
-        ours = _checked(convert_stock(source, dtype=dtype))
+        with reading(source):
+            ours = _checked(from_transformers(source, dtype=dtype))
         return Models(ours, load_stock(source, ours, dtype=dtype), "the stock model")
     ours = _checked(read_model(model_class(config), source, dtype=dtype))
     if isinstance(config, DynMaskRecurrentConfig):
@@ -121,12 +122,6 @@ def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Models
         dense = copy.deepcopy(ours)
         dense.set_attn_implementation("eager")
         return Models(ours, dense, "the dense reference")
-
-
-def convert_stock(source: str, **options: Any) -> PreTrainedModel:
-    """[`from_transformers`]; whether all weights are there, [`load_stock`] sees."""
-    with reading(source):
-        return from_transformers(source, ignore_mismatched_sizes=True, **options)
 
 
 def load_stock(source: str, ours: PreTrainedModel, **options: Any) -> PreTrainedModel:

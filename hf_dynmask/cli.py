@@ -22,8 +22,8 @@ from typer.core import TyperGroup
 
 from .attention import auto_choice
 from .audit import audit_dataset, histogram
-from .check import check_model, compare, convert_stock, load_stock
-from .conversion import to_transformers
+from .check import check_model, compare, load_stock
+from .conversion import from_transformers, to_transformers
 from .fields import FIELD_SHAPES
 from .layout import SequenceLayout
 from .masks import Mask, parse
@@ -42,7 +42,7 @@ from .plotting import (
     plot_mask,
     plot_masks,
 )
-from .reading import EXPECTED, read_config
+from .reading import EXPECTED, read_config, reading
 from .registration import AUTO_CLASSES
 from .shared_code import verify_code
 from .sharing import export as export_model
@@ -472,7 +472,8 @@ def convert(
         elif to is not None:
             raise ValueError(f"--to is for a DynMask checkpoint, which {source} is not: it becomes one")
         else:
-            ours = convert_stock(source)
+            with reading(source):
+                ours = from_transformers(source)
             stock = load_stock(source, ours)
             write(ours, new)
             ours = type(ours).from_pretrained(new)

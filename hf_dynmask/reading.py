@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 EXPECTED = (ValueError, ImportError, OSError, StrictDataclassError)  # their messages say what is wrong
+MISMATCH = "ignore_mismatched_sizes"  # the setting that transformers names after its report of weights that do not fit
 NAMED = 3  # weights in a message
 
 
@@ -26,6 +27,8 @@ def reading(source: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, EXPECTED) and not isinstance(error, JSONDecodeError | UnicodeError):
             raise
+        if MISMATCH in str(error):
+            raise ValueError(f"{source} must hold weights of the shapes that its config.json describes") from error
         raise ValueError(f"{source} is broken, or no checkpoint: {type(error).__name__}: {error}") from error
 
 

@@ -28,7 +28,7 @@ LEVELS = [
     ["modules"],
     ["modeling_*"],
     ["stock", "stock_*"],
-    ["work", "texts", "folders"],
+    ["work", "texts", "reading", "folders"],
     ["registration", "shared_code", "conversion", "sharing", "data", "training", "plotting"],
     ["audit", "check"],
     ["cli"],
