@@ -1,6 +1,6 @@
 """Exact dynamic attention masks for Hugging Face Transformers: lengths in, no work on padding.
 
-Importing the package changes four things in transformers, and has no other effect:
+Importing the package changes five things in transformers, and has no other effect:
 
 - `AutoConfig` and the `AutoModel…` classes find its models.
 - `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, by which the Trainer's label smoothing knows whose labels to shift, has the names
@@ -8,9 +8,12 @@ Importing the package changes four things in transformers, and has no other effe
 - `attn_implementation="dynmask"` is known, for transformers' own models.
 - `PreTrainedModel.get_correct_attn_implementation`, by which a model settles on its attention, is wrapped. A model
   whose configuration has a mask, see [`set_mask`], gets `"dynmask"`; another attention is an error.
+- The functions of `AttentionMaskInterface`, which make the masks of other attention, raise that error too: should
+  another package have put its own method in place of the one above.
 
 Where a model of transformers is first to run with `"dynmask"`, the `forward` of its class is wrapped, so that its
-layers can look up what it was given. Models of the class that run with another attention behave as before.
+layers can look up what it was given. Models of the class that run with another attention behave as before. All of it
+may be wrapped by others, and happens once, however often the package is imported.
 """
 
 from . import masks

@@ -80,6 +80,9 @@ def attend(
     """Attention on flat `(1, H, N, D)` tensors; weights are not computed. See [`unsupported`]."""
     if not (plan.layout.num_tokens and plan.key_layout.num_tokens):  # which the kernels do not take
         return query @ key[:, :1].mT @ value[:, :1], None
+    poisoned = None
+    if query.device.type == "cpu":
+        query, key, value, poisoned = _without_poison(query, key, value, plan)
     with torch._dynamo.config.patch(COMPILING):
         output = _compiled("eager" if query.device.type == "cpu" else "inductor")(
             query,
@@ -89,7 +92,21 @@ def attend(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    return output, None
+    return output if poisoned is None else output.masked_fill(poisoned, torch.nan), None
+
+
+def _without_poison(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key and value with 0 in sequences that hold NaN or infinity, and the query tokens `(N, 1)` of those.
+
+    Unfused, all tokens meet in one product, in which a weight of 0 holds no NaN back.
+    """
+    of_queries, of_keys = (layout.rank[layout.sequence_ids] for layout in (plan.layout, plan.key_layout))
+    sides = (query, of_queries), (key, of_keys), (value, of_keys)
+    poisoned = torch.zeros(plan.layout.num_sequences, dtype=torch.bool, device=query.device)
+    for states, sequence in sides:
+        poisoned[sequence[~states.isfinite().all(-1).all(1)[0]]] = True
+    clean = [states.masked_fill(poisoned[sequence][:, None], 0) for states, sequence in sides]
+    return clean[0], clean[1], clean[2], poisoned[of_queries][:, None]
 
 
 def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> str | None:

@@ -73,13 +73,14 @@ def attend(
 
     With `apply_mask_to="weights"` the softmax runs over a sequence's tokens, and the mask multiplies its weights.
     """
+    rows = plan.in_rows
     output, weights = reference_attention(
-        plan.layout.unflatten_heads(query),
-        plan.key_layout.unflatten_heads(key),
-        plan.key_layout.unflatten_heads(value),
-        plan.dense(query.shape[1]),
+        rows.layout.unflatten_heads(query),
+        rows.key_layout.unflatten_heads(key),
+        rows.key_layout.unflatten_heads(value),
+        rows.dense(query.shape[1]),
         scaling,
         dropout,
-        plan.same_sequence if apply_mask_to == "weights" else None,
+        rows.same_sequence if apply_mask_to == "weights" else None,
     )
-    return plan.layout.flatten_heads(output), weights
+    return rows.layout.flatten_heads(output), weights if rows is plan else plan.in_batch(weights)

@@ -13,6 +13,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
     """Attention on flat `(1, H, N, D)` tensors; weights are not computed."""
+    plan = plan.in_rows
     output = nn.functional.scaled_dot_product_attention(
         plan.layout.unflatten_heads(query),
         plan.key_layout.unflatten_heads(key),

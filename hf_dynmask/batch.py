@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .features import Frames
 from .graph import GraphLayout
-from .layout import SequenceLayout, outside_graph
+from .layout import SequenceLayout, integers, outside_graph
 
 # What transformers' and TRL's padding-free collators call the sequences of one row, beside `position_ids`.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -100,13 +100,13 @@ def is_explicit(attention_mask: Tensor | None) -> bool:
 
 
 def per_token(position_ids: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Positions `(B, T)`, of which there may be one row for all."""
+    """Positions `(B, T)`, int64, of which there may be one row for all."""
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, shape[0]) or position_ids.shape[1] != shape[1]:
         raise ValueError(
             f"`position_ids` must have the input's shape {tuple(shape)}, or one row for all; "
             f"got {tuple(position_ids.shape)}"
         )
-    return position_ids.expand(shape)
+    return integers("position_ids", position_ids).expand(shape)
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,13 +145,15 @@ def stated_lengths(
     if not names:
         return lengths
     if torch.compiler.is_compiling():  # no value can be looked at; the layout checks the sum of the lengths
-        return lengths if lengths is not None else torch.as_tensor(packing[names[0]], device=device).long().diff()
+        name = names[0]
+        return lengths if lengths is not None else integers(name, torch.as_tensor(packing[name], device=device)).diff()
     return _checked_ends({name: torch.as_tensor(packing[name], device=device) for name in names}, lengths, shape)
 
 
 @outside_graph
 def _checked_ends(ends: dict[str, Tensor], lengths: Tensor | None, shape: tuple[int, int]) -> Tensor:
     rows, width = shape
+    ends = {name: integers(name, values) for name, values in ends.items()}
     name, first = next(iter(ends.items()))
     if rows != 1:
         raise ValueError(f"`{name}` must come with one row that holds all sequences; got {rows} rows")
@@ -163,8 +165,8 @@ def _checked_ends(ends: dict[str, Tensor], lengths: Tensor | None, shape: tuple[
     for other, values in ends.items():
         if not torch.equal(values, first):
             raise ValueError(f"`{other}` must equal `{name}`, {first.tolist()}; got {values.tolist()}")
-    stated = first.long().diff()
-    if lengths is not None and not torch.equal(lengths.long(), stated):
+    stated = first.diff()
+    if lengths is not None and not torch.equal(integers("lengths", lengths), stated):
         raise ValueError(f"`{name}` must be the running sums of `lengths`, {lengths.tolist()}; got {first.tolist()}")
     return stated
 
@@ -173,7 +175,7 @@ def _divided_by_index(whole: SequenceLayout, seq_idx: Tensor, is_stated: bool) -
     """The layout with a sequence for each run of one number in `seq_idx` `(B, T)`."""
     if tuple(seq_idx.shape) != tuple(whole.shape):
         raise ValueError(f"`seq_idx` must have the input's shape {whole.shape}; got {tuple(seq_idx.shape)}")
-    numbers = whole.flatten(seq_idx)[0]
+    numbers = whole.flatten(integers("seq_idx", seq_idx))[0]
     begins = torch.nn.functional.pad(numbers.diff() != 0, (1, 0), value=True)[: len(numbers)]
     if is_stated and not torch.equal(begins | whole.begins, whole.begins):
         raise ValueError(

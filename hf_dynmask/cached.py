@@ -142,7 +142,7 @@ def _with_unknown_tokens(fields: Fields, extent: int) -> Fields:
     tables = dict(fields.tables)
     for name, table in tables.items():
         if name.removeprefix(key_name("")) in TOKEN_FIELDS:
-            limits = torch.iinfo(torch.int32)
+            limits = torch.iinfo(torch.int64)
             known = torch.nn.functional.pad(table.long(), (0, extent - table.shape[1]))
             unknown = known.new_tensor([limits.min, limits.max]).expand(known.shape[0], 2)
             tables[name] = torch.cat([known, unknown], dim=1)

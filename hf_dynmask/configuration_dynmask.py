@@ -9,12 +9,20 @@ from huggingface_hub.dataclasses import strict
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_base import DynMaskBaseConfig
-from .masks import Custom, Mask, head_runs, parse
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}")
+from .configuration_fields import (
+    activation,
+    at_least,
+    check_padding,
+    checked_settings,
+    each,
+    not_negative,
+    one_of,
+    positive,
+    probability,
+    ranges,
+    rotary,
+)
+from .masks import Custom, Mask, parse
 
 
 def masks_of(config: "DynMaskConfig") -> list[Mask]:
@@ -28,10 +36,63 @@ def masks_of(config: "DynMaskConfig") -> list[Mask]:
 
 def mask_texts(config: "DynMaskConfig") -> list[str]:
     """Each layer's mask, as the configuration has it."""
-    return config.layer_masks if config.layer_masks is not None else [config.mask or "full"] * config.num_hidden_layers
+    texts = config.layer_masks
+    return texts if texts is not None else distinct_mask_texts(config) * config.num_hidden_layers
+
+
+def distinct_mask_texts(config: "DynMaskConfig") -> list[str]:
+    """The masks that some layer has, without a list of all layers."""
+    if config.layer_masks is not None:
+        return list(dict.fromkeys(config.layer_masks))
+    return ["full" if config.mask is None else config.mask]
+
+
+def _mask(name: str, value: str) -> None:
+    """An expression of the mask language."""
+    try:
+        parse(value)
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from None
 
 
 @strict
+@ranges(
+    vocab_size=at_least(1),
+    hidden_size=at_least(1),
+    embedding_size=at_least(1),
+    num_features=at_least(1),
+    conv_kernel=each(at_least(1)),
+    conv_stride=each(at_least(1)),
+    num_hidden_layers=at_least(1),
+    num_attention_heads=at_least(1),
+    num_key_value_heads=at_least(1),
+    head_dim=at_least(1),
+    value_head_dim=at_least(1),
+    intermediate_size=at_least(1),
+    hidden_act=activation,
+    norm_type=one_of("layer_norm", "rms_norm"),
+    norm_placement=one_of("after", "before"),
+    norm_eps=positive,
+    embedding_scale=positive,
+    position_type=one_of("learned", "sinusoidal", "rotary", "none"),
+    position_offset=at_least(0),
+    max_position_embeddings=at_least(1),
+    rope_parameters=rotary,
+    layer_rope_theta=each(positive),
+    type_vocab_size=at_least(0),
+    hidden_dropout_prob=probability,
+    attention_probs_dropout_prob=probability,
+    classifier_dropout=probability,
+    pooler_act=activation,
+    pooler_dropout=probability,
+    lm_head_act=activation,
+    mask=_mask,
+    layer_masks=each(_mask),
+    cross_mask=_mask,
+    apply_mask_to=one_of("scores", "weights"),
+    ctc_loss_reduction=one_of("mean", "sum"),
+    initializer_range=not_negative,
+)
 class DynMaskConfig(DynMaskBaseConfig):
     r"""
     Configuration of [`DynMaskModel`] and its heads. One configurable block covers BERT-like and Llama-like encoders.
@@ -190,7 +251,7 @@ class DynMaskConfig(DynMaskBaseConfig):
             self.attention_output_bias = self.attention_bias
         if self.position_type == "rotary" and self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        super().__post_init__(**kwargs)
+        super().__post_init__(**checked_settings(self, kwargs))
         if self.position_type != "rotary":
             self.rope_parameters = None  # transformers fills it in for any config that has the field
 
@@ -201,7 +262,7 @@ class DynMaskConfig(DynMaskBaseConfig):
 
     def check_shareable(self) -> None:
         """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""
-        custom = [mask for mask in dict.fromkeys([*self.masks(), parse(self.cross_mask)]) if mask.holds(Custom)]
+        custom = [mask for mask in map(parse, self._mask_texts()) if mask.holds(Custom)]
         if custom:
             raise ValueError(
                 "a model with a `custom(...)` mask cannot be saved: its predicate is Python code of this process; got "
@@ -219,9 +280,8 @@ class DynMaskConfig(DynMaskBaseConfig):
         return [(self.rope_parameters or {}).get("rope_theta", 10000.0)] * self.num_hidden_layers
 
     def validate_sizes(self):
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}")
+        if self.num_features is None:
+            check_padding(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}; "
@@ -236,27 +296,28 @@ class DynMaskConfig(DynMaskBaseConfig):
     def validate_features(self):
         if self.num_features is None and self.conv_kernel:
             raise ValueError(f"`num_features` must be given with convolutions; got conv_kernel={self.conv_kernel}")
-        if self.num_features is not None and self.num_features < 1:
-            raise ValueError(f"`num_features` must be at least 1; got {self.num_features}")
         if len(self.conv_kernel) != len(self.conv_stride):
             raise ValueError(
                 f"`conv_stride` must have one entry a convolution, as conv_kernel={self.conv_kernel} has; "
                 f"got {self.conv_stride}"
             )
         for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
-            if kernel < 1 or kernel % 2 == 0:
+            if kernel % 2 == 0:
                 raise ValueError(f"`conv_kernel` must hold odd numbers; got {kernel}")
             if not 1 <= stride <= kernel:
                 raise ValueError(f"`conv_stride` must be from 1 to the window's {kernel} frames; got {stride}")
 
-    def validate_choices(self):
-        _one_of("ctc_loss_reduction", self.ctc_loss_reduction, ("mean", "sum"))
-        _one_of("apply_mask_to", self.apply_mask_to, ("scores", "weights"))
-        _one_of("norm_type", self.norm_type, ("layer_norm", "rms_norm"))
-        _one_of("norm_placement", self.norm_placement, ("after", "before"))
+    def validate_norms(self):
         if self.norm_placement == "after" and not self.first_attention_norm:
             raise ValueError("`first_attention_norm` must be True with norm_placement='after'; got False")
-        _one_of("position_type", self.position_type, ("learned", "sinusoidal", "rotary", "none"))
+
+    def validate_rope(self):
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(
+                f"`rope_parameters` must have what its `rope_type` needs; got {self.rope_parameters}: {error}"
+            ) from error
 
     def validate_rotary(self):
         self._check_one_a_layer("layer_rope_theta")
@@ -272,9 +333,12 @@ class DynMaskConfig(DynMaskBaseConfig):
 
     def validate_masks(self):
         self._check_one_a_layer("layer_masks")
-        parse(self.mask or "full")
-        for mask in [*self.masks(), parse(self.cross_mask)]:
-            head_runs(mask, self.num_attention_heads)
+        for text in self._mask_texts():
+            parse(text).head_borders(self.num_attention_heads)
+
+    def _mask_texts(self) -> list[str]:
+        """Each mask once."""
+        return list(dict.fromkeys([*distinct_mask_texts(self), self.cross_mask]))
 
 
 __all__ = ["DynMaskConfig"]

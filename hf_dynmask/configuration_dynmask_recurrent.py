@@ -6,9 +6,20 @@
 from huggingface_hub.dataclasses import strict
 
 from .configuration_base import DynMaskBaseConfig
+from .configuration_fields import at_least, check_padding, checked_settings, not_negative, one_of, probability, ranges
 
 
 @strict
+@ranges(
+    vocab_size=at_least(1),
+    hidden_size=at_least(1),
+    embedding_size=at_least(1),
+    num_hidden_layers=at_least(1),
+    cell=one_of("lstm", "gru"),
+    hidden_dropout_prob=probability,
+    classifier_dropout=probability,
+    initializer_range=not_negative,
+)
 class DynMaskRecurrentConfig(DynMaskBaseConfig):
     r"""
     Configuration of [`DynMaskRecurrentModel`] and its heads: recurrent layers to compare attention with on equal data.
@@ -47,18 +58,12 @@ class DynMaskRecurrentConfig(DynMaskBaseConfig):
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
-        super().__post_init__(**kwargs)
+        super().__post_init__(**checked_settings(self, kwargs))
 
     def validate_sizes(self):
-        for name in ("vocab_size", "hidden_size", "embedding_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}")
+        check_padding(self)
         if self.bidirectional and self.hidden_size % 2:
             raise ValueError(f"`hidden_size` must be even: half is of each direction; got {self.hidden_size}")
-
-    def validate_cell(self):
-        if self.cell not in ("lstm", "gru"):
-            raise ValueError(f"`cell` must be one of 'lstm', 'gru'; got {self.cell!r}")
 
 
 __all__ = ["DynMaskRecurrentConfig"]

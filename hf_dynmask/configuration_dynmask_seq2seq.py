@@ -7,10 +7,12 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_base import DynMaskBaseConfig
 from .configuration_dynmask import DynMaskConfig
+from .configuration_fields import checked_settings
 
 OF_BOTH_SIDES = {field.name for field in fields(DynMaskConfig)} - {field.name for field in fields(DynMaskBaseConfig)}
 OF_A_DECODER = {
@@ -75,11 +77,11 @@ class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
         common = {name: kwargs.pop(name) for name in OF_BOTH_SIDES & kwargs.keys()}
         common |= {name: getattr(self, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         common["use_pooler"] = False
-        self.encoder = _side(self.encoder, common)
-        self.decoder = _side(self.decoder, common | OF_A_DECODER)
+        self.encoder = _side("encoder", self.encoder, common)
+        self.decoder = _side("decoder", self.decoder, common | OF_A_DECODER)
         if self.share_embeddings is None:
             self.share_embeddings = self.encoder.num_features is None and self.tie_word_embeddings
-        super().__post_init__(**kwargs)
+        super().__post_init__(**checked_settings(self, kwargs, OF_BOTH_SIDES))
 
     @property
     def use_cache(self) -> bool:
@@ -119,8 +121,14 @@ class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
             )
 
 
-def _side(given: DynMaskConfig | dict[str, Any] | None, common: dict[str, Any]) -> DynMaskConfig:
-    return given if isinstance(given, DynMaskConfig) else DynMaskConfig(**common | (given or {}))
+def _side(name: str, given: DynMaskConfig | dict[str, Any] | None, common: dict[str, Any]) -> DynMaskConfig:
+    if isinstance(given, DynMaskConfig):
+        return given
+    try:
+        return DynMaskConfig(**common | (given or {}))
+    except (ValueError, StrictDataclassError) as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise StrictDataclassFieldValidationError(name, ValueError(str(reason))) from error
 
 
 __all__ = ["DynMaskSeq2SeqConfig"]

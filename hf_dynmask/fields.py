@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .layout import integers
+
 # Shape of each field a mask can read. Fields of one value a token may come apart for the keys, as `key_<name>`.
 FIELD_SHAPES = {
     "segment_ids": ("B", "T"),
@@ -20,6 +22,7 @@ FIELD_SHAPES = {
     "attention_mask": ("B", "1 | H", "Tq", "Tk"),
     "key_scores": ("B", "1 | H", "Tk"),
 }
+BOOL_FIELDS = ("attention_mask", "global_tokens")
 TOKEN_FIELDS = tuple(name for name, shape in FIELD_SHAPES.items() if shape == ("B", "T"))
 
 
@@ -150,7 +153,7 @@ class _FieldsOfBlocks(Fields):
 def check_fields(
     names: frozenset[str], fields: Mapping[str, Tensor] | None, reader: object, rows: int | None = None
 ) -> Fields:
-    """The fields of these names, checked.
+    """The fields of these names, checked; integers as int64.
 
     Args:
         names (`frozenset[str]`): The fields that `reader` reads.
@@ -159,7 +162,7 @@ def check_fields(
         rows (`int`, *optional*): B, where it is known.
 
     Raises:
-        ValueError: A field is missing or has the wrong shape.
+        ValueError: A field is missing or has the wrong shape or dtype.
     """
     fields = fields or {}
     found = {}
@@ -203,9 +206,32 @@ def _checked(name: str, kind: str, field: Tensor, rows: int | None) -> Tensor:
     if not fits or (rows is not None and shape[0] != rows):
         wanted = ", ".join(str(rows) if size == "B" and rows is not None else str(size) for size in expected)
         raise ValueError(f"the field `{name}` must have shape ({wanted}); got {shape}")
-    if kind in ("attention_mask", "global_tokens") and field.dtype != torch.bool:
-        raise ValueError(f"the field `{name}` must be bool; got {field.dtype}")
-    return field
+    field = typed(name, field)
+    return _from_zero(field) if kind == "hidden_spans" else field
+
+
+def typed(name: str, field: Tensor) -> Tensor:
+    """A field in the dtype that masks compute with: integers of any size as int64.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
+    kind = name if name in FIELD_SHAPES else name.removeprefix(key_name(""))
+    if kind in BOOL_FIELDS:
+        if field.dtype != torch.bool:
+            raise ValueError(f"the field `{name}` must be bool; got {field.dtype}")
+        return field
+    if kind == "key_scores":
+        if not field.is_floating_point():
+            raise ValueError(f"the field `{name}` must be floating point; got {field.dtype}")
+        return field
+    return integers(name, field)
+
+
+def _from_zero(spans: Tensor) -> Tensor:
+    """Spans `(B, K, 2)` that hide the same and begin inside their sequence: a start below 0 shortens its span."""
+    start, length = spans.unbind(-1)
+    return torch.stack([start.clamp(min=0), length.clamp(min=0) + start.clamp(max=0)], dim=-1)
 
 
 def _per_token(field: Tensor, index: Tensor) -> Tensor:

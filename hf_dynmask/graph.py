@@ -315,8 +315,8 @@ def _random_from(seed: Tensor | None, device: torch.device) -> Iterator[None]:
         raise ValueError(f"dropout in a graph must be on a CPU or a CUDA device; got '{device.type}'")
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
-    generator.manual_seed(int(seed))
     try:
+        generator.manual_seed(int(seed))
         yield
     finally:
         generator.set_state(state)

@@ -63,7 +63,7 @@ class SequenceLayout:
             ValueError: `lengths` is not a vector of integers, has the wrong size, is negative or beyond T; or the
                 lengths of a flat row do not add up to T.
         """
-        sizes = _checked_lengths(lengths)
+        sizes = checked_lengths("lengths", lengths)
         if shape is None:
             shape = (1, sum(sizes))
         rows, width = shape
@@ -95,8 +95,7 @@ class SequenceLayout:
             raise ValueError(f"`attention_mask` must have shape (batch, width); got {tuple(attention_mask.shape)}")
         present = attention_mask.bool()
         if attention_mask.dtype != torch.bool and not torch.equal(present.to(attention_mask.dtype), attention_mask):
-            other = attention_mask[present.to(attention_mask.dtype) != attention_mask]
-            raise ValueError(f"`attention_mask` must hold only 0 and 1; got {other[0].item()}")
+            raise not_binary("attention_mask", attention_mask)
         rows, width = attention_mask.shape
         positions = present.cumsum(1) - 1
         return cls(
@@ -117,7 +116,7 @@ class SequenceLayout:
         Raises:
             ValueError: `cu_seq_lens` is not a vector of integers that starts at 0 and never falls.
         """
-        _check_integers("cu_seq_lens", cu_seq_lens)
+        cu_seq_lens = _vector("cu_seq_lens", cu_seq_lens)
         if cu_seq_lens.numel() == 0 or cu_seq_lens[0] != 0 or (cu_seq_lens.diff() < 0).any():
             raise ValueError(f"`cu_seq_lens` must start at 0 and never fall; got {cu_seq_lens.tolist()}")
         total = int(cu_seq_lens[-1])
@@ -252,6 +251,13 @@ class SequenceLayout:
                 f"sequences of {list(self.sizes)} tokens"
             )
         return self
+
+    def in_rows(self) -> SequenceLayout:
+        """The same tokens, in the same flat order, with a row for each sequence, in which they stand by position."""
+        if self.num_sequences == self.shape[0]:
+            return self
+        indices = self.rank[self.sequence_ids] * self.extent + self.positions
+        return SequenceLayout((self.num_sequences, self.extent), self.sizes, self.rank, indices, self.positions)
 
     def columns(self, start: int, stop: int) -> SequenceLayout:
         """Some columns of a batch of rows, `(B, stop - start)`; the tokens in them keep their positions.
@@ -468,18 +474,34 @@ def _cumulative(sizes: tuple[int, ...]) -> list[int]:
     return [0, *accumulate(sizes)]
 
 
-def _check_integers(name: str, vector: Tensor) -> None:
-    if vector.dim() != 1:
-        raise ValueError(f"`{name}` must be a vector; got shape {tuple(vector.shape)}")
-    if vector.dtype.is_floating_point or vector.dtype.is_complex or vector.dtype == torch.bool:
-        raise ValueError(f"`{name}` must be integers; got dtype {vector.dtype}")
+def integers(name: str, values: Tensor) -> Tensor:
+    """The values as int64, in which sums of positions and lengths fit.
+
+    Raises:
+        ValueError: They are no integers, or of a dtype that holds some beyond int64.
+    """
+    if values.dtype == torch.int64:
+        return values
+    if values.is_floating_point() or values.is_complex() or values.dtype in (torch.bool, torch.uint64):
+        raise ValueError(f"`{name}` must be integers; got dtype {values.dtype}")
+    return values.long()
 
 
-def _checked_lengths(lengths: Tensor) -> tuple[int, ...]:
-    _check_integers("lengths", lengths)
-    sizes = tuple(lengths.tolist())
+def _vector(name: str, values: Tensor) -> Tensor:
+    if values.dim() != 1:
+        raise ValueError(f"`{name}` must be a vector; got shape {tuple(values.shape)}")
+    return integers(name, values)
+
+
+def checked_lengths(name: str, lengths: Tensor) -> tuple[int, ...]:
+    """Lengths `(S,)` on the host.
+
+    Raises:
+        ValueError: They are not a vector of integers, or negative.
+    """
+    sizes = tuple(_vector(name, lengths).tolist())
     if any(size < 0 for size in sizes):
-        raise ValueError(f"`lengths` must not be negative; got {min(sizes)}")
+        raise ValueError(f"`{name}` must not be negative; got {min(sizes)}")
     return sizes
 
 
@@ -495,6 +517,17 @@ def _check_flat(sizes: tuple[int, ...], width: int) -> None:
             f"`lengths` of a flat batch must add up to its width {width}; got a sum of {sum(sizes)} over "
             f"{len(sizes)} sequences (a flat batch cannot be split over devices: use rows for that)"
         )
+
+
+NUMBERED = (
+    "documents of one row are kept apart by `position_ids` that restart, or by `segment_ids` and a mask with `segments`"
+)
+
+
+def not_binary(name: str, mask: Tensor) -> ValueError:
+    """An error for a mask `(B, T)` that does not say which tokens are there, but, it may be, of which document."""
+    other = mask[(mask != 0) & (mask != 1)]
+    return ValueError(f"`{name}` must hold only 0 and 1; got {other[0].item()} ({NUMBERED})")
 
 
 def check_not_scattered(tokens: Tensor, lengths: Tensor | None, pad_token_id: int | None) -> None:

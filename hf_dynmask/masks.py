@@ -11,28 +11,36 @@ dimension wherever a field is read.
 
 from __future__ import annotations
 
-import ast
 import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from functools import lru_cache, reduce
 from inspect import signature
-from itertools import groupby
-from typing import ClassVar
+from itertools import chain, groupby
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 from .fields import Fields, check_extent, check_fields
+from .layout import checked_lengths, integers
+from .messages import shown
 
 Band = tuple[int | None, int | None]
 NO_FIELDS: frozenset[str] = frozenset()
+MAX_DEPTH = 16  # of masks in one another: to trace them for a kernel takes dozens of Python's 1000 frames for each
+MAX_LEAVES = 2**13
+MAX_CHARACTERS = 2**14  # of a text, which a stranger may have written
 
 
 class Mask:
     """An immutable mask expression. Combine masks with `&`, `|` and `~`; compare them with `==`."""
+
+    depth: int = 1  # a leaf's; of other masks one more than that of the deepest part
+    leaves: int = 1
 
     @property
     def parts(self) -> tuple[Mask, ...]:
@@ -84,6 +92,14 @@ class Mask:
         """
         return self._of_head(head, heads)._within(None)
 
+    def head_borders(self, heads: int) -> frozenset[int]:
+        """The heads, of `heads`, at which another expression may begin; made without looking at each head.
+
+        Raises:
+            ValueError: The number of masks in `heads(...)` does not divide `heads`.
+        """
+        return frozenset({0}).union(*(part.head_borders(heads) for part in self.parts))
+
     def _of_head(self, head: int, heads: int) -> Mask:
         return self.with_parts(tuple(part._of_head(head, heads) for part in self.parts))
 
@@ -117,14 +133,17 @@ class Mask:
             too cautious.
 
         Raises:
-            ValueError: A field that the mask reads is missing or has the wrong shape.
+            ValueError: A field that the mask reads is missing or has the wrong shape or dtype; positions are no
+                integers.
         """
+        q_lo, q_hi = integers("q_lo", q_lo), integers("q_hi", q_hi)
+        k_lo, k_hi = integers("k_lo", k_lo), integers("k_hi", k_hi)
         return self.classify_checked(q_lo, q_hi, k_lo, k_hi, self.checked(fields))
 
     def classify_checked(
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, fields: Fields
     ) -> tuple[Tensor, Tensor]:
-        """[`classify`] with fields that were checked before."""
+        """[`classify`] with int64 positions and fields that were checked before."""
         always, never = self._classify(q_lo, q_hi, k_lo, k_hi, fields)
         shape = torch.broadcast_shapes(q_lo.shape, q_hi.shape, k_lo.shape, k_hi.shape, always.shape, never.shape)
         return always.expand(shape), never.expand(shape)
@@ -163,19 +182,21 @@ class Mask:
             Bool `Tensor` of shape `(B, 1 | heads, max(lengths), max(key_lengths))`; `False` beyond a sequence's end.
 
         Raises:
-            ValueError: A field that the mask reads is missing or has the wrong shape; the number of masks in
-                `heads(...)` does not divide `heads`.
+            ValueError: Lengths are no integers, or negative; a field that the mask reads is missing or has the wrong
+                shape or dtype; the number of masks in `heads(...)` does not divide `heads`.
         """
+        i = _positions_up_to("lengths", lengths).view(1, 1, -1, 1)
+        j = i.mT
+        if key_lengths is not None:
+            j = _positions_up_to("key_lengths", key_lengths).view(1, 1, 1, -1)
         key_lengths = lengths if key_lengths is None else key_lengths
         checked = self.checked(fields, rows=lengths.numel())
-        i = _positions_up_to(lengths).view(1, 1, -1, 1)
-        j = _positions_up_to(key_lengths).view(1, 1, 1, -1)
         check_extent(checked, i.numel(), j.numel(), heads)
-        real = j < key_lengths.view(-1, 1, 1, 1)
+        real = j < key_lengths.long().view(-1, 1, 1, 1)
         if "key_scores" in checked.tables:
             scores = checked.tables["key_scores"][..., : j.numel()]
             checked = checked.having("key_scores", scores.masked_fill(~real[:, 0], -torch.inf))
-        return allowed_by_head(self, heads, i, j, checked) & real & (i < lengths.view(-1, 1, 1, 1))
+        return allowed_by_head(self, heads, i, j, checked) & real & (i < lengths.long().view(-1, 1, 1, 1))
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, other) if isinstance(other, Mask) else NotImplemented
@@ -189,11 +210,11 @@ class Mask:
 
 def head_runs(mask: Mask, heads: int) -> list[tuple[slice, Mask]]:
     """Runs of neighbouring heads that follow the same expression, each [`Mask.resolved`]."""
-    if not mask.holds(Heads):
-        return [(slice(0, heads), mask.resolved(0, heads))]
-    of_heads = groupby(range(heads), key=lambda head: mask.resolved(head, heads))
-    runs = [(found, list(run)) for found, run in of_heads]
-    return [(slice(run[0], run[-1] + 1), found) for found, run in runs]
+    borders = sorted(mask.head_borders(heads))
+    runs = groupby(borders, key=lambda head: mask.resolved(head, heads))
+    starts = [(next(run), found) for found, run in runs]
+    ends = [start for start, _ in starts[1:]] + [heads]
+    return [(slice(start, end), found) for (start, found), end in zip(starts, ends, strict=True)]
 
 
 def allowed_by_head(mask: Mask, heads: int, i: Tensor, j: Tensor, fields: Fields) -> Tensor:
@@ -206,89 +227,110 @@ def allowed_by_head(mask: Mask, heads: int, i: Tensor, j: Tensor, fields: Fields
     return torch.cat([part.expand(rows, -1, -1, -1) for part in cells], dim=1)
 
 
-def _positions_up_to(lengths: Tensor) -> Tensor:
-    longest = int(lengths.max()) if lengths.numel() else 0
-    return torch.arange(longest, device=lengths.device)
+def _positions_up_to(name: str, lengths: Tensor) -> Tensor:
+    return torch.arange(max(checked_lengths(name, lengths), default=0), device=lengths.device)
 
 
-# --- Operators -------------------------------------------------------------------------------------------------------
+# --- Expressions of expressions --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Operation(Mask):
-    """Two masks joined by an operator."""
+@dataclass(frozen=True, init=False)
+class _Compound(Mask):
+    """A mask that is made of masks."""
 
-    left: Mask
-    right: Mask
+    masks: tuple[Mask, ...]
+
+    def __init__(self, *masks: Mask):
+        depth = 1 + max(mask.depth - self._merges(mask) for mask in masks)
+        leaves = sum(mask.leaves for mask in masks)
+        if depth > MAX_DEPTH:
+            raise ValueError(
+                f"masks must be at most {MAX_DEPTH} deep in one another (chains count as one); got {depth}"
+            )
+        if leaves > MAX_LEAVES:
+            raise ValueError(f"a mask must be made of at most {MAX_LEAVES} leaves; got {leaves}")
+        parts = chain.from_iterable(mask.parts if self._merges(mask) else (mask,) for mask in masks)
+        for name, value in (("masks", tuple(parts)), ("depth", depth), ("leaves", leaves)):
+            object.__setattr__(self, name, value)  # it is frozen
+
+    def _merges(self, mask: Mask) -> bool:
+        """Whether the parts of a mask become parts of this one."""
+        return False
 
     @property
     def parts(self):
-        return self.left, self.right
+        return self.masks
 
     def with_parts(self, parts):
         return type(self)(*parts)
 
 
-@dataclass(frozen=True)
-class And(_Operation):
-    """Both masks allow the pair."""
+class _Chain(_Compound):
+    """Masks joined by an operator that may group them in any way."""
+
+    sign: ClassVar[str]
+    level: ClassVar[int]  # how tightly it binds
+    join: ClassVar[Callable]
+    join_complements: ClassVar[Callable]
+
+    def _merges(self, mask):
+        return type(mask) is type(self)
 
     def allowed(self, i, j, fields):
-        return self.left.allowed(i, j, fields) & self.right.allowed(i, j, fields)
+        seen = self.masks[0].allowed(i, j, fields)
+        for mask in self.masks[1:]:  # one frame a level: kernels have this traced, with a dozen of Python's for each
+            seen = self.join(seen, mask.allowed(i, j, fields))
+        return seen
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
-        always_l, never_l = self.left._classify(q_lo, q_hi, k_lo, k_hi, fields)
-        always_r, never_r = self.right._classify(q_lo, q_hi, k_lo, k_hi, fields)
-        return always_l & always_r, never_l | never_r
+        answers = [mask._classify(q_lo, q_hi, k_lo, k_hi, fields) for mask in self.masks]
+        always, never = zip(*answers, strict=True)
+        return reduce(self.join, always), reduce(self.join_complements, never)
+
+    def __str__(self):
+        return f" {self.sign} ".join(_operand(mask, self.level + 1) for mask in self.masks)
+
+
+class And(_Chain):
+    """Every mask allows the pair."""
+
+    sign, level, join, join_complements = "&", 2, operator.and_, operator.or_
 
     def band(self):
-        left, right = self.left.band(), self.right.band()
-        if left is None or right is None:
+        bands = [mask.band() for mask in self.masks]
+        if None in bands:
             return None
-        return tuple(min((b for b in pair if b is not None), default=None) for pair in zip(left, right, strict=True))
+        return tuple(min((b for b in side if b is not None), default=None) for side in zip(*bands, strict=True))
 
     def _within(self, candidates):
-        def beside(other: Mask) -> Mask:
-            return other.without_choice() if candidates is None else candidates & other.without_choice()
+        before = [] if candidates is None else [candidates]
+        found = [mask.without_choice() for mask in self.masks]
 
-        return And(self.left._within(beside(self.right)), self.right._within(beside(self.left)))
+        def beside(place: int) -> Mask:
+            return reduce(operator.and_, dict.fromkeys([*before, *found[:place], *found[place + 1 :]]))
 
-    def __str__(self):
-        return f"{_operand(self.left, 2)} & {_operand(self.right, 3)}"
-
-
-@dataclass(frozen=True)
-class Or(_Operation):
-    """Either mask allows the pair."""
-
-    def allowed(self, i, j, fields):
-        return self.left.allowed(i, j, fields) | self.right.allowed(i, j, fields)
-
-    def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
-        always_l, never_l = self.left._classify(q_lo, q_hi, k_lo, k_hi, fields)
-        always_r, never_r = self.right._classify(q_lo, q_hi, k_lo, k_hi, fields)
-        return always_l | always_r, never_l & never_r
-
-    def __str__(self):
-        return f"{_operand(self.left, 1)} | {_operand(self.right, 2)}"
+        parts = enumerate(self.masks)
+        return And(*(mask._within(beside(place)) if mask.holds(TopK) else mask for place, mask in parts))
 
 
-@dataclass(frozen=True)
-class Not(Mask):
+class Or(_Chain):
+    """Some mask allows the pair."""
+
+    sign, level, join, join_complements = "|", 1, operator.or_, operator.and_
+
+
+class Not(_Compound):
     """The mask does not allow the pair."""
 
-    mask: Mask
-
-    def __post_init__(self):
-        if self.mask.holds(TopK):
+    def __init__(self, mask: Mask):
+        super().__init__(mask)
+        if mask.holds(TopK):
             raise ValueError(f"`~` cannot be applied to `topk`, which chooses among what is allowed; got '{self}'")
 
     @property
-    def parts(self):
-        return (self.mask,)
-
-    def with_parts(self, parts):
-        return Not(*parts)
+    def mask(self) -> Mask:
+        """What is turned around."""
+        return self.masks[0]
 
     def allowed(self, i, j, fields):
         return ~self.mask.allowed(i, j, fields)
@@ -303,14 +345,14 @@ class Not(Mask):
 
 def _operand(mask: Mask, level: int) -> str:
     """Text of an operand, in parentheses where it binds less tightly than `level` (1: `|`, 2: `&`, 3: `~`)."""
-    binds = {Or: 1, And: 2}.get(type(mask), 3)
+    binds = mask.level if isinstance(mask, _Chain) else 3
     return str(mask) if binds >= level else f"({mask})"
 
 
 # --- Leaves ----------------------------------------------------------------------------------------------------------
 
 _LEAVES: dict[str, type[Leaf]] = {}
-_LARGEST = 2**62  # sums with positions still fit in 64 bits
+_LARGEST = 2**62  # differences of positions and of these still fit in 64 bits
 
 
 class Leaf(Mask):
@@ -331,10 +373,11 @@ class Leaf(Mask):
 
 def _check_int(leaf: Leaf, argument: str, minimum: int, maximum: int = _LARGEST) -> None:
     value = getattr(leaf, argument)
+    got = shown(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{argument}` of `{leaf.name}` must be an integer of at least {minimum}; got {value!r}")
+        raise ValueError(f"`{argument}` of `{leaf.name}` must be an integer of at least {minimum}; got {got}")
     if value > maximum:
-        raise ValueError(f"`{argument}` of `{leaf.name}` must be at most {maximum}; got {value}")
+        raise ValueError(f"`{argument}` of `{leaf.name}` must be at most {maximum}; got {got}")
 
 
 class _BandLeaf(Leaf):
@@ -353,7 +396,7 @@ class _BandLeaf(Leaf):
         if left is not None:
             seen = seen & (j >= i - left)
         if right is not None:
-            seen = seen & (j <= i + right)
+            seen = seen & (j - right <= i)  # no sum of the two, which might not fit in 64 bits
         return seen
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
@@ -521,18 +564,18 @@ class Span(Leaf):
         _check_int(self, "length", 0)
 
     def allowed(self, i, j, fields):
-        return (j >= self.start) & (j < self.start + self.length) & _everywhere(i, j)
+        return _in_span(j, j, self.start, self.length) & _everywhere(i, j)
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
-        stop = self.start + self.length
         everywhere = _everywhere(q_lo, k_lo)
-        outside = (k_hi < self.start) | (k_lo >= stop)
-        return (k_lo >= self.start) & (k_hi < stop) & everywhere, (outside | (self.length == 0)) & everywhere
+        outside = _outside_span(k_lo, k_hi, self.start, self.length) | (self.length == 0)
+        return _in_span(k_lo, k_hi, self.start, self.length) & everywhere, outside & everywhere
 
 
 @dataclass(frozen=True)
 class Visible(Leaf):
-    """`visible`: `j` lies in none of `hidden_spans[b]`, pairs (start, length) as in `span`; length 0 hides nothing."""
+    """`visible`: `j` lies in none of `hidden_spans[b]`, pairs (start, length) as in `span`. A length of 0 or less hides
+    nothing."""
 
     name = "visible"
 
@@ -542,22 +585,21 @@ class Visible(Leaf):
     def _spans(self, like: Tensor, fields: Fields) -> list[tuple[Tensor, Tensor]]:
         # Number by number: FlexAttention's kernels go wrong with a table of spans as a value.
         spans = range(fields.tables["hidden_spans"].shape[1])
-        pairs = ([fields.of_sequence("hidden_spans", like, k, end) for end in (0, 1)] for k in spans)
-        return [(start, start + length) for start, length in pairs]
+        start, length = ([fields.of_sequence("hidden_spans", like, k, end) for k in spans] for end in (0, 1))
+        return list(zip(start, length, strict=True))
 
     def allowed(self, i, j, fields):
         seen = _everywhere(i, j)
-        for start, stop in self._spans(seen, fields):
-            seen = seen & ((j < start) | (j >= stop))
+        for start, length in self._spans(seen, fields):
+            seen = seen & _outside_span(j, j, start, length)
         return seen
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
         always = _everywhere(q_lo, k_lo)
         never = ~always
-        for start, stop in self._spans(always, fields):
-            empty = stop <= start
-            always = always & (empty | (k_hi < start) | (k_lo >= stop))
-            never = never | (~empty & (k_lo >= start) & (k_hi < stop))
+        for start, length in self._spans(always, fields):
+            always = always & ((length <= 0) | _outside_span(k_lo, k_hi, start, length))
+            never = never | _in_span(k_lo, k_hi, start, length)
         return always, never
 
 
@@ -715,15 +757,15 @@ def register(name: str, predicate: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Enter a Python predicate into the language, as `custom(name)`.
 
     Args:
-        name (`str`): An identifier. Registering it anew replaces the predicate.
+        name (`str`): An identifier of ASCII characters. Registering it again replaces the predicate.
         predicate (`Callable`): `predicate(i, j)`, of two integer tensors of positions that broadcast, gives the bool
             tensor of the pairs that are allowed. It is evaluated cell by cell.
 
     Raises:
         ValueError: `name` is no identifier.
     """
-    if not name.isidentifier():
-        raise ValueError(f"`name` of a custom mask must be an identifier; got {name!r}")
+    if not (name.isidentifier() and name.isascii()):
+        raise ValueError(f"`name` of a custom mask must be an identifier of ASCII characters; got {name!r}")
     _PREDICATES[name] = predicate
 
 
@@ -747,44 +789,42 @@ class Custom(Leaf):
         return depends, depends
 
 
-class _Choice(Leaf):
+class _Choice(_Compound, Leaf):
     """A leaf that holds masks, one of which is followed."""
-
-    masks: tuple[Mask, ...]
 
     def __init__(self, *masks: Mask):
         if not masks or not all(isinstance(mask, Mask) for mask in masks):
             raise ValueError(f"`{self.name}` must be given masks; got {', '.join(map(repr, masks)) or 'none'}")
-        object.__setattr__(self, "masks", masks)
-
-    @property
-    def parts(self):
-        return self.masks
-
-    def with_parts(self, parts):
-        return type(self)(*parts)
-
-    def __str__(self):
-        return f"{self.name}({', '.join(map(str, self.masks))})"
-
-
-@dataclass(frozen=True, init=False)
-class Heads(_Choice):
-    """`heads(m0, m1, …)`: as many masks as heads, or a divisor, then each serves a run of heads."""
-
-    name = "heads"
-    masks: tuple[Mask, ...]
+        super().__init__(*masks)
 
     @property
     def is_relative(self):
         return False
 
-    def _of_head(self, head, heads):
-        if heads % len(self.masks):
+    def __str__(self):
+        return f"{self.name}({', '.join(map(str, self.masks))})"
+
+
+class Heads(_Choice):
+    """`heads(m0, m1, …)`: as many masks as heads, or a divisor, then each serves a run of heads."""
+
+    name = "heads"
+
+    def head_borders(self, heads):
+        run = self._run(heads)
+        return super().head_borders(heads).union(run * mask for mask in range(len(self.masks)))
+
+    def _run(self, heads: int) -> int:
+        """How many heads follow each mask."""
+        run, left = divmod(heads, len(self.masks))
+        if left:
             raise ValueError(
                 f"`heads` must be given a number of masks that divides the {heads} heads; got {len(self.masks)}"
             )
-        return self.masks[head * len(self.masks) // heads]._of_head(head, heads)
+        return run
+
+    def _of_head(self, head, heads):
+        return self.masks[head // self._run(heads)]._of_head(head, heads)
 
     def allowed(self, i, j, fields):
         raise ValueError(f"'{self}' differs by head; resolve it for one head first")
@@ -795,16 +835,10 @@ class Heads(_Choice):
         return reduce(operator.and_, always), reduce(operator.and_, never)
 
 
-@dataclass(frozen=True, init=False)
 class Select(_Choice):
     """`select(m0, m1, …)`: row b follows mask `mask_choice[b]`, by task or language, say."""
 
     name = "select"
-    masks: tuple[Mask, ...]
-
-    @property
-    def is_relative(self):
-        return False
 
     def _own_fields(self):
         return frozenset({"mask_choice"})
@@ -849,8 +883,18 @@ def _band_ranges(
     if left is not None:
         always, never = always & (k_lo >= q_hi - left), never | (k_hi < q_lo - left)
     if right is not None:
-        always, never = always & (k_hi <= q_lo + right), never | (k_lo > q_hi + right)
+        always, never = always & (k_hi - right <= q_lo), never | (k_lo - right > q_hi)
     return always, never
+
+
+def _in_span(lo: Tensor, hi: Tensor, start: int | Tensor, length: int | Tensor) -> Tensor:
+    """Whether all of a range lies in `start <= j < start + length`, a sum that might not fit in 64 bits."""
+    return (lo >= start) & (hi - start < length)
+
+
+def _outside_span(lo: Tensor, hi: Tensor, start: int | Tensor, length: int | Tensor) -> Tensor:
+    """Whether none of it does."""
+    return (hi < start) | (lo - start >= length)
 
 
 def _mixed(x):
@@ -870,102 +914,164 @@ def _equal_ranges(q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tup
 
 # --- Text ------------------------------------------------------------------------------------------------------------
 
-_OPERATORS: dict[type, Callable] = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
+_INTEGER = r"(?:0|[1-9](?:_?[0-9])*)"
+_NUMBER = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_KINDS = {"name": "[A-Za-z_][A-Za-z0-9_]*", "number": _NUMBER, "sign": "[-&|~(),]", "end": r"\Z", "other": "."}
+_TOKEN = re.compile(rf"[ \t\r\n]*(?:{'|'.join(f'(?P<{k}>{v})' for k, v in _KINDS.items())})", re.DOTALL)
+_LONGEST_NUMBER = 100  # characters
 
 
 def parse(text: str) -> Mask:
     """Read a mask expression.
 
     Args:
-        text (`str`): Leaves of the language joined by `&`, `|`, `~` and parentheses, with Python's precedence.
+        text (`str`): Leaves of the language joined by `&`, `|`, `~` and parentheses, with Python's precedence. Spaces,
+            tabs and line breaks may stand between them. There are no comments.
 
     Returns:
         [`Mask`], with `parse(str(mask)) == mask`.
 
     Raises:
-        ValueError: The text is no expression of the language; the message names the column (from 1).
+        ValueError: The text is no expression of the language, has more than 16,384 characters or is more than 16 masks
+            deep; the message names the column (from 1).
     """
     if not isinstance(text, str):
-        raise ValueError(f"a mask must be text such as 'causal & window(255, 0)'; got {text!r}")
+        raise ValueError(f"a mask must be text such as 'causal & window(255, 0)'; got {shown(text)}")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the text of a mask must have at most {MAX_CHARACTERS} characters; got {len(text)}")
     return _parse(text)
 
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> Mask:
-    line = " ".join(text.splitlines())
-    try:
-        return _read(ast.parse(line.strip(), mode="eval").body)
-    except SyntaxError as error:
-        # Python gives column 0 or the first one for a text that ends too early.
-        offset = (error.offset or 0) - 1
-        raise _parse_error(text, offset if offset > 0 else len(line.strip()), error.msg) from None
-    except _Unreadable as error:
-        raise _parse_error(text, error.node.col_offset, str(error)) from None
-    except (RecursionError, MemoryError):
-        raise ValueError(f"mask does not parse: nested too deeply ({len(text)} characters)") from None
+    return _Reader(text).whole()
 
 
-class _Unreadable(Exception):
-    def __init__(self, node: ast.expr, reason: str):
-        super().__init__(reason)
-        self.node = node
+class _Reader:
+    """Reads a text from left to right, one token ahead.
 
+    Python's own grammar would drop comments, read look-alikes of letters as letters and, in some of its releases, crash
+    on deep texts.
+    """
 
-def _parse_error(text: str, offset: int, reason: str) -> ValueError:
-    column = offset + 1 + len(text) - len(text.lstrip())
-    return ValueError(f"mask does not parse at column {column}: {reason}; got {text!r}")
+    def __init__(self, text: str):
+        self.text = text
+        self.kind: str | None = None
+        self.token, self.start, self.end = "", 0, 0
+        self.depth = 1
+        self._next()
 
+    def whole(self) -> Mask:
+        mask = self._any()
+        if self.kind != "end":
+            self._fail("expected `&`, `|` or the end")
+        return mask
 
-def _read(node: ast.expr) -> Mask:
-    match node:
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_read(left), _read(right))
-        case ast.UnaryOp(op=ast.Invert(), operand=operand):
-            return _made(node, Not, _read(operand))
-        case ast.Name(id=name):
-            return _leaf(node, name, [])
-        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
-            return _leaf(node, name, arguments)
-    raise _Unreadable(node, "expected a mask, `&`, `|`, `~` or parentheses")
+    def _any(self) -> Mask:
+        return self._chain("|", Or, self._every)
 
+    def _every(self) -> Mask:
+        return self._chain("&", And, self._operand)
 
-def _leaf(node: ast.expr, name: str, arguments: list[ast.expr]) -> Mask:
-    if name not in _LEAVES:
-        near = get_close_matches(name, _LEAVES, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        raise _Unreadable(node, f"unknown mask `{name}`; {hint}known are {', '.join(sorted(_LEAVES))}")
-    leaf = _LEAVES[name]
-    read = _read if issubclass(leaf, _Choice) else _read_name if leaf is Custom else _read_number
-    values = [read(argument) for argument in arguments]
-    try:
-        signature(leaf).bind(*values)
-    except TypeError:
-        wanted = ", ".join(p.name for p in signature(leaf).parameters.values() if p.kind is not p.KEYWORD_ONLY)
-        raise _Unreadable(node, f"`{name}` takes ({wanted}); got {len(values)} arguments") from None
-    return _made(node, leaf, *values)
+    def _chain(self, sign: str, make: Callable[..., Mask], read: Callable[[], Mask]) -> Mask:
+        start, masks = self.start, [read()]
+        while self._skipped(sign):
+            masks.append(read())
+        return self._made(start, make, *masks) if len(masks) > 1 else masks[0]
 
+    def _operand(self) -> Mask:
+        start = self.start
+        if self._skipped("~"):
+            return self._made(start, Not, self._inside(self._operand))
+        if self._skipped("("):
+            mask = self._inside(self._any)
+            if not self._skipped(")"):
+                self._fail("expected `&`, `|` or `)`")
+            return mask
+        return self._leaf()
 
-def _made(node: ast.expr, make: Callable[..., Mask], *values) -> Mask:
-    try:
-        return make(*values)
-    except ValueError as error:
-        raise _Unreadable(node, str(error)) from None
+    def _leaf(self) -> Mask:
+        if self.kind != "name":
+            self._fail("expected a mask")
+        start, name = self.start, self._next()
+        if name not in _LEAVES:
+            near = get_close_matches(name, _LEAVES, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            self._fail(f"unknown mask `{name[:100]}`; {hint}known are {', '.join(sorted(_LEAVES))}", start)
+        leaf = _LEAVES[name]
+        values = self._arguments(
+            self._any if issubclass(leaf, _Choice) else self._custom if leaf is Custom else self._number
+        )
+        try:
+            signature(leaf).bind(*values)
+        except TypeError:
+            wanted = ", ".join(p.name for p in signature(leaf).parameters.values() if p.kind is not p.KEYWORD_ONLY)
+            self._fail(f"`{name}` takes ({wanted}); got {len(values)} arguments", start)
+        return self._made(start, leaf, *values)
 
+    def _arguments(self, read: Callable[[], object]) -> list:
+        values = []
+        if self._skipped("("):
+            while not self._skipped(")"):
+                values.append(self._inside(read))
+                if not self._skipped(",") and self.token != ")":
+                    self._fail("expected `,` or `)`")
+        return values
 
-def _read_name(node: ast.expr) -> str:
-    match node:
-        case ast.Name(id=name):
-            return name
-    raise _Unreadable(node, "expected the name of a registered mask")
+    def _custom(self) -> str:
+        if self.kind != "name":
+            self._fail("expected the name of a registered mask")
+        return self._next()
 
+    def _number(self) -> int | float:
+        start, is_negative = self.start, self._skipped("-")
+        if self.kind != "number":
+            self._fail("expected a number")
+        token = self._next()
+        if len(token) > _LONGEST_NUMBER:
+            self._fail(f"a number must have at most {_LONGEST_NUMBER} characters; got {len(token)}", start)
+        value = float(token) if re.search("[.eE]", token) else int(token)
+        return -value if is_negative else value
 
-def _read_number(node: ast.expr) -> int | float:
-    match node:
-        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_read_number(operand)
-    raise _Unreadable(node, "expected a number")
+    def _inside(self, read: Callable):
+        """What stands inside parentheses or behind `~`, to a bounded depth."""
+        if self.depth == MAX_DEPTH:
+            self._fail(f"parentheses and `~` must be less than {MAX_DEPTH} deep in one another; got more", self.start)
+        self.depth += 1
+        found = read()
+        self.depth -= 1
+        return found
+
+    def _made(self, start: int, make: Callable[..., Mask], *values) -> Mask:
+        try:
+            return make(*values)
+        except ValueError as error:
+            self._fail(str(error), start)
+
+    def _skipped(self, sign: str) -> bool:
+        """Whether the token is this sign, which is then read."""
+        if self.token != sign:
+            return False
+        self._next()
+        return True
+
+    def _next(self) -> str:
+        """The token, and on to the next."""
+        read = self.token
+        found = _TOKEN.match(self.text, self.end)
+        assert found is not None and found.lastgroup is not None  # something matches any text
+        self.kind, self.token = found.lastgroup, found[found.lastgroup]
+        self.start, self.end = found.span(found.lastgroup)
+        return read
+
+    def _fail(self, reason: str, start: int | None = None) -> NoReturn:
+        """Raises an error about what begins at `start`, or about the token, which is not what was expected."""
+        if start is None:
+            start = self.start
+            reason += f", not {shown(self.token)}" if self.token else ", not the end"
+        line, column = self.text.count("\n", 0, start) + 1, start - self.text.rfind("\n", 0, start)
+        place = f"line {line}, column {column}" if "\n" in self.text.strip() else f"column {column}"
+        raise ValueError(f"mask does not parse at {place}: {reason}; got {shown(self.text)}") from None
 
 
 full = Full

@@ -49,7 +49,7 @@ from .cached import (
 from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
 from .fields import TOKEN_FIELDS, key_name
 from .graph import GraphLayout, GraphPlan, fields_of
-from .layout import IGNORE_INDEX, SequenceLayout, outside_graph, rolled
+from .layout import IGNORE_INDEX, SequenceLayout, integers, outside_graph, rolled
 from .masks import Dense, TopK, parse
 from .modeling_base import DynMaskBaseModel, known_keywords, warn_of_adapters_alone
 from .modules import (
@@ -136,8 +136,7 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
             by_layer = not isinstance(mask, str)
             changed |= {"layer_masks": list(mask)} if by_layer else {"layer_masks": None, "mask": mask}
         config = copy.copy(self.config)
-        for name, value in changed.items():
-            setattr(config, name, value)
+        vars(config).update(changed)
         config.validate_masks()
         cross = parse(config.cross_mask)
         layers = [module for module in self.modules() if isinstance(module, DynMaskLayer)]
@@ -462,10 +461,12 @@ class DynMaskModel(DynMaskPreTrainedModel):
         else:
             position_ids = self._given_positions(layout, position_ids)
         if inputs_embeds is None:
-            words = self.embeddings.words(layout.flatten(input_ids), layout)
+            words = self.embeddings.words(layout.flatten(integers("input_ids", input_ids)), layout)
         else:
             words = layout.flatten(inputs_embeds)
-        types = layout.flatten(token_type_ids.expand(layout.shape)) if token_type_ids is not None else None
+        types = None
+        if token_type_ids is not None:
+            types = layout.flatten(integers("token_type_ids", token_type_ids).expand(layout.shape))
         return self.embeddings(words, position_ids, types), position_ids
 
     def _given_positions(self, layout: SequenceLayout, position_ids: Tensor) -> Tensor:
@@ -648,7 +649,7 @@ class DynMaskForMaskedLM(DynMaskTaskModel):
         states = outputs.last_hidden_state
         if labels is None:
             return None, layout.unflatten(self.lm_head(states))
-        labels = layout.flatten(labels)
+        labels = layout.flatten(integers("labels", labels))
         if self.training:
             states, labels = layout.targets_alone(states, labels)
             return token_loss(self.lm_head(states), labels, num_items_in_batch), None
@@ -874,7 +875,9 @@ class TokenClassification(TaskModel):
 
     def _predict(self, outputs, layout, labels, num_items_in_batch):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = token_loss(logits, layout.flatten(labels), num_items_in_batch) if labels is not None else None
+        loss = None
+        if labels is not None:
+            loss = token_loss(logits, layout.flatten(integers("labels", labels)), num_items_in_batch)
         return loss, layout.unflatten(logits)
 
 
@@ -1065,8 +1068,8 @@ def _in_some_columns(
 def _aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
     """Targets `(1, N)`, each at the token that predicts it; `None` where there are none."""
     if shift_labels is not None:
-        return layout.flatten(shift_labels)
-    return None if labels is None else _next_tokens(layout.flatten(labels), layout)
+        return layout.flatten(integers("shift_labels", shift_labels))
+    return None if labels is None else _next_tokens(layout.flatten(integers("labels", labels)), layout)
 
 
 def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
@@ -1107,6 +1110,7 @@ def _averaged(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | i
 
 def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy of `logits (..., classes)` against `labels (...)`, averaged over the targets."""
+    labels = integers("labels", labels)
     total = nn.functional.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
@@ -1150,7 +1154,7 @@ def _ctc_targets(labels: Tensor, layout: SequenceLayout, config: DynMaskConfig) 
         raise ValueError(
             f"`labels` must have shape (sequences, L), with {layout.num_sequences} sequences; got {tuple(labels.shape)}"
         )
-    labels = labels[layout.rank]
+    labels = integers("labels", labels)[layout.rank]
     real = (labels != IGNORE_INDEX) & (labels != config.pad_token_id)
     if (wrong := labels[real & ((labels < 0) | (labels >= config.vocab_size))]).numel():
         raise ValueError(f"`labels` must be from 0 to vocab_size - 1 = {config.vocab_size - 1}; got {wrong[0].item()}")
@@ -1173,7 +1177,7 @@ def _position_loss(
 ) -> Tensor:
     """Cross-entropy of `scores (1, N)` over each sequence's tokens against `positions (S,)`."""
     by_sequence = layout.by_position(scores, fill=-torch.inf)
-    positions = positions.flatten()[layout.rank]
+    positions = integers("positions", positions).flatten()[layout.rank]
     padded = nn.functional.pad(by_sequence.detach(), (0, 1), value=-torch.inf)  # where positions beyond the last look
     inside = positions.where(positions >= 0, padded.shape[1] - 1).clamp(max=padded.shape[1] - 1)
     real = padded.gather(1, inside[:, None])[:, 0] != -torch.inf  # a token is there

@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, given_input, layout_of_batch
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
-from .layout import SequenceLayout, outside_graph
+from .layout import SequenceLayout, integers, outside_graph
 from .modeling_base import DynMaskBaseModel, known_keywords
 from .modeling_dynmask import SequenceClassification, TaskModel, TokenClassification
 from .modules import embed_tokens
@@ -148,7 +148,7 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
                 position_ids=kwargs.get("position_ids"),
                 packing={name: kwargs.get(name) for name in PACKING},
             )
-        inputs = layout.flatten(inputs)
+        inputs = layout.flatten(inputs if input_ids is None else integers("input_ids", inputs))
         states = inputs if input_ids is None else embed_tokens(self.word_embeddings, inputs, layout)
         output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         all_states, lasts = [], states.new_zeros(layout.num_sequences, self.config.hidden_size)

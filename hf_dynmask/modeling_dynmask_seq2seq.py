@@ -29,7 +29,7 @@ from .batch import PACKING, is_explicit, layout_of_batch
 from .cached import columns_seen, given_cache, last_columns, output_with_cache, renamed_cache
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .fields import TOKEN_FIELDS
-from .layout import IGNORE_INDEX, SequenceLayout, rolled
+from .layout import IGNORE_INDEX, SequenceLayout, integers, rolled
 from .modeling_base import known_keywords, warn_of_adapters_alone
 from .modeling_dynmask import (
     DynMaskModel,
@@ -268,7 +268,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
                 "`decoder_start_token_id` and `pad_token_id` must be in the configuration to make decoder inputs of "
                 f"labels; got {start} and {pad}"
             )
-        shifted = rolled(layout.flatten(labels), 1)
+        shifted = rolled(layout.flatten(integers("labels", labels)), 1)
         shifted = shifted.masked_fill(shifted == IGNORE_INDEX, pad).masked_fill(layout.begins, start)
         return layout.unflatten(shifted, fill=pad)
 
@@ -449,7 +449,7 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
         states, layout = sides.decoder.last_hidden_state, sides.decoder_layout
         if labels is None:
             return sides.output(Seq2SeqLMOutput, logits=layout.unflatten(self._logits(states)))
-        labels = layout.flatten(labels)
+        labels = layout.flatten(integers("labels", labels))
         if self.training:
             states, labels = layout.targets_alone(states, labels)
             loss = token_loss(self._logits(states), labels, num_items_in_batch)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .fields import TOKEN_FIELDS, Fields, key_name
+from .fields import TOKEN_FIELDS, Fields, key_name, typed
 from .layout import SequenceLayout
 from .masks import Mask, allowed_by_head, head_runs, parse
 
@@ -82,7 +82,8 @@ class MaskPlan:
         block_size (`int`, *optional*, defaults to 128): Queries and keys of a block.
 
     Raises:
-        ValueError: A field is missing or has the wrong shape; the two layouts differ in their number of sequences.
+        ValueError: A field is missing or has the wrong shape or dtype; the two layouts differ in their number of
+            sequences.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class MaskPlan:
                         f"`{name}` speaks of {tables[name].shape[1]}"
                     )
             elif name == "attention_mask":
-                tables[name] = self._pairs_by_sequence(fields[name])
+                tables[name] = self.pairs_by_sequence(fields[name])
             else:
                 tables[name] = fields[name]
         if "key_scores" in self.mask.fields and "key_scores" not in tables:
@@ -140,8 +141,8 @@ class MaskPlan:
         """Stands for the scores that each layer brings: see [`with_key_scores`]."""
         return torch.zeros(self.layout.num_sequences, 1, self.key_layout.extent, device=self.layout.rank.device)
 
-    def _pairs_by_sequence(self, mask: Tensor) -> Tensor:
-        """`(B, Tq, Tk)` or `(B, H, Tq, Tk)` in the batch's layout as `(S, 1 | H, P, P)`."""
+    def pairs_by_sequence(self, mask: Tensor) -> Tensor:
+        """A mask or a bias `(B, Tq, Tk)` or `(B, H, Tq, Tk)` in the batch's layout as `(S, 1 | H, P, P)`."""
         given = tuple(mask.shape)
         mask = mask[:, None] if mask.dim() == 3 else mask
         rows, width, key_width = self.layout.shape[0], self.layout.shape[1], self.key_layout.shape[1]
@@ -176,7 +177,7 @@ class MaskPlan:
 
     def by_heads(self, heads: int) -> list[tuple[slice, MaskPlan]]:
         """Plans for runs of heads that follow one expression; each plan's mask is resolved."""
-        return self.derived(_by_heads, heads)
+        return [(run, part or self) for run, part in self.derived(_by_heads, heads)]
 
     # --- Tiles -------------------------------------------------------------------------------------------------------
 
@@ -295,6 +296,28 @@ class MaskPlan:
         """Bool `(B, 1 | heads, Tq, Tk)` in the batch's own layout: which token may see which; `False` where none is."""
         return self.derived(_dense, heads)
 
+    @property
+    def in_rows(self) -> MaskPlan:
+        """The plan for [`SequenceLayout.in_rows`] of both sides; itself where it is of such rows.
+
+        Sequences that never meet are safe from each other's NaN, which a weight of 0 would not hold back.
+        """
+        return self.derived(_in_rows) or self
+
+    def in_batch(self, table: Tensor) -> Tensor:
+        """Cells by sequence and position `(S | 1, 1 | H, P, P)` in the batch's own layout `(B, 1 | H, Tq, Tk)`.
+
+        They are 0 where two tokens do not stand in one sequence.
+        """
+        same = self.same_sequence
+        if not table.numel():
+            return same.to(table.dtype).expand(-1, table.shape[1], -1, -1)
+        sequence = _sequence_of_places(self.layout).clamp(min=0)
+        sequence = sequence if table.shape[0] > 1 else torch.zeros_like(sequence)
+        i, j = (layout.unflatten(layout.positions[None]) for layout in (self.layout, self.key_layout))
+        cells = table.movedim(1, -1)[sequence[:, :, None], i[:, :, None], j[:, None, :]].movedim(-1, 1)
+        return cells.masked_fill(~same, 0)
+
     @cached_property
     def same_sequence(self) -> Tensor:
         """Bool `(B, 1, Tq, Tk)` in the batch's own layout: which tokens stand in one sequence."""
@@ -307,11 +330,12 @@ class MaskPlan:
         return ((of_queries[:, :, None] == of_keys[:, None, :]) & (of_queries[:, :, None] >= 0))[:, None]
 
 
-def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan]]:
+def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan | None]]:
+    """`None` in place of the plan itself, which would keep itself alive."""
     runs = head_runs(plan.mask, heads)
     if len(runs) == 1 and runs[0][1] == plan.mask:
-        return [(slice(0, heads), plan)]
-    plans = []
+        return [(slice(0, heads), None)]
+    plans: list[tuple[slice, MaskPlan | None]] = []
     for run, mask in runs:
         part = copy(plan)
         part.mask, part.fields, part._derived = mask, plan.fields.heads(run) if len(runs) > 1 else plan.fields, {}
@@ -321,24 +345,31 @@ def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan]]:
     return plans
 
 
+def _in_rows(plan: MaskPlan) -> MaskPlan | None:
+    """`None` where it is of rows of one sequence."""
+    layout, key_layout = plan.layout.in_rows(), plan.key_layout.in_rows()
+    if layout is plan.layout and key_layout is plan.key_layout:
+        return None
+    rows = MaskPlan.__new__(MaskPlan)
+    rows.mask, rows.fields, rows.block_size, rows._derived = plan.mask, plan.fields, plan.block_size, {}
+    rows.layout, rows.key_layout = layout, layout if plan.key_layout is plan.layout else key_layout
+    return rows
+
+
 def _dense(plan: MaskPlan, heads: int) -> Tensor:
     same = plan.same_sequence
     if not plan.layout.num_tokens or not plan.key_layout.num_tokens:
         return same
     i, j = (torch.arange(layout.extent, device=same.device) for layout in (plan.layout, plan.key_layout))
     table = allowed_by_head(plan.mask, heads, i[None, None, :, None], j[None, None, None, :], plan.fields)
-    sequence = _sequence_of_places(plan.layout).clamp(min=0)
-    sequence = sequence if table.shape[0] > 1 else torch.zeros_like(sequence)
-    q_position, k_position = (layout.unflatten(layout.positions[None]) for layout in (plan.layout, plan.key_layout))
-    cells = table.movedim(1, -1)[sequence[:, :, None], q_position[:, :, None], k_position[:, None, :]]
-    return cells.movedim(-1, 1) & same
+    return plan.in_batch(table)
 
 
 def _by_sequence(name: str, field: Tensor, layout: SequenceLayout) -> Tensor:
     """A field `(B, T)` in the batch's layout as `(S, P)`, by the batch's order of sequences and by position."""
     if tuple(field.shape[:2]) != tuple(layout.shape):
         raise ValueError(f"the field `{name}` must have shape {tuple(layout.shape)}; got {tuple(field.shape)}")
-    table = layout.by_position(layout.flatten(field))
+    table = layout.by_position(layout.flatten(typed(name, field)))
     return torch.empty_like(table).index_copy(0, layout.rank, table)
 
 

@@ -294,8 +294,8 @@ def _eager(model: DynMaskPreTrainedModel, inputs: Mapping[str, Tensor], layer: i
     attention: nn.Module = model.base_model.layers[layer].attention  # type: ignore[assignment, index, union-attr]
     hook = attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output[1])))
     was_training, implementation = model.training, model.config._attn_implementation or "dynmask"
-    model.eval().set_attn_implementation("eager")
     try:
+        model.eval().set_attn_implementation("eager")
         with torch.no_grad():
             model(**inputs)
     finally:

@@ -1,6 +1,8 @@
 """The one place where DynMask enters transformers' Auto classes and attention interfaces."""
 
+from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 from transformers import (
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from . import stock_models
 from .configuration_dynmask import DynMaskConfig
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
@@ -46,7 +49,6 @@ from .modeling_dynmask_seq2seq import (
 from .stock import dynmask_attention_forward
 from .stock_batches import NAME
 from .stock_masks import dynmask_mask
-from .stock_models import settled
 
 AUTO_CLASSES = {
     DynMaskConfig: {
@@ -86,6 +88,7 @@ def register() -> None:
     AttentionInterface.register(NAME, dynmask_attention_forward)
     AttentionMaskInterface.register(NAME, dynmask_mask)
     _prepare_stock_models()
+    _refuse_other_attention()
 
 
 def _in_code(ours: type) -> str:
@@ -111,7 +114,28 @@ def _prepare_stock_models() -> None:
 
     @wraps(settle)
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
-        return settle(self, settled(self, requested_attention), is_init_check)
+        newest = import_module(stock_models.__name__)  # should the package have been imported again
+        return settle(self, newest.settled(self, requested_attention), is_init_check)
 
     get_correct_attn_implementation.settles_dynmask = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def _refuse_other_attention() -> None:
+    """Have an error in place of a mask of another attention, should the configuration have a mask of ours.
+
+    Other packages may replace the method above, and the `forward` of a class, without calling ours.
+    """
+    for name, make_mask in list(AttentionMaskInterface._global_mapping.items()):
+        if name != NAME and not hasattr(make_mask, "refuses_dynmask"):
+            AttentionMaskInterface.register(name, _refusing(name, make_mask))
+
+
+def _refusing(name: str, make_mask: Callable) -> Callable:
+    @wraps(make_mask)
+    def refusing(*args, **kwargs):
+        stock_models.check_followed(kwargs.get("config"), name)
+        return make_mask(*args, **kwargs)
+
+    refusing.refuses_dynmask = True  # type: ignore[attr-defined]
+    return refusing

@@ -8,6 +8,9 @@ Shape legend: B rows, Tq and Tk columns of queries and keys, H heads, D and Dv h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -102,35 +105,25 @@ def dynmask_attention_forward(
             raise ValueError(f"attn_implementation='{NAME}' does not serve the `{name}` of {type(module).__name__}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = position_bias
-    if isinstance(attention_mask, StockMask):
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        _check_unnoted(module, query, attention_mask)
+        answer, added = _unnoted(module, query, key, attention_mask, is_causal)
+        bias = added if bias is None or added is None else bias + added
+    else:
         if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
             raise ValueError(
                 f"{type(module).__name__} must have as many queries and keys as its mask was made for, "
                 f"{attention_mask.shape[2:]}; got {(query.shape[2], key.shape[2])}"
             )
         answer = attention_mask.answer(query, kwargs, has_bias=bias is not None)
-    else:
-        _check_unnoted(module, query, attention_mask)
-        answer, added = _unnoted(module, query, key, attention_mask, is_causal)
-        bias = added if bias is None or added is None else bias + added
     scored = softcap is not None or s_aux is not None or output_attentions
+    if isinstance(answer, MaskPlan) and bias is None and not scored:
+        return _by_plan(query, key, value, answer, factor, dropout).transpose(1, 2), None
+    attend = partial(_by_scores, softcap=softcap, sinks=s_aux) if scored else _by_cells
     if isinstance(answer, MaskPlan):
-        if bias is None and not scored:
-            return _by_plan(query, key, value, answer, factor, dropout).transpose(1, 2), None
-        answer = answer.dense(query.shape[1])
-    weights = None
-    if scored:
-        output, weights = _by_scores(query, key, value, answer, bias, factor, dropout, softcap, s_aux)
+        output, weights = _apart(attend, query, key, value, answer, bias, factor, dropout)
     else:
-        output = nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=answer if bias is None else torch.where(answer, bias, -torch.inf),
-            dropout_p=dropout,
-            scale=factor,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        output, weights = attend(query, key, value, answer, bias, factor, dropout)
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -180,6 +173,42 @@ def _by_plan(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling:
     return layout.unflatten_heads(output)
 
 
+def _apart(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: MaskPlan,
+    bias: Tensor | None,
+    *settings: float,
+) -> tuple[Tensor, Tensor | None]:
+    """[`_by_cells`] or [`_by_scores`] on a row for each sequence, see [`MaskPlan.in_rows`]; 0 where no token is."""
+    rows = plan.in_rows
+    sides = (query, plan.layout, rows.layout), *((x, plan.key_layout, rows.key_layout) for x in (key, value))
+    states = (after.unflatten_heads(before.flatten_heads(x)) for x, before, after in sides)
+    if bias is not None and rows is not plan:
+        bias = plan.pairs_by_sequence(bias.expand(plan.layout.shape[0], -1, -1, -1))
+    output, weights = attend(*states, rows.dense(query.shape[1]), bias, *settings)
+    output = plan.layout.unflatten_heads(rows.layout.flatten_heads(output))
+    return output, weights if weights is None or rows is plan else plan.in_batch(weights)
+
+
+def _by_cells(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, bias: Tensor | None, scaling: float, dropout: float
+) -> tuple[Tensor, None]:
+    """Attention `(B, H, Tq, Dv)`."""
+    output = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=allowed if bias is None else torch.where(allowed, bias, -torch.inf),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output, None
+
+
 def _by_scores(
     query: Tensor,
     key: Tensor,
@@ -188,6 +217,7 @@ def _by_scores(
     bias: Tensor | None,
     scaling: float,
     dropout: float,
+    *,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ Shape legend: B rows, T columns, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .batch import PACKING, frames_of_batch
-from .layout import SequenceLayout
+from .layout import SequenceLayout, integers, not_binary
 
 NAME = "dynmask"
 CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` keeps its text in a stock model's configuration
@@ -26,6 +26,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 INPUTS = ("input_ids", "inputs_embeds")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 CACHES = ("cache", "past_key_values")
+MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # which say where sequences begin
 
 
@@ -42,6 +43,7 @@ class Batch:
             Where sequences begin, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
         told_by (`str`): Which of these does.
         is_heeded (`bool`): Whether some layer's attention has kept the sequences of the batch apart.
+        unchecked (`dict[str, Tensor]`): Whether each mask of tokens holds only 0 and 1; to be read, see [`read_along`].
     """
 
     model: PreTrainedModel
@@ -51,6 +53,7 @@ class Batch:
     starts: Tensor | None = None
     told_by: str = ""
     is_heeded: bool = False
+    unchecked: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -68,7 +71,33 @@ class Batch:
             raise ValueError("a cache must hold one sequence a row; got one that a flat batch has filled")
         batch._read_sequences()
         batch._read_targets()
+        if not is_inner:
+            batch.unchecked = {name: ((mask == 0) | (mask == 1)).all() for name, mask in batch._masks_of_tokens()}
         return batch
+
+    def _masks_of_tokens(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of the masks that say which tokens are there, and may hold other numbers."""
+        tokens = self._first_of(INPUTS)
+        dimensions = 2 if tokens is None else len(_places(tokens))
+        for name in MASKS:
+            mask = self.given.get(name)
+            if isinstance(mask, Tensor) and mask.dtype != torch.bool and mask.dim() <= dimensions:
+                yield name, mask
+
+    def read_along(self, *flags: Tensor) -> list[bool]:
+        """Values of bool scalars, for which a device must be waited for, and with them whether masks are of 0 and 1.
+
+        Raises:
+            ValueError: One does not: models of transformers would take any number for a token that is there.
+        """
+        names, unread = list(self.unchecked), list(self.unchecked.values())
+        self.unchecked = {}
+        device = (*flags, *unread)[0].device
+        values = torch.stack([flag.to(device) for flag in (*flags, *unread)]).tolist()
+        for name, is_binary in zip(names, values[len(flags) :], strict=True):
+            if not is_binary:
+                raise not_binary(name, self.given[name])
+        return values[: len(flags)]
 
     def _read_sequences(self) -> None:
         told = [name for name in FLAT_ARGUMENTS if self.given.get(name) is not None]
@@ -221,7 +250,8 @@ def _places(tokens: Tensor) -> torch.Size:
     return tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
 
 
-batches: ContextVar[tuple[Batch, ...]] = ContextVar("batches", default=())
+# Kept where this file is executed again: models that were made ready before go on to write there.
+batches: ContextVar[tuple[Batch, ...]] = globals().get("batches") or ContextVar("batches", default=())
 
 
 def current_batches() -> tuple[Batch, ...]:
@@ -274,6 +304,8 @@ def restarts(position_ids: Tensor, present: Tensor | None) -> Tensor:
 
     A position follows that is the next one, or has gone up as the column has.
     """
+    if not position_ids.is_floating_point():
+        position_ids = integers("position_ids", position_ids)
     if present is None:
         return first_and(position_ids.diff(dim=1) != 1)
     row, column = present.nonzero(as_tuple=True)

@@ -162,11 +162,17 @@ def dynmask_mask(
         offsets=(int(q_offset), int(kv_offset)),
         function=mask_function,
         use_vmap=use_vmap,
-        padding=None if padding is None or bool(padding.all()) else padding.expand(batch_size, -1),
+        padding=None if padding is None or _all(padding) else padding.expand(batch_size, -1),
         chosen=None if text is None else parse(text),
         device=torch.device(device),
         model_type=getattr(config, "model_type", "stock"),
     )
+
+
+def _all(padding: Tensor) -> bool:
+    """Whether all tokens are there; raises if the mask that says so cannot."""
+    batches = current_batches()
+    return batches[0].read_along(padding.all())[0] if batches else bool(padding.all())
 
 
 @dataclass(eq=False, kw_only=True)
@@ -219,7 +225,7 @@ class StockMask:
         )
 
     def answer(self, query: Tensor, passed: Mapping[str, Any], has_bias: bool = False) -> MaskPlan | Tensor:
-        """A plan, where the mask has an expression and every key is a query too; else the mask cell by cell.
+        """A plan, where every key is a query too and the mask has an expression or a row several sequences; else cells.
 
         Args:
             query (`Tensor` of shape `(B, H, Tq, D)`): The queries of the layer that asks.
@@ -239,7 +245,8 @@ class StockMask:
             if self._is_square and self._expression is not None:
                 self._answers[key] = self._plan(self._expression, starts, passed, query.device)
             else:
-                self._answers[key] = self._cells(starts, query.shape[1]).to(query.device)
+                cells = self._cells(starts, query.shape[1]).to(query.device)
+                self._answers[key] = cells if starts is None else self._plan_of_cells(cells, starts)
         return self._answers[key]
 
     @cached_property
@@ -366,6 +373,11 @@ class StockMask:
         else:
             layout, key_layout = layout_of(rows if starts is None else starts, present), None
         return MaskPlan(expression, layout.to(device), key_layout, fields=fields)
+
+    def _plan_of_cells(self, cells: Tensor, starts: Tensor) -> MaskPlan:
+        """Cells of several sequences a row, which the plan keeps apart."""
+        layout = layout_of(starts, self.present(0)).to(cells.device)
+        return MaskPlan(masks.dense(), layout, fields={"attention_mask": cells})
 
     def _cells(self, starts: Tensor | None, heads: int) -> Tensor:
         if self.chosen is not None:

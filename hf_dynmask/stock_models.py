@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, wraps
-from inspect import Parameter, getsource, signature, unwrap
+from importlib import import_module
+from inspect import Parameter, Signature, getsource, signature, unwrap
+from textwrap import dedent
+from types import MethodType
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
 
@@ -49,19 +52,19 @@ def settled(model: PreTrainedModel, requested: str | None) -> str | None:
     text = getattr(model.config, CONFIG_ENTRY, None)
     if text is not None:
         requested = NAME if requested is None else requested
-        check_followed(model, requested)
+        check_followed(model.config, requested, type(model).__name__)
         check_mask(model, text)
     if requested == NAME:
         prepare(model)
     return requested
 
 
-def check_followed(model: PreTrainedModel, implementation: str | None) -> None:
-    """Raises if the model's configuration has a mask, and the attention would not follow it."""
-    text = getattr(model.config, CONFIG_ENTRY, None)
+def check_followed(config: PreTrainedConfig | None, implementation: str | None, owner: str = "a model") -> None:
+    """Raises if a model's configuration has a mask, and the attention would not follow it."""
+    text = getattr(config, CONFIG_ENTRY, None)
     if text is not None and implementation != NAME:
         raise ValueError(
-            f"the configuration of {type(model).__name__} has the mask '{text}', which attn_implementation='{NAME}' "
+            f"the configuration of {owner} has the mask '{text}', which attn_implementation='{NAME}' "
             f"alone can follow; got '{implementation}' (`set_mask(model, None)` takes the mask away)"
         )
 
@@ -77,6 +80,8 @@ def check_mask(model: PreTrainedModel, text: str) -> None:
         if mask.holds(leaf):
             raise ValueError(f"the mask of a stock model must do without `{leaf.name}`, which {why}; got '{mask}'")
     config, name = model.config, type(model).__name__
+    if heads := getattr(config, "num_attention_heads", None):
+        mask.head_borders(heads)
     if config.sub_configs:
         parts = ", ".join(sorted(config.sub_configs))
         raise ValueError(f"`model` must be one part of a model; {name} has the parts {parts}")
@@ -95,7 +100,8 @@ class Ready:
 
     def __post_init__(self):
         if not hasattr(self.model_class.forward, "announces"):
-            self.model_class.forward = _announced(self.model_class.forward)  # type: ignore[method-assign]
+            announced = _announced(self.model_class.forward, self.model_class)
+            self.model_class.forward = announced  # type: ignore[method-assign]
 
     def __reduce__(self):
         return Ready, (self.model_class,)
@@ -115,40 +121,88 @@ def prepare(model: PreTrainedModel) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part._dynmask_ready = Ready(type(part))  # type: ignore[assignment]
+            _rebind(part)
 
 
-def _announced(forward: Callable) -> Callable:
+def _rebind(model: PreTrainedModel) -> None:
+    """Have an instance whose `forward` was hooked before, as Accelerate does, call that of its class as it is now."""
+    ours = type(model).forward
+    for name in ("forward", "_old_forward"):
+        own = vars(model).get(name)
+        if getattr(own, "__func__", None) is getattr(ours, "announces", None):
+            setattr(model, name, MethodType(ours, model))
+
+
+# Keeps `torch.compile` out of a function alone: the layers that it runs may be compiled.
+outside_graph_alone = torch.compiler.disable(recursive=False)
+
+
+def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callable:
     """A `forward` whose arguments the layers below it can look up, where its model runs with `"dynmask"`."""
-    parameters = signature(forward).parameters
-    kinds = {parameter.kind for parameter in parameters.values()}
-    names = [name for name in parameters if parameters[name].kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
+    own = _signature(forward, model_class)
+    names = [name for name, one in own.parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
+    takes_others = Parameter.VAR_KEYWORD in {parameter.kind for parameter in own.parameters.values()}
 
-    @torch.compiler.disable(recursive=False)  # the layers may be compiled
+    @outside_graph_alone
     def announced(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Any:
         if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
             return forward(model, *args, **kwargs)  # which raises
         given = dict(zip(names, args, strict=False)) | kwargs
-        outer = batches.get()
-        batch = _enter(model, names, given, takes_others=Parameter.VAR_KEYWORD in kinds, is_inner=bool(outer))
-        batches.set((*outer, batch))
-        try:
-            output = forward(model, **batch.given)
-        finally:
-            batches.set(outer)
-        _leave(batch, output)
-        return output
+        newest = import_module(__name__)  # of which the attention is, should the package have been imported again
+        return newest.run_announced(forward, model, names, given, takes_others)
 
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
         if self.config._attn_implementation == NAME:
             return announced(self, args, kwargs)
-        check_followed(self, self.config._attn_implementation)
+        check_followed(self.config, self.config._attn_implementation, type(self).__name__)
         return forward(self, *args, **kwargs)
 
     del wrapper.__wrapped__  # Accelerate follows it when it takes its own wrapper off
-    wrapper.__signature__ = signature(forward)  # type: ignore[attr-defined]
-    wrapper.announces = True  # type: ignore[attr-defined]
+    wrapper.__signature__ = own  # type: ignore[attr-defined]
+    wrapper.announces = forward  # type: ignore[attr-defined]
     return wrapper
+
+
+def _signature(forward: Callable, model_class: type[PreTrainedModel]) -> Signature:
+    """That of a `forward`, or where another package has put `(*args, **kwargs)` in its place, of the code it stands
+    for."""
+    found = signature(forward)
+    if all(parameter.kind is not Parameter.VAR_POSITIONAL for parameter in found.parameters.values()):
+        return found
+    written = (_written(each) for each in model_class.__mro__ if "forward" in vars(each))
+    return next((own for own in written if own is not None), found)
+
+
+def _written(model_class: type) -> Signature | None:
+    """The signature of the `forward` that stands in a class's source; `None` where none does, or it says nothing."""
+    try:
+        (body,) = ast.parse(dedent(getsource(model_class))).body
+    except (OSError, TypeError):  # made at run time
+        return None
+    for node in body.body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.FunctionDef) and node.name == "forward" and node.args.vararg is None:
+            kinds = {each.arg: Parameter.POSITIONAL_OR_KEYWORD for each in node.args.args}
+            if node.args.kwarg is not None:
+                kinds[node.args.kwarg.arg] = Parameter.VAR_KEYWORD
+            return Signature([Parameter(name, kind) for name, kind in kinds.items()])
+    return None
+
+
+@outside_graph_alone
+def run_announced(
+    forward: Callable, model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool
+) -> Any:
+    """The forward pass of a model, of whose arguments nothing is left when it ends, however it ends."""
+    outer = batches.get()
+    batch = _enter(model, names, given, takes_others, is_inner=bool(outer))
+    try:
+        batches.set((*outer, batch))
+        output = forward(model, **batch.given)
+    finally:
+        batches.set(outer)
+    _leave(batch, output)
+    return output
 
 
 @outside_graph
@@ -165,6 +219,8 @@ def _enter(
 
 @outside_graph
 def _leave(batch: Batch, output: Any) -> None:
+    if batch.unchecked:
+        batch.read_along()
     if batch.is_heeded:
         for value in output.values() if isinstance(output, Mapping) else output:
             if isinstance(value, Cache):

@@ -110,12 +110,13 @@ def describe_lengths(lengths: Iterable[int]) -> Described:
 def mask_in_words(mask: Mask) -> str:
     """What a token sees of its sequence."""
     match mask:
-        case And(left, right):
-            return f"of {_operand(left)}, only {_operand(right)}"
-        case Or(left, right):
-            return f"{_operand(left)} as well as {_operand(right)}"
-        case Not(inner):
-            return f"all but {_operand(inner)}"
+        case And():
+            first, *rest = map(_operand, mask.parts)
+            return f"of {first}, only {', and of these only '.join(rest)}"
+        case Or():
+            return " as well as ".join(map(_operand, mask.parts))
+        case Not():
+            return f"all but {_operand(mask.mask)}"
     assert isinstance(mask, Leaf)
     words = WORDS_OF_FIELDS if mask.name in WORDS_OF_FIELDS and mask.fields else WORDS
     return words[mask.name].format_map(vars(mask)) + "; ".join(map(mask_in_words, mask.parts))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -562,3 +562,75 @@ def test_an_unknown_implementation_of_masks_of_weights_lists_the_known():
     layout, inputs = topk_inputs()
     with pytest.raises(ValueError, match="'reference'.*; got 'flash'"):
         attend_with("flash", "causal", layout, apply_mask_to="weights")(*inputs)
+
+
+# --- NaN and infinity --------------------------------------------------------------------------------------------
+
+POISONED = 1  # of the sequences of `apart`; neither the first nor the last in any order
+
+
+def apart(name, text):
+    """Three sequences, one of which lies between the others: flat, with tokens missing, in rows, or of two layouts."""
+    sizes, key_sizes = (9, 7, 9), (5, 9, 7) if name == "cross" else None
+    batch = batch_of(text, sizes, key_sizes, heads=4, choices=2)
+    queries = flat_side(sizes)
+    if name == "rows":
+        rows = [range(size) for size in sizes]
+        layout = SequenceLayout.from_lengths(torch.tensor(sizes), (3, 11))
+        queries = queries._replace(layout=layout, rows=[0, 1, 2], columns=[torch.arange(len(row)) for row in rows])
+    if name == "missing":
+        queries = without_some(queries)
+    if name == "by length":
+        queries = queries._replace(layout=queries.layout.by_length())
+    return case_of(batch, queries, queries if key_sizes is None else flat_side(key_sizes))
+
+
+def output_alone(attend, *states):
+    """Without gradients, which FlexAttention does not have on a CPU."""
+    return (attend(*states),)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("poisoned", ["query", "key", "value", "all"])
+@pytest.mark.parametrize("name", ["flat", "by length", "missing", "rows", "cross"])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "flex"])
+def test_nan_stays_in_its_sequence(implementation, name, poisoned, value):
+    for text in ("causal & window(2, 0)", "heads(full, visible | dense)"):
+        case = apart(name, text)
+        *inputs, grad = inputs_of(case, 4, 4)
+        sides = case.layout, case.key_layout, case.key_layout
+        others = [layout.rank[layout.sequence_ids] != POISONED for layout in sides]
+        attend = attend_with(implementation, case.plan(), case.layout)
+        run = partial(with_gradients, attend, grad=grad.masked_fill(~others[0][:, None], 0))
+        if implementation == "flex":
+            run = partial(output_alone, attend)
+        right = run(*inputs)
+        first = [int((~own).nonzero()[0]) for own in others]
+        for number, states in enumerate(("query", "key", "value")):
+            if poisoned in (states, "all"):
+                inputs[number] = inputs[number].clone()
+                inputs[number][:, :, first[number]] = value
+        found = run(*inputs)
+        for result, wanted, own in zip(found, right, [others[0], *others], strict=False):
+            torch.testing.assert_close(result[:, :, own], wanted[:, :, own], rtol=1e-10, atol=1e-10)
+        if poisoned != "value" and value != value:
+            assert not found[0][:, :, ~others[0]].isfinite().all()
+
+
+@pytest.mark.parametrize("apply_mask_to", ["scores", "weights"])
+def test_weights_of_a_flat_batch_are_those_of_its_sequences(apply_mask_to):
+    case = apart("missing", "causal & window(2, 0)")
+    query, key, value, _ = inputs_of(case, 4, 4)
+    key[:, :, 8] = torch.nan
+    plan, sizes = case.plan(), case.layout.sizes
+    _, weights = attend_reference(query, key, value, plan, scaling=0.5, apply_mask_to=apply_mask_to)
+    assert weights.shape == (1, 4, *case.layout.shape[1:], *case.layout.shape[1:])
+    flat = weights[0][:, case.layout.indices][:, :, case.layout.indices]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    for start, stop in zip([0, *ends], ends, strict=False):
+        own = SequenceLayout.from_attention_mask(torch.ones(1, stop - start))
+        own = replace(own, positions=case.layout.positions[start:stop])
+        q, k, v = (states[:, :, start:stop] for states in (query, key, value))
+        _, expected = attend_reference(q, k, v, MaskPlan(plan.mask, own), scaling=0.5, apply_mask_to=apply_mask_to)
+        torch.testing.assert_close(flat[:, start:stop, start:stop], expected[0], equal_nan=True)
+        assert (flat[:, start:stop, :start] == 0).all() and (flat[:, start:stop, stop:] == 0).all()

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_dynmask import attention_flex
+from hf_dynmask import attention_flex, masks
 from hf_dynmask.attention_flex import attend, block_mask, unsupported
 from hf_dynmask.attention_reference import attend as attend_reference
 from hf_dynmask.layout import SequenceLayout
@@ -253,6 +253,21 @@ def test_output_of_long_sequences_on_cpu_equals_the_oracle(text):
         [oracle_attention(case, scaling=0.3)(*map(torch.Tensor.double, inputs))],
         torch.float32,
     )
+
+
+def test_the_deepest_masks_are_traced_from_far_down():
+    """Tracing takes dozens of frames for each mask inside a mask, and a program may have used hundreds before."""
+    mask = masks.causal()
+    for level in range(masks.MAX_DEPTH - 1):
+        mask = (mask | masks.diagonal(), masks.chunk(4) & mask, masks.select(mask))[level % 3]
+    assert mask.depth == masks.MAX_DEPTH
+    case = case_of(batch_of(str(mask), [9, 4], heads=4, choices=1), flat_side([9, 4]))
+    *inputs, _ = inputs_of(case, 8, 5)
+
+    def far_down(levels):
+        return far_down(levels - 1) if levels else attend_flex(case)(*inputs)
+
+    check_close([far_down(300)], [oracle_attention(case, scaling=0.3)(*inputs)], torch.float64)
 
 
 @pytest.mark.parametrize(

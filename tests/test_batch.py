@@ -215,3 +215,153 @@ def test_positions_that_restart_are_refused_in_a_graph():
         compiled(**OTHERS["position_ids"])
     rows = {"input_ids": INPUT["input_ids"], "position_ids": torch.arange(12)[None]}
     torch.testing.assert_close(compiled(**rows).logits, compiled(input_ids=INPUT["input_ids"]).logits, **CLOSE)
+
+
+# --- Integers of any size --------------------------------------------------------------------------------------------
+
+SMALL = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32]
+READING = "(causal | prefix) & visible & segments & select(full, window(2))"
+OF_SEQUENCES: dict[str, Any] = {
+    "prefix_lengths": torch.tensor([2, 0, 100, 1]),
+    "hidden_spans": torch.tensor([[[2, 127]], [[0, 0]], [[3, 1]], [[127, 127]]]),
+    "mask_choice": torch.tensor([0, 1, 1, 0]),
+}
+FIELDS: dict[str, Any] = OF_SEQUENCES | {"segment_ids": torch.tensor([[5, 5, 5, 6, 7, 1, 1, 1, 2, 2, 127, 127]])}
+TOLD: dict[str, dict[str, Any]] = {
+    "lengths": {"lengths": torch.tensor([4, 1, 5, 2])},
+    "cu_seq_lens": {"cu_seq_lens_q": CU_SEQ_LENS, "cu_seq_lens_k": CU_SEQ_LENS},
+    "position_ids": {"position_ids": RESTARTING},
+    "seq_idx": {"seq_idx": torch.tensor([[0] * 4 + [1] + [2] * 5 + [0] * 2])},
+}
+
+
+def in_dtype(arguments, dtype):
+    return {name: value.to(dtype) for name, value in arguments.items()}
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+@pytest.mark.parametrize("told", TOLD)
+def test_integers_of_any_size(told, dtype):
+    model = attention(DynMaskForTokenClassification, mask=READING, type_vocab_size=2)
+    batch = (
+        INPUT | TOLD[told] | FIELDS | {"token_type_ids": torch.arange(12)[None] % 2, "labels": INPUT["input_ids"] % 2}
+    )
+    expected, found = model(**batch), model(**in_dtype(batch, dtype))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
+def test_integers_of_any_size_in_a_graph(dtype):
+    torch.compiler.reset()
+    model = attention(DynMaskForMaskedLM, mask=READING)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for told in ("lengths", "cu_seq_lens"):
+        batch = INPUT | TOLD[told] | FIELDS | {"labels": INPUT["input_ids"]}
+        expected, found = model(**batch), compiled(**in_dtype(batch, dtype))
+        torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+        torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+
+
+def test_positions_of_any_size_behind_an_offset():
+    model = attention(DynMaskModel, position_offset=100, max_position_embeddings=300)
+    positions = torch.arange(100, 112)[None] + 20
+    expected = model(**INPUT, position_ids=positions).last_hidden_state
+    for dtype in (torch.uint8, torch.int16):
+        assert torch.equal(model(**INPUT, position_ids=positions.to(dtype)).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("name", ["causal LM", "masked LM", "answers"])
+def test_labels_of_any_size(name, dtype):
+    model = MODELS[name]().train()
+    model.config.attention_probs_dropout_prob = 0.0
+    labels = torch.where(torch.arange(12) % 3 == 0, -100, INPUT["input_ids"])
+    targets = (
+        {"labels": labels}
+        if name != "answers"
+        else {"start_positions": CU_SEQ_LENS[1:], "end_positions": CU_SEQ_LENS[1:]}
+    )
+    expected = model(**INPUT, **TOLD["lengths"], **targets).loss
+    assert torch.equal(model(**INPUT, **TOLD["lengths"], **in_dtype(targets, dtype)).loss, expected)
+
+
+NOT_INTEGERS = {
+    "lengths": torch.ones(4),
+    "cu_seq_lens_q": CU_SEQ_LENS.double(),
+    "position_ids": RESTARTING.float(),
+    "seq_idx": torch.zeros(1, 12),
+    "token_type_ids": torch.zeros(1, 12, dtype=torch.bool),
+    "prefix_lengths": torch.ones(1),
+    "hidden_spans": torch.ones(1, 1, 2),
+    "segment_ids": torch.ones(1, 12),
+    "mask_choice": torch.ones(1, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("name", NOT_INTEGERS)
+def test_arguments_that_are_no_integers(name):
+    model = attention(DynMaskForTokenClassification, mask=READING, type_vocab_size=2)
+    batch = INPUT | {name: field[:1] for name, field in FIELDS.items()} | {name: NOT_INTEGERS[name]}
+    with pytest.raises(ValueError, match=f"`{name}` must be integers; got dtype {NOT_INTEGERS[name].dtype}"):
+        model(**batch)
+
+
+def test_tokens_and_labels_that_are_no_integers():
+    model = attention(DynMaskForMaskedLM)
+    with pytest.raises(ValueError, match="`input_ids` must be integers; got dtype torch.float32"):
+        model(input_ids=INPUT["input_ids"].float())
+    with pytest.raises(ValueError, match="`labels` must be integers; got dtype torch.float32"):
+        model(**INPUT, labels=INPUT["input_ids"].float())
+
+
+# --- Masks that number documents --------------------------------------------------------------------------------------
+
+NUMBERED = [[1, 1, 2, 2, 0], [1, 1, 2, 2, 3], [0, 0, 2, 2, 2], [2, 2, 2, 2, 2], [1, 1, 1, 1, -1], [1, 255, 0, 0, 0]]
+NUMBERED += [[1.0, 0.5, 0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf, 0.0, 0.0], [1.0, torch.nan, 0.0, 0.0, 0.0]]
+ROW = {"input_ids": torch.arange(5, 10)[None]}
+
+
+@pytest.mark.parametrize("mask", NUMBERED, ids=str)
+@pytest.mark.parametrize("name", ["bare", "causal LM", "a class", "answers", "recurrent, token classes"])
+def test_masks_that_number_documents(name, mask):
+    match = r"`attention_mask` must hold only 0 and 1; got .*`position_ids` that restart, or by `segment_ids`"
+    with pytest.raises(ValueError, match=match):
+        MODELS[name]()(**ROW, attention_mask=torch.tensor([mask]))
+
+
+def test_documents_of_one_row():
+    """What the message says to give."""
+    model = attention(DynMaskForTokenClassification, mask="segments", position_type="none")
+    numbers = torch.tensor([[1, 1, 2, 2, 2]])
+    by_field = model(**ROW, segment_ids=numbers).logits
+    by_positions = model(**ROW, position_ids=torch.tensor([[0, 1, 0, 1, 2]]), segment_ids=0 * numbers).logits
+    torch.testing.assert_close(by_field, by_positions, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32], ids=str)
+def test_masks_that_number_documents_in_a_graph(dtype):
+    torch.compiler.reset()
+    compiled = torch.compile(attention(DynMaskForTokenClassification), backend="eager", fullgraph=True)
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
+        compiled(**ROW, attention_mask=torch.tensor([[1, 1, 2, 2, 0]], dtype=dtype))
+
+
+@pytest.mark.parametrize("side", ["attention_mask", "decoder_attention_mask"])
+def test_masks_of_both_sides(side):
+    model = DynMaskSeq2SeqModel(DynMaskSeq2SeqConfig(**SIZES, **ATTENTION, decoder_start_token_id=1))
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
+        model(**ROW, decoder_input_ids=ROW["input_ids"], **{side: torch.tensor([[1, 1, 2, 2, 0]])})
+
+
+def test_generation_refuses_masks_that_number_documents():
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
+        MODELS["causal LM"]().generate(**ROW, attention_mask=torch.tensor([[1, 1, 2, 2, 2]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5), (1, 1, 5, 5), (1, 2, 5, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
+def test_explicit_masks_are_bool(shape, dtype):
+    """A mask that is added to the scores is not taken for one of zeros and ones."""
+    with pytest.raises(ValueError, match=f"the field `attention_mask` must be bool; got {dtype}"):
+        attention(DynMaskModel)(**ROW, attention_mask=torch.zeros(shape, dtype=dtype))

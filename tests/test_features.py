@@ -582,7 +582,7 @@ def test_frames_beyond_the_position_table_are_counted_behind_the_subsampling():
         ({"conv_kernel": [3, 3], "conv_stride": [2]}, r"`conv_stride` must have one .* conv_kernel=\[3, 3\] .*\[2\]"),
         ({"conv_kernel": [4], "conv_stride": [2]}, r"`conv_kernel` must hold odd numbers; got 4"),
         ({"conv_kernel": [3], "conv_stride": [4]}, r"`conv_stride` must be from 1 to the window's 3 frames; got 4"),
-        ({"conv_kernel": [3], "conv_stride": [0]}, r"`conv_stride` must be from 1 to the window's 3 frames; got 0"),
+        ({"conv_kernel": [3], "conv_stride": [0]}, r"`conv_stride\[0\]` must be at least 1; got 0"),
         ({"ctc_loss_reduction": "none"}, r"`ctc_loss_reduction` must be one of 'mean', 'sum'; got 'none'"),
     ],
 )

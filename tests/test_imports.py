@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # A room may import from its own level and from those above it in this list.
 LEVELS = [
-    ["layout", "fields"],
+    ["layout", "fields", "messages"],
     ["masks"],
     ["plan", "pairs", "configuration_*"],
     ["cached"],

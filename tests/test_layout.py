@@ -272,3 +272,30 @@ def test_bad_tensors():
 def test_bad_missing(missing, message):
     with pytest.raises(ValueError, match=message):
         SequenceLayout.from_lengths(torch.tensor([2, 1]), (2, 2)).without(missing)
+
+
+SMALL = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+def test_integers_of_any_size(dtype):
+    """Sums of lengths do not fit in the smallest."""
+    lengths = torch.tensor([100, 0, 100, 127])
+    for shape in (None, (4, 127)):
+        found, right = (SequenceLayout.from_lengths(sizes, shape) for sizes in (lengths.to(dtype), lengths))
+        assert found.sizes == right.sizes
+        assert torch.equal(found.indices, right.indices) and torch.equal(found.positions, right.positions)
+    cu_seq_lens = torch.tensor([0, 100, 100, 120])
+    assert SequenceLayout.from_cu_seq_lens(cu_seq_lens.to(dtype)).sizes == (100, 0, 20)
+    with pytest.raises(ValueError, match=r"`cu_seq_lens` must start at 0 and never fall; got \[0, 120, 20\]"):
+        SequenceLayout.from_cu_seq_lens(torch.tensor([0, 120, 20], dtype=dtype))
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0]])
+    assert SequenceLayout.from_attention_mask(mask.to(dtype)).sizes == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bool, torch.complex64, torch.uint64], ids=str)
+def test_what_are_no_integers(dtype):
+    with pytest.raises(ValueError, match=f"`lengths` must be integers; got dtype {dtype}"):
+        SequenceLayout.from_lengths(torch.ones(1).to(dtype))
+    with pytest.raises(ValueError, match=f"`cu_seq_lens` must be integers; got dtype {dtype}"):
+        SequenceLayout.from_cu_seq_lens(torch.ones(1).to(dtype))

@@ -1,6 +1,11 @@
 """The mask language: text form, dense form and classification of ranges, against the oracle."""
 
+import copy
+import inspect
 import operator
+import pickle
+import sys
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -10,6 +15,8 @@ from hypothesis import strategies as st
 
 import oracle
 from hf_dynmask import masks
+from hf_dynmask.layout import SequenceLayout
+from hf_dynmask.plan import MaskPlan
 from strategies import FIELD_FREE, LEAVES, Batch, batches, examples, leaves, texts
 
 # --- text form ---------------------------------------------------------------------------------------------------
@@ -66,6 +73,21 @@ def test_text_and_python_make_the_same_mask(text, made):
 )
 def test_precedence_is_that_of_python(text, explicit):
     assert masks.parse(text) == masks.parse(explicit)
+
+
+@pytest.mark.parametrize(
+    "text, same",
+    [
+        ("\n  causal\n\t& window(255,\r\n 0)\n", "causal & window(255, 0)"),
+        ("window ( 1_000 , 2 , )", "window(1000, 2)"),
+        ("random(.5, 1)", "random(5e-1, 1)"),
+        ("full()", "full"),
+        ("causal & (full & visible)", "causal & full & visible"),
+        ("(((causal)))", "causal"),
+    ],
+)
+def test_texts_of_one_meaning(text, same):
+    assert masks.parse(text) == masks.parse(same)
 
 
 def test_grouping_survives_the_text_form():
@@ -265,6 +287,106 @@ def test_a_mask_that_names_a_band_is_that_band(text):
         np.testing.assert_array_equal(oracle.sequence_mask(text, range(17)), expected)
 
 
+# --- chains and nesting ------------------------------------------------------------------------------------------
+
+
+def around(mask: masks.Mask, levels: int) -> masks.Mask:
+    """Made of the mask by `levels` operators, one inside the other."""
+    for level in range(levels):
+        mask = (mask | masks.diagonal(), mask & masks.window(2), masks.select(mask), masks.heads(mask))[level % 4]
+    return mask
+
+
+def walk(mask: masks.Mask) -> None:
+    """Calls all that goes through an expression."""
+    lengths = torch.tensor([3])
+    fields = {"mask_choice": torch.tensor([0]), "key_scores": torch.rand(1, 1, 3)}
+    assert mask.fields <= fields.keys()
+    assert not mask.holds(masks.Custom)
+    assert not mask.is_relative or mask.band() is None or mask.band()
+    assert mask == copy.deepcopy(mask) == pickle.loads(pickle.dumps(mask))
+    assert hash(mask) == hash(copy.copy(mask))
+    assert len(repr(mask)) > len(str(mask))
+    dense = mask.dense(lengths, fields=fields)
+    always, never = mask.classify(*torch.tensor([0, 2, 0, 2])[:, None, None, None].unbind(), fields=fields)
+    assert dense.all() or not always.any()
+    assert not (dense.any() and never.any())
+    plan = MaskPlan(mask, SequenceLayout.from_lengths(lengths), fields={"mask_choice": fields["mask_choice"]})
+    for _, of_heads in plan.with_key_scores(torch.rand(1, 1, 3)).by_heads(1):
+        assert len(repr(of_heads.mask)) > 0
+        assert of_heads.dense().shape == (1, 1, 3, 3)
+
+
+@pytest.mark.parametrize("leaf", [masks.causal(), masks.topk(2)], ids=str)
+def test_all_that_goes_through_the_deepest_masks(leaf):
+    mask = around(leaf, masks.MAX_DEPTH - 1)
+    assert mask.depth == masks.MAX_DEPTH
+    assert masks.parse(str(mask)) == mask
+    in_little_room(walk, mask)
+    with pytest.raises(ValueError, match=r"masks must be at most 16 deep in one another .*; got 17"):
+        around(mask, 1)
+    with pytest.raises(ValueError, match="mask does not parse at column 1: masks must be at most 16 deep"):
+        masks.parse(f"select({mask})")
+
+
+def in_little_room(call, *arguments):
+    """The call, with room for as many frames as a program that is deep in others may have left."""
+    frames, limit = len(inspect.stack(0)), sys.getrecursionlimit()
+    sys.setrecursionlimit(frames + 400)
+    try:
+        call(*arguments)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+@pytest.mark.parametrize("join", [operator.and_, operator.or_])
+@pytest.mark.parametrize("leaf", [masks.causal(), masks.topk(2)], ids=str)
+def test_all_that_goes_through_long_chains(leaf, join):
+    mask = reduce(join, [masks.window(n) for n in range(300)], leaf)
+    assert mask.depth == 2
+    assert masks.parse(str(mask)) == mask
+    in_little_room(walk, mask)
+
+
+@pytest.mark.parametrize("join", [operator.and_, operator.or_])
+def test_chains_made_in_python(join):
+    mask = reduce(join, [masks.causal()] * 5000)
+    assert str(mask).count("causal") == 5000
+    in_little_room(walk, mask)
+    assert reduce(join, [masks.causal()] * 5000, masks.causal()) == join(mask, masks.causal())
+
+
+@pytest.mark.parametrize(
+    "join", [operator.and_, operator.or_, lambda mask, _: mask | mask, lambda mask, _: masks.heads(mask, mask)]
+)
+def test_masks_of_too_many_leaves(join):
+    with pytest.raises(ValueError, match=r"a mask must be made of at most 8192 leaves; got (8193|16384)"):
+        reduce(join, [masks.causal()] * 10**5)
+
+
+def test_a_chain_is_grouped_in_no_way():
+    a, b, c = masks.causal(), masks.window(3), masks.visible()
+    assert a & (b & c) == (a & b) & c
+    assert str(a | (b | c)) == "causal | window(3, 3) | visible"
+    assert a & (b | c) != (a & b) | c
+
+
+def test_runs_of_heads_are_found_without_looking_at_each():
+    mask = masks.parse("heads(full, causal) & heads(full, full, window(3), full)")
+    assert [(run, str(found)) for run, found in masks.head_runs(mask, 4 * 10**12)] == [
+        (slice(0, 2 * 10**12), "full & full"),
+        (slice(2 * 10**12, 3 * 10**12), "causal & window(3, 3)"),
+        (slice(3 * 10**12, 4 * 10**12), "causal & full"),
+    ]
+
+
+def test_numbers_too_large_to_write():
+    with pytest.raises(ValueError, match=r"`left` of `window` must be at most .*; got an integer of 16610 bits"):
+        masks.window(10**5000)
+    with pytest.raises(ValueError, match=r"`left` of `window` must be an integer .*; got an integer of 16610 bits"):
+        masks.window(-(10**5000))
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -282,15 +404,15 @@ def test_a_mask_that_names_a_band_is_that_band(text):
         ("full | xyzzy", r"at column 8: unknown mask `xyzzy`; known are"),
         ("  causal & fulll", r"at column 12: unknown mask `fulll`"),
         ("full & 3", r"at column 8: expected a mask"),
-        ("full + causal", r"at column 1: expected a mask, `&`, `\|`, `~` or parentheses"),
-        ("full and causal", r"at column 1: expected a mask"),
+        ("full + causal", r"at column 6: expected `&`, `\|` or the end, not '\+'"),
+        ("full and causal", r"at column 6: expected `&`, `\|` or the end, not 'and'"),
         ("__import__('os')", r"at column 1(1|2)?: "),
-        ("full & causal.name", r"at column 8: expected a mask"),
+        ("full & causal.name", r"at column 14: expected `&`, `\|` or the end, not '\.'"),
         ("full & window", r"at column 8: `window` takes \(left, right\); got 0 arguments"),
         ("full & span(1, 2, 3)", r"at column 8: `span` takes \(start, length\); got 3 arguments"),
-        ("full & window(right=3)", r"at column 8: expected a mask"),
+        ("full & window(right=3)", r"at column 15: expected a number, not 'right'"),
         ("full & window(causal)", r"at column 15: expected a number"),
-        ("full & window(2 ** 99)", r"at column 15: expected a number"),
+        ("full & window(2 ** 99)", r"at column 17: expected `,` or `\)`, not '\*'"),
         ("full & window(True)", r"at column 15: expected a number"),
         ("full & window(-1)", r"at column 8: `left` of `window` must be an integer of at least 0; got -1"),
         ("full & window(1, -1)", r"at column 8: `right` of `window` must be an integer of at least 0; got -1"),
@@ -323,7 +445,54 @@ def test_a_mask_that_names_a_band_is_that_band(text):
         ("full & ~topk(3)", r"at column 8: `~` cannot be applied to `topk`"),
         ("~(full & heads(full, topk(3)))", r"at column 1: `~` cannot be applied to `topk`"),
         ("~~select(full | topk(3))", r"at column 2: `~` cannot be applied to `topk`"),
-        ("~" * 5000 + "full", r"mask does not parse: nested too deeply"),
+        ("  ", r"at column 3: expected a mask, not the end; got '  '"),
+        ("causal  # only the past\n& window(2, 0)", r"at line 1, column 9: expected `&`, `\|` or the end, not '#'"),
+        ("window(4) # & causal", r"at column 11: expected `&`, `\|` or the end, not '#'"),
+        ("# causal", r"at column 1: expected a mask, not '#'"),
+        ("causal &\n  fulll", r"at line 2, column 3: unknown mask `fulll`"),
+        ("causal\nfull", r"at line 2, column 1: expected `&`, .* not 'full'"),
+        ("causal; full", r"at column 7: expected .*, not ';'"),
+        ("causal \\\n& full", r"at line 1, column 8: expected .*, not '\\\\'"),
+        ("causal\f& full", r"at column 7: expected .*, not '\\x0c'"),
+        ("causal\x00", r"at column 7: expected .*, not '\\x00'"),
+        ("causal\xa0& full", r"at column 7: expected .*, not '\\xa0'"),
+        ("\ufeffcausal", r"at column 1: expected a mask, not '\\ufeff'"),
+        ("causal\u2028& full", r"at column 7: expected .*, not '\\u2028'"),
+        ("\uff43ausal", r"at column 1: expected a mask, not '\uff43'"),
+        ("c\u0430usal", r"at column 1: unknown mask `c`"),
+        ("causal\u0301", r"at column 7: expected .*, not "),
+        ("window(\u0663)", r"at column 8: expected a number, not '\u0663'"),
+        ("window(0x10)", r"at column 9: expected `,` or `\)`, not 'x10'"),
+        ("window(010)", r"at column 9: expected `,` or `\)`, not '10'"),
+        ("window(1__0)", r"at column 9: expected `,` or `\)`, not '__0'"),
+        ("window(1e400)", r"`left` of `window` must be an integer of at least 0; got inf"),
+        ("window(4j)", r"at column 9: expected `,` or `\)`, not 'j'"),
+        ("window(nan)", r"at column 8: expected a number, not 'nan'"),
+        ("window(--4)", r"at column 9: expected a number, not '-'"),
+        ("window(" + "9" * 5000 + ")", r"at column 8: a number must have at most 100 characters; got 5000"),
+        ("random(0." + "1" * 5000 + ", 0)", r"at column 8: a number must have at most 100 characters; got 5002"),
+        ("window(*causal)", r"at column 8: expected a number, not '\*'"),
+        ("heads(*full)", r"at column 7: expected a mask, not '\*'"),
+        ("heads(,)", r"at column 7: expected a mask, not ','"),
+        ("heads(full causal)", r"at column 12: expected `,` or `\)`, not 'causal'"),
+        ("(full, causal)", r"at column 6: expected `&`, `\|` or `\)`, not ','"),
+        ("(causal := full)", r"at column 9: expected .*, not ':'"),
+        ("f'{causal}'", r"at column 1: unknown mask `f`"),
+        ("'causal'", r'at column 1: expected a mask, not "\'"'),
+        ("causal if full else causal", r"at column 8: expected .*, not 'if'"),
+        ("lambda: causal", r"at column 1: unknown mask `lambda`"),
+        ("[causal for _ in full]", r"at column 1: expected a mask, not '\['"),
+        ("causal()()", r"at column 9: expected .*, not '\('"),
+        ("(causal", r"at column 8: expected `&`, `\|` or `\)`, not the end"),
+        ("window(4", r"at column 9: expected `,` or `\)`, not the end"),
+        ("None", r"at column 1: unknown mask `None`"),
+        ("~" * 5000 + "full", r"at column 17: parentheses and `~` must be less than 16 deep in one another; got more"),
+        ("(" * 5000 + "full" + ")" * 5000, r"at column 17: parentheses and `~` must be less than 16 deep"),
+        ("heads(" * 2000 + "full" + ")" * 2000, r"at column 97: parentheses and `~` must be less than 16 deep"),
+        ("causal & (full | " * 900 + "full" + ")" * 900, r"parentheses and `~` must be less than 16 deep"),
+        (" & ".join(["causal"] * 5000), r"the text of a mask must have at most 16384 characters; got 44997"),
+        (" " * 10**6, r"the text of a mask must have at most 16384 characters; got 1000000"),
+        ("x" * 10_000, r"unknown mask `x{100}`; .* got 'x{199}… \(10002 characters\)"),
     ],
 )
 def test_text_that_does_not_parse(text, message):
@@ -331,7 +500,7 @@ def test_text_that_does_not_parse(text, message):
         masks.parse(text)
 
 
-@pytest.mark.parametrize("text", [None, 5, ["causal"]])
+@pytest.mark.parametrize("text", [None, 5, ["causal"], b"causal", ["causal"] * 10_000])
 def test_a_mask_that_is_no_text(text):
     with pytest.raises(ValueError, match=r"a mask must be text such as 'causal & window\(255, 0\)'; got "):
         masks.parse(text)
@@ -349,9 +518,11 @@ def test_a_choice_among_what_is_no_mask(make):
         make("full")
 
 
-def test_custom_masks_have_names_that_the_language_can_read():
-    with pytest.raises(ValueError, match="`name` of a custom mask must be an identifier; got 'my mask'"):
-        masks.register("my mask", oracle.PREDICATES["wedge"])
+@pytest.mark.parametrize("name", ["my mask", "größe", "", "3rd"])
+def test_custom_masks_have_names_that_the_language_can_read(name):
+    message = f"`name` of a custom mask must be an identifier of ASCII characters; got '{name}'"
+    with pytest.raises(ValueError, match=message):
+        masks.register(name, oracle.PREDICATES["wedge"])
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4])
@@ -437,3 +608,141 @@ def test_a_field_of_wrong_shape(text, field, shape, message):
 def test_a_field_that_must_be_bool(text, field, shape):
     with pytest.raises(ValueError, match=f"the field `{field}` must be bool; got torch.float32"):
         masks.parse(text).dense(torch.tensor([3]), fields={field: torch.zeros(shape)})
+
+
+# --- dtypes of integers ------------------------------------------------------------------------------------------
+
+SMALL = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32]
+NUMBERED = ["window(0, 100)", "window({0})", "window(100, {0})", "dilated({0}, 3)", "dilated(90, {0})", "chunk({0})"]
+NUMBERED += ["chunk(50)", "chunk_causal({0})", "chunk_causal(50)", "prefix({0})", "prefix(100)", "global_tokens({0})"]
+NUMBERED += ["span({0}, {0})", "span(100, {0})", "span(20, 100)", "random(0.5, 7)", "full", "causal", "backward"]
+NUMBERED += ["diagonal", "custom(wedge)", "~window({0}) | causal & dilated(64, 2)"]
+OF_FIELDS = ["prefix", "visible", "segments", "shared_question", "select(full, causal, window(3))"]
+LENGTH = 110  # positions of which the sum of two is beyond int8, and twice that beyond uint8
+
+
+def fields_of(dtype):
+    fields = {
+        "prefix_lengths": torch.tensor([100, 0]),
+        "hidden_spans": torch.tensor([[[100, 120], [3, 4]], [[0, 0], [127, 127]]]),
+        "segment_ids": torch.arange(2 * LENGTH).view(2, LENGTH) // 3 % 127,
+        "mask_choice": torch.tensor([1, 2]),
+    }
+    return {name: field.to(dtype) for name, field in fields.items()}
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+@pytest.mark.parametrize("text", [text.format(2**62) for text in NUMBERED] + OF_FIELDS)
+def test_small_integers_give_the_answers_of_int64(text, dtype):
+    mask = masks.parse(text)
+    lengths, expected_fields = torch.tensor([LENGTH, 77]), fields_of(torch.int64)
+    expected = mask.dense(lengths, key_lengths=lengths.flip(0), fields=expected_fields)
+    found = mask.dense(lengths.to(dtype), key_lengths=lengths.flip(0).to(dtype), fields=fields_of(dtype))
+    assert torch.equal(found, expected)
+    lo, hi = split(LENGTH, 13)
+    ends = lo[None, :, None], hi[None, :, None], lo[None, None], hi[None, None]
+    own = (None, None) if text not in OF_FIELDS else (fields_of(dtype), expected_fields)
+    found = mask.classify(*(end.to(dtype) for end in ends), fields=own[0])
+    assert torch.equal(torch.stack(found), torch.stack(mask.classify(*ends, fields=own[1])))
+
+
+@pytest.mark.parametrize("far", [2**31, 2**40, 2**62])
+@pytest.mark.parametrize(
+    "text, always",
+    [
+        ("window({0})", True),
+        ("window(0, {0})", False),
+        ("dilated({0}, 1)", True),
+        ("span(0, {0})", True),
+        ("span({0}, {0})", False),
+        ("span(3, {0})", False),
+        ("prefix({0})", True),
+        ("chunk({0})", True),
+        ("chunk_causal({0})", True),
+        ("global_tokens({0})", True),
+    ],
+)
+def test_numbers_beyond_any_position(text, always, far):
+    mask, first, end = masks.parse(text.format(far)), torch.tensor([0]), torch.tensor([5])
+    cells = mask.dense(torch.tensor([6]))
+    every, none = mask.classify(first, end, first, end)
+    assert every.item() is always is bool(cells.all())
+    assert none.item() is not bool(cells.any())
+    last = torch.tensor([2**63 - 1])  # the largest position that a tensor holds
+    assert masks.window(far).classify(last, last, last, last)[0].item()
+    assert masks.span(1, far).classify(last, last, last, last)[1].item()
+
+
+@pytest.mark.parametrize(
+    "span, hidden",
+    [
+        ([2, 3], [2, 3, 4]),
+        ([2, 2**63 - 1], [2, 3, 4, 5]),  # a sum beyond 64 bits
+        ([5, 2**62], [5]),
+        ([9, 2], []),  # behind the end
+        ([4, 100], [4, 5]),
+        ([-2, 4], [0, 1]),  # begins before the sequence
+        ([-(2**63), 2**63 - 1], []),
+        ([-9, 4], []),
+        ([3, 0], []),
+        ([3, -1], []),
+        ([2**63 - 1, 2**63 - 1], []),
+        ([-(2**63), -(2**63)], []),
+    ],
+)
+def test_spans_that_are_not_inside_the_sequence(span, hidden):
+    fields = {"hidden_spans": torch.tensor([[span]])}
+    visible = masks.visible().dense(torch.tensor([6]), fields=fields)[0, 0, 0]
+    assert (~visible).nonzero().flatten().tolist() == hidden
+    places = torch.arange(6)[None]
+    always, never = masks.visible().classify(places, places, places, places, fields)
+    assert always[0].tolist() == visible.tolist()
+    assert never[0].tolist() == (~visible).tolist()
+
+
+@pytest.mark.parametrize("prefix, seen", [(-3, 0), (0, 0), (2, 2), (9, 4), (-(2**63), 0), (2**63 - 1, 4)])
+def test_prefixes_that_are_not_inside_the_sequence(prefix, seen):
+    fields = {"prefix_lengths": torch.tensor([prefix])}
+    assert masks.prefix().dense(torch.tensor([4]), fields=fields)[0, 0, 0].sum() == seen
+
+
+def test_segments_may_have_any_numbers():
+    fields = {"segment_ids": torch.tensor([[-(2**63), 2**63 - 1, -1, -1]])}
+    expected = fields["segment_ids"][0][:, None] == fields["segment_ids"][0]
+    assert torch.equal(masks.segments().dense(torch.tensor([4]), fields=fields)[0, 0], expected)
+
+
+NOT_INTEGERS = [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", NOT_INTEGERS, ids=str)
+def test_lengths_positions_and_fields_that_are_no_integers(dtype):
+    ones, integers = torch.ones(1).to(dtype), torch.ones(1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"`lengths` must be integers; got dtype {dtype}"):
+        masks.full().dense(ones)
+    with pytest.raises(ValueError, match=f"`key_lengths` must be integers; got dtype {dtype}"):
+        masks.full().dense(integers, key_lengths=ones)
+    ends = dict.fromkeys(["q_lo", "q_hi", "k_lo", "k_hi"], integers)
+    for name in ends:
+        with pytest.raises(ValueError, match=f"`{name}` must be integers; got dtype {dtype}"):
+            masks.causal().classify(**ends | {name: ones})  # pyright: ignore[reportArgumentType]
+    for text, name, shape in [
+        ("prefix", "prefix_lengths", (1,)),
+        ("visible", "hidden_spans", (1, 1, 2)),
+        ("segments", "segment_ids", (1, 1)),
+        ("select(full)", "mask_choice", (1,)),
+    ]:
+        with pytest.raises(ValueError, match=f"`{name}` must be integers; got dtype {dtype}"):
+            masks.parse(text).dense(integers, fields={name: torch.zeros(shape).to(dtype)})
+
+
+def test_lengths_that_are_negative():
+    with pytest.raises(ValueError, match="`lengths` must not be negative; got -1"):
+        masks.full().dense(torch.tensor([3, -1], dtype=torch.int8))
+    with pytest.raises(ValueError, match="`key_lengths` must not be negative; got -2"):
+        masks.full().dense(torch.tensor([3]), key_lengths=torch.tensor([-2]))
+
+
+def test_scores_of_integers():
+    with pytest.raises(ValueError, match="the field `key_scores` must be floating point; got torch.int64"):
+        masks.topk(1).dense(torch.tensor([3]), fields={"key_scores": torch.zeros(1, 1, 3, dtype=torch.long)})

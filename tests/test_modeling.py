@@ -291,3 +291,66 @@ def test_unknown_attention_implementation_lists_the_known(name):
 def test_bad_configurations(settings, message):
     with pytest.raises(StrictDataclassError, match=message):
         config(**settings)
+
+
+# --- NaN -------------------------------------------------------------------------------------------------------------
+
+FORMS = {
+    "flat": {"lengths": torch.tensor([4, 5, 3])},
+    "positions that restart": {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]])},
+    "flat, one of no tokens": {"lengths": torch.tensor([4, 0, 5, 3])},
+    "flat, some missing": {"lengths": torch.tensor([4, 5, 3]), "missing": torch.arange(12)[None] % 6 == 5},
+}
+OTHERS = torch.tensor([True] * 4 + [False] * 5 + [True] * 3)
+
+
+def check_nan_stays_in_its_sequence(run, form, value):
+    embeds = torch.randn(1, 12, 32, requires_grad=True)
+    poisoned = embeds.detach().clone()
+    poisoned[0, 6, 7] = value
+    results = []
+    for inputs in (embeds, poisoned.requires_grad_()):
+        output = run(inputs_embeds=inputs, **FORMS[form]).last_hidden_state[0]
+        (grad,) = torch.autograd.grad(output[OTHERS].square().sum(), inputs)
+        results.append((output[OTHERS], grad[0, OTHERS]))
+    assert output[~OTHERS].isnan().any()
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("mask", ["full", "causal & window(1, 0)", "heads(full, random(0.5, 1))"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", ["dynmask", "sdpa", "eager"])
+def test_nan_stays_in_its_sequence(implementation, form, mask, value):
+    model = DynMaskModel(config(mask=mask, attn_implementation=implementation)).eval()
+    check_nan_stays_in_its_sequence(model, form, value)
+
+
+@pytest.mark.parametrize("implementation", ["dynmask", "sdpa", "eager"])
+def test_nan_stays_in_its_sequence_in_a_graph(implementation):
+    torch.compiler.reset()
+    model = DynMaskModel(config(mask="causal", attn_implementation=implementation)).eval()
+    check_nan_stays_in_its_sequence(torch.compile(model, backend="aot_eager", fullgraph=True), "flat", torch.nan)
+
+
+@pytest.mark.parametrize("implementation", ["dynmask", "sdpa", "eager"])
+def test_nan_stays_in_its_row(implementation):
+    model = DynMaskModel(config(mask="window(2)", attn_implementation=implementation)).eval()
+    embeds, others = torch.randn(len(LENGTHS), 9, 32), torch.tensor([0, 1, 2, 3, 5])
+    expected = model(inputs_embeds=embeds, lengths=LENGTHS).last_hidden_state
+    poisoned = embeds.masked_fill(~present()[..., None], torch.nan)
+    torch.testing.assert_close(model(inputs_embeds=poisoned, lengths=LENGTHS).last_hidden_state, expected)
+    poisoned[4, 3] = torch.nan
+    found = model(inputs_embeds=poisoned, lengths=LENGTHS).last_hidden_state
+    torch.testing.assert_close(found[others], expected[others])
+
+
+@pytest.mark.parametrize("mask", ["full", "causal & window(1, 0)"])
+def test_weights_of_a_flat_batch(mask):
+    model = DynMaskModel(config(mask=mask, attn_implementation="eager")).eval()
+    ids, lengths = torch.arange(5, 17)[None], [4, 5, 3]
+    flat = model(ids, lengths=torch.tensor(lengths), output_attentions=True).attentions
+    for layer, weights in enumerate(flat):
+        of_each = (model(part, output_attentions=True).attentions[layer][0] for part in ids.split(lengths, dim=1))
+        expected = torch.stack([torch.block_diag(*of_head) for of_head in zip(*of_each, strict=True)])
+        torch.testing.assert_close(weights[0], expected)

@@ -2,6 +2,7 @@
 
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
+import sys
 from functools import cache, partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     BertConfig,
     DataCollatorWithFlattening,
     PreTrainedModel,
+    masking_utils,
 )
 
 import hf_dynmask
@@ -313,3 +315,65 @@ def test_a_head_that_keeps_it_to_itself():
     with pytest.raises(ValueError, match="a flat batch needs a model whose tokens meet in attention; those of Wrapper"):
         model(TOKENS_OF_DOCUMENTS[None], lengths=torch.tensor(SIZES_OF_DOCUMENTS))
     model(TOKENS_OF_DOCUMENTS[None], lengths=torch.tensor([20]))
+
+
+# --- NaN -------------------------------------------------------------------------------------------------------------
+
+# Attention with a plan, with cells, with scores that are bounded, with a bias, and with sinks.
+OF_EACH_KIND = ["bert", "llama", "mistral", "llama4_text", "gemma2", "t5", "modernbert", "gpt2"]
+
+
+def embedded(family, tokens):
+    return model_of(family, "dynmask").get_input_embeddings()(tokens).detach()
+
+
+@pytest.mark.parametrize("settings", [{}, {"output_attentions": True}], ids=str)
+@pytest.mark.parametrize("family", OF_EACH_KIND)
+def test_nan_stays_in_its_document(family, settings):
+    model = model_of(family, "dynmask")
+    batch = TOLD_BY["lengths"](family) | settings
+    embeds = embedded(family, batch.pop("input_ids")).requires_grad_()
+    others = torch.tensor([True] * 5 + [False] * 6 + [True] * 9)
+    poisoned = embeds.detach().clone()
+    poisoned[0, 7, 3] = torch.nan
+    results = []
+    for inputs in (embeds, poisoned.requires_grad_()):
+        output = model(inputs_embeds=inputs, **batch).last_hidden_state[0]
+        (grad,) = torch.autograd.grad(output[others].square().sum(), inputs)
+        results.append((output[others], grad[0, others]))
+        assert output[~others].isfinite().all() == (inputs is embeds)
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", OF_EACH_KIND)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_nan_stays_in_its_row_and_reaches_nothing_from_padding(family, side):
+    model, batch = model_of(family, "dynmask"), padded_batch(side)
+    here = batch["attention_mask"].bool()
+    embeds = embedded(family, batch.pop("input_ids"))
+    expected = states(model, inputs_embeds=embeds, **batch)
+    poisoned = embeds.masked_fill(~here[..., None], torch.nan)
+    torch.testing.assert_close(states(model, inputs_embeds=poisoned, **batch)[here], expected[here], **CLOSE)
+    poisoned[1, 4] = torch.nan
+    found, others = states(model, inputs_embeds=poisoned, **batch), here.clone()
+    others[1] = False
+    torch.testing.assert_close(found[others], expected[others], **CLOSE)
+
+
+def test_documents_under_a_mask_function_that_is_not_known():
+    """Cell by cell, and yet NaN of one document does not reach another."""
+    batch = TOLD_BY["lengths"]("llama")
+    model = new_model("llama", "dynmask")
+    expected = states(model, **batch)[0]
+    own = masking_utils.causal_mask_function
+    of_another = masking_utils.and_masks(own, lambda batch, head, query, key: query >= key)
+    with pytest.MonkeyPatch.context() as patch:
+        create = masking_utils.create_causal_mask
+        make = partial(create, and_mask_function=of_another)
+        patch.setattr(sys.modules[type(model).__module__], "create_causal_mask", make)
+        torch.testing.assert_close(states(model, **batch)[0], expected, **CLOSE)
+        embeds = embedded("llama", batch.pop("input_ids"))
+        embeds[0, 7] = torch.nan
+        found = states(model, inputs_embeds=embeds, **batch)[0]
+        torch.testing.assert_close(found[[*range(5), *range(11, 20)]], expected[[*range(5), *range(11, 20)]], **CLOSE)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModel, DataCollatorWithFlattening
 
 from hf_dynmask import DataCollatorWithLengths
 from stock_models import random_stock
@@ -291,3 +292,84 @@ def test_lengths_behind_a_cache(causal):
     cache = cache_of(causal(input_ids=ROWS, use_cache=True))
     with pytest.raises(ValueError, match="`lengths` with a cache in use must come with the `attention_mask` of all"):
         causal(input_ids=ROWS, lengths=LENGTHS, **cache)
+
+
+# --- Masks that number documents ---
+
+NUMBERED = [
+    [[1, 1, 2, 2, 0]],
+    [[1, 1, 2, 2, 3]],
+    [[0, 0, 2, 2, 2]],
+    [[1, 2, 2, 2, 2]],
+    [[2, 2, 2, 2, 2]],
+    [[1, 1, 1, 1, -1]],
+    [[1, 1, 255, 0, 0]],
+]
+NOT_BINARY = [
+    *NUMBERED,
+    [[1.0, 0.5, 0.0, 0.0, 0.0]],
+    [[0.0, 0.0, -torch.inf, 0.0, 0.0]],
+    [[1.0, torch.nan, 0.0, 0.0, 0.0]],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", NUMBERED)
+def test_masks_that_number_documents(mask, dtype, model):
+    tokens, mask = ROWS[:1], torch.tensor(mask).to(dtype)
+    match = r"`attention_mask` must hold only 0 and 1; got .*`position_ids` that restart, or by `segment_ids`"
+    for told in ({}, {"use_cache": True}, {"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}):
+        with pytest.raises(ValueError, match=match):
+            logits(model, input_ids=tokens, attention_mask=mask, **told)
+    logits(model, input_ids=tokens, attention_mask=mask > 0)
+
+
+@pytest.mark.parametrize("mask", NOT_BINARY[-3:])
+def test_masks_that_are_no_zeros_and_ones(mask, model):
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got "):
+        logits(model, input_ids=ROWS[:1], attention_mask=torch.tensor(mask))
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask"])
+def test_masks_of_both_sides(name):
+    model = random_stock("bart", "base")
+    model.set_attn_implementation("dynmask")
+    with pytest.raises(ValueError, match=f"`{name}` must hold only 0 and 1; got 2"):
+        model(input_ids=ROWS, decoder_input_ids=ROWS, **{name: 2 * PRESENT})
+    model(input_ids=ROWS, decoder_input_ids=ROWS, **{name: PRESENT.float()})
+
+
+def test_a_mask_that_a_model_reads_itself():
+    """Its layers get an explicit mask, made of numbers that nobody looked at."""
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("layoutlm", **sizes, intermediate_size=16)
+    model = AutoModel.from_config(config, attn_implementation="dynmask")
+    model(input_ids=ROWS, attention_mask=PRESENT)
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
+        model(input_ids=ROWS, attention_mask=2 * PRESENT)
+
+
+def test_a_mask_is_looked_at_where_a_device_is_waited_for_anyway(model):
+    """Whether all tokens are there, and whether the mask says so in 0 and 1, is read at once."""
+    reads = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default,):
+                reads.append(func)
+            return func(*args, **kwargs or {})
+
+    counts = []
+    for mask in (PRESENT.bool(), PRESENT):
+        reads.clear()
+        with Counter():
+            logits(model, input_ids=ROWS, attention_mask=mask)
+        counts.append(len(reads))
+    assert counts[0] == counts[1]
+
+
+def test_generation_refuses_them():
+    model = random_stock("llama", "causal-lm")
+    model.set_attn_implementation("dynmask")
+    with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
+        model.generate(ROWS, attention_mask=2 * PRESENT, max_new_tokens=2)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial, wraps
 from inspect import signature
 from typing import Any
 
@@ -371,6 +372,13 @@ def test_a_mask_that_is_taken_away(masked, tmp_path):
     "model_type, mask, message",
     [
         ("bert", "causal &", "mask does not parse at column 9"),
+        (
+            "bert",
+            "heads(full, full, full, full, causal)",
+            "`heads` must be given a number of masks that divides the 12 heads; got 5",
+        ),
+        ("bert", "", "mask does not parse at column 1"),
+        ("bert", "causal # and no more", "mask does not parse at column 8"),
         ("bert", "topk(3)", "the mask of a stock model must do without `topk`, which needs scores"),
         ("bart", "causal", "`model` must have self-attention alone; BartModel has cross-attention"),
         ("llava", "causal", "`model` must be one part of a model; LlavaModel has the parts text_config, vision_config"),
@@ -494,3 +502,132 @@ def test_a_field_that_no_mask_reads_is_warned_of(caplog, monkeypatch):
     with caplog.at_level("WARNING"):
         model(input_ids=ROWS, prefix_lengths=torch.ones(len(ROWS), dtype=torch.long))
     assert "prefix_lengths" not in caplog.text
+
+
+# --- Beside other packages -------------------------------------------------------------------------------------------
+
+
+def calling(ours, with_name):
+    """What another package puts in place of a `forward` that it calls."""
+
+    def forward(self, *args, **kwargs):
+        return ours(self, *args, **kwargs)
+
+    return wraps(ours)(forward) if with_name else forward
+
+
+def naming(ours):
+    """The same with names of its own, as kernels for one model have them."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
+        return ours(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    return forward
+
+
+REPLACED = {
+    "wraps": partial(calling, with_name=True),
+    "no names": partial(calling, with_name=False),
+    "names": naming,
+}
+CLASSES = {"bert": (BertModel, BertForMaskedLM), "llama": (LlamaModel, LlamaForCausalLM)}
+
+
+def check_every_way(model, expected=None):
+    single = torch.cat([states(model, input_ids=torch.tensor([document])) for document in DOCUMENTS], dim=1)
+    if expected is not None:
+        torch.testing.assert_close(single, expected)
+    for told in TOLD.values():
+        torch.testing.assert_close(states(model, input_ids=FLAT, **told), single)
+    rows = states(model, input_ids=ROWS, attention_mask=PRESENT)
+    torch.testing.assert_close(states(model, input_ids=ROWS, lengths=torch.tensor([5, 3])), rows)
+    torch.testing.assert_close(model(ROWS, PRESENT)[0].detach(), rows)
+    return single
+
+
+@pytest.mark.parametrize("by", REPLACED)
+@pytest.mark.parametrize("when", ["before", "after", "both"])
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_class_whose_forward_another_package_replaces(family, when, by, monkeypatch):
+    for each in CLASSES[family]:  # as if it were not ready
+        monkeypatch.setattr(each, "forward", getattr(each.forward, "announces", each.forward))
+    if when != "after":
+        for each in CLASSES[family]:
+            monkeypatch.setattr(each, "forward", REPLACED[by](each.forward))
+    model = ready(family)
+    expected = check_every_way(model)
+    if when != "before":
+        for each in CLASSES[family]:
+            monkeypatch.setattr(each, "forward", REPLACED[by](each.forward))
+    check_every_way(model, expected)
+    check_every_way(ready(family), expected)  # of a class that says no longer that it is ready
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_class_whose_forward_is_put_back(family, monkeypatch):
+    """By one that kept what was there before us, and does not call ours: obeyed in rows, or an error."""
+    model = ready(family)
+    rows = states(model, input_ids=ROWS, attention_mask=PRESENT)
+    for each in CLASSES[family]:
+        monkeypatch.setattr(each, "forward", each.forward.announces)
+    torch.testing.assert_close(states(model, input_ids=ROWS, attention_mask=PRESENT), rows)
+    for told in TOLD.values():
+        with pytest.raises(ValueError, match="must be given to a model that is made ready"):
+            states(model, input_ids=FLAT, **told)
+    if family == "llama":
+        set_mask(model, MASK)
+        masked = states(model, input_ids=FLAT)
+        model.config._attn_implementation = "sdpa"
+        with pytest.raises(ValueError, match="alone can follow; got 'sdpa'"):
+            states(model, input_ids=FLAT)
+        model.config._attn_implementation = "dynmask"
+        assert torch.equal(states(model, input_ids=FLAT), masked)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", CLASSES)
+def test_hooks_of_accelerate(family, when, monkeypatch):
+    hooks = pytest.importorskip("accelerate.hooks")
+    for each in CLASSES[family]:
+        monkeypatch.setattr(each, "forward", getattr(each.forward, "announces", each.forward))
+    model = random_stock(family, TASKS[family])
+    if when == "after":
+        model.set_attn_implementation("dynmask")
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            hooks.add_hook_to_module(part, hooks.ModelHook())
+    if when == "before":
+        model.set_attn_implementation("dynmask")
+    expected = check_every_way(model)
+    hooks.remove_hook_from_module(model, recurse=True)
+    check_every_way(model, expected)
+    check_every_way(copy.deepcopy(model), expected)
+
+
+def test_a_forward_of_one_instance():
+    model = ready("llama")
+    expected, calls = check_every_way(model), []
+    forward = model.forward
+
+    def of_another(*args, **kwargs):
+        calls.append(kwargs)
+        return forward(*args, **kwargs)
+
+    model.forward = of_another
+    check_every_way(model, expected)
+    assert calls
+
+
+def test_a_class_that_has_no_source():
+    """Made at run time, with a `forward` that names nothing."""
+    body = {"forward": lambda self, *args, **kwargs: BertModel.forward(self, *args, **kwargs)}
+    model = type("Made", (BertModel,), body)(random_stock("bert", "base").config).eval()
+    model.set_attn_implementation("dynmask")
+    check_every_way(model)

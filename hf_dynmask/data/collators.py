@@ -495,7 +495,7 @@ def check_lengths(given: list[Tensor], *counted: Tensor) -> None:
     """Raise a `ValueError` where a column `lengths` says something else of an example than what is counted."""
     for index, length in enumerate(given):
         known = [int(count[index]) for count in counted]
-        if length.ndim or length.is_floating_point() or int(length) not in known:
+        if length.ndim or length.is_floating_point() or length.dtype == torch.bool or int(length) not in known:
             raise ValueError(
                 "column `lengths` must hold what the collator counts, or be left out: "
                 f"{' or '.join(map(str, known))} in example {index}; got {length.tolist()}"

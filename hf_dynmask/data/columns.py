@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..modeling_dynmask import IGNORE_INDEX
+from ..layout import IGNORE_INDEX, NUMBERED
 
 Columns = dict[str, list[Tensor]]  # one tensor an example
 LABELS = ("label", "label_ids", "labels")
@@ -82,6 +82,8 @@ def _tensor(name: str, value: Any, index: int) -> Tensor:
     if value is None:
         raise ValueError(f"column `{name}` must be in every example; got none in example {index}")
     array = value if isinstance(value, Tensor) else _array(name, value)
+    if array.dtype == torch.uint64 and (array.long() < 0).any():
+        raise ValueError(f"column `{name}` must hold integers below 2**63; got {value!r} in example {index}")
     if name == "word_ids":
         array = _whole(array)
     if name in LABELS and array.isnan().any():
@@ -197,9 +199,16 @@ def presence(columns: Columns, main: str) -> list[Tensor] | None:
                 f"got shape {tuple(mask.shape)}"
             )
         if ((mask != 0) & (mask != 1)).any():
-            raise ValueError(f"`attention_mask` of an example must hold 0 or 1; got {mask.tolist()} in example {index}")
+            raise not_binary(mask, index)
     keep = [mask.bool() for mask in columns.get("attention_mask", ())]
     return None if all(kept.all() for kept in keep) else keep
+
+
+def not_binary(mask: Tensor | np.ndarray, index: int) -> ValueError:
+    """An error for a mask of an example that does not say which tokens are there, but, it may be, of which document."""
+    return ValueError(
+        f"`attention_mask` of an example must hold 0 or 1; got {mask.tolist()} in example {index} ({NUMBERED})"
+    )
 
 
 def without_absent(columns: Columns, roles: Mapping[str, str], keep: list[Tensor]) -> Columns:

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import DataCollatorForSeq2Seq
 
 from .collators import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
-from .columns import EXAMPLE, MAIN_COLUMNS, model_name, read_columns
+from .columns import EXAMPLE, MAIN_COLUMNS, model_name, not_binary, read_columns
 
 logger = getLogger(__name__)
 
@@ -260,18 +260,29 @@ def example_length(example: Mapping[str, Any], column: str = "length", number: i
 
     Raises:
         ValueError: The example, called by its `number`, has none of these; the column is no whole number from 0, or
-            `input_ids` no list.
+            `input_ids` no list; or the mask holds something else than 0 and 1.
     """
     for name in (column, "lengths"):
         if name in example:
             return _whole(example[name], name, number)
     for name in MAIN_COLUMNS:
         if name in example:
-            return _counted(example[name], name, example.get("attention_mask"), number)
+            tokens, mask = example[name], example.get("attention_mask")
+            if isinstance(tokens, str) or not hasattr(tokens, "__len__"):
+                raise ValueError(f"column `{name}` must hold a list of tokens; got {tokens!r} in example {number}")
+            return len(tokens) if mask is None else int(_present(mask, number).sum())
     raise ValueError(
         f"examples must have a column `{column}` or `lengths` that counts their tokens, or else `input_ids` or "
         f"`input_features`; got {', '.join(example) or 'no columns'} in example {number}"
     )
+
+
+def _present(mask: Any, number: int) -> np.ndarray:
+    """Which tokens of an example are there, as its `attention_mask` has it."""
+    mask = np.asarray(mask)
+    if ((mask != 0) & (mask != 1)).any():
+        raise not_binary(mask, number)
+    return mask == 1
 
 
 def example_lengths(dataset: Any, column: str = "length") -> list[int]:
@@ -378,23 +389,6 @@ def _within(lengths: np.ndarray, max_tokens: int, truncate: bool, first: int = 0
     return lengths.clip(max=max_tokens)
 
 
-def _counted(tokens: Any, column: str, mask: Any, number: int) -> int:
-    try:
-        if isinstance(tokens, str):
-            raise TypeError
-        return len(tokens) if mask is None else int(np.sum(np.asarray(mask)))
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"column `{column}` must hold the tokens of an example in a list, and `attention_mask`, if there is one, 0 "
-            f"or 1 for each; got {_short(tokens)} and {_short(mask)} in example {number}"
-        ) from None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
 def _whole(value: Any, column: str, number: int) -> int:
     try:
         length = index(value)
@@ -429,9 +423,9 @@ def _truncated(features: list[Any], max_tokens: int, role: Callable[[str, list[t
     columns = read_columns(features)
     per_token = {name for name, values in columns.items() if role(name, values) != EXAMPLE}
     cut = []
-    for feature in features:
+    for number, feature in enumerate(features):
         mask = feature.get("attention_mask")
-        present = np.ones(len(feature[main]), int) if mask is None else np.asarray(mask)
+        present = np.ones(len(feature[main]), bool) if mask is None else _present(mask, number)
         end = int(np.searchsorted(np.cumsum(present), max_tokens, side="right"))  # absent ones do not count
         shorter = {name: value[:end] if model_name(name) in per_token else value for name, value in feature.items()}
         if "lengths" in feature:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import finalize, ref
 
 import torch
 from accelerate.utils import gather
@@ -79,7 +80,8 @@ class ThroughputCallback(TrainerCallback):
         inner = unwrapped(model)
         self._remove_hook()
         self._batches = _Batches(inner)
-        self._hook = inner.register_forward_pre_hook(self._batches.see, with_kwargs=True)
+        self._hook = inner.register_forward_pre_hook(_seen_by(self._batches), with_kwargs=True)
+        finalize(self, self._hook.remove)  # a training that is interrupted has no end
         self._peak = matmul_peak(args.device, _dtype(args, inner))
         self._total = _Measured()
         self._seconds = 0.0
@@ -233,9 +235,8 @@ class _Batches:
     def __post_init__(self):
         self._follow_masks()
 
-    @outside_graph
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """The hook. Nothing in it waits for the device, unless tokens are missing or there is no more room."""
+        """Nothing in it waits for the device, unless tokens are missing or there is no more room."""
         if not (module.training and torch.is_grad_enabled()):
             return
         self._follow_masks()
@@ -324,7 +325,7 @@ class _Batches:
         if lengths is not None:
             return lengths.flatten()
         if mask is not None:
-            return mask.sum(-1).flatten()
+            return (mask != 0).sum(-1).flatten()  # models of transformers take any number for a token
         labels, positions = given.get("labels"), given.get("position_ids")
         if prefix and labels is not None and tuple(labels.shape) == shape:
             return (labels != IGNORE_INDEX).sum(-1)
@@ -343,6 +344,19 @@ class _Batches:
             held = _Held((shape[0], shape[1]), (own, mask, missing), fields)
             self.held.setdefault(side, []).append(held)
             self.bytes += held.bytes
+
+
+def _seen_by(batches: _Batches) -> Callable:
+    """The hook, which does not keep what it has seen alive."""
+    reference = ref(batches)
+
+    @outside_graph
+    def see(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        batches = reference()
+        if batches is not None:
+            batches.see(module, args, kwargs)
+
+    return see
 
 
 def _masks(config: Any) -> list[Any]:

@@ -516,7 +516,7 @@ def test_a_setting_that_our_config_refuses_is_named():
     half = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     with pytest.raises(ValueError, match="'llama' model: `partial_rotary_factor` must be 1.0: .*; got 0.5"):
         from_transformers(random_stock("llama", "base", rope_parameters=half))
-    with pytest.raises(ValueError, match=r"'bert' model: mask does not parse .* got 'windo\(3\)'"):
+    with pytest.raises(ValueError, match=r"'bert' model: `mask`: mask does not parse .* got 'windo\(3\)'"):
         from_transformers(random_stock("bert", "base"), mask="windo(3)")
 
 

@@ -328,3 +328,88 @@ def test_words_of_tokens_that_are_in_none(words, form):
 @pytest.mark.parametrize("words", [np.array([None, 0, 1], object), (None, 0, 1), torch.tensor([float("nan"), 0, 1])])
 def test_words_in_other_containers(words):
     assert ROWS([{"input_ids": [5, 6, 7], "word_ids": words}])["word_ids"].tolist() == [[-1, 0, 1]]
+
+
+# --- Masks that number documents, and integers of any size ------------------------------------------------------------
+
+MASKED_LM = DataCollatorForDynamicMasking(TOKENIZER).for_evaluation()
+NUMBERED = [
+    [1, 1, 2, 2],
+    [1, 1, 2, 0],
+    [2, 2, 2, 2],
+    [0, 0, 3, 3],
+    [1, 0, -1, 1],
+    [1.0, 0.5, 1.0, 1.0],
+    [1.0, float("nan"), 0.0, 0.0],
+]
+NUMBERED += [np.array([1, 1, 2, 2], np.uint8), torch.tensor([1, 1, 2, 2]), torch.tensor([1.0, 1.0, 2.0, 2.0])]
+COLLATORS = {
+    "rows": ROWS,
+    "flat": FLAT,
+    "dynamic masking": MASKED_LM,
+    "pairs": DataCollatorForSeq2SeqWithLengths(TOKENIZER),
+    "flat pairs": DataCollatorForSeq2SeqWithLengths(TOKENIZER, flat=True),
+}
+
+
+@pytest.mark.parametrize("mask", NUMBERED, ids=str)
+@pytest.mark.parametrize("name", COLLATORS)
+def test_masks_that_number_documents(name, mask):
+    batch = [{"input_ids": [5, 6, 7, 8], "attention_mask": mask}, {"input_ids": [9], "attention_mask": [1]}]
+    if "pairs" in name:
+        batch = [{**example, "labels": [5, 6]} for example in batch]
+    for order in (batch, batch[::-1]):
+        index = order.index(batch[0])
+        match = (
+            rf"`attention_mask` of an example must hold 0 or 1; got .* in example {index} \(documents of one row are"
+        )
+        with pytest.raises(ValueError, match=match):
+            COLLATORS[name](order)
+
+
+def test_masks_of_targets_and_of_frames_that_number_documents():
+    pair = {"input_ids": [5], "labels": [5, 6, 7, 8], "decoder_attention_mask": [1, 1, 2, 2]}
+    with pytest.raises(ValueError, match="of the target: `attention_mask` of an example must hold 0 or 1"):
+        COLLATORS["pairs"]([pair])
+    with pytest.raises(ValueError, match="`attention_mask` of an example must hold 0 or 1"):
+        DataCollatorForFeatures()([{"input_features": [[1.0], [2.0]], "attention_mask": [1, 2]}])
+
+
+def test_what_the_error_says_to_give():
+    """Documents in a row: by positions, or by a field."""
+    batch = ROWS([{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1], "segment_ids": [1, 1, 2, 2]}])
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.uint64])
+@pytest.mark.parametrize("collator", [ROWS, FLAT])
+def test_integers_of_any_size(collator, dtype):
+    columns = {
+        "labels": [[100, 0, 127], [7]],
+        "segment_ids": [[1, 1, 127], [3]],
+        "position_ids": [[0, 1, 0], [0]],
+        "hidden_spans": [[[100, 120]], [[3, 4]]],
+        "prefix_lengths": [120, 0],
+        "mask_choice": [1, 0],
+        "attention_mask": [[1, 1, 1], [1]],
+    }
+    ids = [[100, 120, 127], [8]]
+    small = {name: [np.array(value, dtype) for value in values] for name, values in columns.items()}
+    expected = collator(examples(ids, **columns))
+    assert_equal(collator(examples([np.array(row, dtype) for row in ids], **small)), **expected)
+    as_tensors = {name: [torch.as_tensor(value) for value in values] for name, values in small.items()}
+    assert_equal(collator(examples([torch.as_tensor(np.array(row, dtype)) for row in ids], **as_tensors)), **expected)
+
+
+@pytest.mark.parametrize("value", [2**63, 2**64 - 1])
+def test_integers_that_do_not_fit(value):
+    for column in (np.array([value], np.uint64), torch.tensor([value], dtype=torch.uint64)):
+        with pytest.raises(ValueError, match="column `segment_ids` must hold integers below 2"):
+            ROWS([{"input_ids": [5], "segment_ids": column}])
+
+
+def test_lengths_that_are_no_integers():
+    for lengths in (True, 1.0, [1]):
+        with pytest.raises(ValueError, match="column `lengths` must hold what the collator counts"):
+            ROWS([{"input_ids": [5], "lengths": lengths}])

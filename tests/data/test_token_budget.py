@@ -482,3 +482,12 @@ def test_lengths_that_do_not_fit_the_dataset():
     assert collator([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}])["lengths"].tolist() == [3, 2]
     with pytest.raises(ValueError, match="a batch has 6 tokens, more than the budget `max_tokens`=5: the lengths"):
         collator([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3]}])
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 2, 2], [2, 0, 0, 0], [1, 1, 1, -1], [1.0, 0.5, 0.0, 0.0]])
+def test_masks_that_number_documents(mask):
+    example = {"input_ids": [5, 6, 7, 8], "attention_mask": mask}
+    with pytest.raises(ValueError, match="`attention_mask` of an example must hold 0 or 1; got .* in example 1"):
+        example_lengths([{"input_ids": [5]}, example])
+    with pytest.raises(ValueError, match="`attention_mask` of an example must hold 0 or 1; got .* in example 0"):
+        CollatorWithinBudget(DataCollatorWithLengths(TOKENIZER), 3, truncate=True)([example])
