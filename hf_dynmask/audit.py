@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .conversion import from_transformers
 from .data import TokenBudgetBatchSampler
 from .data.token_budget import example_lengths
+from .reading import read_config, read_tokenizer
 from .texts import text_column
 from .training.throughput import synchronize
 from .work import ModelWork, Sizes, config_work
@@ -102,13 +103,13 @@ def audit_dataset(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}")
-    config = AutoConfig.from_pretrained(model)
+    config = read_config(model)
     if config.is_encoder_decoder != (target is not None):
         needs, got = ("", "none") if config.is_encoder_decoder else ("no ", repr(target))
         raise ValueError(f"{type(config).__name__} needs {needs}column of targets (`target`); got {got}")
     tokenizer = None
     if columns or target or IDS not in dataset.column_names:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = read_tokenizer(model)
     sides = [_tokens(dataset, tokenizer, columns)]
     if target is not None:
         sides.append(_tokens(dataset, tokenizer, [target], as_target=True))

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .conversion import from_transformers, to_transformers
 from .conversion.engine import TASKS
+from .reading import read_config, read_model, read_tokenizer, reading
 from .registration import AUTO_CLASSES, model_class
 
 SLACK = 4  # times the rounding error of the padded run is what a sum in another order may be off by
@@ -82,7 +83,7 @@ def check_model(
         ValueError: The model reads no tokens; its masks read fields; there are no texts.
         OSError: There is no such checkpoint.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = None
     for dtype in dtypes:
@@ -109,9 +110,10 @@ def compare(ours: PreTrainedModel, stock: PreTrainedModel) -> Iterator[Finding]:
 
 def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Models:
     if type(config) not in AUTO_CLASSES:
-        ours = _checked(from_transformers(source, dtype=dtype))
+        with reading(source):
+            ours = _checked(from_transformers(source, dtype=dtype))
         return Models(ours, load_stock(source, ours, dtype=dtype), "the stock model")
-    ours = _checked(model_class(config).from_pretrained(source, dtype=dtype))
+    ours = _checked(read_model(model_class(config), source, dtype=dtype))
     if isinstance(config, DynMaskRecurrentConfig):
         return Models(ours, ours, "the model")
     try:
@@ -125,7 +127,7 @@ def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Models
 def load_stock(source: str, ours: PreTrainedModel, **options: Any) -> PreTrainedModel:
     """The stock checkpoint that `ours` was converted from."""
     task = next(task for task in TASKS.values() if type(ours) in task.ours)
-    return task.stock[type(AutoConfig.from_pretrained(source))].from_pretrained(source, **options)
+    return read_model(task.stock[type(read_config(source))], source, **options)
 
 
 def _checked(model: Any) -> Any:
@@ -158,7 +160,7 @@ def _examples(source: str, model: PreTrainedModel, texts: list[str] | None) -> l
     room = min(_room(side) for side in sides)
     if texts is None:
         return _made_up(model, room)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source)
     texts = [text for text in texts if text.strip()][:NUMBER]
     if not texts:
         raise ValueError("the data must hold at least one text that is not empty; got none")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +13,12 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from typer.core import TyperGroup
 
 from .attention import auto_choice
 from .audit import audit_dataset, histogram
@@ -41,36 +42,83 @@ from .plotting import (
     plot_mask,
     plot_masks,
 )
+from .reading import EXPECTED, read_config, reading
 from .registration import AUTO_CLASSES
 from .shared_code import verify_code
 from .sharing import export as export_model
 from .sharing import load, load_tokenizer, replacing, write
 from .texts import read_dataset, text_column
 
-app = typer.Typer(name="hf-dynmask", no_args_is_help=True, add_completion=False)
-
 MARGIN = 8  # columns of the terminal that positions of queries take
 CELL = 2  # that a cell, or a block, takes
 EVERY = 5  # cells from one position of a key to the next
+MOST_TOKENS = 2**20  # that are drawn
+MOST_HEADS = 2**10
+MOST_BLOCKS = 2**12  # side by side in an image
 GLYPHS = {"full": "█", "allowed": "■", "hidden": "·", "partial": "▒", "empty": " "}
 STYLES = {"full": "dodger_blue2", "allowed": "orange3", "hidden": "dim", "partial": "orange3", "empty": ""}
 CELLS_LEGEND = {"full": "allowed, in a full block", "allowed": "allowed", "hidden": "hidden", "empty": "empty block"}
 BLOCKS_LEGEND = {"full": "full block", "partial": "partial block", "empty": "empty block"}
 
 
-@app.callback()
-def main() -> None:
-    """Dynamic attention masks for Hugging Face Transformers."""
+LONGEST_ERROR = 400  # characters of a message
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What is wrong with the input, as one line and exit code 2."""
+    """Whatever goes wrong with what the user gave, as one line and exit code 2."""
     try:
         yield
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as error:
+        typer.echo(f"error: {_one_line(error)}", err=True)
+        raise typer.Exit(2) from None  # with a StopIteration for its cause, the former would come out
+
+
+def _one_line(error: Exception) -> str:
+    of_arguments = getattr(error, "format_message", None)  # an option that is not there, say
+    text = " ".join((str(error) if of_arguments is None else of_arguments()).split())
+    if of_arguments is None and not (isinstance(error, EXPECTED) and text):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]} …"
+
+
+@contextmanager
+def _libraries_in_silence() -> Iterator[None]:
+    """What libraries report and how far they are would stand beside the one line."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "datasets")]
+    levels, had_bars = [logger.level for logger in loggers], is_progress_bar_enabled()
+    disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if had_bars:
+            enable_progress_bar()
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors take one line each."""
+
+    def parse_args(self, ctx, args):
+        with _one_line_errors() if args else nullcontext():  # without any, help is shown
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        with _one_line_errors(), _libraries_in_silence():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(name="hf-dynmask", cls=_Commands, no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """Dynamic attention masks for Hugging Face Transformers."""
 
 
 # --- show ------------------------------------------------------------------------------------------------------------
@@ -82,9 +130,16 @@ def show(
     lengths: Annotated[str, typer.Option(help="Tokens of each sequence, such as 12,5.")],
     block_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Queries and keys of a block.", show_default="128, or more if it takes more to fit"),
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="Queries and keys of a block.",
+            show_default="128, or more if it takes more to fit",
+        ),
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Heads of the attention, for masks that differ by head.")] = 1,
+    heads: Annotated[
+        int, typer.Option(min=1, max=MOST_HEADS, help="Heads of the attention, for masks that differ by head.")
+    ] = 1,
     field: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=JSON", help="A field that the mask reads, by sequence and position."),
@@ -96,38 +151,46 @@ def show(
 
     An image of several masks shows them side by side, without blocks.
     """
-    with _one_line_errors():
-        masks, sizes = [parse(expression) for expression in expressions], _lengths(lengths)
-        fields = _fields(masks, field or [], sizes)
-        if png is not None:
-            shared = {"fields": fields, "heads": heads}
-            if len(masks) == 1:
-                figure = plot_mask(masks[0], sizes, block_size=block_size or BLOCK_SIZE, **shared)
-            elif block_size is None:
-                figure = plot_masks(masks, sizes, **shared)
-            else:
-                raise ValueError("--block-size: an image of several masks shows no blocks; leave it out")
-            figure.savefig(png, format="png", dpi=160)
-            typer.echo(f"wrote {png}")
-            return
-        console = Console(highlight=False)
-        room = console.width - MARGIN
-        with_cells = _width_of_cells(max(sizes), block_size or BLOCK_SIZE) <= room
-        if not with_cells:
-            block_size = _block_size(block_size, max(sizes), room)
-        shown = block_size or BLOCK_SIZE
-        for mask in masks:
-            panels = mask_panels(mask, sizes, fields=fields, heads=heads, block_size=shown, with_cells=with_cells)
-            for panel in panels:
-                _print_panel(console, panel, heads, shown)
-        _print_legend(console, CELLS_LEGEND if with_cells else BLOCKS_LEGEND)
+    masks, sizes = [parse(expression) for expression in expressions], _lengths(lengths)
+    fields = _fields(masks, field or [], sizes)
+    if png is not None:
+        blocks = -(-max(sizes) // (block_size or BLOCK_SIZE))
+        if blocks > MOST_BLOCKS:
+            raise ValueError(
+                f"--block-size {block_size or BLOCK_SIZE} makes {blocks:,} blocks, and an image has room for "
+                f"{MOST_BLOCKS:,}: make them larger"
+            )
+        shared = {"fields": fields, "heads": heads}
+        if len(masks) == 1:
+            figure = plot_mask(masks[0], sizes, block_size=block_size or BLOCK_SIZE, **shared)
+        elif block_size is None:
+            figure = plot_masks(masks, sizes, **shared)
+        else:
+            raise ValueError("--block-size: an image of several masks shows no blocks; leave it out")
+        figure.savefig(png, format="png", dpi=160)
+        typer.echo(f"wrote {png}")
+        return
+    console = Console(highlight=False)
+    room = console.width - MARGIN
+    with_cells = _width_of_cells(max(sizes), block_size or BLOCK_SIZE) <= room
+    if not with_cells:
+        block_size = _block_size(block_size, max(sizes), room)
+    shown = block_size or BLOCK_SIZE
+    for mask in masks:
+        panels = mask_panels(mask, sizes, fields=fields, heads=heads, block_size=shown, with_cells=with_cells)
+        for panel in panels:
+            _print_panel(console, panel, heads, shown)
+    _print_legend(console, CELLS_LEGEND if with_cells else BLOCKS_LEGEND)
 
 
 def _lengths(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        sizes = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--lengths must be numbers of tokens joined by commas, such as 12,5; got {text!r}") from None
+    if sum(sizes) > MOST_TOKENS:
+        raise ValueError(f"--lengths must be at most {MOST_TOKENS:,} tokens in all; got {sum(sizes):,}")
+    return sizes
 
 
 def _fields(masks: Sequence[Mask], texts: Sequence[str], sizes: list[int]) -> dict[str, Tensor]:
@@ -148,7 +211,7 @@ def _field(text: str) -> tuple[str, Tensor]:
     name, _, value = text.partition("=")
     try:
         return name, torch.tensor(json.loads(value))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: null, or nested too deeply
         raise ValueError(f"--field must be NAME=JSON with even lists of numbers; got {text!r} ({error})") from None
 
 
@@ -277,7 +340,7 @@ def audit(
         typer.Argument(help="A file of csv, json, parquet or text, a folder of these or by save_to_disk, or a Hub id."),
     ],
     model: Annotated[str, typer.Option(help="Whose tokenizer and sizes count: a folder or Hub id.")],
-    batch_size: Annotated[int, typer.Option(help="Examples of a batch.")],
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Examples of a batch.")],
     column: Annotated[
         list[str] | None,
         typer.Option(help="The column of texts, or two that go in together.", show_default="text, or the first"),
@@ -291,25 +354,24 @@ def audit(
     output: Annotated[Path | None, typer.Option(help="Also draw the histogram into this PNG.")] = None,
 ) -> None:
     """Show the lengths of a data set, the padding of its batches, and how much faster lengths are than padded rows."""
-    with _one_line_errors():
-        rows = read_dataset(dataset, split)
-        found = audit_dataset(rows, model, batch_size, column or (), target, max_length, with_times=time)
-        console = Console(highlight=False)
-        for name, lengths in zip(SIDES, zip(*found.sizes, strict=True), strict=False):
-            _print_histogram(console, name, lengths)
-        if found.truncated:
-            console.print(f"Examples that were cut off: {found.truncated:,}\n")
-        table = Table("batches", "steps", "tokens, mean", "tokens, most", "padding", "speed-up, at best")
-        if time:
-            table.add_column("speed-up, timed")
-        for batching, *timed in zip(found.batchings, *[found.timed] * time, strict=True):
-            name, steps, mean, most, padding, speedup = batching
-            cells = [f"{steps:,}", f"{mean:,.0f}", f"{most:,}", f"{padding:.1%}", f"{speedup:.2f}"]
-            table.add_row(name, *cells, *(f"{ratio:.2f}" for ratio in timed))
-        console.print(table)
-        if output is not None:
-            plot_lengths(dict(zip(SIDES, zip(*found.sizes, strict=True), strict=False))).savefig(output, dpi=160)
-            typer.echo(f"wrote {output}")
+    rows = read_dataset(dataset, split)
+    found = audit_dataset(rows, model, batch_size, column or (), target, max_length, with_times=time)
+    console = Console(highlight=False)
+    for name, lengths in zip(SIDES, zip(*found.sizes, strict=True), strict=False):
+        _print_histogram(console, name, lengths)
+    if found.truncated:
+        console.print(f"Examples that were cut off: {found.truncated:,}\n")
+    table = Table("batches", "steps", "tokens, mean", "tokens, most", "padding", "speed-up, at best")
+    if time:
+        table.add_column("speed-up, timed")
+    for batching, *timed in zip(found.batchings, *[found.timed] * time, strict=True):
+        name, steps, mean, most, padding, speedup = batching
+        cells = [f"{steps:,}", f"{mean:,.0f}", f"{most:,}", f"{padding:.1%}", f"{speedup:.2f}"]
+        table.add_row(name, *cells, *(f"{ratio:.2f}" for ratio in timed))
+    console.print(table)
+    if output is not None:
+        plot_lengths(dict(zip(SIDES, zip(*found.sizes, strict=True), strict=False))).savefig(output, dpi=160)
+        typer.echo(f"wrote {output}")
 
 
 def _print_histogram(console: Console, name: str, lengths: Sequence[int]) -> None:
@@ -401,7 +463,7 @@ def convert(
     What was written is loaded again and compared before it takes its place.
     """
     with _one_line_errors(), replacing(output) as new:
-        tokenizer, config = load_tokenizer(source), AutoConfig.from_pretrained(source)
+        tokenizer, config = load_tokenizer(source), read_config(source)
         if type(config) in AUTO_CLASSES:
             ours = load(source)
             stock = to_transformers(ours, to)
@@ -410,7 +472,8 @@ def convert(
         elif to is not None:
             raise ValueError(f"--to is for a DynMask checkpoint, which {source} is not: it becomes one")
         else:
-            ours = from_transformers(source)
+            with reading(source):
+                ours = from_transformers(source)
             stock = load_stock(source, ours)
             write(ours, new)
             ours = type(ours).from_pretrained(new)

@@ -5,7 +5,7 @@ Shape legend: B sequences, T positions (Tq of queries, Tk of keys), H heads, K s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Fields:
     def __init__(self, tables: Mapping[str, Tensor] | None = None):
         self.tables = dict(tables or {})
         self._extremes: dict[str, _RangeExtremes] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __bool__(self) -> bool:
         return bool(self.tables)
@@ -55,11 +56,11 @@ class Fields:
 
     def of_query(self, name: str, i: Tensor) -> Tensor:
         """A field `(B, T)` at query positions: `(B, ...)`."""
-        return _per_token(self.tables[name], i)
+        return self._at(self.tables[name], i)
 
     def of_key(self, name: str, j: Tensor) -> Tensor:
         """A field `(B, T)` at key positions: `(B, ...)`."""
-        return _per_token(self.tables[self._of_keys(name)], j)
+        return self._at(self.tables[self._of_keys(name)], j)
 
     def of_key_heads(self, name: str, j: Tensor) -> Tensor:
         """A field `(B, 1 | H, Tk)` at key positions: `(B, 1 | H, 1, Tk)`."""
@@ -70,22 +71,23 @@ class Fields:
     def of_pairs(self, name: str, i: Tensor, j: Tensor) -> Tensor:
         """A field `(B, 1 | H, Tq, Tk)` at pairs of positions: `(B, 1 | H, Tq, Tk)`."""
         table = self.tables[name].movedim(1, -1)
-        rows = torch.arange(table.shape[0], device=table.device)[:, None, None]
-        return table[rows, i[:, 0], j[:, 0]].movedim(-1, 1)
+        return table[self._rows(table)[:, None, None], i[:, 0], j[:, 0]].movedim(-1, 1)
 
     def query_extremes(self, name: str, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of a field `(B, T)` over ranges of query positions, ends included."""
-        return self._range_extremes(name)(lo, hi)
+        return self._range_extremes(name)(lo, hi, self._at)
 
     def key_extremes(self, name: str, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of a field `(B, T)` over ranges of key positions, ends included."""
-        return self._range_extremes(self._of_keys(name))(lo, hi)
+        return self._range_extremes(self._of_keys(name))(lo, hi, self._at)
 
     def pair_ranges(self, name: str, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tuple[Tensor, Tensor]:
         """(always, never): whether a bool field `(B, 1 | H, Tq, Tk)` holds for all pairs of two ranges, or for none."""
         table = self.tables[name]
-        every, some = (_sums_from_corner(cells) for cells in (table.all(1), table.any(1)))
-        rows = torch.arange(table.shape[0], device=table.device).view(-1, *(1,) * (q_lo.dim() - 1))
+        if name not in self._sums:
+            self._sums[name] = _sums_from_corner(table.all(1)), _sums_from_corner(table.any(1))
+        every, some = self._sums[name]
+        rows = self._rows(table).view(-1, *(1,) * (q_lo.dim() - 1))
 
         def count(sums: Tensor) -> Tensor:
             ends, starts = (q_hi + 1, q_lo), (k_hi + 1, k_lo)
@@ -97,6 +99,10 @@ class Fields:
     def having(self, name: str, table: Tensor) -> Fields:
         """The same fields and one more."""
         return Fields(self.tables | {name: table})
+
+    def of_blocks(self, row: Tensor) -> Fields:
+        """The fields as blocks look them up, each in its own sequence `row (n,)`; n is the first size of indices."""
+        return _FieldsOfBlocks(self, row)
 
     def rows(self, rows: Tensor) -> Fields:
         """The fields of some sequences."""
@@ -111,6 +117,14 @@ class Fields:
             }
         )
 
+    def _at(self, table: Tensor, index: Tensor) -> Tensor:
+        """Values of a table `(B, T)` at places of its rows."""
+        return _per_token(table, index)
+
+    def _rows(self, table: Tensor) -> Tensor:
+        """The row of a table that each entry of the first dimension of indices is for."""
+        return torch.arange(table.shape[0], device=table.device)
+
     def _of_keys(self, name: str) -> str:
         return key_name(name) if key_name(name) in self.tables else name
 
@@ -118,6 +132,22 @@ class Fields:
         if name not in self._extremes:
             self._extremes[name] = _RangeExtremes(self.tables[name])
         return self._extremes[name]
+
+
+class _FieldsOfBlocks(Fields):
+    """See [`Fields.of_blocks`]."""
+
+    def __init__(self, fields: Fields, row: Tensor):
+        self.tables, self._extremes, self._sums, self._row = fields.tables, fields._extremes, fields._sums, row
+
+    def of_sequence(self, name: str, like: Tensor, *place: int) -> Tensor:
+        return self.tables[name][(self._row, *place)].view(-1, *(1,) * (like.dim() - 1))
+
+    def _at(self, table: Tensor, index: Tensor) -> Tensor:
+        return table[self._row.view(-1, *(1,) * (index.dim() - 1)), index]
+
+    def _rows(self, table: Tensor) -> Tensor:
+        return self._row
 
 
 def check_fields(
@@ -233,7 +263,7 @@ class _RangeExtremes:
             )
             width *= 2
 
-    def __call__(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, lo: Tensor, hi: Tensor, at: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         lo, hi = torch.broadcast_tensors(lo, hi)
         width = self.levels[0][0].shape[1]
         if lo.numel() == 0 or self.levels[0][0].numel() == 0:
@@ -248,8 +278,8 @@ class _RangeExtremes:
                 continue
             last = low.shape[1] - 1
             first, second = lo.clamp(0, last), (hi - 2**level + 1).clamp(0, last)
-            low_here = torch.minimum(_per_token(low, first), _per_token(low, second))
-            high_here = torch.maximum(_per_token(high, first), _per_token(high, second))
+            low_here = torch.minimum(at(low, first), at(low, second))
+            high_here = torch.maximum(at(high, first), at(high, second))
             smallest = low_here if smallest is None else torch.where(here, low_here, smallest)
             largest = high_here if largest is None else torch.where(here, high_here, largest)
         assert smallest is not None and largest is not None

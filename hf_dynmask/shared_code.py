@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import CONFIG_NAME
 
 from .configuration_base import HERE, changed_code, code_of, hash_of
+from .reading import read_config
 from .registration import AUTO_CLASSES
 
 # Which may have an `auto_map`.
@@ -28,7 +28,7 @@ CONFIGS = (
 
 def verify_code(source: str) -> str | None:
     """[`verify`] for a folder or Hub id; `None` where it comes without code, or is no checkpoint of this package."""
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     if type(config) not in AUTO_CLASSES:
         return None
     is_here = Path(source).is_dir()

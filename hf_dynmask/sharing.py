@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import folders
 from .configuration_base import HERE, code_of
+from .reading import read_config, read_model, reading
 from .registration import AUTO_CLASSES, model_class
 from .shared_code import verify
 
@@ -68,18 +69,19 @@ def load(source: str) -> Any:
     """A checkpoint of ours, of the class that it names.
 
     Raises:
-        ValueError: It is of another model.
+        ValueError: It is of another model, or broken, or lacks weights.
         OSError: There is no such checkpoint.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     if type(config) not in AUTO_CLASSES:
         raise ValueError(f"{source} must be a DynMask checkpoint; got one of type {config.model_type!r}")
-    return model_class(config).from_pretrained(source)
+    return read_model(model_class(config), source)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint, if there is one."""
-    return AutoTokenizer.from_pretrained(source) if get_tokenizer_config(source) else None
+    with reading(source):
+        return AutoTokenizer.from_pretrained(source) if get_tokenizer_config(source) else None
 
 
 def replacing(folder: str | os.PathLike) -> AbstractContextManager[Path]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .reading import EXPECTED
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
 TEXT = ("string", "large_string")  # types of columns
@@ -32,26 +37,66 @@ def read_dataset(source: str, split: str = "train") -> Any:
     """
     try:
         import datasets
-        from datasets.exceptions import DatasetGenerationError
     except ImportError as error:
         raise ImportError("reading data needs datasets: pip install 'hf_dynmask[data]'") from error
     if source.startswith("sample:"):
         raise ValueError(
             f"samples are the recipes': run `python recipes/command.py` in place of `hf-dynmask`; got {source}"
         )
+    with _without_bars(datasets):
+        return _read(datasets, source, split)
+
+
+def _read(datasets: Any, source: str, split: str) -> Any:
     path = Path(source)
     if any((path / name).is_file() for name in SAVED):
-        return _split_of(datasets.load_from_disk(source), split)
+        with _errors_of(source, "a saved data set"):
+            saved = datasets.load_from_disk(source)
+        return _split_of(saved, split)
+    ending = path.suffix.removeprefix(".")
+    if not source or (ending in FORMATS and not path.exists()):
+        raise FileNotFoundError(f"the data must be a file, a folder or a Hub id; there is no file {source!r}")
     if not path.is_file():
         return datasets.load_dataset(source, split=split)
-    ending = path.suffix.removeprefix(".")
     if ending not in FORMATS:
         raise ValueError(f"a data file must end in one of {', '.join(f'.{name}' for name in FORMATS)}; got {source}")
+    if FORMATS[ending] == "json":
+        _check_json(path)
     options: dict[str, Any] = {"delimiter": "\t"} if ending == "tsv" else {}
-    try:
+    with _errors_of(source, FORMATS[ending]):
         return datasets.load_dataset(FORMATS[ending], data_files=os.path.abspath(path), split=split, **options)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{source} cannot be read as {FORMATS[ending]}: {error.__cause__ or error}") from error
+
+
+@contextmanager
+def _errors_of(source: str, form: str) -> Iterator[None]:
+    """Whatever a reader raises, with the name of what it read."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is ValueError:  # of the split, which it names
+            raise
+        reason = error.__cause__ or error
+        kind = "" if isinstance(reason, EXPECTED) else f"{type(reason).__name__}: "
+        raise ValueError(f"{source} cannot be read as {form}: {kind}{reason}") from error
+
+
+def _check_json(path: Path) -> None:
+    """Readers end with an empty file in a `StopIteration`, and with a lone `null` the process."""
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if start not in (b"{", b"["):
+        raise ValueError(f"{path} cannot be read as json: it must begin with an object or a list; got {start!r}")
+
+
+@contextmanager
+def _without_bars(datasets: Any) -> Iterator[None]:
+    had_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 def _split_of(saved: Any, split: str) -> Any:

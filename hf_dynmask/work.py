@@ -9,11 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -24,6 +24,7 @@ from transformers import (
 
 from .layout import SequenceLayout
 from .masks import Causal, Full, Mask, Window, head_runs, parse
+from .pairs import count_pairs
 from .plan import MaskPlan
 from .stock_masks import CONFIG_ENTRY
 
@@ -47,10 +48,11 @@ class AttentionWork:
     queries: int = SOURCE
     keys: int = SOURCE
 
-    def most_pairs(self, sizes: Sizes) -> int:
-        """Pairs that are allowed in an example; all pairs, where the mask reads fields."""
+    def most_pairs(self, examples: Mapping[Sizes, int]) -> int:
+        """Pairs that are allowed in examples of some sizes, so many of each; all pairs, where the mask reads fields."""
         mask = Full() if self.mask.fields else self.mask
-        return allowed_pairs(mask, sizes[self.queries], sizes[self.keys])
+        sizes = torch.tensor([(each[self.queries], each[self.keys]) for each in examples]).view(-1, 2)
+        return count_pairs(mask, sizes, counts=torch.tensor(list(examples.values())))
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,10 @@ class ModelWork:
         linear = sum(weights * number for weights, number in zip(self.weights, tokens, strict=True))
         linear += self.output_weights * (tokens[-1] if targets is None else targets)
         known = pairs or {}
-        attention = 0
-        for work, width in self.attention.items():
-            if work in known:
-                attention += width * known[work]
-            else:
-                attention += width * sum(work.most_pairs(sizes) * count for sizes, count in counts.items())
+        attention = sum(
+            width * (known[work] if work in known else work.most_pairs(counts))
+            for work, width in self.attention.items()
+        )
         return 2 * linear + 4 * attention
 
 
@@ -196,33 +196,33 @@ def _stock_attention(part: nn.Module, side: int) -> Iterator[AttentionWork]:
 
 
 def allowed_pairs(mask: Mask, queries: int, keys: int) -> int:
-    """Pairs that a mask without fields allows in one sequence."""
-    band = mask.band()
-    if band == (None, None):
-        return queries * keys
-    if band == (None, 0) and queries == keys:
-        return queries * (queries + 1) // 2
-    return _pairs_by_plan(mask, queries, keys)
+    """Pairs that a mask without fields allows in one sequence; see [`count_pairs`]."""
+    return count_pairs(mask, torch.tensor([(queries, keys)]))
 
 
-@lru_cache(maxsize=2**16)
-def _pairs_by_plan(mask: Mask, queries: int, keys: int) -> int:
-    layouts = (SequenceLayout.from_lengths(torch.tensor([size])) for size in (queries, keys))
-    return plan_pairs(MaskPlan(mask, *layouts))
+def plan_pairs(*plans: MaskPlan) -> int:
+    """Pairs that plans of one mask allow in all; see [`count_pairs`]. They are counted on the CPU."""
+    layouts = [[side.to("cpu") for side in (plan.layout, plan.key_layout)] for plan in plans]
+    fields = {name: _joined([plan.fields.tables[name].cpu() for plan in plans]) for name in plans[0].fields.tables}
+    sizes = [_joined([side.lengths[side.rank.argsort()] for side in sides]) for sides in zip(*layouts, strict=True)]
+    positions = None
+    if any(side.has_gaps for sides in layouts for side in sides):
+        positions = [_joined(list(map(_positions, sides))) for sides in zip(*layouts, strict=True)]
+    return count_pairs(plans[0].mask, torch.stack(sizes, 1), fields, positions)
 
 
-def plan_pairs(plan: MaskPlan) -> int:
-    """Pairs that a plan allows, whose mask is the same for all heads: blocks that are full or empty are not looked
-    into."""
-    pairs = 0
-    for group in plan.groups:
-        for tile in group.tiles:
-            mask = plan.tile_mask(group, tile)
-            queries = tile.queries.stop - tile.queries.start
-            if mask is not None:
-                pairs += int(mask.sum()) * (group.count // mask.shape[0])
-            elif tile.causal:
-                pairs += group.count * queries * (queries + 1) // 2
-            else:
-                pairs += group.count * queries * sum(keys.stop - keys.start for keys in tile.keys)
-    return pairs
+def _positions(layout: SequenceLayout) -> Tensor:
+    """Positions `(S, P)` of the tokens that each of the batch's sequences has."""
+    return pad_sequence(list(layout.positions.split(layout.sizes)), batch_first=True)[layout.rank.argsort()]
+
+
+def _joined(tables: list[Tensor]) -> Tensor:
+    """Tables of several batches, `(S, ...)` each, as one of the largest sizes. One entry stands for any number, such as
+    heads; in other places that no sequence has there are zeros."""
+    sizes = [max(of_tables) for of_tables in zip(*(table.shape[1:] for table in tables), strict=True)]
+    wide = []
+    for table in tables:
+        table = table.expand(-1, *(size if own == 1 else own for own, size in zip(table.shape[1:], sizes, strict=True)))
+        missing = [size - own for own, size in zip(table.shape[1:], sizes, strict=True)]
+        wide.append(nn.functional.pad(table, [number for size in reversed(missing) for number in (0, size)]))
+    return torch.cat(wide)

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 LEVELS = [
     ["layout", "fields", "messages"],
     ["masks"],
-    ["plan", "configuration_*"],
+    ["plan", "pairs", "configuration_*"],
     ["cached"],
     ["attention_*"],
     ["attention"],
@@ -28,7 +28,7 @@ LEVELS = [
     ["modules"],
     ["modeling_*"],
     ["stock", "stock_*"],
-    ["work", "texts", "folders"],
+    ["work", "texts", "reading", "folders"],
     ["registration", "shared_code", "conversion", "sharing", "data", "training", "plotting"],
     ["audit", "check"],
     ["cli"],

@@ -18,6 +18,8 @@ from .columns import LABELS, check_roles
 
 STRATEGIES = ("token", "whole_word", "span")
 COLUMNS = ("special_tokens_mask", "word_ids", "idx")  # what the collator reads besides what models read
+SETTINGS_OF_TARGETS = ("mlm_probability", "strategy", "mask_replace_prob", "random_replace_prob", "at_least_one")
+SETTINGS_OF_TARGETS += ("dynamic", "copies", "seed")
 
 # In place of an epoch.
 UNKNOWN = -2

@@ -259,16 +259,18 @@ def example_length(example: Mapping[str, Any], column: str = "length", number: i
     `input_features`, those alone that are 1 in `attention_mask` where it has one.
 
     Raises:
-        ValueError: The example, called by its `number`, has none of these, or the column is no whole number from 0, or
-            the mask holds something else than 0 and 1.
+        ValueError: The example, called by its `number`, has none of these; the column is no whole number from 0, or
+            `input_ids` no list; or the mask holds something else than 0 and 1.
     """
     for name in (column, "lengths"):
         if name in example:
             return _whole(example[name], name, number)
     for name in MAIN_COLUMNS:
         if name in example:
-            mask = example.get("attention_mask")
-            return len(example[name]) if mask is None else int(_present(mask, number).sum())
+            tokens, mask = example[name], example.get("attention_mask")
+            if isinstance(tokens, str) or not hasattr(tokens, "__len__"):
+                raise ValueError(f"column `{name}` must hold a list of tokens; got {tokens!r} in example {number}")
+            return len(tokens) if mask is None else int(_present(mask, number).sum())
     raise ValueError(
         f"examples must have a column `{column}` or `lengths` that counts their tokens, or else `input_ids` or "
         f"`input_features`; got {', '.join(example) or 'no columns'} in example {number}"

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
-from ..data.dynamic_masking import COLUMNS, DataCollatorForDynamicMasking
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object  # heavy to import, and there already in any class that mixes this in
+from ..data.dynamic_masking import COLUMNS, SETTINGS_OF_TARGETS, DataCollatorForDynamicMasking
+from .resuming import ResumingMixin
 
 
-class DynamicMaskingMixin(Trainer):
+class DynamicMaskingMixin(ResumingMixin):
     """
     Makes a [`~transformers.Trainer`] serve [`DataCollatorForDynamicMasking`]:
 
     - training hears of each epoch before its first batch is drawn, in worker processes too. A run that resumes goes on
       with the epoch that it was stopped in;
     - evaluation and prediction collate with targets that never change, also in the midst of an epoch;
-    - the columns that the collator alone reads, `special_tokens_mask`, `word_ids` and `idx`, reach it.
+    - the columns that the collator alone reads, `special_tokens_mask`, `word_ids` and `idx`, reach it;
+    - a run that resumes with another batch size, seed, number of processes, gradient accumulation or data set says so
+      before the first step: in mid-epoch with an error, unless `ignore_data_skip=True` has the epoch begin again; at
+      the end of an epoch with a warning. Where settings of the collator draw other targets, it warns.
 
     Everything else stays as it is.
 
@@ -30,7 +29,8 @@ class DynamicMaskingMixin(Trainer):
         data_collator ([`DataCollatorForDynamicMasking`]): The collator of the training. Everything else as there.
 
     Raises:
-        ValueError: `data_collator` is another one.
+        ValueError: `data_collator` is another one. When training begins: the run resumes in mid-epoch and
+            makes other batches.
 
     Example:
 
@@ -57,6 +57,10 @@ class DynamicMaskingMixin(Trainer):
 
     def get_test_dataloader(self, *args, **kwargs):
         return self._for_evaluation(super().get_test_dataloader, *args, **kwargs)
+
+    def _target_settings(self) -> dict[str, Any]:
+        collator: Any = self.data_collator
+        return super()._target_settings() | {name: getattr(collator, name) for name in SETTINGS_OF_TARGETS}
 
     def _for_evaluation(self, get_dataloader: Callable[..., Any], *args, **kwargs):
         """A data loader with the collator's form for evaluation. A Trainer has one collator for all its loaders."""

@@ -7,6 +7,8 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
+from logging import getLogger
+from typing import Any
 
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -14,6 +16,8 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from ..masks import parse
 from ..stock import set_mask
 from .callbacks import log, unwrapped
+
+logger = getLogger(__name__)
 
 
 class MaskSchedule(TrainerCallback):
@@ -25,7 +29,8 @@ class MaskSchedule(TrainerCallback):
     completes the count, so the evaluation and the checkpoint of that step have the new mask. Every change is logged,
     as is the mask that a run starts or resumes with: `mask` (its text) and, for trackers that take numbers alone,
     `mask_stage` (its place in the schedule, from 0). When training ends, the last mask stays on the model, or with
-    `load_best_model_at_end` the mask that the best checkpoint was saved and evaluated with.
+    `load_best_model_at_end` the mask that the best checkpoint was saved and evaluated with. A run that resumes warns if
+    the checkpoint was trained with another mask than the schedule has at its step.
 
     Args:
         masks (`dict[int | float, str]`):
@@ -63,6 +68,12 @@ class MaskSchedule(TrainerCallback):
         for mask in self.masks.values():  # one that the model refuses is found now, not when its turn comes
             set_mask(unwrapped(model), mask)
         self._follow(state.global_step, model)
+        before = next((entry["mask"] for entry in reversed(state.log_history) if "mask" in entry), None)
+        if state.global_step and state.is_world_process_zero and not _is_same(before, self._mask):
+            logger.warning(
+                f"the checkpoint of step {state.global_step} was trained with the mask {before!r}; the run that "
+                f"resumes from it has {self._mask!r} there, and follows its own schedule from here on"
+            )
 
     def on_step_begin(self, args, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs):
         self._follow(state.global_step, model)
@@ -117,6 +128,14 @@ def _check_key(key: object) -> None:
             "a key of `masks` must be a number of steps (an int of at least 0) or a fraction of the training "
             f"(a float from 0 to 1); got {key!r}"
         )
+
+
+def _is_same(before: Any, mask: str) -> bool:
+    """Whether a mask that was logged, if any was, is this one."""
+    try:
+        return before is None or parse(before) == parse(mask)
+    except ValueError:  # it was a custom mask, say, that nobody has registered here
+        return False
 
 
 def _starts(masks: Mapping[int | float, str], max_steps: int) -> list[int]:

@@ -20,6 +20,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 
 from ..batch import layout_of_batch
 from ..layout import IGNORE_INDEX, outside_graph
+from ..masks import Mask
 from ..modeling_dynmask import DynMaskPreTrainedModel
 from ..modeling_dynmask_recurrent import DynMaskRecurrentPreTrainedModel
 from ..plan import MaskPlan
@@ -31,6 +32,8 @@ OURS = (DynMaskPreTrainedModel, DynMaskRecurrentPreTrainedModel)
 INPUTS = ("input_ids", "inputs_embeds", "input_features")
 PREFIXES = ("", "decoder_")  # of the arguments for each side
 PASSES = 3  # of training, in units of the forward pass: backward takes two
+MOST_BATCHES = 1024  # that are counted in one go
+MOST_HELD = 2**26  # bytes of fields that wait to be counted
 
 
 class ThroughputCallback(TrainerCallback):
@@ -51,12 +54,13 @@ class ThroughputCallback(TrainerCallback):
     - `peak_memory_gib`: the most memory that a process has held: of its accelerator, since the start or the last
       `torch.accelerator.reset_peak_memory_stats`; on the CPU, resident, where the system tells.
 
-    Everything is of all processes together, memory of the one with the most. Evaluation and saving do not count, nor
-    does their time. `train_real_tokens` and `train_real_flops` are the sums of a `train()` call.
+    Everything is of all processes together, memory of the one with the most. Evaluation, saving and counting do not
+    count, nor does their time. `train_real_tokens` and `train_real_flops` are the sums of a `train()` call.
 
-    Batches are seen as the model is given them, in a hook on its forward pass; their lengths stay on the device until
-    something is logged. Masks that read fields are the exception: their pairs are counted batch by batch (in
-    cross-attention, and behind convolutions, all pairs).
+    Batches are seen as the model is given them, in a hook on its forward pass; their lengths, and the fields that masks
+    read, stay on the device until something is logged, or until they are of 1,024 batches or 64 MiB. Only then pairs
+    are counted (in cross-attention, and behind convolutions, all pairs, where a mask reads fields); see
+    [`hf_dynmask.pairs.count_pairs`].
 
     Raises:
         ValueError: In training: the model is given no tokens, embeddings or frames that it could count, or a stock
@@ -84,16 +88,18 @@ class ThroughputCallback(TrainerCallback):
         self._since = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
-        counted = self._batches.counted() if control.should_log else None  # before the clock: it waits for the device
+        if control.should_log:
+            synchronize(args.device)  # the step is over when the device is done with it
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now
-        if counted is not None:
-            _log_rates(state, control, self._measured(args, counted))
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
         if control.should_log:
-            _log_rates(state, control, self._measured(args, self._batches.counted()))
+            counted = self._batches.counted()
+            self.on_evaluate(args, state, control)
+            _log_rates(state, control, self._measured(args, counted))
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._since = time.perf_counter()  # what came since the last step was no training
@@ -191,24 +197,51 @@ class _Side(NamedTuple):
     is_flat: bool
 
 
+class _Held(NamedTuple):
+    """What the pairs of a batch are counted from, for masks of one side that read fields.
+
+    Attributes:
+        shape (`tuple[int, int]`): Rows and columns of the batch.
+        presence (`tuple[Tensor | None, Tensor | None, Tensor | None]`): `lengths`, a 0/1 mask, and `missing`.
+        fields (`dict[str, Tensor]`): The fields.
+    """
+
+    shape: tuple[int, int]
+    presence: tuple[Tensor | None, ...]
+    fields: dict[str, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        tensors = [*self.presence, *self.fields.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    def plan(self, mask: Mask) -> MaskPlan:
+        lengths, attention_mask, missing = (None if each is None else each.cpu() for each in self.presence)
+        layout = layout_of_batch(self.shape, torch.device("cpu"), lengths, attention_mask, missing)
+        return MaskPlan(mask, layout, fields={name: self.fields[name].cpu() for name in mask.fields & set(self.fields)})
+
+
 @dataclass
 class _Batches:
     """What a model in training was given since this was last asked for."""
 
     model: Any
     masks: list[Any] = field(default_factory=list)
-    before: _Counted = _Counted()  # under other masks
+    before: _Counted = _Counted()  # under other masks, or when there was no more room
     seen: list[tuple[list[_Side], Tensor | None]] = field(default_factory=list)  # sides, number of targets
-    pairs: dict[AttentionWork, int] = field(default_factory=dict)
+    held: dict[int, list[_Held]] = field(default_factory=dict)  # of each side
+    bytes: int = 0  # that are held
 
     def __post_init__(self):
         self._follow_masks()
 
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Nothing in it waits for the device, unless a mask reads fields or tokens are missing."""
+        """Nothing in it waits for the device, unless tokens are missing or there is no more room."""
         if not (module.training and torch.is_grad_enabled()):
             return
         self._follow_masks()
+        if len(self.seen) == MOST_BATCHES or self.bytes > MOST_HELD:
+            self.before = self.counted()
         given = dict(zip(signature(self.model.forward).parameters, args, strict=False)) | dict(kwargs)
         given = {name: value for name, value in given.items() if value is not None}
         sides: list[_Side] = []
@@ -243,19 +276,28 @@ class _Batches:
             batch = [of_example for of_example in sizes if any(of_example)]
             examples += batch
             targets += sum(of_example[-1] for of_example in batch) if of_labels is None else int(of_labels)
-        flops = PASSES * self.work.forward_flops(examples, targets, self.pairs)
+        flops = PASSES * self.work.forward_flops(examples, targets, self._pairs())
         counted = _Counted._make(map(add, self.before, (tokens, places, computed, flops)))
         self.before = _Counted()
         self.seen.clear()
-        self.pairs.clear()
+        self.held.clear()
+        self.bytes = 0
         return counted
+
+    def _pairs(self) -> dict[AttentionWork, int]:
+        """The pairs that self-attention allows by fields of the batches."""
+        pairs = {}
+        for work in self.work.attention:
+            if work.mask.fields and work.queries == work.keys and work.queries in self.held:
+                pairs[work] = plan_pairs(*(batch.plan(work.mask) for batch in self.held[work.queries]))
+        return pairs
 
     def _side(self, given: dict[str, Any], prefix: str, name: str, shape: tuple[int, ...]) -> _Side:
         """Where the tokens of a side sit."""
         lengths = self._lengths(given, prefix, shape)
         has_frames = name == "input_features"
         if len(shape) == 2 and not has_frames:
-            self._count_pairs(given, prefix, shape, lengths)
+            self._hold(given, prefix, shape, lengths)
         in_layers = self.model.output_lengths(lengths) if has_frames else lengths
         rows = math.prod(shape[:-1])
         return _Side(lengths, in_layers, (rows, shape[-1]), lengths.numel() != rows)
@@ -291,17 +333,17 @@ class _Batches:
             return _lengths_of_runs(positions[0])
         return torch.full((math.prod(shape[:-1]),), shape[-1])
 
-    def _count_pairs(self, given: dict[str, Any], prefix: str, shape: tuple[int, ...], lengths: Tensor) -> None:
-        """Adds the pairs that self-attention allows by fields of the batch."""
+    def _hold(self, given: dict[str, Any], prefix: str, shape: tuple[int, ...], lengths: Tensor) -> None:
+        """Keep what the pairs of a side are counted from, if its masks read fields."""
         side = PREFIXES.index(prefix)
-        for work in self.work.attention:
-            if work.mask.fields and work.queries == work.keys == side:
-                own, mask, missing = _presence(given, prefix, shape)
-                own = lengths if own is None and mask is None else own
-                layout = layout_of_batch((shape[0], shape[1]), lengths.device, own, mask, missing)
-                fields = {name: given[f"{prefix}{name}"] for name in work.mask.fields if f"{prefix}{name}" in given}
-                pairs = plan_pairs(MaskPlan(work.mask, layout, fields=fields))
-                self.pairs[work] = self.pairs.get(work, 0) + pairs
+        names = {name for work in self.work.attention if work.queries == work.keys == side for name in work.mask.fields}
+        if names:
+            own, mask, missing = _presence(given, prefix, shape)
+            own = lengths if own is None and mask is None else own
+            fields = {name: given[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in given}
+            held = _Held((shape[0], shape[1]), (own, mask, missing), fields)
+            self.held.setdefault(side, []).append(held)
+            self.bytes += held.bytes
 
 
 def _seen_by(batches: _Batches) -> Callable:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -19,24 +21,26 @@ from ..data.token_budget import (
     example_lengths,
 )
 from ..modeling_dynmask import DynMaskForQuestionAnswering
+from .resuming import DATA, ResumingMixin
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
-else:
-    Trainer = object  # the real one is heavy, and stands behind the mixin in the class it makes
+    from transformers import TrainingArguments
 
 # What a data loader of ours has of the Trainer's own.
 SETTINGS = ["num_workers", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor"]
 SETTINGS += ["persistent_workers", "in_order"]
 
 
-class TokenBudgetMixin(Trainer):
+class TokenBudgetMixin(ResumingMixin):
     """
     Trains on batches of a budget of tokens, see [`TokenBudgetBatchSampler`], in any [`~transformers.Trainer`] class.
 
     Evaluation and prediction are the Trainer's own. So are the training loop, the loss, checkpoints, and resuming:
-    in mid-epoch as well, with `ignore_data_skip=False`, on the same number of processes. Batches are drawn with
-    `data_seed`, or else `seed`.
+    in mid-epoch as well, with `ignore_data_skip=False`. Batches are drawn with `data_seed`, or else `seed`.
+
+    A run that resumes with another budget, seed, number of processes, gradient accumulation or data set would skip
+    other examples than it was trained on. It says so before the first step: in mid-epoch with an error, unless
+    `ignore_data_skip=True` has the epoch begin again; at the end of an epoch with a warning.
 
     Lengths come from the column `length_column_name` of the training arguments (`"length"`), or else `lengths`, or
     else are counted in `input_ids` or `input_features` when training begins. For an encoder-decoder, give a column
@@ -68,7 +72,8 @@ class TokenBudgetMixin(Trainer):
         ValueError: When training begins: `max_tokens` is smaller than the longest example, or missing for a stream; an
             example has no length; the examples cannot make equally many batches on each process; there are several
             devices in this process; `train_sampling_strategy` is not `"random"`; `split_batches` or `dispatch_batches`
-            is set. In training: a batch has more tokens than the budget, since its column of lengths is wrong.
+            is set; the run resumes in mid-epoch and makes other batches. In training: a batch has more tokens than the
+            budget, since its column of lengths is wrong.
 
     Example:
 
@@ -86,6 +91,7 @@ class TokenBudgetMixin(Trainer):
         self.truncate = truncate
         self.buffer_size = buffer_size
         self._batch_sampler: TokenBudgetBatchSampler | None = None
+        self._lengths = ""  # a hash of the lengths of all examples
         super().__init__(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -94,6 +100,7 @@ class TokenBudgetMixin(Trainer):
         if isinstance(self.train_dataset, IterableDataset):
             if self.max_tokens is None:
                 raise ValueError("`max_tokens` must be given for a stream, whose mean length is not known; got None")
+            self._batch_sampler = None
             return self._loader_of_stream(self._stock_loader(self.max_tokens), self.train_dataset, self.max_tokens)
         self._batch_sampler = self._make_batch_sampler(self.train_dataset)
         stock = self._stock_loader(self._batch_sampler.max_tokens)
@@ -124,8 +131,16 @@ class TokenBudgetMixin(Trainer):
             return super().get_total_train_batch_size(args)
         return max(1, round(len(sampler.lengths) / sampler.num_steps * args.gradient_accumulation_steps))
 
+    def _batch_settings(self) -> dict[str, Any]:
+        settings = super()._batch_settings() | {"max_tokens": self.max_tokens, "truncate": self.truncate}
+        del settings["batch size"]  # which the budget stands in for
+        if self._batch_sampler is None:
+            return settings | {"buffer_size": self.buffer_size}
+        return settings | {"max_tokens": self._batch_sampler.max_tokens, DATA: [settings[DATA], self._lengths]}
+
     def _make_batch_sampler(self, dataset: Any) -> TokenBudgetBatchSampler:
         lengths = example_lengths(dataset, self.args.length_column_name)
+        self._lengths = hashlib.blake2b(np.array(lengths).tobytes(), digest_size=8).hexdigest()
         max_tokens = self.max_tokens
         if max_tokens is None:
             of_batch = math.ceil(sum(lengths) * self._train_batch_size / max(1, len(lengths)))
@@ -151,16 +166,6 @@ class TokenBudgetMixin(Trainer):
         settings = {name: getattr(stock, name) for name in SETTINGS}
         with _batches_as_they_are(self.accelerator):
             return self.accelerator.prepare(DataLoader(dataset, **arguments, **settings))
-
-    @property
-    def _num_replicas(self) -> int:
-        """Processes that have batches of their own, unlike those which share the work on one batch."""
-        total = super().get_total_train_batch_size(self.args)
-        return total // (self._train_batch_size * self.args.gradient_accumulation_steps)
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
 
 def _check(args: TrainingArguments) -> None:

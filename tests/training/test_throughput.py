@@ -290,15 +290,59 @@ def test_frames_behind_convolutions(tmp_path):
     assert logged(history, "train_padding_avoided") == [(4, pytest.approx(1 - sum(LENGTHS) / sum(padded(LENGTHS))))]
 
 
+KINDS = {**LABELLED, "segment_ids": lambda k, length: [place % 2 for place in range(length)]}
+
+
+def by_segments():
+    return DynMaskForSequenceClassification(DynMaskConfig(**SIZES, mask="segments"))
+
+
 def test_masks_that_read_fields(tmp_path):
     """The pairs of each batch are counted: here each token sees the tokens of its kind."""
-    data = examples(**LABELLED, segment_ids=lambda k, length: [place % 2 for place in range(length)])
-    model = DynMaskForSequenceClassification(DynMaskConfig(**SIZES, mask="segments"))
-    history = train(model, DataCollatorWithLengths(TOKENIZER), data, tmp_path)
+    model = by_segments()
+    history = train(model, DataCollatorWithLengths(TOKENIZER), examples(**KINDS), tmp_path)
     work = model_work(model)
     (attention,) = work.attention
     pairs = sum((length // 2) ** 2 + (length - length // 2) ** 2 for length in LENGTHS)
     assert logged(history, "train_real_flops") == [(4, 3 * work.forward_flops(ONE_SIDE, pairs={attention: pairs}))]
+
+
+def test_pairs_are_counted_when_something_is_logged(monkeypatch, tmp_path):
+    """Not in the forward pass, and by a clock that stands still."""
+    counted = []
+    ticks = count()
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+
+    def slow(*plans):
+        counted.append(len(plans))
+        for _ in range(100):
+            next(ticks)
+        return 1
+
+    monkeypatch.setattr(throughput, "plan_pairs", slow)
+    history = train(by_segments(), DataCollatorWithLengths(TOKENIZER), examples(**KINDS), tmp_path)
+    assert counted == [2, 2]
+    assert logged(history, "real_tokens_per_second") == [(2, sum(LENGTHS[:4]) / 2), (4, sum(LENGTHS[4:]) / 2)]
+
+
+@pytest.mark.parametrize("name, most", [("MOST_BATCHES", 3), ("MOST_HELD", 1)])
+def test_what_waits_to_be_counted_has_a_bound(name, most, monkeypatch, tmp_path):
+    """Where nothing is logged for long; the sums stay the same."""
+    histories, held = [], []
+    see = throughput._Batches.see
+
+    def watched(self, *args):
+        see(self, *args)
+        held.append((len(self.seen), sum(map(len, self.held.values()))))
+
+    for bound in (getattr(throughput, name), most):
+        monkeypatch.setattr(throughput, name, bound)
+        monkeypatch.setattr(throughput._Batches, "see", watched)
+        history = train(by_segments(), DataCollatorWithLengths(TOKENIZER), examples(**KINDS), tmp_path, logging_steps=4)
+        histories.append(logged(history, "train_real_flops") + logged(history, "real_tokens_per_second"))
+    assert histories[0] == histories[1]
+    assert held[:4] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert max(held[4:]) == ((3, 3) if name == "MOST_BATCHES" else (1, 1))
 
 
 @pytest.mark.parametrize("logging_steps", [1, 4])

@@ -1,0 +1,168 @@
+"""A Trainer that says before its first step what does not fit the checkpoint that it resumes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from logging import getLogger
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+from transformers.trainer_callback import TrainerCallback, TrainerState
+
+from ..data.columns import MAIN_COLUMNS
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # heavy to import, and there already in any class that mixes this in
+
+logger = getLogger(__name__)
+
+KEY = "hf_dynmask"  # of the record in `trainer_state.json`, among those of callbacks
+SAMPLED = 64  # examples that a data set is told by
+DATA = "data set"
+
+
+class ResumingMixin(Trainer):
+    """
+    Makes a [`~transformers.Trainer`] compare the settings that its batches follow from with those of the run whose
+    checkpoint it resumes from. They are saved with each checkpoint, in `trainer_state.json`.
+
+    A run that resumes skips as many batches as the epoch has had. Where these are others than it was trained on, some
+    examples would come twice and others never: this is an error, unless `ignore_data_skip=True` has the epoch begin
+    again. At the end of an epoch, and for settings that targets follow from, it is a warning. A checkpoint of a former
+    release, or of another Trainer, does not say how its batches were made: in mid-epoch that is a warning, too.
+
+    The examples of a data set are told by their number, by up to 64 of them (of a list or `datasets.Dataset`, by
+    `input_ids` or `input_features`), and, with a budget of tokens, by the lengths of all. Those of a stream are not.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Record(self))
+
+    def _batch_settings(self) -> dict[str, Any]:
+        """What the batches of an epoch follow from."""
+        dataset: Any = self.train_dataset
+        settings = {
+            "seed": self._data_seed,
+            "batch size": self._train_batch_size,
+            "number of processes": self._num_replicas,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+        }
+        if not isinstance(dataset, IterableDataset):
+            settings |= {"number of examples": len(dataset), DATA: _fingerprint(dataset)}
+        return settings
+
+    def _target_settings(self) -> dict[str, Any]:
+        """What the targets of the examples follow from."""
+        return {}
+
+    @property
+    def _num_replicas(self) -> int:
+        """Processes that have batches of their own, unlike those which share the work on one batch."""
+        total = super().get_total_train_batch_size(self.args)
+        return total // (self._train_batch_size * self.args.gradient_accumulation_steps)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _load_callback_state(self) -> None:
+        states: Any = self.state.stateful_callbacks
+        record = states.pop(KEY, None)  # which is no callback to restore
+        super()._load_callback_state()
+        if record is not None:
+            states[KEY] = record
+
+
+class _Record(TrainerCallback):
+    """Reads the record of the checkpoint that a run resumes from, and leaves its own for the next ones."""
+
+    def __init__(self, trainer: ResumingMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state: TrainerState, control, *, train_dataloader: Any = None, **kwargs):
+        steps = _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
+        found = {"batches": self.trainer._batch_settings(), "targets": self.trainer._target_settings(), "steps": steps}
+        found = json.loads(json.dumps(found))  # as it comes back
+        states: Any = state.stateful_callbacks
+        if state.global_step:
+            _compare(args, state, states.get(KEY, {}).get("attributes"), found)
+        states[KEY] = {"args": {}, "attributes": found}
+
+
+def _compare(args: Any, state: TrainerState, saved: Any, found: dict[str, Any]) -> None:
+    step, steps = state.global_step, found["steps"]
+    if saved is None:
+        if steps is None or step % steps:
+            _warn(
+                state,
+                f"the checkpoint of step {step} does not say how its batches were made. Unless they were made as in "
+                "this run, some examples of the epoch under way come twice and others never",
+            )
+        return
+    if changed := _changes(saved["targets"], found["targets"]):
+        _warn(
+            state,
+            f"the run that resumes from the checkpoint of step {step} draws other targets: {changed}. Those of the "
+            "steps before do not come again",
+        )
+    if not (changed := _changes(saved["batches"], found["batches"])):
+        return
+    differs = f"the run that resumes from the checkpoint of step {step} makes other batches: {changed}. "
+    if steps is not None and steps == saved["steps"] and step % steps == 0:
+        _warn(state, f"{differs}The checkpoint ends an epoch, so no example comes twice in one; the next epochs differ")
+    elif args.ignore_data_skip:
+        _warn(state, f"{differs}The epoch under way begins again: what it has had comes twice")
+    else:
+        raise ValueError(
+            f"{differs}The batches to skip are not those that it was trained on: some examples of the epoch would come "
+            "twice, others never. Resume with the settings of the checkpoint, or begin the epoch again with "
+            "`ignore_data_skip=True`"
+        )
+
+
+def _changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The settings that differ, with both values."""
+    changes = []
+    for name in dict.fromkeys([*found, *saved]):
+        one, other = saved.get(name), found.get(name)
+        if one != other and name == DATA:
+            changes.append("another data set, or another order")
+        elif one != other:
+            changes.append(f"{name} was {one!r} and is {other!r}")
+    return ", ".join(changes)
+
+
+def _warn(state: TrainerState, message: str) -> None:
+    if state.is_world_process_zero:
+        logger.warning(message)
+
+
+def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
+    """Optimizer steps; `None` of a stream."""
+    try:
+        return math.ceil(len(loader) / accumulation)
+    except TypeError:
+        return None
+
+
+def _fingerprint(dataset: Any) -> str:
+    """A hash of some of the examples, in their order, as far as they can be had as they are."""
+    digest = hashlib.blake2b(digest_size=8)
+    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
+        names = [name for name in MAIN_COLUMNS if name in dataset.column_names]
+        dataset = dataset.select_columns(names).with_format(None)  # no transform, which may draw random numbers
+    elif not isinstance(dataset, list | tuple):
+        return digest.hexdigest()
+    for place in dict.fromkeys(np.linspace(0, len(dataset) - 1, SAMPLED).astype(int).tolist() if len(dataset) else []):
+        example = dataset[place]
+        for name in MAIN_COLUMNS:
+            if isinstance(example, Mapping) and name in example:
+                digest.update(np.asarray(example[name], dtype=np.float64).tobytes() + b"\0")
+    return digest.hexdigest()
