@@ -13,6 +13,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, logging
 
+from .messages import shown
+
 CONFIG_VERSION = 1  # raised where older code would misread what newer code saves
 HERE = Path(__file__).parent  # of the package, or of the copy of a checkpoint's code that transformers runs
 MODULE = re.compile(r"\w+\.py")
@@ -36,18 +38,13 @@ def _is_record(code: Any) -> None:
         return
     of_version, hashes = (code.get("version"), code.get("sha256")) if isinstance(code, dict) else (None, None)
     if not (isinstance(of_version, str) and isinstance(hashes, dict)):
-        raise ValueError(f"`dynmask_code` must be {{'version': text, 'sha256': {{file: hash}}}}; got {_short(code)}")
+        raise ValueError(f"`dynmask_code` must be {{'version': text, 'sha256': {{file: hash}}}}; got {shown(code)}")
     for name, value in hashes.items():
         if not (MODULE.fullmatch(name) and isinstance(value, str) and SHA256.fullmatch(value)):
             raise ValueError(
                 "`dynmask_code` must give a SHA-256 of 64 hexadecimal digits for names such as 'masks.py'; "
-                f"got {_short({name: value})}"
+                f"got {shown({name: value})}"
             )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 @strict

@@ -151,7 +151,7 @@ def test_png_without_matplotlib(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["causal &", "--lengths", "3"], "mask does not parse at column 9: invalid syntax; got 'causal &'"),
+        (["causal &", "--lengths", "3"], "column 9: expected a mask, not the end; got 'causal &'"),
         (["full & windw(3)", "--lengths", "3"], "column 8: unknown mask `windw`; did you mean `window`"),
         (["causal", "--lengths", "12,a"], "--lengths must be numbers of tokens joined by commas.*; got '12,a'"),
         (["causal", "--lengths", "-3"], "`lengths` must not be negative; got -3"),
