@@ -148,7 +148,7 @@ GIVEN: list[tuple[list[str], str]] = [
     (["show", "segments", "--lengths", "1", "--field", "segment_ids=" + "[" * 9000], "--field must be"),
     (["show", "full", "--lengths", "3", "--png", "."], "Is a directory"),
     (["show", "full", "--lengths", "100000", "--block-size", "1", "--png", "a.png"], "100,000 blocks, .* for 4,096"),
-    (["show", "fu\x00ll", "--lengths", "3"], "unknown mask `fu`"),
+    (["show", "fu\x00ll", "--lengths", "3"], "mask does not parse at column"),
     # Checkpoints
     *broken("stock", "cut", "stock-cut is broken, or no checkpoint: SafetensorError"),
     *broken("stock", "empty", "stock-empty is broken, or no checkpoint: SafetensorError"),
