@@ -418,18 +418,17 @@ def check(
     Exit code 1 if it does not. Code that comes with a checkpoint is not run. It is compared with the installed package,
     if that has the version which the checkpoint names, else with the hashes in the checkpoint.
     """
-    with _one_line_errors():
-        if compared := verify_code(model):
-            typer.echo(f"code: no difference from {compared}")
-        texts = None if data is None else text_column(read_dataset(data, split), column)
-        dtypes = [getattr(torch, name.value) for name in dtype or (Precision.float32, Precision.bfloat16)]
-        table = Table("what", "dtype", "found", "allowed", "")
-        is_right = True
-        for finding in check_model(model, texts, dtypes):
-            verdict = "right" if finding.is_right else Text("WRONG", style="bold red")
-            numbers = (f"{finding.found:.3g}", f"{finding.allowed:.3g}")
-            table.add_row(finding.what, str(finding.dtype).removeprefix("torch."), *numbers, verdict)
-            is_right = is_right and finding.is_right
+    if compared := verify_code(model):
+        typer.echo(f"code: no difference from {compared}")
+    texts = None if data is None else text_column(read_dataset(data, split), column)
+    dtypes = [getattr(torch, name.value) for name in dtype or (Precision.float32, Precision.bfloat16)]
+    table = Table("what", "dtype", "found", "allowed", "")
+    is_right = True
+    for finding in check_model(model, texts, dtypes):
+        verdict = "right" if finding.is_right else Text("WRONG", style="bold red")
+        numbers = (f"{finding.found:.3g}", f"{finding.allowed:.3g}")
+        table.add_row(finding.what, str(finding.dtype).removeprefix("torch."), *numbers, verdict)
+        is_right = is_right and finding.is_right
     Console(highlight=False).print(table)
     if not is_right:
         raise typer.Exit(1)
@@ -444,9 +443,8 @@ Output = Annotated[Path, typer.Argument(metavar="OUT", help="A folder: new, empt
 @app.command()
 def export(source: Source, output: Output) -> None:
     """Write a DynMask checkpoint with its code, for those who do not have this package."""
-    with _one_line_errors():
-        export_model(load(source), output, load_tokenizer(source))
-        typer.echo(f"wrote {output}")
+    export_model(load(source), output, load_tokenizer(source))
+    typer.echo(f"wrote {output}")
 
 
 @app.command()
@@ -462,7 +460,7 @@ def convert(
 
     What was written is loaded again and compared before it takes its place.
     """
-    with _one_line_errors(), replacing(output) as new:
+    with replacing(output) as new:
         tokenizer, config = load_tokenizer(source), read_config(source)
         if type(config) in AUTO_CLASSES:
             ours = load(source)
