@@ -16,11 +16,6 @@ layers can look up what it was given. Models of the class that run with another 
 may be wrapped by others, and happens once, however often the package is imported.
 """
 
-from . import masks
-from .attention import dynmask_attention
-from .configuration_dynmask import DynMaskConfig
-from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
-from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .conversion import from_transformers, to_transformers
 from .data import (
     DataCollatorForDynamicMasking,
@@ -30,8 +25,13 @@ from .data import (
     TokenBudgetBatchSampler,
     TokenBudgetIterableDataset,
 )
-from .layout import SequenceLayout
-from .modeling_dynmask import (
+from .modeling import masks
+from .modeling.attention import dynmask_attention
+from .modeling.configuration_dynmask import DynMaskConfig
+from .modeling.configuration_dynmask_recurrent import DynMaskRecurrentConfig
+from .modeling.configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
+from .modeling.layout import SequenceLayout
+from .modeling.modeling_dynmask import (
     DynMaskForCausalLM,
     DynMaskForCTC,
     DynMaskForMaskedLM,
@@ -42,19 +42,23 @@ from .modeling_dynmask import (
     DynMaskModel,
     DynMaskPreTrainedModel,
 )
-from .modeling_dynmask_recurrent import (
+from .modeling.modeling_dynmask_recurrent import (
     DynMaskRecurrentForSequenceClassification,
     DynMaskRecurrentForTokenClassification,
     DynMaskRecurrentModel,
+    DynMaskRecurrentPreTrainedModel,
 )
-from .modeling_dynmask_seq2seq import (
+from .modeling.modeling_dynmask_seq2seq import (
     DynMaskForConditionalGeneration,
     DynMaskSeq2SeqForSequenceClassification,
     DynMaskSeq2SeqModel,
+    DynMaskSeq2SeqPreTrainedModel,
 )
-from .plan import MaskPlan
+from .modeling.plan import MaskPlan
 from .registration import register
-from .stock import set_mask
+from .stock.attention import set_mask
+from .tools.plotting import plot_mask
+from .tools.sharing import export
 from .training import DynamicMaskingMixin, MaskSchedule, ThroughputCallback, TokenBudgetMixin
 
 register()
@@ -79,9 +83,11 @@ __all__ = [
     "DynMaskRecurrentForSequenceClassification",
     "DynMaskRecurrentForTokenClassification",
     "DynMaskRecurrentModel",
+    "DynMaskRecurrentPreTrainedModel",
     "DynMaskSeq2SeqConfig",
     "DynMaskSeq2SeqForSequenceClassification",
     "DynMaskSeq2SeqModel",
+    "DynMaskSeq2SeqPreTrainedModel",
     "DynamicMaskingMixin",
     "MaskPlan",
     "MaskSchedule",
@@ -91,8 +97,10 @@ __all__ = [
     "TokenBudgetIterableDataset",
     "TokenBudgetMixin",
     "dynmask_attention",
+    "export",
     "from_transformers",
     "masks",
+    "plot_mask",
     "set_mask",
     "to_transformers",
 ]

@@ -20,15 +20,17 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from typer.core import TyperGroup
 
-from .attention import auto_choice
-from .audit import audit_dataset, histogram
-from .check import check_model, compare, load_stock
 from .conversion import from_transformers, to_transformers
-from .fields import FIELD_SHAPES
-from .layout import SequenceLayout
-from .masks import Mask, parse
-from .plan import BLOCK_SIZE, MaskPlan
-from .plotting import (
+from .modeling.attention import auto_choice
+from .modeling.fields import FIELD_SHAPES
+from .modeling.layout import SequenceLayout
+from .modeling.masks import Mask, parse
+from .modeling.plan import BLOCK_SIZE, MaskPlan
+from .registration import AUTO_CLASSES
+from .tools.audit import audit_dataset, histogram
+from .tools.check import check_model, compare, load_stock
+from .tools.dataset_files import read_dataset, text_column
+from .tools.plotting import (
     EMPTY,
     FULL,
     PARTIAL,
@@ -42,12 +44,10 @@ from .plotting import (
     plot_mask,
     plot_masks,
 )
-from .reading import EXPECTED, read_config, reading
-from .registration import AUTO_CLASSES
-from .shared_code import verify_code
-from .sharing import export as export_model
-from .sharing import load, load_tokenizer, replacing, write
-from .texts import read_dataset, text_column
+from .tools.reading import EXPECTED, read_config, reading
+from .tools.shared_code import verify_code
+from .tools.sharing import export as export_model
+from .tools.sharing import load, load_tokenizer, replacing, write
 
 MARGIN = 8  # columns of the terminal that positions of queries take
 CELL = 2  # that a cell, or a block, takes

@@ -22,11 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from . import stock_models
-from .configuration_dynmask import DynMaskConfig
-from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
-from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
-from .modeling_dynmask import (
+from .modeling.configuration_dynmask import DynMaskConfig
+from .modeling.configuration_dynmask_recurrent import DynMaskRecurrentConfig
+from .modeling.configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
+from .modeling.modeling_dynmask import (
     DynMaskForCausalLM,
     DynMaskForCTC,
     DynMaskForMaskedLM,
@@ -36,19 +35,20 @@ from .modeling_dynmask import (
     DynMaskForTokenClassification,
     DynMaskModel,
 )
-from .modeling_dynmask_recurrent import (
+from .modeling.modeling_dynmask_recurrent import (
     DynMaskRecurrentForSequenceClassification,
     DynMaskRecurrentForTokenClassification,
     DynMaskRecurrentModel,
 )
-from .modeling_dynmask_seq2seq import (
+from .modeling.modeling_dynmask_seq2seq import (
     DynMaskForConditionalGeneration,
     DynMaskSeq2SeqForSequenceClassification,
     DynMaskSeq2SeqModel,
 )
-from .stock import dynmask_attention_forward
-from .stock_batches import NAME
-from .stock_masks import dynmask_mask
+from .stock import models as stock_models
+from .stock.attention import dynmask_attention_forward
+from .stock.batches import NAME
+from .stock.masks import dynmask_mask
 
 AUTO_CLASSES = {
     DynMaskConfig: {

@@ -42,11 +42,11 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from cards import Results, describe_environment, table, write_json
-from common import IGNORED, parse_arguments
 from hf_dynmask import TokenBudgetBatchSampler
-from timing import time_in_turns
-from workloads import (
+from support.cards import Results, describe_environment, table, write_json
+from support.common import IGNORED, parse_arguments
+from support.timing import time_in_turns
+from support.workloads import (
     LENGTHS,
     PASSES,
     Batch,

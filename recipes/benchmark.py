@@ -41,11 +41,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import BartConfig, BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from cards import Results, describe_environment, table, write_json
-from common import parse_arguments
 from hf_dynmask import SequenceLayout, TokenBudgetBatchSampler, dynmask_attention, masks
-from timing import Job, peak_memory, time_in_turns
-from workloads import (
+from support.cards import Results, describe_environment, table, write_json
+from support.common import parse_arguments
+from support.timing import Job, peak_memory, time_in_turns
+from support.workloads import (
     LENGTHS,
     PASSES,
     SHAPES,

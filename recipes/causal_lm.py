@@ -37,16 +37,11 @@ from transformers import (
     set_seed,
 )
 
-from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
-from common import IGNORED, CommonArguments, load_model, load_texts, parse_arguments, special_token_ids
-from hf_dynmask import (
-    DataCollatorWithLengths,
-    DynMaskConfig,
-    DynMaskForCausalLM,
-    to_transformers,
-)
-from measuring import Contenders, compare, perplexity_of, unigram_perplexity
-from samples import resolve_model
+from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForCausalLM, to_transformers
+from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
+from support.common import IGNORED, CommonArguments, load_model, load_texts, parse_arguments, special_token_ids
+from support.measuring import Contenders, compare, perplexity_of, unigram_perplexity
+from support.samples import resolve_model
 
 METRIC = "perplexity"
 END, PADDING = "<|endoftext|>", "<|padding|>"

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hf_dynmask.cli import app
-from samples import MODELS, PREFIX, resolve_dataset, resolve_model
+from support.samples import MODELS, PREFIX, resolve_dataset, resolve_model
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -38,16 +38,12 @@ from transformers import (
     set_seed,
 )
 
-from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
-from common import CommonArguments, parse_arguments, special_token_ids
-from hf_dynmask import (
-    DataCollatorForSeq2SeqWithLengths,
-    DynMaskForConditionalGeneration,
-    DynMaskSeq2SeqConfig,
-)
+from hf_dynmask import DataCollatorForSeq2SeqWithLengths, DynMaskForConditionalGeneration, DynMaskSeq2SeqConfig
 from hf_dynmask.data import patch_positions, patches
-from measuring import Contenders, best_constant, compare, without_lengths
-from samples import resolve_files
+from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
+from support.common import CommonArguments, parse_arguments, special_token_ids
+from support.measuring import Contenders, best_constant, compare, without_lengths
+from support.samples import resolve_files
 
 METRIC = "chrf"
 PAD, START, END = "<pad>", "<s>", "</s>"

@@ -37,11 +37,11 @@ from transformers import (
     set_seed,
 )
 
-from cards import Results, describe_source, describe_training, model_card, report
-from common import IGNORED, CommonArguments, dropout_of, load_model, load_texts, parse_arguments
 from hf_dynmask import DataCollatorForDynamicMasking, DynamicMaskingMixin, to_transformers
-from measuring import Contenders, compare, perplexity_of, unigram_perplexity
-from samples import resolve_model
+from support.cards import Results, describe_source, describe_training, model_card, report
+from support.common import IGNORED, CommonArguments, dropout_of, load_model, load_texts, parse_arguments
+from support.measuring import Contenders, compare, perplexity_of, unigram_perplexity
+from support.samples import resolve_model
 
 METRIC = "perplexity"
 DEFAULTS = {

@@ -38,11 +38,11 @@ from transformers import (
     set_seed,
 )
 
-from cards import Results, describe_source, describe_training, model_card, report
-from common import CommonArguments, check_texts, dropout_of, load_columns, load_model, parse_arguments
 from hf_dynmask import DataCollatorWithLengths, to_transformers
-from measuring import Contenders, compare
-from samples import resolve_model
+from support.cards import Results, describe_source, describe_training, model_card, report
+from support.common import CommonArguments, check_texts, dropout_of, load_columns, load_model, parse_arguments
+from support.measuring import Contenders, compare
+from support.samples import resolve_model
 
 METRIC, OTHERS = "f1", ["exact_match"]
 MAX_ANSWER_TOKENS = 30

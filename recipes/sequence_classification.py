@@ -31,15 +31,11 @@ from transformers import (
     set_seed,
 )
 
-from cards import Results, describe_source, describe_training, model_card, report
-from common import CommonArguments, dropout_of, load_columns, load_model, names_of, parse_arguments
-from hf_dynmask import (
-    DataCollatorWithLengths,
-    DynMaskPreTrainedModel,
-    to_transformers,
-)
-from measuring import Contenders, compare
-from samples import resolve_model
+from hf_dynmask import DataCollatorWithLengths, DynMaskPreTrainedModel, to_transformers
+from support.cards import Results, describe_source, describe_training, model_card, report
+from support.common import CommonArguments, dropout_of, load_columns, load_model, names_of, parse_arguments
+from support.measuring import Contenders, compare
+from support.samples import resolve_model
 
 METRIC = "accuracy"
 DEFAULTS = {

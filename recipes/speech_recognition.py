@@ -45,11 +45,11 @@ from transformers import (
     set_seed,
 )
 
-from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
-from common import CommonArguments, parse_arguments
 from hf_dynmask import DataCollatorForFeatures, DynMaskConfig, DynMaskForCTC
-from measuring import Contenders, best_constant, compare, without_lengths
-from samples import resolve_files
+from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
+from support.common import CommonArguments, parse_arguments
+from support.measuring import Contenders, best_constant, compare, without_lengths
+from support.samples import resolve_files
 
 METRIC, OTHERS = "cer", ["wer"]
 MEL_BINS = 80

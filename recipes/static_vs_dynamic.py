@@ -40,8 +40,6 @@ from transformers import (
 import causal_lm
 import masked_lm
 import sequence_classification
-from cards import Results, describe_environment, describe_source, describe_training
-from common import ReportArguments, check_texts, dropout_of, load_columns, load_texts, names_of, parse_arguments
 from hf_dynmask import (
     DataCollatorForDynamicMasking,
     DataCollatorWithLengths,
@@ -50,9 +48,11 @@ from hf_dynmask import (
     from_transformers,
     to_transformers,
 )
-from measuring import Collator, train_and_evaluate, unigram_perplexity
 from sequence_classification import encode_labels, load_classifier
-from variants import Measured, Variants, make_figure, measure, report, variants_card
+from support.cards import Results, describe_environment, describe_source, describe_training
+from support.common import ReportArguments, check_texts, dropout_of, load_columns, load_texts, names_of, parse_arguments
+from support.measuring import Collator, train_and_evaluate, unigram_perplexity
+from support.variants import Measured, Variants, make_figure, measure, report, variants_card
 
 FINAL_MASK = "causal"
 WIDENING = {0: "causal & window(31, 0)", 0.4: "causal & window(127, 0)", 0.8: FINAL_MASK}

@@ -23,7 +23,7 @@ from statistics import fmean
 from datasets import DatasetDict
 from rouge_score.rouge_scorer import RougeScorer
 
-from seq2seq import Seq2SeqArguments, Task, run, task_card
+from support.seq2seq import Seq2SeqArguments, Task, run, task_card
 
 METRICS = ["rouge1", "rouge2", "rougeL"]
 USAGE = """

@@ -41,8 +41,9 @@ from transformers import (
     set_seed,
 )
 
-from cards import Results, describe_new_model, describe_source, describe_training, model_card, report
-from common import (
+from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForTokenClassification, to_transformers
+from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
+from support.common import (
     IGNORED,
     CommonArguments,
     dropout_of,
@@ -52,9 +53,8 @@ from common import (
     parse_arguments,
     special_token_ids,
 )
-from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForTokenClassification, to_transformers
-from measuring import Contenders, compare
-from samples import resolve_model
+from support.measuring import Contenders, compare
+from support.samples import resolve_model
 
 METRIC, OTHERS = "f1", ["precision", "recall"]
 HEAD_SIZE = 32

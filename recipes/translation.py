@@ -21,7 +21,7 @@ from functools import partial
 from datasets import DatasetDict
 from sacrebleu import corpus_bleu, corpus_chrf
 
-from seq2seq import Seq2SeqArguments, Task, run, task_card
+from support.seq2seq import Seq2SeqArguments, Task, run, task_card
 
 USAGE = """
 import hf_dynmask  # registers the model type with transformers

@@ -19,20 +19,21 @@ FAULTS_OF_OLD_RELEASES = {
         for number in (1, 2)
     ],
     ("transformers<5.18", "penalties count padding as tokens of the prompt"): [
-        "tests/test_generation.py::test_the_tokens_are_those_of_the_stock_model_whatever_the_form[mistral-penalties]"
+        "tests/modeling/test_generation.py::test_the_tokens_are_those_of_the_stock_model_whatever_the_form[mistral-penalties]"
     ],
     ("transformers<5.18", "a resumed run loads the optimizer onto `cpu:0`, which torch does not know"): [
         "tests/training/test_token_budget_mixin.py::test_two_processes",
         "tests/training/test_deepspeed.py::",
     ],
     ("transformers<5.20", "the suite passes a `device` to rotary positions, which ours do not take"): [
-        "tests/test_modeling_common_suite.py::test_model_rope_scaling_frequencies"
+        "tests/modeling/test_modeling_common_suite.py::test_model_rope_scaling_frequencies"
     ],
     ("transformers<5.22", "the suite skips it for models whose files bear no year"): [
-        "tests/test_modeling_common_suite.py::test_can_init_all_missing_weights"
+        "tests/modeling/test_modeling_common_suite.py::test_can_init_all_missing_weights"
     ],
     ("transformers<5.24", "the common suite lacks tests that tables name"): [
-        f"tests/test_modeling_common_suite.py::test_tables_name_tests_of_the_suite[table{number}]" for number in (0, 6)
+        f"tests/modeling/test_modeling_common_suite.py::test_tables_name_tests_of_the_suite[table{number}]"
+        for number in (0, 6)
     ],
     ("huggingface_hub<2.2", "cards are validated by huggingface.co, whatever `HF_ENDPOINT` says"): [
         "tests/test_hub.py::test_a_card_stays_when_its_model_is_pushed_again"

@@ -12,9 +12,10 @@ from matplotlib import image, pyplot
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
-from hf_dynmask import attention_flex, attention_varlen, cli, masks
+from hf_dynmask import cli, masks
 from hf_dynmask.cli import app
-from hf_dynmask.plotting import EMPTY, FULL, PARTIAL, mask_panels
+from hf_dynmask.modeling import attention_flex, attention_varlen
+from hf_dynmask.tools.plotting import EMPTY, FULL, PARTIAL, mask_panels
 
 EXPRESSION = "causal & window(3, 0) | global_tokens(2)"
 SEGMENTS = "[[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]"

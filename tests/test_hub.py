@@ -43,7 +43,6 @@ from transformers import (
 from typer.testing import CliRunner
 
 import sequence_classification
-from common import load_model
 from hf_dynmask import (
     DataCollatorWithLengths,
     DynMaskConfig,
@@ -52,11 +51,12 @@ from hf_dynmask import (
     DynMaskSeq2SeqConfig,
 )
 from hf_dynmask.cli import app
-from hf_dynmask.shared_code import verify_code
-from hf_dynmask.sharing import export
+from hf_dynmask.tools.shared_code import verify_code
+from hf_dynmask.tools.sharing import export
 from hub_server import HOST, TOKEN, USER, Hub
 from recipe_examples import write_examples
-from samples import resolve_dataset, resolve_model
+from support.common import load_model
+from support.samples import resolve_dataset, resolve_model
 
 REPOSITORY = Path(__file__).parents[1]
 FIGURE = "sequence_classification.png"
@@ -422,7 +422,7 @@ def pull_code(folder: Path) -> Any:
 def test_an_export_of_a_recipe(trained, user, hub, stranger, tmp_path):
     """With the package, its own code runs; without it, that of the repository. Outputs are the same."""
     (pushed, pulled), tokens, card = user(push_export, trained, tmp_path / "export")
-    assert pulled == pushed and pushed[1] == "hf_dynmask.modeling_dynmask"
+    assert pulled == pushed and pushed[1] == "hf_dynmask.modeling.modeling_dynmask"
     run = stranger("exported", "trusts")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == pushed[0]

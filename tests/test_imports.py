@@ -16,21 +16,28 @@ REPOSITORY = Path(__file__).parents[1]
 
 # A room may import from its own level and from those above it in this list.
 LEVELS = [
-    ["layout", "fields", "messages"],
-    ["masks"],
-    ["plan", "pairs", "configuration_*"],
-    ["cached"],
-    ["attention_*"],
-    ["attention"],
-    ["graph"],
-    ["features"],
-    ["batch"],
-    ["modules"],
-    ["modeling_*"],
-    ["stock", "stock_*"],
-    ["work", "texts", "reading", "folders"],
-    ["registration", "shared_code", "conversion", "sharing", "data", "training", "plotting"],
-    ["audit", "check"],
+    ["modeling.messages"],
+    ["modeling.layout"],
+    ["modeling.fields", "modeling.frames"],
+    ["modeling.mask_expressions"],
+    ["modeling.mask_leaves"],
+    ["modeling.mask_text"],
+    ["modeling.masks"],
+    ["modeling.plan", "modeling.configuration_*", "modeling.compile_ops"],
+    ["data"],  # which needs no model
+    ["modeling.kv_cache", "modeling.graph_layout"],
+    ["modeling.attention_*"],
+    ["modeling.attention"],
+    ["modeling.graph_attention"],
+    ["modeling.batch", "modeling.embedding", "modeling.losses"],
+    ["modeling.features", "modeling.generation"],
+    ["modeling.modules", "modeling.modeling_base"],
+    ["modeling.heads"],
+    ["modeling.modeling_*"],
+    ["stock"],
+    ["registration", "conversion"],
+    ["training"],
+    ["tools"],
     ["cli"],
 ]
 TRAVELS_WITH_A_CHECKPOINT = ["configuration_*", "modeling_*"]
@@ -57,9 +64,12 @@ def imports(path: Path, root: Path) -> Iterator[Import]:
 
 
 def room(target: str) -> str | None:
-    """Which room of the package a dotted name is in; empty for the package itself, `None` for anything else."""
-    parts = target.split(".")
-    return None if parts[0] != "hf_dynmask" else "".join(parts[1:2])
+    """Which room of the package a dotted name is in, in `modeling` with the file; empty for the package itself, `None`
+    for anything else."""
+    first, *parts = target.split(".")
+    if first != "hf_dynmask":
+        return None
+    return ".".join(parts[: 2 if parts[:1] == ["modeling"] else 1])
 
 
 def level(name: str) -> float:
@@ -70,8 +80,8 @@ def level(name: str) -> float:
 def broken_directions(root: Path) -> Iterator[str]:
     package = root / "hf_dynmask"
     for path in sorted(package.rglob("*.py")):
-        here = path.relative_to(package).with_suffix("").parts[0]
-        if here == "__init__":
+        here = room(".".join(path.relative_to(root).with_suffix("").parts))
+        if here is None or here.endswith("__init__"):
             continue
         if level(here) == inf:
             yield f"{path.name}: {here} has no place in LEVELS"
@@ -81,14 +91,14 @@ def broken_directions(root: Path) -> Iterator[str]:
                 continue
             if level(there) > level(here):
                 yield f"{path.name}:{line}: imports {target} of a later level"
-            elif fnmatch(here, "attention_*") and fnmatch(there, "attention_*"):
+            elif fnmatch(here, "modeling.attention_*") and fnmatch(there, "modeling.attention_*"):
                 yield f"{path.name}:{line}: an attention implementation imports another, {target}"
 
 
 def imports_of_recipes_or_tests(root: Path) -> Iterator[str]:
     """The package imports neither; recipes do not import tests. Both hold scripts, so a bare name may be meant."""
-    for folder, forbidden in {"hf_dynmask": ["recipes", "tests"], "recipes": ["tests"]}.items():
-        names = {*forbidden, *(path.stem for other in forbidden for path in (root / other).glob("*.py"))}
+    for folder, forbidden in {"hf_dynmask": ["recipes", "tests", "support"], "recipes": ["tests"]}.items():
+        names = {*forbidden, *(path.stem for other in forbidden for path in (root / other).glob("**/*.py"))}
         for path in sorted((root / folder).rglob("*.py")):
             for line, target, _ in imports(path, root):
                 if target.split(".")[0] in names:
@@ -104,7 +114,7 @@ def private_names_in_recipes(root: Path) -> Iterator[str]:
 
 def untransportable_imports(root: Path) -> Iterator[str]:
     """Transformers copies a checkpoint's code by following `from .name import ...` from file to file in one folder."""
-    package = root / "hf_dynmask"
+    package = root / "hf_dynmask" / "modeling"
     waiting = [path for pattern in TRAVELS_WITH_A_CHECKPOINT for path in sorted(package.glob(f"{pattern}.py"))]
     travelling = set()
     while waiting:
@@ -138,20 +148,20 @@ def violations(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 ALLOWED = {
-    "hf_dynmask/__init__.py": "from . import masks\nfrom .registration import register",
-    "hf_dynmask/layout.py": "import torch",
-    "hf_dynmask/masks.py": "",
-    "hf_dynmask/plan.py": "from .layout import X\nfrom .masks import Y",
-    "hf_dynmask/attention_blocks.py": "from .plan import X",
-    "hf_dynmask/attention.py": "from .attention_blocks import X",
-    "hf_dynmask/modeling_dynmask.py": "from .attention import X",
-    "hf_dynmask/modeling_other.py": "from .modeling_dynmask import X",
-    "hf_dynmask/registration.py": "import hf_dynmask.masks\nfrom .modeling_dynmask import X",
+    "hf_dynmask/__init__.py": "from .modeling import masks\nfrom .registration import register",
+    "hf_dynmask/modeling/layout.py": "import torch",
+    "hf_dynmask/modeling/masks.py": "",
+    "hf_dynmask/modeling/plan.py": "from .layout import X\nfrom .masks import Y",
+    "hf_dynmask/modeling/attention_blocks.py": "from .plan import X",
+    "hf_dynmask/modeling/attention.py": "from .attention_blocks import X",
+    "hf_dynmask/modeling/modeling_dynmask.py": "from .attention import X",
+    "hf_dynmask/modeling/modeling_other.py": "from .modeling_dynmask import X",
+    "hf_dynmask/registration.py": "import hf_dynmask.modeling.masks\nfrom .modeling.modeling_dynmask import X",
     "hf_dynmask/conversion/__init__.py": "from .bert import X",
-    "hf_dynmask/conversion/bert.py": "from ..modeling_dynmask import X\nfrom ..plan import Y",
-    "recipes/train.py": "import samples\nfrom hf_dynmask import masks\nfrom hf_dynmask.data import X",
-    "recipes/samples.py": "",
-    "tests/oracle.py": "import hf_dynmask._private\nimport samples",
+    "hf_dynmask/conversion/bert.py": "from ..modeling.modeling_dynmask import X\nfrom ..modeling.plan import Y",
+    "recipes/train.py": "from support import samples\nfrom hf_dynmask import masks\nfrom hf_dynmask.data import X",
+    "recipes/support/samples.py": "",
+    "tests/helpers/oracle.py": "import hf_dynmask._private\nfrom support import samples",
 }
 
 
@@ -162,7 +172,11 @@ def test_what_is_allowed(tmp_path):
 @pytest.mark.parametrize(
     "name, text, violation",
     [
-        ("hf_dynmask/masks.py", "from .plan import X", "masks.py:1: imports hf_dynmask.plan.X of a later level"),
+        (
+            "hf_dynmask/modeling/masks.py",
+            "from .plan import X",
+            "masks.py:1: imports hf_dynmask.modeling.plan.X of a later level",
+        ),
         ("hf_dynmask/data/rows.py", "def f():\n    from .. import cli", "rows.py:2: imports hf_dynmask.cli of a later"),
         ("hf_dynmask/data/rows.py", "from ..cli import X", "rows.py:1: imports hf_dynmask.cli.X of a later level"),
         ("hf_dynmask/data/rows.py", "import hf_dynmask.cli", "rows.py:1: imports hf_dynmask.cli of a later level"),
@@ -171,19 +185,27 @@ def test_what_is_allowed(tmp_path):
         ("hf_dynmask/helpers.py", "", "helpers.py: helpers has no place"),
         ("hf_dynmask/helpers/__init__.py", "", "__init__.py: helpers has no place"),
         (
-            "hf_dynmask/attention_flex.py",
+            "hf_dynmask/modeling/attention_flex.py",
             "from .attention_blocks import X",
-            "attention_flex.py:1: an attention implementation imports another, hf_dynmask.attention_blocks.X",
+            "attention_flex.py:1: an attention implementation imports another, hf_dynmask.modeling.attention_blocks.X",
         ),
-        ("hf_dynmask/plan.py", "import tests.oracle", "plan.py:1: hf_dynmask imports tests.oracle"),
-        ("hf_dynmask/data/rows.py", "from samples import X", "rows.py:1: hf_dynmask imports samples.X"),
+        ("hf_dynmask/modeling/plan.py", "import tests.oracle", "plan.py:1: hf_dynmask imports tests.oracle"),
+        ("hf_dynmask/data/rows.py", "from support.samples import X", "rows.py:1: hf_dynmask imports support.samples.X"),
         ("recipes/train.py", "import oracle", "train.py:1: recipes imports oracle"),
-        ("recipes/train.py", "from hf_dynmask.plan import _X", "train.py:1: a recipe imports hf_dynmask.plan._X"),
+        (
+            "recipes/train.py",
+            "from hf_dynmask.modeling.plan import _X",
+            "train.py:1: a recipe imports hf_dynmask.modeling.plan._X",
+        ),
         ("recipes/train.py", "from hf_dynmask._plan import X", "train.py:1: a recipe imports hf_dynmask._plan.X"),
-        ("hf_dynmask/plan.py", "from . import masks", "plan.py:1: travels with a checkpoint, yet hf_dynmask.masks is"),
-        ("hf_dynmask/plan.py", "from hf_dynmask.masks import X", "plan.py:1: travels"),
-        ("hf_dynmask/plan.py", "import hf_dynmask.masks", "plan.py:1: travels"),
-        ("hf_dynmask/modeling_other.py", "from .attention.inner import X", "modeling_other.py:1: travels"),
+        (
+            "hf_dynmask/modeling/plan.py",
+            "from . import masks",
+            "plan.py:1: travels with a checkpoint, yet hf_dynmask.modeling.masks is",
+        ),
+        ("hf_dynmask/modeling/plan.py", "from hf_dynmask.modeling.masks import X", "plan.py:1: travels"),
+        ("hf_dynmask/modeling/plan.py", "import hf_dynmask.modeling.masks", "plan.py:1: travels"),
+        ("hf_dynmask/modeling/modeling_other.py", "from .attention.inner import X", "modeling_other.py:1: travels"),
     ],
 )
 def test_what_is_not(tmp_path, name, text, violation):

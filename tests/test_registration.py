@@ -229,8 +229,8 @@ WAYS = {
         "import hf_dynmask"
     ),
     "what is for stock models is executed again": (
-        "for name in ('stock_batches', 'stock_masks', 'stock', 'stock_models'):\n"
-        "    importlib.reload(sys.modules[f'hf_dynmask.{name}'])\n"
+        "for name in ('batches', 'masks', 'attention', 'models'):\n"
+        "    importlib.reload(sys.modules[f'hf_dynmask.stock.{name}'])\n"
         "importlib.reload(sys.modules['hf_dynmask.registration']).register()"
     ),
 }

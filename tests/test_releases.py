@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import FAULTS_OF_OLD_RELEASES, WARNINGS_OF_OLD_RELEASES
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-from conftest import FAULTS_OF_OLD_RELEASES, WARNINGS_OF_OLD_RELEASES
 
 ROOT = Path(__file__).parents[1]
 

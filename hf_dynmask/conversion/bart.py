@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from ..configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
+from ..modeling.configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .family import Family, Names, Settings, classifier_dropout
 
 _OFFSET = 2  # `BartLearnedPositionalEmbedding` has two rows before that of the first token

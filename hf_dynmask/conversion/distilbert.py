@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from ..configuration_dynmask import DynMaskConfig
+from ..modeling.configuration_dynmask import DynMaskConfig
 from .family import TOKEN_HEADS, Family, Names, Settings, classifier_dropout
 
 # The settings for the dropout before a classifier; `DistilBertForTokenClassification` has that of the hidden layers.

@@ -26,11 +26,11 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from ..configuration_base import DynMaskBaseConfig
-from ..configuration_dynmask import DynMaskConfig
-from ..configuration_dynmask_seq2seq import OF_BOTH_SIDES, DynMaskSeq2SeqConfig
-from ..masks import parse
-from ..modeling_dynmask import (
+from ..modeling.configuration_base import DynMaskBaseConfig
+from ..modeling.configuration_dynmask import DynMaskConfig
+from ..modeling.configuration_dynmask_seq2seq import OF_BOTH_SIDES, DynMaskSeq2SeqConfig
+from ..modeling.masks import parse
+from ..modeling.modeling_dynmask import (
     DynMaskForCausalLM,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
@@ -40,12 +40,12 @@ from ..modeling_dynmask import (
     DynMaskModel,
     DynMaskPreTrainedModel,
 )
-from ..modeling_dynmask_seq2seq import (
+from ..modeling.modeling_dynmask_seq2seq import (
     DynMaskForConditionalGeneration,
     DynMaskSeq2SeqForSequenceClassification,
     DynMaskSeq2SeqModel,
 )
-from ..stock_batches import CONFIG_ENTRY
+from ..stock.batches import CONFIG_ENTRY
 from .bart import BART
 from .bert import BERT
 from .distilbert import DISTILBERT

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..configuration_dynmask import DynMaskConfig
-from ..configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
+from ..modeling.configuration_dynmask import DynMaskConfig
+from ..modeling.configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .weights import Link
 
 Names = Mapping[str | tuple[str, ...], str]

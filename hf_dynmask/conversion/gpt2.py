@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from ..configuration_dynmask import DynMaskConfig
+from ..modeling.configuration_dynmask import DynMaskConfig
 from .family import TOKEN_HEADS, Family, Settings
 from .llama import head_dropout, restored_head_dropout
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from ..configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
+from ..modeling.configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .bart import HEADS, MODULES, NO_DROPOUT, RENAMED, restored_sides, sides
 from .family import Family, Settings
 

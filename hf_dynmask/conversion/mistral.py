@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from ..configuration_dynmask import DynMaskConfig
-from ..masks import Mask
+from ..modeling.configuration_dynmask import DynMaskConfig
+from ..modeling.masks import Mask
 from .family import Family, Settings
 from .llama import DECODER, HEADS, RENAMED, decoder, restored_head_dropout
 

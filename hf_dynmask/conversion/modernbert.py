@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from ..configuration_dynmask import DynMaskConfig
+from ..modeling.configuration_dynmask import DynMaskConfig
 from .family import Family, Settings
 
 _KINDS = ("full_attention", "sliding_attention")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from ..configuration_dynmask import DynMaskConfig
+from ..modeling.configuration_dynmask import DynMaskConfig
 from .family import Family, Settings
 from .llama import DECODER, HEADS, RENAMED, decoder, restored_head_dropout
 from .mistral import causal_window, window_width

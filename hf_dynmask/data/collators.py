@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling_dynmask import IGNORE_INDEX
+from ..modeling.layout import IGNORE_INDEX
 from .columns import (
     ANSWER,
     EXAMPLE,

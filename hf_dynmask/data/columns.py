@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..layout import IGNORE_INDEX, NUMBERED
+from ..modeling.layout import IGNORE_INDEX, NUMBERED
 
 Columns = dict[str, list[Tensor]]  # one tensor an example
 LABELS = ("label", "label_ids", "labels")

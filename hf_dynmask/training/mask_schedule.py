@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
-from ..masks import parse
-from ..stock import set_mask
+from ..modeling.masks import parse
+from ..stock.attention import set_mask
 from .callbacks import log, unwrapped
 
 logger = getLogger(__name__)

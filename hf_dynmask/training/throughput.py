@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
-from ..batch import layout_of_batch
-from ..layout import IGNORE_INDEX, outside_graph
-from ..masks import Mask
-from ..modeling_dynmask import DynMaskPreTrainedModel
-from ..modeling_dynmask_recurrent import DynMaskRecurrentPreTrainedModel
-from ..plan import MaskPlan
-from ..stock_masks import CONFIG_ENTRY
-from ..work import AttentionWork, ModelWork, Sizes, model_work, plan_pairs
+from ..modeling.batch import layout_of_batch
+from ..modeling.layout import IGNORE_INDEX, eager_only
+from ..modeling.masks import Mask
+from ..modeling.modeling_dynmask import DynMaskPreTrainedModel
+from ..modeling.modeling_dynmask_recurrent import DynMaskRecurrentPreTrainedModel
+from ..modeling.plan import MaskPlan
+from ..stock.masks import CONFIG_ENTRY
 from .callbacks import log, unwrapped
+from .flops import AttentionFlops, ModelFlops, Sizes, model_flops, plan_pairs
 
 OURS = (DynMaskPreTrainedModel, DynMaskRecurrentPreTrainedModel)
 INPUTS = ("input_ids", "inputs_embeds", "input_features")
@@ -47,8 +47,8 @@ class ThroughputCallback(TrainerCallback):
     - `padding_avoided`: share of the places in padded rows that nothing was computed for. 0 for a stock model on padded
       rows, 1 minus the share of real tokens for a DynMask model with `lengths` or `attention_mask`, or a flat batch;
     - `real_flops_per_second`: floating-point operations that real tokens need,
-      `6 * weights * tokens + 12 * layers * H * D * pairs` (see [`hf_dynmask.work`]), whatever else was computed; pairs
-      are those that the mask allows;
+      `6 * weights * tokens + 12 * layers * H * D * pairs` (see [`hf_dynmask.training.flops`]), whatever else was
+      computed; pairs are those that the mask allows;
     - `share_of_matmul_peak`: of the rate at which the devices multiplied large matrices before training began, in the
       dtype of the training;
     - `peak_memory_gib`: the most memory that a process has held: of its accelerator, since the start or the last
@@ -60,7 +60,7 @@ class ThroughputCallback(TrainerCallback):
     Batches are seen as the model is given them, in a hook on its forward pass; their lengths, and the fields that masks
     read, stay on the device until something is logged, or until they are of 1,024 batches or 64 MiB. Only then pairs
     are counted (in cross-attention, and behind convolutions, all pairs, where a mask reads fields); see
-    [`hf_dynmask.pairs.count_pairs`].
+    [`hf_dynmask.training.pairs.count_pairs`].
 
     Raises:
         ValueError: In training: the model is given no tokens, embeddings or frames that it could count, or a stock
@@ -258,7 +258,7 @@ class _Batches:
         if masks != self.masks:
             if self.seen:
                 self.before = self.counted()
-            self.work: ModelWork = model_work(self.model)
+            self.work: ModelFlops = model_flops(self.model)
             self.masks = masks
 
     def counted(self) -> _Counted:
@@ -284,7 +284,7 @@ class _Batches:
         self.bytes = 0
         return counted
 
-    def _pairs(self) -> dict[AttentionWork, int]:
+    def _pairs(self) -> dict[AttentionFlops, int]:
         """The pairs that self-attention allows by fields of the batches."""
         pairs = {}
         for work in self.work.attention:
@@ -350,7 +350,7 @@ def _seen_by(batches: _Batches) -> Callable:
     """The hook, which does not keep what it has seen alive."""
     reference = ref(batches)
 
-    @outside_graph
+    @eager_only
     def see(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         batches = reference()
         if batches is not None:

@@ -20,7 +20,7 @@ from ..data.token_budget import (
     TokenBudgetIterableDataset,
     example_lengths,
 )
-from ..modeling_dynmask import DynMaskForQuestionAnswering
+from ..modeling.modeling_dynmask import DynMaskForQuestionAnswering
 from .resuming import DATA, ResumingMixin
 
 if TYPE_CHECKING:

@@ -17,18 +17,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_dynmask.configuration_dynmask import DynMaskConfig
 from hf_dynmask.conversion import from_transformers, to_transformers
 from hf_dynmask.conversion.engine import FAMILIES
 from hf_dynmask.conversion.weights import to_ours
-from hf_dynmask.modeling_dynmask import (
+from hf_dynmask.modeling.configuration_dynmask import DynMaskConfig
+from hf_dynmask.modeling.modeling_dynmask import (
     DynMaskForCausalLM,
     DynMaskForMaskedLM,
     DynMaskForSequenceClassification,
     DynMaskModel,
 )
-from samples import resolve_model
 from stock_models import AUTO_CLASSES, BERT_SIZES, VOCABULARY, random_stock
+from support.samples import resolve_model
 
 NO_DROPOUT = {
     name: 0.0

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import alternatives
-import workloads
 from alternatives import make_contenders, pack, padding_share, typical_lengths
+from support import workloads
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 LENGTHS = [9, 7, 7, 5, 3, 1]

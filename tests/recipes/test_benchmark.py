@@ -10,8 +10,7 @@ import torch
 from transformers import BartConfig, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import benchmark
-import timing
-import workloads
+from support import timing, workloads
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 SIDES = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}

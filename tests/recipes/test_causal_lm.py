@@ -13,9 +13,9 @@ from datasets import config as datasets_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, LlamaForCausalLM
 
 from causal_lm import main, new_tokenizer, perplexity, surprise, targets, tokenize
-from common import load_texts
 from hf_dynmask import DynMaskForCausalLM
-from measuring import unigram_perplexity
+from support.common import load_texts
+from support.measuring import unigram_perplexity
 
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad"]
 

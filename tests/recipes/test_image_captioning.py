@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_dynmask import DynMaskForConditionalGeneration
 from image_captioning import character_f_score, main, make_card, make_tokenizer, read_picture
-from samples import resolve_files
+from support.samples import resolve_files
 
 COLOURS = ["red", "lime", "blue", "black"]
 EPOCHS = 15

@@ -23,7 +23,6 @@ from transformers import (
     EvalPrediction,
 )
 
-from common import load_texts
 from hf_dynmask import DataCollatorForDynamicMasking, DynMaskForMaskedLM
 from masked_lm import (
     PaddedRows,
@@ -37,6 +36,7 @@ from masked_lm import (
     tokenize,
     tokens,
 )
+from support.common import load_texts
 
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad"]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##ly"]

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.colors import to_hex
 
 from hf_dynmask import DynMaskConfig, DynMaskSeq2SeqConfig
-from hf_dynmask.masks import Leaf, parse, register
-from hf_dynmask.plotting import COLOURS
-from masks_and_lengths import (
+from hf_dynmask.modeling.masks import Leaf, parse, register
+from hf_dynmask.tools.plotting import COLOURS
+from support.masks_and_lengths import (
     WORDS,
     describe_lengths,
     describe_masks,

@@ -15,8 +15,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from scipy.stats import ttest_rel
 
-from cards import command, main, source_of_figure
-from variants import CONFIDENCE, METRICS
+from rebuild_cards import main
+from support.cards import command, source_of_figure
+from support.variants import CONFIDENCE, METRICS
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 FILES = sorted(CARDS.glob("*.json"))

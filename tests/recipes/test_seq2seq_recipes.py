@@ -17,11 +17,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartForConditiona
 
 import summarization
 import translation
-from common import load_texts
 from hf_dynmask import DynMaskForConditionalGeneration
-from measuring import padding_share
-from samples import DATASETS, resolve_dataset
-from seq2seq import Evaluation, task_card, train_tokenizer
+from support.common import load_texts
+from support.measuring import padding_share
+from support.samples import DATASETS, resolve_dataset
+from support.seq2seq import Evaluation, task_card, train_tokenizer
 
 RECIPES: dict[str, Any] = {"translation": translation, "summarization": summarization}
 WORDS = ["red", "green", "house", "tree", "river", "small", "old", "the"]

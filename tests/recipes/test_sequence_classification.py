@@ -26,12 +26,12 @@ from transformers import (
     set_seed,
 )
 
-from cards import command, describe_source
-from common import load_columns, parse_arguments
 from hf_dynmask import DynMaskForSequenceClassification
-from measuring import check_reloaded, padding_share
-from samples import resolve_dataset
 from sequence_classification import DEFAULTS, RecipeArguments, encode_labels, load_classifier, main, make_card
+from support.cards import command, describe_source
+from support.common import load_columns, parse_arguments
+from support.measuring import check_reloaded, padding_share
+from support.samples import resolve_dataset
 
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad", "dull", "great"]
 

@@ -15,11 +15,11 @@ from datasets import config as datasets_config
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCTC, Speech2TextFeatureExtractor, pipeline
 
-from cards import describe_new_model
 from hf_dynmask import DynMaskForCTC
-from measuring import best_constant
-from samples import resolve_files
 from speech_recognition import error_rates, log_mel, main, make_card, make_tokenizer, normalize
+from support.cards import describe_new_model
+from support.measuring import best_constant
+from support.samples import resolve_files
 
 NOTES = {"a": 300.0, "b": 900.0, "c": 2500.0}  # Hz
 RATES = [8000, 16000, 44100]

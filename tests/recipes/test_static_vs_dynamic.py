@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 import static_vs_dynamic
 from static_vs_dynamic import UNTRAINED, main, make_card
-from variants import difference, finding, measure, summarize
+from support.variants import difference, finding, measure, summarize
 
 FIGURE = "static_vs_dynamic.png"
 WORDS = ["a", "the", "film", "plot", "was", "is", "not", "very", "good", "bad", "dull", "great"]

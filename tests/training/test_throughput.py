@@ -43,7 +43,7 @@ from hf_dynmask import (
     ThroughputCallback,
 )
 from hf_dynmask.training import throughput
-from hf_dynmask.work import model_work
+from hf_dynmask.training.flops import model_flops
 from two_processes import in_two_processes
 
 SIZES: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
@@ -261,7 +261,7 @@ def test_what_is_logged(name, accumulation, tmp_path):
         logging_steps=2,
     )
     tokens, places = sum(map(sum, sizes)), sum(padded(*zip(*sizes, strict=True)))
-    flops = 3 * model_work(model).forward_flops(sizes, targets)
+    flops = 3 * model_flops(model).forward_flops(sizes, targets)
     assert tokens < places
     expected = {
         "train_real_tokens": tokens,
@@ -284,7 +284,7 @@ def test_frames_behind_convolutions(tmp_path):
     config = DynMaskConfig(**SIZES, num_features=1, conv_kernel=[3], conv_stride=[2], norm_bias=False)
     model = DynMaskForCTC(config)
     history = train(model, DataCollatorForFeatures(), examples(**FRAMES), tmp_path)
-    flops = 3 * model_work(model).forward_flops([(2 * length,) for length in LENGTHS], targets=8)
+    flops = 3 * model_flops(model).forward_flops([(2 * length,) for length in LENGTHS], targets=8)
     assert logged(history, "train_real_tokens") == [(4, 4 * sum(LENGTHS))]
     assert logged(history, "train_real_flops") == [(4, flops)]
     assert logged(history, "train_padding_avoided") == [(4, pytest.approx(1 - sum(LENGTHS) / sum(padded(LENGTHS))))]
@@ -301,7 +301,7 @@ def test_masks_that_read_fields(tmp_path):
     """The pairs of each batch are counted: here each token sees the tokens of its kind."""
     model = by_segments()
     history = train(model, DataCollatorWithLengths(TOKENIZER), examples(**KINDS), tmp_path)
-    work = model_work(model)
+    work = model_flops(model)
     (attention,) = work.attention
     pairs = sum((length // 2) ** 2 + (length - length // 2) ** 2 for length in LENGTHS)
     assert logged(history, "train_real_flops") == [(4, 3 * work.forward_flops(ONE_SIDE, pairs={attention: pairs}))]
@@ -352,8 +352,8 @@ def test_masks_that_change(logging_steps, tmp_path):
     schedule = MaskSchedule({0: "causal", 3: "full"})
     settings = {"logging_steps": logging_steps}
     history = train(model, DataCollatorWithLengths(TOKENIZER), examples(**LABELLED), tmp_path, schedule, **settings)
-    full = model_work(model)
-    causal = model_work(DynMaskForSequenceClassification(DynMaskConfig(**SIZES, mask="causal")))
+    full = model_flops(model)
+    causal = model_flops(DynMaskForSequenceClassification(DynMaskConfig(**SIZES, mask="causal")))
     flops = 3 * (causal.forward_flops(ONE_SIDE[:6]) + full.forward_flops(ONE_SIDE[6:]))
     assert logged(history, "train_real_flops") == [(4, flops)]
 
@@ -417,7 +417,7 @@ def test_several_processes(monkeypatch, tmp_path):
     model = DynMaskForSequenceClassification(CONFIG)
     settings = {"max_steps": 1, "logging_steps": 1}
     history = train(model, DataCollatorWithLengths(TOKENIZER), examples(**LABELLED), tmp_path, **settings)
-    flops = 1e6 + 3 * model_work(model).forward_flops(ONE_SIDE[:2])
+    flops = 1e6 + 3 * model_flops(model).forward_flops(ONE_SIDE[:2])
     first = next(entry for entry in history if "real_tokens_per_second" in entry)
     assert first["real_tokens_per_second"] == (100 + 12) / 2
     assert first["padding_avoided"] == 1 - (100 + 12) / (300 + 18)
@@ -438,7 +438,7 @@ def test_two_processes(tmp_path):
     for rank in range(2):
         history = torch.load(tmp_path / f"{rank}.pt")
         assert logged(history, "train_real_tokens") == [(2, sum(LENGTHS))]
-        assert logged(history, "train_real_flops") == [(2, 3 * model_work(model).forward_flops(ONE_SIDE))]
+        assert logged(history, "train_real_flops") == [(2, 3 * model_flops(model).forward_flops(ONE_SIDE))]
         assert logged(history, "train_padding_avoided") == [(2, 1 - sum(LENGTHS) / sum(padded(LENGTHS)))]
 
 

@@ -320,7 +320,7 @@ def of_process(folder):
 def test_two_processes(tmp_path):
     here = Path(__file__)
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, [here.parents[2], here.parents[1]]))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [here.parents[2], here.parents[1] / "helpers"]))
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "error::UserWarning", str(here), str(tmp_path)],

@@ -1,0 +1,213 @@
+"""`dynmask_attention`: one operation over flat tensors, several implementations, all equal to the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention_blocks import attend as attend_blocks
+from .attention_flex import attend as attend_flex
+from .attention_flex import unsupported as unsupported_by_flex
+from .attention_reference import attend as attend_reference
+from .attention_sdpa import attend as attend_sdpa
+from .attention_varlen import attend as attend_varlen
+from .attention_varlen import unsupported as unsupported_by_varlen
+from .layout import SequenceLayout, eager_only
+from .masks import Mask
+from .plan import MaskPlan
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention.
+
+    Attributes:
+        attend (`Callable`): `(query, key, value, plan, *, scaling, dropout) -> (output, weights | None)`.
+        unsupported (`Callable`):
+            `(plan, query, key, value, dropout) -> str | None`: why it cannot serve these; `None`: it can.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    unsupported: Callable[[MaskPlan, Tensor, Tensor, Tensor, float], str | None] = lambda *_: None
+
+
+IMPLEMENTATIONS = {
+    "varlen": Implementation(attend_varlen, unsupported_by_varlen),
+    "flex": Implementation(attend_flex, unsupported_by_flex),
+    "blocks": Implementation(attend_blocks),
+    "reference": Implementation(attend_reference),
+    "sdpa": Implementation(attend_sdpa),
+}
+CHOSEN_ON_CUDA = ("varlen", "flex")  # by `"auto"`: the first that serves
+
+
+def dynmask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | str | MaskPlan,
+    layout: SequenceLayout,
+    key_layout: SequenceLayout | None = None,
+    *,
+    fields: Mapping[str, Tensor] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    apply_mask_to: str = "scores",
+    key_scores: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Attention over the real tokens of a batch, restricted by a mask expression.
+
+    Args:
+        query (`Tensor` of shape `(1, H, N, D)`): Queries, flat, in the order of `layout.flatten`.
+        key (`Tensor` of shape `(1, Hk, Nk, D)`): Keys; Hk divides H (grouped-query attention).
+        value (`Tensor` of shape `(1, Hk, Nk, Dv)`): Values.
+        mask (`Mask`, `str` or `MaskPlan`):
+            The expression, its text, or a plan made before (then `fields` are the plan's).
+        layout (`SequenceLayout`): Where the queries sit.
+        key_layout (`SequenceLayout`, *optional*): Where the keys sit, sequence for sequence. `None`: with the queries.
+        fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, in the batch's layout.
+        scaling (`float`, *optional*): Factor of the scores. `None`: `D ** -0.5`.
+        dropout (`float`, *optional*, defaults to 0.0): Probability with which an attention weight is dropped.
+        apply_mask_to (`str`, *optional*, defaults to `"scores"`):
+            `"scores"` hides keys before the softmax; `"weights"` multiplies the weights of the softmax over the whole
+            sequence, without renormalising (reference only).
+        key_scores (`Tensor` of shape `(1, 1 | Hk, Nk)`, *optional*):
+            Learned scores of the keys, for masks with `topk`: it chooses by them, and they are added to the attention
+            scores, whence their gradient.
+        implementation (`str`, *optional*, defaults to `"auto"`):
+            `"blocks"` (block-sparse, any device), `"varlen"` (flash attention over packed sequences: CUDA, half
+            precision, masks that are `full`, `causal` or windows), `"flex"` (FlexAttention: CUDA, no dropout, no
+            `topk`), `"reference"` (dense, padded), `"sdpa"` (dense mask, padded), or `"auto"`: on CUDA the first of
+            varlen and flex that serves, else blocks.
+
+    Returns:
+        `Tensor` of shape `(1, H, N, Dv)`: flat; a query with no key to see gives exactly 0.
+
+    Raises:
+        ValueError: An unknown implementation, or one that cannot serve the mask, the device or the dtype; tensors whose
+            shapes do not fit each other or the layouts; a field that the mask needs is missing or has the wrong shape.
+    """
+    plan = mask if isinstance(mask, MaskPlan) else MaskPlan(mask, layout, key_layout, fields=fields)
+    if plan.layout is not layout:
+        raise ValueError("`layout` must be the one that the plan was made for; got another")
+    _check_shapes(query, key, value, plan)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output, _ = attend(
+        query,
+        key,
+        value,
+        plan,
+        scaling=factor,
+        dropout=dropout,
+        apply_mask_to=apply_mask_to,
+        key_scores=key_scores,
+        implementation=implementation,
+    )
+    return output
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: MaskPlan,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    apply_mask_to: str = "scores",
+    key_scores: Tensor | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """[`dynmask_attention`] with a plan: output, and weights `(B, H, T, T)` from the reference."""
+    if key_scores is not None:
+        query, key, plan = _with_key_scores(query, key, plan, key_scores, scaling)
+    elif "key_scores" in plan.mask.fields:
+        raise ValueError(f"the mask '{plan.mask}' needs `key_scores`, which `topk` chooses by; got none")
+    if apply_mask_to not in ("scores", "weights"):
+        raise ValueError(f"`apply_mask_to` must be 'scores' or 'weights'; got {apply_mask_to!r}")
+    if apply_mask_to == "weights":
+        if implementation not in ("auto", "reference"):
+            raise ValueError(f"`apply_mask_to='weights'` is served by 'reference'; got {implementation!r}")
+        return attend_reference(query, key, value, plan, scaling=scaling, dropout=dropout, apply_mask_to="weights")
+    return _attend(implementation, query, key, value, plan, scaling, dropout)
+
+
+@eager_only
+def _attend(
+    implementation: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    if implementation == "auto":
+        implementation, _ = auto_choice(plan, query, key, value, dropout)
+    else:
+        _check_serves(implementation, plan, query, key, value, dropout)
+    return IMPLEMENTATIONS[implementation].attend(query, key, value, plan, scaling=scaling, dropout=dropout)
+
+
+def auto_choice(
+    plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0
+) -> tuple[str, dict[str, str]]:
+    """What `implementation="auto"` takes, and why it passed over each that comes before."""
+    passed_over = {}
+    for name in CHOSEN_ON_CUDA:
+        reason = None if query.is_cuda else f"chosen on CUDA devices alone; got '{query.device.type}'"
+        reason = reason or IMPLEMENTATIONS[name].unsupported(plan, query, key, value, dropout)
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    return "blocks", passed_over
+
+
+def _check_serves(name: str, plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"`implementation` must be one of {_listed(['auto', *IMPLEMENTATIONS])}; got {name!r}")
+    reason = IMPLEMENTATIONS[name].unsupported(plan, query, key, value, dropout)
+    if reason is not None:
+        able = [other for other, it in IMPLEMENTATIONS.items() if not it.unsupported(plan, query, key, value, dropout)]
+        raise ValueError(f"`implementation` {name!r} cannot serve this: {reason}. Those that can: {_listed(able)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _with_key_scores(
+    query: Tensor, key: Tensor, plan: MaskPlan, key_scores: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, MaskPlan]:
+    """Query and key with the scores as one more channel, so that their product adds them; the plan that knows them."""
+    heads, key_heads, tokens = query.shape[1], key.shape[1], key.shape[2]
+    given = key_scores.shape[1] if key_scores.dim() == 3 else 0
+    if tuple(key_scores.shape) != (1, given, tokens) or given not in (1, key_heads):
+        raise ValueError(f"`key_scores` must have shape (1, 1 | {key_heads}, {tokens}); got {tuple(key_scores.shape)}")
+    if "key_scores" not in plan.mask.fields:
+        raise ValueError(f"`key_scores` must come with a mask that has `topk`; got '{plan.mask}'")
+    scores = key_scores.expand(1, key_heads, tokens)
+    channels = query.shape[-1]
+    extra = -(channels + 1) % 8 + 1  # kernels like sizes that are multiples of 8
+    ones = nn.functional.pad(query.new_full((*query.shape[:3], 1), 1 / scaling), (0, extra - 1))
+    query = torch.cat([query, ones], dim=-1)
+    key = torch.cat([key, nn.functional.pad(scores[..., None].to(key.dtype), (0, extra - 1))], dim=-1)
+    return query, key, plan.with_key_scores(scores.repeat_interleave(heads // key_heads, dim=1))
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> None:
+    for name, states in (("query", query), ("key", key), ("value", value)):
+        if states.dim() != 4:
+            raise ValueError(f"`{name}` must have shape (1, heads, tokens, head size); got {tuple(states.shape)}")
+    queries, keys = plan.layout.num_tokens, plan.key_layout.num_tokens
+    heads, head_dim = query.shape[1], query.shape[-1]
+    key_heads = key.shape[1]
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"`key` must have a number of heads that divides the query's {heads}; got {key_heads}")
+    for name, states, expected in (
+        ("query", query, (1, heads, queries, head_dim)),
+        ("key", key, (1, key_heads, keys, head_dim)),
+        ("value", value, (1, key_heads, keys, value.shape[-1])),
+    ):
+        if tuple(states.shape) != expected:
+            raise ValueError(f"`{name}` must have shape {expected}; got {tuple(states.shape)}")
+    explicit = plan.fields.tables.get("attention_mask")
+    if explicit is not None and explicit.shape[1] not in (1, heads):
+        raise ValueError(f"`attention_mask` must have 1 or {heads} heads; got {explicit.shape[1]}")

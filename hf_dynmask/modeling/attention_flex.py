@@ -1,0 +1,284 @@
+"""FlexAttention (arXiv:2412.05496) with a `BlockMask` made from the plan, which looks at blocks, not at cells.
+
+Borders of blocks of flat tokens do not respect those of sequences: they cut each sequence into fragments. A pair of
+blocks is what the pairs of its fragments that belong to one sequence are.
+
+Shape legend: S sequences, N real tokens, H heads, F fragments, R and C blocks of queries and keys; n sequences of
+equally many fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from .fields import Fields
+from .layout import SequenceLayout, eager_only, sequence_ids_from_lengths
+from .masks import TopK
+from .plan import MaskPlan
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SMALLEST_HEAD = 16  # what the matrix units of a GPU take
+BLOCK_MULTIPLE = 128  # the kernels' own tiles divide it
+FIRST_CAPABILITY = (7, 0)  # Triton's
+# Every expression is compiled once for each of: dtype, gradients or none, one length or any. A float is a constant of
+# the kernel (a scaling, the share that `random` keeps); lengths and the integers of an expression may change.
+COMPILING = {"recompile_limit": 256, "accumulated_recompile_limit": 4096, "specialize_float": True}
+
+
+class Fragments(NamedTuple):
+    """The pieces into which block borders cut the sequences of a layout, in flat order.
+
+    Attributes:
+        counts (`Tensor` of shape `(S,)`, on the host): Fragments of each sequence.
+        firsts (`Tensor` of shape `(S,)`, on the host): The first of them.
+        blocks (`Tensor` of shape `(F,)`): The block that each lies in.
+        lows, highs (`Tensor` of shape `(F,)`): Its first and its last position.
+        are_whole (bool `Tensor` of shape `(F,)`): Whether it fills its block.
+    """
+
+    counts: Tensor
+    firsts: Tensor
+    blocks: Tensor
+    lows: Tensor
+    highs: Tensor
+    are_whole: Tensor
+
+
+class _Pair(Fields):
+    """The fields at one pair of tokens, number by number: what [`Mask.allowed`] reads when its indices are scalars."""
+
+    def __init__(self, tables: dict[str, Tensor], sequence: Tensor, head: Tensor):
+        super().__init__(tables)
+        self.sequence = sequence
+        self.head = head
+
+    def of_sequence(self, name, like, *place):
+        return self.tables[name][(self.sequence, *place)]
+
+    def of_query(self, name, i):
+        return self.tables[name][self.sequence, i]
+
+    def of_key(self, name, j):
+        return self.tables[self._of_keys(name)][self.sequence, j]
+
+    def of_pairs(self, name, i, j):
+        table = self.tables[name]
+        return table[self.sequence, self.head if table.shape[1] > 1 else 0, i, j]
+
+
+@eager_only
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, None]:
+    """Attention on flat `(1, H, N, D)` tensors; weights are not computed. See [`unsupported`]."""
+    if not (plan.layout.num_tokens and plan.key_layout.num_tokens):  # which the kernels do not take
+        return query @ key[:, :1].mT @ value[:, :1], None
+    poisoned = None
+    if query.device.type == "cpu":
+        query, key, value, poisoned = _without_poison(query, key, value, plan)
+    with torch._dynamo.config.patch(COMPILING):
+        output = _compiled("eager" if query.device.type == "cpu" else "inductor")(
+            query,
+            key,
+            value,
+            block_mask=block_mask(plan, query.shape[1]),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return output if poisoned is None else output.masked_fill(poisoned, torch.nan), None
+
+
+def _without_poison(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key and value with 0 in sequences that hold NaN or infinity, and the query tokens `(N, 1)` of those.
+
+    Unfused, all tokens meet in one product, in which a weight of 0 holds no NaN back.
+    """
+    of_queries, of_keys = (layout.rank[layout.sequence_ids] for layout in (plan.layout, plan.key_layout))
+    sides = (query, of_queries), (key, of_keys), (value, of_keys)
+    poisoned = torch.zeros(plan.layout.num_sequences, dtype=torch.bool, device=query.device)
+    for states, sequence in sides:
+        poisoned[sequence[~states.isfinite().all(-1).all(1)[0]]] = True
+    clean = [states.masked_fill(poisoned[sequence][:, None], 0) for states, sequence in sides]
+    return clean[0], clean[1], clean[2], poisoned[of_queries][:, None]
+
+
+def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> str | None:
+    """Why FlexAttention cannot serve these, or `None`: it can. On CPU it runs unfused, to check results."""
+    if plan.mask.holds(TopK):
+        return "`topk` looks at all keys of a query at once"
+    if dropout:
+        return "it has no dropout"
+    if query.device.type == "cpu":
+        needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+        return "it has no backward pass on CPU" if needs_grad else None
+    if query.device.type != "cuda":
+        return f"it runs on CUDA devices and, without gradients, on CPU; got '{query.device.type}'"
+    return _unsupported_tensors(plan, query, value) or _unsupported_here(query.device)
+
+
+def _unsupported_tensors(plan: MaskPlan, query: Tensor, value: Tensor) -> str | None:
+    if query.dtype not in DTYPES:
+        return f"it takes {', '.join(map(str, DTYPES))}; got {query.dtype}"
+    if min(query.shape[-1], value.shape[-1]) < SMALLEST_HEAD:
+        return f"it takes head sizes from {SMALLEST_HEAD}; got {query.shape[-1]} and {value.shape[-1]}"
+    if plan.block_size % BLOCK_MULTIPLE:
+        return f"it takes blocks of a multiple of {BLOCK_MULTIPLE} tokens; got {plan.block_size}"
+    return None
+
+
+def _unsupported_here(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "it needs Triton, not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FIRST_CAPABILITY:
+        return f"it takes GPUs of compute capability {FIRST_CAPABILITY} and later; got {capability}"
+    return None
+
+
+@lru_cache
+def _compiled(backend: str) -> Callable[..., Tensor]:
+    """`flex_attention` compiled; with `"eager"` its unfused form is what is compiled."""
+    return torch.compile(flex_attention, backend=backend, fullgraph=True)  # type: ignore[return-value]
+
+
+def block_mask(plan: MaskPlan, heads: int) -> BlockMask:
+    """The plan's mask for so many heads, over the flat order: shape `(1, 1 | H, N, Nk)`. Made once."""
+    return plan.derived(_block_mask, heads)
+
+
+def _block_mask(plan: MaskPlan, heads: int) -> BlockMask:
+    kept, full = (torch.stack(blocks)[None] for blocks in zip(*_blocks_by_head(plan, heads), strict=True))
+    kv_num_blocks, kv_indices = _listed(kept & ~full)
+    full_kv_num_blocks, full_kv_indices = _listed(full)
+    q_num_blocks, q_indices = _listed((kept & ~full).mT)
+    full_q_num_blocks, full_q_indices = _listed(full.mT)
+    return BlockMask(
+        seq_lengths=(plan.layout.num_tokens, plan.key_layout.num_tokens),
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        full_kv_num_blocks=full_kv_num_blocks,
+        full_kv_indices=full_kv_indices,
+        q_num_blocks=q_num_blocks,
+        q_indices=q_indices,
+        full_q_num_blocks=full_q_num_blocks,
+        full_q_indices=full_q_indices,
+        BLOCK_SIZE=(plan.block_size, plan.block_size),
+        mask_mod=_mask_mod(plan, heads),
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers `(..., R)` and columns `(..., R, C)` of each row's blocks, as a `BlockMask` holds them."""
+    rows = blocks.flatten(0, -2)
+    row, column = rows.nonzero(as_tuple=True)
+    numbers = row.bincount(minlength=len(rows))
+    place = torch.arange(row.numel(), device=row.device) - (numbers.cumsum(0) - numbers)[row]
+    columns = torch.zeros(rows.shape, dtype=torch.int32, device=rows.device)
+    columns[row, place] = column.int()
+    return numbers.int().view(blocks.shape[:-1]), columns.view(blocks.shape)
+
+
+def _mask_mod(plan: MaskPlan, heads: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether one flat query token may see one flat key token, as FlexAttention asks it."""
+    runs = [(run.start, part.mask) for run, part in plan.by_heads(heads)]
+    (q_sequence, q_position), (k_sequence, k_position) = (
+        (layout.rank[layout.sequence_ids], layout.positions) for layout in (plan.layout, plan.key_layout)
+    )
+    tables = plan.fields.tables
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        sequence = q_sequence[query]
+        i, j, fields = q_position[query], k_position[key], _Pair(tables, sequence, head)
+        allowed = runs[0][1].allowed(i, j, fields)
+        for start, mask in runs[1:]:
+            allowed = torch.where(head < start, allowed, mask.allowed(i, j, fields))
+        return allowed & (sequence == k_sequence[key])
+
+    return mask_mod
+
+
+def _blocks_by_head(plan: MaskPlan, heads: int) -> list[tuple[Tensor, Tensor]]:
+    """[`_blocks`] of each head; of one alone where all have the same mask."""
+    runs = plan.by_heads(heads)
+    if len(runs) == 1 and not _differs_by_head(plan.fields):
+        return [_blocks(runs[0][1])]
+    found = []
+    for run, part in runs:
+        each = range(run.stop - run.start)
+        if _differs_by_head(part.fields):
+            found += [_blocks(part, part.fields.heads(slice(head, head + 1))) for head in each]
+        else:
+            found += [_blocks(part)] * len(each)
+    return found
+
+
+def _differs_by_head(fields: Fields) -> bool:
+    return "attention_mask" in fields.tables and fields.tables["attention_mask"].shape[1] > 1
+
+
+def _blocks(plan: MaskPlan, fields: Fields | None = None) -> tuple[Tensor, Tensor]:
+    """Bool `(R, C)` twice: the pairs of blocks in which a query may see a key, and in which all queries see all keys.
+
+    The first may hold too many, the second too few.
+    """
+    queries, keys, fields = _fragments(plan.layout, plan.block_size), plan.key_layout, fields or plan.fields
+    keys = queries if keys is plan.layout else _fragments(keys, plan.block_size)
+    shape = [-(-layout.num_tokens // plan.block_size) for layout in (plan.layout, plan.key_layout)]
+    kept, full = (torch.zeros(shape, dtype=torch.bool, device=plan.layout.rank.device) for _ in range(2))
+    for members, q, k in _alike(plan, queries, keys):
+        q, k = q[:, :, None], k[:, None, :]
+        always, never = plan.mask.classify_checked(
+            queries.lows[q],
+            queries.highs[q],
+            keys.lows[k],
+            keys.highs[k],
+            fields.rows(plan.layout.rank[members]) if fields else fields,
+        )
+        for blocks, pairs in (kept, ~never), (full, always & queries.are_whole[q] & keys.are_whole[k]):
+            sequence, row, column = pairs.nonzero(as_tuple=True)
+            blocks[queries.blocks[q[sequence, row, 0]], keys.blocks[k[sequence, 0, column]]] = True
+    return kept, full
+
+
+def _fragments(layout: SequenceLayout, block: int) -> Fragments:
+    sizes = torch.tensor(layout.sizes, dtype=torch.long)
+    ends = sizes.cumsum(0)
+    starts = ends - sizes
+    counts = torch.where(sizes > 0, (ends - 1) // block - starts // block + 1, 0)
+    firsts = counts.cumsum(0) - counts
+    total = int(counts.sum())
+    sequence = sequence_ids_from_lengths(counts, total)
+    blocks = starts[sequence] // block + torch.arange(total) - firsts[sequence]
+    tokens = torch.maximum(starts[sequence], blocks * block)
+    stops = torch.minimum(ends[sequence], (blocks + 1) * block)
+    device = layout.rank.device
+    return Fragments(
+        counts=counts,
+        firsts=firsts,
+        blocks=blocks.to(device),
+        lows=layout.positions[tokens.to(device)],
+        highs=layout.positions[(stops - 1).to(device)],
+        are_whole=(stops - tokens == block).to(device),
+    )
+
+
+def _alike(plan: MaskPlan, queries: Fragments, keys: Fragments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Places `(n,)` of query sequences with equally many fragments on both sides, and those fragments `(n, …)`."""
+    device = plan.layout.rank.device
+    partners = plan.key_layout.rank.argsort()[plan.layout.rank].cpu()
+    most = plan.key_layout.num_tokens
+    counts = queries.counts * (most + 1) + keys.counts[partners]  # both numbers in one
+    kinds, kind, numbers = counts.unique(return_inverse=True, return_counts=True)
+    for both, members in zip(kinds.tolist(), kind.argsort(stable=True).split(numbers.tolist()), strict=True):
+        q_count, k_count = divmod(both, most + 1)
+        if q_count and k_count:
+            q = queries.firsts[members][:, None] + torch.arange(q_count)
+            k = keys.firsts[partners[members]][:, None] + torch.arange(k_count)
+            yield members.to(device), q.to(device), k.to(device)

@@ -1,0 +1,26 @@
+"""PyTorch's `scaled_dot_product_attention` with a dense mask on padded tensors: what the stock models run."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .layout import eager_only
+from .plan import MaskPlan
+
+
+@eager_only
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, None]:
+    """Attention on flat `(1, H, N, D)` tensors; weights are not computed."""
+    plan = plan.in_rows
+    output = nn.functional.scaled_dot_product_attention(
+        plan.layout.unflatten_heads(query),
+        plan.key_layout.unflatten_heads(key),
+        plan.key_layout.unflatten_heads(value),
+        attn_mask=plan.dense(query.shape[1]),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return plan.layout.flatten_heads(output), None

@@ -1,0 +1,192 @@
+"""What the arguments of a forward pass say of a batch: which tokens are there, and which belong to one sequence.
+
+Shape legend: B rows of width T in the batch, S sequences, N real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .frames import Frames
+from .graph_layout import GraphLayout
+from .layout import SequenceLayout, eager_only, integers
+
+# What transformers' and TRL's padding-free collators call the sequences of one row, beside `position_ids`.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+Lengths = Tensor | Sequence[int]
+
+
+def layout_of_batch(
+    shape: tuple[int, int],
+    device: torch.device,
+    lengths: Lengths | None,
+    attention_mask: Tensor | None,
+    missing: Tensor | None = None,
+    *,
+    position_ids: Tensor | None = None,
+    packing: Mapping[str, Any] | None = None,
+    in_graph: bool = False,
+) -> SequenceLayout:
+    """Where the tokens of a batch of `shape` `(B, T)` sit.
+
+    `lengths` say so, or `cu_seq_lens_q`, or `seq_idx`, or a 0/1 `attention_mask`, or `position_ids` that restart;
+    without any of these all tokens are there, and each row is one sequence. An explicit `attention_mask` of three or
+    four dimensions says nothing of that, and with one neither do `position_ids`. Tokens that are `missing` are left
+    out; the others keep their positions. With `in_graph` the layout is, where a graph is being made, a [`GraphLayout`].
+
+    Args:
+        packing (`dict[str, Any]`): The arguments named in `PACKING`, as far as they are given.
+
+    Raises:
+        ValueError: The arguments contradict each other, or one does not fit the shape.
+    """
+    packing = given(packing or {})
+    lengths = stated_lengths(lengths, packing, shape, device)
+    if in_graph and torch.compiler.is_compiling() and "seq_idx" not in packing:
+        explicit = is_explicit(attention_mask)
+        return cast(
+            SequenceLayout,
+            GraphLayout.of_batch(
+                shape,
+                device,
+                lengths,
+                None if explicit else attention_mask,
+                missing,
+                None if explicit or position_ids is None else per_token(position_ids, shape),
+            ),
+        )
+    return _layout_outside(shape, device, lengths, attention_mask, missing, position_ids, packing)
+
+
+@eager_only
+def _layout_outside(shape, device, lengths, attention_mask, missing, position_ids, packing) -> SequenceLayout:
+    frames = frames_of_batch(
+        shape, device, lengths, attention_mask, missing, position_ids=position_ids, packing=packing
+    )
+    return frames.present.by_length()
+
+
+@eager_only
+def frames_of_batch(
+    shape: tuple[int, int],
+    device: torch.device,
+    lengths: Lengths | None,
+    attention_mask: Tensor | None,
+    missing: Tensor | None,
+    *,
+    position_ids: Tensor | None = None,
+    packing: Mapping[str, Any] | None = None,
+) -> Frames:
+    """As [`layout_of_batch`], with the tokens that are missing as well, in the batch's own order."""
+    packing = given(packing or {})
+    lengths = stated_lengths(lengths, packing, shape, device)
+    whole = SequenceLayout.of_batch(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
+    if "seq_idx" in packing:
+        whole = _divided_by_index(whole, packing["seq_idx"], is_stated=lengths is not None)
+    if position_ids is not None and not is_explicit(attention_mask):
+        is_stated = lengths is not None or "seq_idx" in packing
+        whole = whole.divided_by_positions(per_token(position_ids, shape), is_stated)
+    _check_bounds(whole, packing)
+    return Frames(whole, whole if missing is None else whole.without(missing))
+
+
+def is_explicit(attention_mask: Tensor | None) -> bool:
+    """Whether a mask says which query may see which key, rather than which tokens are there."""
+    return attention_mask is not None and attention_mask.dim() > 2
+
+
+def per_token(position_ids: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Positions `(B, T)`, int64, of which there may be one row for all."""
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, shape[0]) or position_ids.shape[1] != shape[1]:
+        raise ValueError(
+            f"`position_ids` must have the input's shape {tuple(shape)}, or one row for all; "
+            f"got {tuple(position_ids.shape)}"
+        )
+    return integers("position_ids", position_ids).expand(shape)
+
+
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that are not `None`."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def given_input(
+    main: str,
+    input_ids: Tensor | None = None,
+    input_features: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    **_,
+) -> Tensor:
+    """The one input that there is: that named `main`, which the model reads, or `inputs_embeds`."""
+    inputs = given({"input_ids": input_ids, "input_features": input_features, "inputs_embeds": inputs_embeds})
+    if len(inputs) != 1 or not inputs.keys() & {main, "inputs_embeds"}:
+        raise ValueError(
+            f"exactly one of `{main}` and `inputs_embeds` must be given; got {' and '.join(inputs) or 'neither'}"
+        )
+    return next(iter(inputs.values()))
+
+
+def stated_lengths(
+    lengths: Lengths | None, packing: Mapping[str, Any], shape: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """`lengths`, or what `cu_seq_lens_q` say in their place.
+
+    Raises:
+        ValueError: `cu_seq_lens_q` come with several rows, do not go from 0 up to the width of the row, or contradict
+            `lengths` or `cu_seq_lens_k`.
+    """
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths, device=device)
+    names = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if packing.get(name) is not None]
+    if not names:
+        return lengths
+    if torch.compiler.is_compiling():  # no value can be looked at; the layout checks the sum of the lengths
+        name = names[0]
+        return lengths if lengths is not None else integers(name, torch.as_tensor(packing[name], device=device)).diff()
+    return _checked_ends({name: torch.as_tensor(packing[name], device=device) for name in names}, lengths, shape)
+
+
+@eager_only
+def _checked_ends(ends: dict[str, Tensor], lengths: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    rows, width = shape
+    ends = {name: integers(name, values) for name, values in ends.items()}
+    name, first = next(iter(ends.items()))
+    if rows != 1:
+        raise ValueError(f"`{name}` must come with one row that holds all sequences; got {rows} rows")
+    if first.dim() != 1 or not first.numel() or first[0] != 0 or first[-1] != width or (first.diff() < 0).any():
+        raise ValueError(
+            f"`{name}` must be a vector of non-decreasing integers from 0 to the width of the row, {width}; "
+            f"got {first.tolist()}"
+        )
+    for other, values in ends.items():
+        if not torch.equal(values, first):
+            raise ValueError(f"`{other}` must equal `{name}`, {first.tolist()}; got {values.tolist()}")
+    stated = first.diff()
+    if lengths is not None and not torch.equal(integers("lengths", lengths), stated):
+        raise ValueError(f"`{name}` must be the running sums of `lengths`, {lengths.tolist()}; got {first.tolist()}")
+    return stated
+
+
+def _divided_by_index(whole: SequenceLayout, seq_idx: Tensor, is_stated: bool) -> SequenceLayout:
+    """The layout with a sequence for each run of one number in `seq_idx` `(B, T)`."""
+    if tuple(seq_idx.shape) != tuple(whole.shape):
+        raise ValueError(f"`seq_idx` must have the input's shape {whole.shape}; got {tuple(seq_idx.shape)}")
+    numbers = whole.flatten(integers("seq_idx", seq_idx))[0]
+    begins = torch.nn.functional.pad(numbers.diff() != 0, (1, 0), value=True)[: len(numbers)]
+    if is_stated and not torch.equal(begins | whole.begins, whole.begins):
+        raise ValueError(
+            f"`seq_idx` must change only where a sequence of `lengths` {list(whole.sizes)} ends; got {numbers.tolist()}"
+        )
+    return whole.divided(begins)
+
+
+def _check_bounds(whole: SequenceLayout, packing: Mapping[str, Any]) -> None:
+    for name in ("max_length_q", "max_length_k"):
+        if name in packing and int(packing[name]) < whole.max_length:
+            raise ValueError(
+                f"`{name}` must be at least the longest sequence's length, {whole.max_length}; got {int(packing[name])}"
+            )

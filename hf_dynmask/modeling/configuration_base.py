@@ -1,0 +1,149 @@
+"""What every DynMask configuration has: a version, and the code that goes with a shared checkpoint."""
+
+import json
+import re
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from shutil import copyfile
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict, validated_field
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import CONFIG_NAME, logging
+
+from .messages import shown
+
+CONFIG_VERSION = 1  # raised where older code would misread what newer code saves
+HERE = Path(__file__).parent  # of the package, or of the copy of a checkpoint's code that transformers runs
+MODULE = re.compile(r"\w+\.py")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CHUNK = 2**20  # bytes
+
+logger = logging.get_logger(__name__)
+
+
+def _readable(config_version: int) -> None:
+    if config_version > CONFIG_VERSION:
+        raise ValueError(
+            f"`config_version` must be at most {CONFIG_VERSION}, which is what this code reads; got {config_version}: "
+            "the checkpoint needs a newer hf_dynmask, or the code that it came with"
+        )
+
+
+def _is_record(code: Any) -> None:
+    """Of code: which version of the package it is of, and the SHA-256 of each file."""
+    if code is None:
+        return
+    of_version, hashes = (code.get("version"), code.get("sha256")) if isinstance(code, dict) else (None, None)
+    if not (isinstance(of_version, str) and isinstance(hashes, dict)):
+        raise ValueError(f"`dynmask_code` must be {{'version': text, 'sha256': {{file: hash}}}}; got {shown(code)}")
+    for name, value in hashes.items():
+        if not (MODULE.fullmatch(name) and isinstance(value, str) and SHA256.fullmatch(value)):
+            raise ValueError(
+                "`dynmask_code` must give a SHA-256 of 64 hexadecimal digits for names such as 'masks.py'; "
+                f"got {shown({name: value})}"
+            )
+
+
+@strict
+class DynMaskBaseConfig(PreTrainedConfig):
+    """
+    What [`DynMaskConfig`], [`DynMaskSeq2SeqConfig`] and [`DynMaskRecurrentConfig`] share.
+
+    Args:
+        config_version (`int`, *optional*, defaults to 1): Of the format that the configuration is saved in.
+        dynmask_code (`dict`, *optional*):
+            Of a checkpoint that was saved with its code, the `version` of this package, and the `sha256` of each file.
+
+    Raises:
+        StrictDataclassError: The version is newer than this code; `dynmask_code` is no such record.
+    """
+
+    # Where a checkpoint's code has the classes of this configuration; the registration fills it in.
+    classes_in_code: ClassVar[dict[str, str]] = {}
+
+    config_version: int = validated_field(_readable, default=CONFIG_VERSION)
+    dynmask_code: dict[str, Any] | None = validated_field(_is_record, default=None)
+
+    def check_shareable(self) -> None:
+        """Raise a `ValueError` where something cannot travel with a checkpoint."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.check_shareable()
+        if __package__ == "hf_dynmask.modeling" and getattr(self, "auto_map", None):
+            self._add_code(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _add_code(self, folder: Path) -> None:
+        """The files that `auto_map` speaks of, into the folder, and their hashes, into this configuration.
+
+        What `auto_map` says is data of a checkpoint, so it is written again. Code that came with a checkpoint is saved
+        again by transformers, and the hashes stay.
+        """
+        if "classes_in_code" in vars(type(self)):  # not a subclass, whose code transformers adds
+            self.auto_map = dict(self.classes_in_code)
+        files = {HERE / f"{reference.partition('.')[0]}.py" for reference in self.classes_in_code.values()}
+        files |= {Path(found) for path in files for found in get_relative_import_files(path)}
+        folder.mkdir(parents=True, exist_ok=True)
+        former = code_of(folder)
+        for path in files:
+            _put(path, folder / path.name, replaces=former is not None and path.name in former["sha256"])
+        hashes = {path.name: hash_of(path) for path in sorted(files)}
+        self.dynmask_code = {"version": version("hf_dynmask"), "sha256": hashes}
+
+
+def _put(source: Path, target: Path, replaces: bool) -> None:
+    """Copy a file of code, not through a link, and not over a file of others."""
+    is_there = target.is_symlink() or target.exists()
+    if target.is_dir() or (is_there and not replaces and hash_of(target) != hash_of(source)):
+        logger.warning(
+            f"{target} is kept, since it is not of hf_dynmask: the checkpoint does not work where the package is not "
+            "installed; save it into a folder of its own"
+        )
+        return
+    if is_there:
+        target.unlink()
+    copyfile(source, target)
+
+
+def code_of(folder: Path) -> dict[str, Any] | None:
+    """The record of its code in a folder's `config.json`, as in [`DynMaskBaseConfig`]; `None` where there is none."""
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        code = config.get("dynmask_code") if isinstance(config, dict) else None
+        _is_record(code)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return code
+
+
+def changed_code(hashes: dict[str, str], folder: Path) -> list[str]:
+    """The names of files in `folder` that are missing or have another SHA-256 than `hashes` say."""
+    return [name for name, value in hashes.items() if hash_of(folder / name) != value]
+
+
+def warn_of_other_code(config: PreTrainedConfig) -> None:
+    """Warn where the code that runs is not that which the checkpoint was shared with."""
+    code = getattr(config, "dynmask_code", None)
+    if code and (changed := changed_code(code["sha256"], HERE)):
+        logger.warning_once(
+            f"the checkpoint was shared with the code of hf_dynmask {code['version']}; "
+            f"what runs now differs from it in {', '.join(changed)}"
+        )
+
+
+def hash_of(path: Path) -> str | None:
+    """SHA-256 of a file; `None` where there is no regular file."""
+    if not path.is_file():
+        return None
+    found = sha256()
+    with path.open("rb") as file:
+        while part := file.read(CHUNK):
+            found.update(part)
+    return found.hexdigest()
+
+
+__all__ = ["CONFIG_VERSION", "DynMaskBaseConfig"]

@@ -1,0 +1,34 @@
+"""Token ids to embeddings.
+
+Shape legend: N real tokens, E embedding size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .graph_layout import GraphLayout
+from .layout import SequenceLayout, eager_only
+
+
+def embed_tokens(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
+    """Embeddings `(1, N, E)` of token ids `(1, N)`.
+
+    The noise of NEFTune (arXiv:2310.05914), a hook on the table, goes by the shape of what the table returns: by
+    `alpha / sqrt(length * E)`. So the table is then given each sequence as a row, those of one length together.
+    """
+    if table.training and hasattr(table, "neftune_noise_alpha"):
+        return _embed_rows(table, input_ids, layout)
+    return table(input_ids)
+
+
+@eager_only
+def _embed_rows(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
+    layout = layout.settled() if isinstance(layout, GraphLayout) else layout
+    groups = [group for group in layout.groups if group.length]
+    if not groups:  # no row to scale noise by
+        return nn.functional.embedding(input_ids, table.get_parameter("weight"))
+    pieces = input_ids[0].split([group.length * group.count for group in groups])
+    rows = [table(ids.view(group.count, group.length)).flatten(0, 1) for ids, group in zip(pieces, groups, strict=True)]
+    return torch.cat(rows)[None]

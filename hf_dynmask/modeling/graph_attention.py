@@ -1,0 +1,220 @@
+"""Attention in a graph of `torch.compile` or `torch.export`: an operator, forward and backward.
+
+Shape legend: B rows of width T, S sequences, N real tokens in M = B * T places; H heads, D and Dv head sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import attend as attend_outside
+from .compile_ops import operator
+from .graph_layout import GraphLayout, known
+from .masks import parse
+from .plan import MaskPlan
+
+
+class GraphPlan(NamedTuple):
+    """What a [`MaskPlan`] is in a graph: what the operator makes one of."""
+
+    mask: str
+    layout: GraphLayout
+    key_layout: GraphLayout
+    fields: dict[str, Tensor]
+
+    @property
+    def reads_scores(self) -> bool:
+        """As [`MaskPlan.reads_scores`]."""
+        return "key_scores" in fields_of(self.mask)
+
+
+@torch.compiler.assume_constant_result
+def fields_of(mask: str) -> tuple[str, ...]:
+    """Names of the fields that an expression reads; a graph takes them for constant."""
+    return tuple(sorted(parse(mask).fields))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: MaskPlan | GraphPlan,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    apply_mask_to: str = "scores",
+    key_scores: Tensor | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with either kind of plan, and weights, which there are none of in a graph.
+
+    See [`attend`] of `attention`, which both come to.
+    """
+    if isinstance(plan, MaskPlan):
+        return attend_outside(
+            query,
+            key,
+            value,
+            plan,
+            scaling=scaling,
+            dropout=dropout,
+            apply_mask_to=apply_mask_to,
+            key_scores=key_scores,
+            implementation=implementation,
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # the operator runs where autocast is over
+        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+    seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else None
+    layouts = plan.layout.described, plan.key_layout.described
+    tensors = query, key, value, key_scores, seed, *layouts, list(plan.fields.values())
+    settings = plan.mask, " ".join(plan.fields), scaling, dropout, apply_mask_to, implementation
+    return ATTENTION(*tensors, *settings), None
+
+
+def _plan(layout: Tensor, key_layout: Tensor, fields: list[Tensor], mask: str, names: str) -> MaskPlan:
+    of_queries = known(layout)
+    is_self = key_layout is layout
+    needed = tuple(fields) if is_self else (key_layout, *fields)  # what the plan was made of, beside its layout
+    given, plan = of_queries.plans.get((mask, names), (None, None))
+    if plan is None or given is None or any(one is not other for one, other in zip(given, needed, strict=True)):
+        of_keys = None if is_self else known(key_layout).layout
+        plan = MaskPlan(mask, of_queries.layout, of_keys, fields=dict(zip(names.split(), fields, strict=True)))
+        of_queries.plans[mask, names] = needed, plan
+    return plan
+
+
+@contextmanager
+def _random_from(seed: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Random numbers of a seed, the same in forward and backward; those of the program go on as if there were none."""
+    if seed is None:
+        yield
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"dropout in a graph must be on a CPU or a CUDA device; got '{device.type}'")
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    try:
+        generator.manual_seed(int(seed))
+        yield
+    finally:
+        generator.set_state(state)
+
+
+class Call(NamedTuple):
+    """The arguments of the attention operator. Tensors are flat, `(1, H, N, D)`; `key_scores (1, 1 | Hk, N)`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_scores: Tensor | None
+    seed: Tensor | None
+    layout: Tensor
+    key_layout: Tensor
+    fields: list[Tensor]
+    mask: str
+    names: str
+    scaling: float
+    dropout: float
+    apply_mask_to: str
+    implementation: str
+
+    @property
+    def states(self) -> list[Tensor]:
+        """Query, key, value and, where there are any, scores: what has a gradient."""
+        return [self.query, self.key, self.value, *([] if self.key_scores is None else [self.key_scores])]
+
+    @property
+    def plan(self) -> MaskPlan:
+        return _plan(self.layout, self.key_layout, self.fields, self.mask, self.names)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_scores: Tensor | None = None) -> Tensor:
+        with _random_from(self.seed, query.device):
+            output, _ = attend_outside(
+                query,
+                key,
+                value,
+                self.plan,
+                scaling=self.scaling,
+                dropout=self.dropout,
+                apply_mask_to=self.apply_mask_to,
+                key_scores=key_scores,
+                implementation=self.implementation,
+            )
+        return output
+
+
+ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_scores, Tensor? seed, Tensor layout, Tensor key_layout, "
+    "Tensor[] fields, str mask, str names, float scaling, float dropout, str apply_mask_to, str implementation"
+)
+
+
+def _in_memory(heads: Tensor) -> Tensor:
+    """`(1, H, N, D)` such that the heads of a token are neighbours in memory: what a graph is told."""
+    return heads.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _unknown(heads: Tensor, size: int) -> Tensor:
+    """A tensor like that, of a head size, without values."""
+    return heads.new_empty(1, heads.shape[2], heads.shape[1], size).transpose(1, 2)
+
+
+def _attention(*arguments) -> Tensor:
+    call = Call(*arguments)
+    return _in_memory(call.attend(*call.states))
+
+
+def _attention_shapes(*arguments) -> Tensor:
+    call = Call(*arguments)
+    return _unknown(call.query, call.value.shape[3])
+
+
+def _backward(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and scores (empty without scores); attention is computed anew."""
+    call = Call(*arguments)
+    with torch.enable_grad():
+        states = [x.detach().requires_grad_() for x in call.states]
+        output = call.attend(*states)
+    query, key, value, *scores = torch.autograd.grad(output, states, grad_output, materialize_grads=True)
+    of_scores = scores[0].contiguous() if scores else grad_output.new_empty(0)
+    return _in_memory(query), _in_memory(key), _in_memory(value), of_scores
+
+
+def _backward_shapes(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call(*arguments)
+    query, key, value = (_unknown(x, x.shape[3]) for x in (call.query, call.key, call.value))
+    scores = call.key_scores
+    return query, key, value, grad_output.new_empty(0) if scores is None else scores.new_empty(scores.shape)
+
+
+# An operator that computes gradients inside, and so has no autograd of its own.
+BACKWARD = operator(
+    f"attention_backward(Tensor grad_output, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_shapes,
+)
+
+
+def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, fields = inputs[:8]
+    ctx.save_for_backward(*tensors, *fields)
+    ctx.settings = inputs[8:]
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple:
+    tensors = ctx.saved_tensors
+    fields = list(tensors[7:])
+    *grads, of_scores = BACKWARD(grad_output, *tensors[:7], fields, *ctx.settings)
+    of_scores = None if tensors[3] is None else of_scores
+    return *grads, of_scores, None, None, None, [None] * len(fields), *(None,) * len(ctx.settings)
+
+
+ATTENTION = operator(
+    f"attention({ARGUMENTS}) -> Tensor", _attention, _attention_shapes, gradients=(_gradients, _remember)
+)

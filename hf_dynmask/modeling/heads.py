@@ -1,0 +1,223 @@
+"""What heads share, whatever their encoder: from a batch to flat states, and from these to a loss and logits.
+
+Shape legend: B rows of width T, S sequences, N real tokens, C hidden size.
+"""
+# transformers' own typing of `**kwargs` repeats named parameters, and its configurations' fields are optional.
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalIterable=false
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .batch import PACKING, given_input, is_explicit, layout_of_batch
+from .graph_layout import GraphLayout
+from .layout import SequenceLayout, eager_only, integers
+from .losses import sequence_loss, token_loss
+from .modeling_base import DynMaskBaseModel, known_keywords
+
+
+def classifier_dropout(config: PreTrainedConfig) -> nn.Dropout:
+    """The dropout before a classifier; without a setting of its own that of the hidden states."""
+    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
+def runs_in_graph(model: DynMaskBaseModel, output_attentions: bool | None = None, **_) -> bool:
+    """Whether a bare model can do with a [`GraphLayout`]: all can but the recurrent ones, unless asked for weights."""
+    if output_attentions is None:
+        output_attentions = model.config.output_attentions
+    return model.serves_graphs and not output_attentions
+
+
+def run_encoder(
+    model: DynMaskBaseModel,
+    lengths: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    missing: Tensor | None = None,
+    input_features: Tensor | None = None,
+    in_graph: bool = True,
+    **inputs,
+) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
+    """Outputs of a bare model, of which `last_hidden_state (1, N, C)` is flat, and the layout that it is in."""
+    tokens = given_input(model.main_input_name, input_features=input_features, **inputs)
+    packing = {name: inputs.pop(name, None) for name in PACKING}
+    if input_features is None:
+        layout = layout_of_batch(
+            tuple(tokens.shape[:2]),
+            tokens.device,
+            lengths,
+            attention_mask,
+            missing,
+            position_ids=inputs.get("position_ids"),
+            packing=packing,
+            in_graph=in_graph and runs_in_graph(model, **inputs),
+        )
+    else:
+        inputs["inputs_embeds"], layout = model.embed_features(
+            tokens, lengths, attention_mask, missing, inputs.get("position_ids"), packing
+        )
+    inputs["return_dict"] = True
+    explicit = attention_mask if is_explicit(attention_mask) else None
+    return model(layout=layout, attention_mask=explicit, **inputs), layout
+
+
+class TaskModel(PreTrainedModel):
+    """A head on an encoder. Subclasses say which encoder, and how flat states become a loss and logits."""
+
+    output_class: type
+    model: Any
+    pooling = False
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self._new_encoder(config)
+        self.dropout = classifier_dropout(config)
+        self._add_head(config)
+        self.post_init()
+
+    def _new_encoder(self, config) -> PreTrainedModel:
+        raise NotImplementedError
+
+    def _add_head(self, config) -> None:
+        raise NotImplementedError
+
+    def _predict(
+        self,
+        outputs: BaseModelOutputWithPoolingAndCrossAttentions,
+        layout: SequenceLayout,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(loss, logits in the batch's layout) from `outputs`, whose `last_hidden_state` is flat."""
+        raise NotImplementedError
+
+    @known_keywords()
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        Inputs as in [`DynMaskModel.forward`], and:
+
+        Args:
+            labels (`Tensor`): Targets, -100 where there is none: see the class for their shape.
+            num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged, where a step spans several
+                batches; the loss is then a sum divided by it. `None`: the targets of this batch.
+        """
+        outputs, layout = self._encode(
+            input_ids=input_ids,
+            lengths=lengths,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            prefix_lengths=prefix_lengths,
+            hidden_spans=hidden_spans,
+            global_tokens=global_tokens,
+            mask_choice=mask_choice,
+            missing=missing,
+            input_features=input_features,
+            **kwargs,
+        )
+        loss, logits = self._predict(outputs, layout, labels, num_items_in_batch)
+        return self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _encode(self, **inputs) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
+        """The encoder's outputs, `last_hidden_state` flat, and their layout."""
+        return run_encoder(self.model, **inputs)
+
+
+class TokenClassification(TaskModel):
+    """What [`DynMaskForTokenClassification`] adds to an encoder."""
+
+    output_class = TokenClassifierOutput
+
+    def _add_head(self, config):
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = token_loss(logits, layout.flatten(integers("labels", labels)), num_items_in_batch)
+        return loss, layout.unflatten(logits)
+
+
+class SequenceClassification(TaskModel):
+    """What [`DynMaskForSequenceClassification`] adds to an encoder."""
+
+    output_class = SequenceClassifierOutput
+    pooling = True
+
+    def _add_head(self, config):
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        if labels is None:
+            return None, logits
+        return sequence_loss(logits, labels, self.config, num_items_in_batch), logits
+
+
+def in_columns(
+    values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """A function of values `(1, N, …)` as `(B, columns, …)`: of the last columns alone, or of these; 0: of all. It is 0
+    where no token is, and, but for a graph, not computed elsewhere."""
+    if isinstance(to_keep, int) and to_keep == 0:
+        return layout.unflatten(function(values))
+    if isinstance(layout, GraphLayout):
+        columns = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep.to(values.device)
+        return layout.unflatten(function(values))[:, columns]
+    return _in_some_columns(values, layout, to_keep, function)
+
+
+@eager_only
+def _in_some_columns(
+    values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor]
+) -> Tensor:
+    rows, width = layout.shape
+    if isinstance(to_keep, int):
+        to_keep = torch.arange(max(width - to_keep, 0), width, device=values.device)
+    columns = to_keep.to(values.device)
+    place = torch.full((width,), -1, device=values.device)
+    place[columns] = torch.arange(len(columns), device=values.device)
+    row, column = layout.indices // max(width, 1), place[layout.indices % max(width, 1)]
+    kept = column >= 0
+    computed = function(values[0, kept])
+    padded = computed.new_zeros(rows * len(columns), *computed.shape[1:])
+    padded.index_copy_(0, (row * len(columns) + column)[kept], computed)
+    return padded.view(rows, len(columns), *computed.shape[1:])

@@ -1,0 +1,149 @@
+"""Keys and values remembered from earlier tokens: which columns of a batch a cache holds, and what masks make of them.
+
+Shape legend: B rows; T columns seen so far, those of now included; Tq columns of now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .fields import TOKEN_FIELDS, Fields, key_name
+from .layout import SequenceLayout
+from .masks import Mask
+from .plan import MaskPlan
+
+FAR = 2**40  # a position that no sequence reaches
+CACHE_NAMES = ("cache", "past_key_values")
+# What this release of transformers calls a cache in arguments and outputs: `past_key_values` before 5.24.
+CACHE_NAME = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
+
+
+def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, under whichever of its two names it came.
+
+    Raises:
+        ValueError: It came under both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument; got both")
+    return past_key_values if cache is None else cache
+
+
+def renamed_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with a cache under the name that this release of transformers knows."""
+    others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    cache = given_cache(*(arguments.get(name) for name in CACHE_NAMES))
+    return others if cache is None else others | {CACHE_NAME: cache}
+
+
+def output_with_cache(output_class: type, cache: Cache | None, **fields) -> Any:
+    """An output of transformers that has the cache under both of its names."""
+    output = output_class(**fields, **{CACHE_NAME: cache})
+    if cache is not None and CACHE_NAME != "cache":
+        output.cache = cache
+    return output
+
+
+def num_cached_tokens(cache: Cache | None) -> int:
+    """Columns of the batch whose keys and values the cache holds or has dropped."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def last_columns(whole: SequenceLayout, width: int) -> SequenceLayout:
+    """Layout of the last `width` columns of a batch; tokens keep their positions in the whole."""
+    return whole.columns(whole.shape[1] - width, whole.shape[1])
+
+
+def cached_plans(
+    masks: Sequence[Mask],
+    queries: SequenceLayout,
+    whole: SequenceLayout,
+    cache: Cache,
+    fields: Mapping[str, Tensor],
+) -> list[MaskPlan]:
+    """Each layer's plan, queries of now against the columns that its cache hands back.
+
+    Args:
+        masks (`list[Mask]`): One a layer.
+        queries (`SequenceLayout`): Of the columns of now, `(B, Tq)`.
+        whole (`SequenceLayout`): Of all columns seen, `(B, T)`.
+        cache (`Cache`): Asked for the columns of each layer.
+        fields (`dict[str, Tensor]`): Fields of the whole.
+
+    Raises:
+        ValueError: A mask lets a query see a token that comes later, or one that the cache has dropped.
+    """
+    width, total = queries.shape[1], whole.shape[1]
+    plans: dict[tuple[Mask, int, int], MaskPlan] = {}
+    chosen = []
+    for layer, mask in enumerate(masks):
+        length, start = cache.get_mask_sizes(width, layer)
+        start, stop = int(start), min(int(start) + int(length), total)
+        key = (mask, start, stop)
+        if key not in plans:
+            keys = whole.columns(start, stop)
+            of_columns = {}
+            for name, field in fields.items():
+                if name in TOKEN_FIELDS:
+                    of_columns |= {name: field[:, total - width :], key_name(name): field[:, start:stop]}
+                else:
+                    of_columns[name] = field
+            plan = MaskPlan(mask, queries, keys, fields=of_columns)
+            _check_out_of_sight(plan, whole, start)
+            plans[key] = plan
+        chosen.append(plans[key])
+    return chosen
+
+
+def _check_out_of_sight(plan: MaskPlan, whole: SequenceLayout, start: int) -> None:
+    """Raise where a query may see a later token, or one before column `start`."""
+    if not plan.layout.num_tokens or "attention_mask" in plan.mask.fields:  # an explicit mask speaks for itself
+        return
+    rows = plan.layout.rank.argsort()
+    first, last = (_extreme_positions(plan.layout)[end][rows][:, None] for end in (0, 1))
+    ends = _extreme_positions(whole)[1][whole.rank.argsort()][:, None]
+    fields = _with_unknown_tokens(plan.fields, whole.num_positions)
+    _, never = plan.mask.classify_checked(first, last, ends + 1, torch.full_like(ends, FAR), fields)
+    real = (last >= 0).expand_as(never)
+    if not never[real].all():
+        raise ValueError(
+            f"the mask '{plan.mask}' lets a token see later ones, which a cache cannot serve: they are not there yet. "
+            "Join it with `causal`, make prefixes no longer than the prompt, or set use_cache=False"
+        )
+    if start == 0:
+        return
+    dropped = whole.columns(0, start)
+    before = _extreme_positions(dropped)[1][dropped.rank.argsort()][:, None]
+    _, never = plan.mask.classify_checked(first, last, torch.zeros_like(before), before.clamp(min=0), plan.fields)
+    if not never[real & (before >= 0)].all():
+        raise ValueError(
+            f"the mask '{plan.mask}' lets a token see ones that the cache has dropped; use a cache without a sliding "
+            "window, or one that is wide enough"
+        )
+
+
+def _extreme_positions(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """Position of the first and of the last token of each sequence `(S,)` in flat order; -1 for an empty one."""
+    ends = layout.cu_seq_lens.long()
+    empty = layout.lengths == 0
+    positions = torch.nn.functional.pad(layout.positions, (0, 1), value=-1)
+    first, last = ends[:-1].clamp(max=layout.num_tokens), (ends[1:] - 1).clamp(min=0)
+    return positions[first].masked_fill(empty, -1), positions[last].masked_fill(empty, -1)
+
+
+def _with_unknown_tokens(fields: Fields, num_positions: int) -> Fields:
+    """The fields with two more tokens, of the smallest and the largest value there is: those to come may be any."""
+    tables = dict(fields.tables)
+    for name, table in tables.items():
+        if name.removeprefix(key_name("")) in TOKEN_FIELDS:
+            limits = torch.iinfo(torch.int64)
+            known = torch.nn.functional.pad(table.long(), (0, num_positions - table.shape[1]))
+            unknown = known.new_tensor([limits.min, limits.max]).expand(known.shape[0], 2)
+            tables[name] = torch.cat([known, unknown], dim=1)
+    return Fields(tables)

@@ -1,0 +1,129 @@
+"""Losses over real tokens, averaged over the targets of a batch, or of all batches of a step.
+
+Shape legend: B rows of width T, S sequences, N real tokens, V vocabulary, L labels of a sequence.
+"""
+# transformers' own typing of `**kwargs` repeats named parameters, and its configurations' fields are optional.
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalIterable=false
+
+import torch
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from .graph_layout import GraphLayout
+from .layout import IGNORE_INDEX, SequenceLayout, eager_only, integers, rolled
+
+
+def aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
+    """Targets `(1, N)`, each at the token that predicts it; `None` where there are none."""
+    if shift_labels is not None:
+        return layout.flatten(integers("shift_labels", shift_labels))
+    return None if labels is None else _next_tokens(layout.flatten(integers("labels", labels)), layout)
+
+
+def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
+    """Labels `(1, N)` moved to the token before, -100 at the end of each sequence."""
+    return rolled(labels.masked_fill(layout.begins, IGNORE_INDEX), -1)
+
+
+def _averaged(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """A summed loss over its targets; 0 where a batch has none."""
+    items = count if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+
+def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Cross-entropy of `logits (..., classes)` against `labels (...)`, averaged over the targets."""
+    labels = integers("labels", labels)
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return _averaged(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
+
+
+@eager_only
+def ctc_loss(
+    logits: Tensor,
+    labels: Tensor,
+    layout: SequenceLayout,
+    config: PreTrainedConfig,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """CTC loss of `logits (1, N, V)` against `labels (S, L)`, reduced by `config.ctc_loss_reduction`."""
+    layout = layout.settled() if isinstance(layout, GraphLayout) else layout
+    targets, target_lengths = _ctc_targets(labels, layout, config)
+    if not layout.num_tokens:
+        return logits.sum()  # 0; torch takes no batch without frames
+    in_rows = SequenceLayout.from_lengths(layout.lengths, (layout.num_sequences, layout.max_length))
+    log_probs = in_rows.unflatten(logits.log_softmax(-1, dtype=torch.float32))
+    losses = nn.functional.ctc_loss(
+        log_probs.transpose(0, 1),
+        targets,
+        layout.lengths,
+        target_lengths,
+        blank=config.pad_token_id,
+        reduction="none",
+        zero_infinity=config.ctc_zero_infinity,
+    )
+    if config.ctc_loss_reduction == "sum":
+        return losses.sum()
+    if num_items_in_batch is None:
+        losses = losses / target_lengths.clamp(min=1)
+    return _averaged(losses.sum(), len(losses), num_items_in_batch)
+
+
+def _ctc_targets(labels: Tensor, layout: SequenceLayout, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
+    """Labels of the sequences in flat order, from the left edge, and how many each has; checked against the frames."""
+    if labels.dim() != 2 or len(labels) != layout.num_sequences:
+        raise ValueError(
+            f"`labels` must have shape (sequences, L), with {layout.num_sequences} sequences; got {tuple(labels.shape)}"
+        )
+    labels = integers("labels", labels)[layout.rank]
+    real = (labels != IGNORE_INDEX) & (labels != config.pad_token_id)
+    if (wrong := labels[real & ((labels < 0) | (labels >= config.vocab_size))]).numel():
+        raise ValueError(f"`labels` must be from 0 to vocab_size - 1 = {config.vocab_size - 1}; got {wrong[0].item()}")
+    lengths = real.sum(1)
+    order = (~real).long().argsort(dim=1, stable=True)
+    targets, real = labels.gather(1, order), real.gather(1, order)
+    needed = lengths + (real[:, 1:] & (targets[:, 1:] == targets[:, :-1])).sum(1)
+    if not config.ctc_zero_infinity and (needed > layout.lengths).any():
+        place = int((needed - layout.lengths).argmax())
+        raise ValueError(
+            f"a CTC target must fit the frames of its sequence: the {lengths[place]} labels of sequence "
+            f"{layout.rank[place]} need {needed[place]} frames (with one for the blank between repeated labels); "
+            f"got {layout.lengths[place]}. Leave it out, subsample less, or set ctc_zero_infinity=True"
+        )
+    return targets.where(real, 0), lengths
+
+
+def position_loss(
+    scores: Tensor, positions: Tensor, layout: SequenceLayout, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Cross-entropy of `scores (1, N)` over each sequence's tokens against `positions (S,)`."""
+    by_sequence = layout.by_position(scores, fill=-torch.inf)
+    positions = integers("positions", positions).flatten()[layout.rank]
+    padded = nn.functional.pad(by_sequence.detach(), (0, 1), value=-torch.inf)  # where positions beyond the last look
+    inside = positions.where(positions >= 0, padded.shape[1] - 1).clamp(max=padded.shape[1] - 1)
+    real = padded.gather(1, inside[:, None])[:, 0] != -torch.inf  # a token is there
+    targets = positions.where(real, IGNORE_INDEX)
+    return token_loss(*layout.select_targets(by_sequence, targets), num_items_in_batch)
+
+
+def sequence_loss(
+    logits: Tensor, labels: Tensor, config: PreTrainedConfig, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Loss of `logits (S, num_labels)` by `config.problem_type`, which without a value follows from the labels."""
+    problem = config.problem_type
+    if problem is None and config.num_labels == 1:
+        problem = "regression"
+    elif problem is None:
+        problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    if problem == "single_label_classification":
+        return token_loss(logits, labels, num_items_in_batch)
+    criteria = {
+        "regression": nn.functional.mse_loss,
+        "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
+    }
+    labels = labels.to(logits.dtype).view_as(logits)
+    return _averaged(criteria[problem](logits, labels, reduction="sum"), labels.numel(), num_items_in_batch)

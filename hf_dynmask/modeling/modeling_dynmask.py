@@ -1,0 +1,795 @@
+"""DynMask encoder and its heads.
+
+A batch comes in rows `(B, T)` or flat `(1, N)`; inside, every layer works on the N real tokens alone; outputs go back
+in the layout of the inputs, 0 where no token is.
+
+Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vocabulary, H heads.
+"""
+# transformers' own typing of `**kwargs` repeats named parameters, and its configurations' fields are optional.
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalIterable=false
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutput,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple
+
+from .batch import PACKING, frames_of_batch, given, given_input, is_explicit, layout_of_batch, per_token
+from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
+from .fields import TOKEN_FIELDS, key_name
+from .generation import DynMaskGenerationMixin
+from .graph_attention import GraphPlan, fields_of
+from .graph_layout import GraphLayout
+from .heads import SequenceClassification, TaskModel, TokenClassification, in_columns, runs_in_graph
+from .kv_cache import (
+    CACHE_NAME,
+    cached_plans,
+    given_cache,
+    last_columns,
+    num_cached_tokens,
+    output_with_cache,
+)
+from .layout import SequenceLayout, eager_only, integers
+from .losses import aligned_targets, ctc_loss, position_loss, token_loss
+from .masks import Dense, TopK, parse
+from .modeling_base import DynMaskBaseModel, known_keywords, warn_of_adapters_alone, warn_of_unread_fields
+from .modules import (
+    ATTENTION_IMPLEMENTATIONS,
+    DynMaskEmbeddings,
+    DynMaskKeyScores,
+    DynMaskLayer,
+    DynMaskLMHead,
+    DynMaskPooler,
+    DynMaskRotaryEmbedding,
+    DynMaskSinusoidalEmbedding,
+    make_norm,
+)
+from .plan import MaskPlan
+
+logger = logging.get_logger(__name__)
+
+
+class DynMaskPreTrainedModel(DynMaskBaseModel):
+    """What all DynMask models share: configuration, weight initialisation, the `dynmask` attention."""
+
+    config: DynMaskConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DynMaskLayer"]  # FSDP2 of Accelerate shares out the embeddings apart
+    _input_embed_layer = "word_embeddings"
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__(config)
+        num_features = getattr(config, "num_features", None)  # a configuration of several models has none of its own
+        if num_features is not None:
+            if self._tied_weights_keys:
+                raise ValueError(
+                    f"`num_features` must be None in a {type(self).__name__}, which predicts the tokens that it reads; "
+                    f"got {num_features}"
+                )
+            self.main_input_name = "input_features"
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Frames that come out of a model for sequences of `lengths` frames: fewer where convolutions subsample.
+
+        Args:
+            lengths (integer `Tensor`): Of any shape.
+
+        Returns:
+            `Tensor` of the same shape: `ceil(lengths / config.inputs_to_logits_ratio)`.
+        """
+        return -(-lengths // self.config.inputs_to_logits_ratio)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention in (None, "dynmask"):
+            return "dynmask"
+        known = ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
+        try:
+            chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        except ValueError as error:
+            raise ValueError(f"{error} DynMask models run with {known}.") from error
+        if chosen not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(f"`attn_implementation` of a DynMask model must be one of {known}; got {chosen!r}")
+        return chosen
+
+    def set_mask(self, mask: str | list[str]) -> None:
+        """Put another mask on the model, to be used from the next forward pass on and saved with its configuration.
+
+        Args:
+            mask (`str` or `list[str]`): An expression for every layer, or one each.
+
+        Raises:
+            ValueError: The expression does not parse, or there are not as many as layers.
+        """
+        changed = self.checked_masks(mask)
+        for name, value in changed.items():
+            setattr(self.config, name, value)
+        warn_of_adapters_alone(self, mask)
+
+    def checked_masks(self, mask: str | list[str] | None = None, cross_mask: str | None = None) -> dict[str, Any]:
+        """The fields of the configuration that hold these masks, once it is sure that they fit the model."""
+        changed = {"cross_mask": self.config.cross_mask if cross_mask is None else cross_mask}
+        if mask is not None:
+            by_layer = not isinstance(mask, str)
+            changed |= {"layer_masks": list(mask)} if by_layer else {"layer_masks": None, "mask": mask}
+        config = copy.copy(self.config)
+        vars(config).update(changed)
+        config.validate_masks()
+        cross = parse(config.cross_mask)
+        layers = [module for module in self.modules() if isinstance(module, DynMaskLayer)]
+        for layer, of_layer in zip(layers, masks_of(config), strict=False):
+            for attention, text in ((layer.attention, of_layer), (layer.cross_attention, cross)):
+                if attention is not None and text.holds(TopK) and attention.key_scores is None:
+                    raise ValueError(
+                        f"the mask '{text}' needs weights that score keys; make the model with a mask that has `topk`"
+                    )
+        return changed
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DynMaskKeyScores):
+            init.zeros_(module.scale)
+        if isinstance(module, DynMaskSinusoidalEmbedding):
+            init.copy_(module.weight, module.table(*module.weight.shape, device=module.weight.device))
+
+
+class DynMaskModel(DynMaskPreTrainedModel):
+    """The bare encoder.
+
+    Args:
+        config ([`DynMaskConfig`]): Sizes and masks.
+        add_pooling_layer (`bool`, *optional*): Whether to add a pooler. `None`: as `config.use_pooler` says.
+    """
+
+    serves_graphs = True
+
+    def __init__(self, config: DynMaskConfig, add_pooling_layer: bool | None = None):
+        super().__init__(config)
+        self.embeddings = DynMaskEmbeddings(config)
+        bases = dict.fromkeys(config.layer_rope_theta or ())
+        rotary = config.position_type == "rotary"
+        self.rotary_emb = DynMaskRotaryEmbedding(config) if rotary and not bases else None
+        self.rotary_by_base = nn.ModuleList([DynMaskRotaryEmbedding(config, base) for base in bases])
+        self.layers = nn.ModuleList([DynMaskLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        norm_before = config.norm_placement == "before"
+        self.final_norm = make_norm(config, config.hidden_size) if norm_before else nn.Identity()
+        with_pooler = config.use_pooler if add_pooling_layer is None else add_pooling_layer
+        self.pooler = DynMaskPooler(config) if with_pooler else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @known_keywords()
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
+        input_features: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_layout: SequenceLayout | None = None,
+        encoder_fields: dict[str, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        r"""
+        Args:
+            input_ids (`Tensor` of shape `(B, T)`, or flat `(1, N)`): Token ids.
+            lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `lengths[b]` tokens from its
+                left edge; in a flat batch S sequences stand end to end.
+            attention_mask (`Tensor` of shape `(B, T)`): 0 where no token is, wherever that may be; an alternative to
+                `lengths`. Neither: all tokens are there. Or, bool of shape `(B, T, T)` or `(B, H, T, T)`: which query
+                may see which key, beside what the configuration's mask says.
+            position_ids (`Tensor` of shape `(B, T)` or `(1, T)`): Positions in place of each token's index in its own
+                sequence, for the embeddings; masks go by the index. Where nothing else says which tokens belong
+                together, each time that positions go back to the first one of their row a sequence begins.
+            cu_seq_lens_q, cu_seq_lens_k (integer `Tensor` of shape `(S + 1,)`): 0, then the end of each sequence of a
+                flat batch; an alternative to `lengths`. `max_length_q` and `max_length_k` are bounds of the longest,
+                and `seq_idx (1, N)` numbers the sequences, as transformers' padding-free collators give them.
+            token_type_ids (`Tensor` of shape `(B, T)`): Token types; ignored by a model without types.
+            inputs_embeds (`Tensor` of shape `(B, T, embedding_size)`): Token embeddings in place of `input_ids`.
+            segment_ids (`Tensor` of shape `(B, T)`): Field of the mask `segments`.
+            prefix_lengths (`Tensor` of shape `(B,)` or `(S,)`): Field of the mask `prefix`.
+            hidden_spans (`Tensor` of shape `(B, K, 2)` or `(S, K, 2)`): Field of the mask `visible`: (start, length).
+            global_tokens (bool `Tensor` of shape `(B, T)`): Field of the mask `global_tokens`.
+            mask_choice (`Tensor` of shape `(B,)` or `(S,)`): Field of the mask `select`.
+            missing (bool `Tensor` of shape `(B, T)`): Where a value inside a sequence is missing: never a key, its
+                output is 0, its position still counts. What stands there, NaN included, reaches nothing.
+            input_features (`Tensor` of shape `(B, T, num_features)`, or flat `(1, N, num_features)`): Frames in place
+                of `input_ids`, where the configuration has `num_features`; `lengths`, `attention_mask` and `missing`
+                are of these frames. Where convolutions subsample, everything else is of the frames that are left, and
+                so are outputs: row b has `output_lengths(lengths)[b]` of them, from its left edge.
+            layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
+                `last_hidden_state` stays flat, `(1, N, C)`. A head embeds frames first: see [`embed_features`].
+            past_key_values, cache ([`~transformers.Cache`]): Two names for the keys and values of earlier columns, to
+                which the current ones are added. The inputs are then the current columns alone; `attention_mask`,
+                `layout` and fields are of all.
+            encoder_hidden_states (`Tensor` of shape `(1, Nk, C)`): Flat states that cross-attention looks at, in the
+                order of `encoder_layout`, a [`SequenceLayout`] with a sequence for each of this batch's.
+            encoder_fields (`dict[str, Tensor]`): Fields of the encoder's batch, which the cross mask reads.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]:
+            `last_hidden_state (B, T, C)`, 0 where no token is; `pooler_output (B, C)` or `(S, C)`; the cache as given,
+            as `cache` and as `past_key_values`; on request `hidden_states` and, with `attn_implementation="eager"`,
+            `attentions (B, H, T, T)`.
+
+        Raises:
+            ValueError: The inputs contradict each other or the configuration; the message says what was expected.
+            TypeError: A keyword is unknown.
+        """
+        cache = given_cache(cache, past_key_values)
+        inputs = given_input(self.main_input_name, input_ids, input_features, inputs_embeds)
+        output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "`output_attentions` needs attn_implementation='eager', the only one that computes weights; "
+                f"got {self.config._attn_implementation!r}"
+            )
+        flat_output = layout is not None
+        packing = {name: kwargs.get(name) for name in PACKING}
+        if input_features is not None:
+            inputs_embeds, layout = self.embed_features(
+                input_features, lengths, attention_mask, missing, position_ids, packing
+            )
+            inputs = inputs_embeds
+        rows, width = inputs.shape[:2]
+        if layout is None:
+            seen = num_cached_tokens(cache)
+            layout = layout_of_batch(
+                (rows, seen + width),
+                inputs.device,
+                lengths,
+                attention_mask,
+                missing,
+                position_ids=position_ids if seen == 0 else None,
+                packing=packing,
+                in_graph=cache is None and not output_attentions,
+            )
+        whole, layout = layout, last_columns(layout, width) if cache is not None else layout
+        states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
+        rotary = self._rotary(states, position_ids)
+        fields = {
+            "segment_ids": segment_ids,
+            "prefix_lengths": prefix_lengths,
+            "hidden_spans": hidden_spans,
+            "global_tokens": global_tokens,
+            "mask_choice": mask_choice,
+            "attention_mask": attention_mask if is_explicit(attention_mask) else None,
+        }
+        fields = given(fields)
+        warn_of_unread_fields(self, fields, self.fields_read())
+        plans = self._plans(layout, whole, cache, fields)
+        cross_plan = None
+        if encoder_hidden_states is not None:
+            cross_plan = self._cross_plan(layout, encoder_layout, fields, encoder_fields or {})
+
+        all_states, all_weights, all_cross_weights = [], [], []
+        for layer, plan, turns in zip(self.layers, plans, rotary, strict=True):
+            if output_hidden_states:
+                # Returned in the batch's layout, and on the way to the output: gradients reach it.
+                all_states.append(layout.unflatten(states))
+                states = layout.flatten(all_states[-1])
+            states, weights, cross_weights = layer(
+                states,
+                encoder_hidden_states,  # not by name: gradient checkpointing would not find its gradient
+                plan=plan,
+                cross_plan=cross_plan,
+                rotary=turns,
+                **{CACHE_NAME: cache},
+            )
+            all_weights.append(weights)
+            all_cross_weights.append(cross_weights)
+        states = self.final_norm(states)
+        padded = states if flat_output else layout.unflatten(states)
+        if output_hidden_states:
+            all_states.append(layout.unflatten(states) if flat_output else padded)
+        return output_with_cache(
+            BaseModelOutputWithPoolingAndCrossAttentions,
+            cache,
+            last_hidden_state=padded,
+            pooler_output=self.pooler(layout.first_tokens(states)) if self.pooler is not None else None,
+            hidden_states=tuple(all_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+            cross_attentions=tuple(all_cross_weights) if output_attentions and cross_plan is not None else None,
+        )
+
+    def fields_read(self) -> set[str]:
+        """Names of the fields that the model's masks read."""
+        texts = [*mask_texts(self.config), *([self.config.cross_mask] if self.config.add_cross_attention else [])]
+        return {name for text in dict.fromkeys(texts) for name in fields_of(text)}
+
+    def embed_features(
+        self,
+        input_features: Tensor,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        missing: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packing: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, SequenceLayout]:
+        """Frames as `inputs_embeds`, projected or subsampled by convolutions.
+
+        Args:
+            input_features, lengths, attention_mask, missing: As in [`forward`].
+            position_ids (`Tensor` of shape `(B, output_lengths(T))`, *optional*): Of the frames that are left; of one
+                row, they are checked against its sequences.
+            packing (`dict[str, Any]`, *optional*): `cu_seq_lens_q` and the like of [`forward`].
+
+        Returns:
+            `Tensor` of shape `(B, output_lengths(T), embedding_size)` and the [`SequenceLayout`] of the frames in it.
+
+        Raises:
+            ValueError: `input_features` has another shape, or the inputs contradict each other.
+        """
+        if input_features.dim() != 3 or input_features.shape[2] != self.config.num_features:
+            raise ValueError(
+                f"`input_features` must have shape (B, T, num_features={self.config.num_features}); "
+                f"got {tuple(input_features.shape)}"
+            )
+        shape = tuple(input_features.shape[:2])
+        frames = frames_of_batch(shape, input_features.device, lengths, attention_mask, missing, packing=packing)
+        embeds, layout = self.embeddings.feature_embeddings(input_features.to(self.dtype), frames)
+        may_be_flat = layout.shape[0] == 1 and not is_explicit(attention_mask)
+        if position_ids is not None and may_be_flat:
+            layout.divided_by_positions(per_token(position_ids, layout.shape), is_stated=True)
+        return layout.unflatten(embeds), layout.by_length()
+
+    @eager_only
+    def output_layout(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        missing: Tensor | None = None,
+    ) -> SequenceLayout:
+        """Where outputs sit for inputs of `shape` `(B, T)`: the tokens, or the frames that convolutions leave of them.
+
+        Args:
+            lengths, attention_mask, missing: As in [`forward`].
+
+        Raises:
+            ValueError: The inputs contradict each other.
+        """
+        frames = frames_of_batch(shape, device, lengths, attention_mask, missing)
+        for stride in self.config.conv_stride:
+            frames = frames.subsampled(stride)
+        return frames.present.by_length()
+
+    def _rotary(self, states: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Each layer's (cos, sin) `(1, N, D)`, or `None` for models without rotary positions."""
+        if not self.rotary_by_base:
+            shared = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
+            return [shared] * len(self.layers)
+        turns = {rotary.config.rope_parameters["rope_theta"]: rotary for rotary in self.rotary_by_base}
+        turns = {base: rotary(states, position_ids) for base, rotary in turns.items()}
+        return [turns[base] for base in self.config.layer_rope_theta]
+
+    def _cross_plan(
+        self,
+        layout: SequenceLayout,
+        encoder_layout: SequenceLayout,
+        fields: dict[str, Tensor],
+        encoder_fields: dict[str, Tensor],
+    ) -> MaskPlan | GraphPlan:
+        """The plan of cross-attention. Fields of tokens are of both sides, others speak of the encoder's tokens."""
+        of_both = dict(encoder_fields)
+        for name in TOKEN_FIELDS:
+            if name in encoder_fields:
+                of_both[key_name(name)] = of_both.pop(name)
+            if name in fields:
+                of_both[name] = fields[name][:, -layout.shape[1] :]
+        if isinstance(layout, GraphLayout):
+            return GraphPlan(self.config.cross_mask, layout, encoder_layout, of_both)
+        return self._cross_plan_outside(layout, encoder_layout, of_both)
+
+    @eager_only
+    def _cross_plan_outside(
+        self, layout: SequenceLayout, encoder_layout: SequenceLayout, fields: dict[str, Tensor]
+    ) -> MaskPlan:
+        return MaskPlan(self.config.cross_mask, layout, encoder_layout, fields=fields)
+
+    def _plans(
+        self, layout: SequenceLayout, whole: SequenceLayout, cache: Cache | None, fields: dict[str, Tensor]
+    ) -> list[MaskPlan] | list[GraphPlan]:
+        """Each layer's plan; layers with the same mask share one."""
+        if isinstance(layout, GraphLayout):
+            end = " & dense" if "attention_mask" in fields else ""
+            return [GraphPlan(f"({text}){end}", layout, layout, fields) for text in mask_texts(self.config)]
+        return self._plans_outside(layout, whole, cache, fields)
+
+    @eager_only
+    def _plans_outside(
+        self, layout: SequenceLayout, whole: SequenceLayout, cache: Cache | None, fields: dict[str, Tensor]
+    ) -> list[MaskPlan]:
+        masks = masks_of(self.config)
+        if "attention_mask" in fields:
+            masks = [mask & Dense() for mask in masks]
+        if cache is not None:
+            own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            return cached_plans(masks, layout, whole, own, fields)
+        plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
+        return [plans[mask] for mask in masks]
+
+    def _embed(
+        self,
+        layout: SequenceLayout,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Flat states `(1, N, C)` and positions `(1, N)` from inputs in the batch's layout."""
+        position_ids = self.embeddings.positions(layout, position_ids)
+        if inputs_embeds is None:
+            words = self.embeddings.words(layout.flatten(integers("input_ids", input_ids)), layout)
+        else:
+            words = layout.flatten(inputs_embeds)
+        types = None
+        if token_type_ids is not None:
+            types = layout.flatten(integers("token_type_ids", token_type_ids).expand(layout.shape))
+        return self.embeddings(words, position_ids, types), position_ids
+
+
+class DynMaskTaskModel(TaskModel, DynMaskPreTrainedModel):
+    """A head on [`DynMaskModel`]."""
+
+    def _new_encoder(self, config):
+        return DynMaskModel(config, add_pooling_layer=self.pooling)
+
+
+class DynMaskForMaskedLM(DynMaskTaskModel):
+    """Masked language modelling; `labels (B, T)`. While training, logits are computed for the targets alone and not
+    handed back (`logits` is `None`)."""
+
+    output_class = MaskedLMOutput
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def _add_head(self, config):
+        self.lm_head = DynMaskLMHead(config)
+
+    def get_output_embeddings(self):
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head.decoder = new_embeddings
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        states = outputs.last_hidden_state
+        if labels is None:
+            return None, layout.unflatten(self.lm_head(states))
+        labels = layout.flatten(integers("labels", labels))
+        if self.training:
+            states, labels = layout.select_targets(states, labels)
+            return token_loss(self.lm_head(states), labels, num_items_in_batch), None
+        logits = self.lm_head(states)
+        return token_loss(logits, labels, num_items_in_batch), layout.unflatten(logits)
+
+
+class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
+    """Causal language modelling and generation; `labels (B, T)` are the inputs, shifted here.
+
+    Without a mask in its configuration the model is `causal`. While training with labels, logits are computed for the
+    targets alone and not handed back (`logits` is `None`). No token is a target of another sequence.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: DynMaskConfig):
+        if config.mask is None and config.layer_masks is None:
+            config.mask = "causal"
+        super().__init__(config)
+        if config.tie_word_embeddings and config.embedding_size != config.hidden_size:
+            raise ValueError(
+                f"`embedding_size` must be hidden_size={config.hidden_size} where input and output embeddings are one; "
+                f"got {config.embedding_size}"
+            )
+        self.model = DynMaskModel(config, add_pooling_layer=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _shift_labels_in_label_smoothing(cls)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    @known_keywords("shift_labels")
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Inputs as in [`DynMaskModel.forward`], and:
+
+        Args:
+            past_key_values, cache ([`~transformers.Cache`]): Two names for the keys and values of earlier columns. The
+                inputs are then the current columns alone; `attention_mask`, `missing` and fields are of all columns,
+                and `lengths` is for the first ones.
+            use_cache (`bool`): Whether to return a cache, which a flat batch never does. `None`: as `config.use_cache`
+                says, not while training.
+            labels (`Tensor` of shape `(B, T)`): Token ids, -100 where there is no target; each is predicted from the
+                token before it.
+            shift_labels (`Tensor` of shape `(B, T)`): Labels that stand at the token before already; they win over
+                `labels`. Training with split sequences hands them over. A keyword that is not in the signature: there
+                the `Trainer` would take it for labels that every batch must have.
+            num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
+            logits_to_keep (`int` or `Tensor` of columns): Logits of the last columns alone, or of these; 0: of all.
+
+        Raises:
+            ValueError: The inputs contradict each other; the mask sees tokens that a cache does not have.
+        """
+        shift_labels = kwargs.pop("shift_labels", None)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        rows, width = tokens.shape[:2]
+        cache = given_cache(cache, past_key_values)
+        seen = num_cached_tokens(cache)
+        if seen and lengths is not None:
+            raise ValueError("`lengths` must come with the first columns; later ones take an `attention_mask` of all")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        whole = layout_of_batch(
+            (rows, seen + width),
+            tokens.device,
+            lengths,
+            attention_mask,
+            missing,
+            position_ids=position_ids if seen == 0 else None,
+            packing={name: kwargs.pop(name, None) for name in PACKING},
+            in_graph=cache is None and not use_cache and runs_in_graph(self.model, **kwargs),
+        )
+        in_rows = whole.num_sequences == rows
+        if cache is not None and not in_rows:
+            raise ValueError(f"a cache needs a batch of one sequence a row; got {whole.num_sequences} in {rows} rows")
+        if use_cache and cache is None and in_rows:
+            cache = DynamicCache(config=self.config)
+        outputs = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            prefix_lengths=prefix_lengths,
+            hidden_spans=hidden_spans,
+            global_tokens=global_tokens,
+            mask_choice=mask_choice,
+            attention_mask=attention_mask if is_explicit(attention_mask) else None,
+            layout=whole,
+            cache=cache,
+            **kwargs | {"return_dict": True},
+        )
+        layout = whole if cache is None else last_columns(whole, width)
+        states = outputs.last_hidden_state
+        loss = logits = None
+        targets = aligned_targets(labels, shift_labels, layout)
+        if targets is None:
+            logits = in_columns(states, layout, logits_to_keep, self.lm_head)
+        elif self.training:
+            states, targets = layout.select_targets(states, targets)
+            loss = token_loss(self.lm_head(states), targets, num_items_in_batch)
+        else:
+            of_tokens = self.lm_head(states)
+            loss = token_loss(of_tokens, targets, num_items_in_batch)
+            logits = in_columns(of_tokens, layout, logits_to_keep)
+        return output_with_cache(
+            CausalLMOutputWithPast,
+            cache,
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _shift_labels_in_label_smoothing(model_class: type) -> None:
+    """The Trainer's label smoothing shifts labels for the causal models whose names it finds in this table."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_class.__name__] = model_class.__name__
+
+
+_shift_labels_in_label_smoothing(DynMaskForCausalLM)
+
+
+class DynMaskForTokenClassification(TokenClassification, DynMaskTaskModel):
+    """A class for every token; `labels (B, T)`, logits `(B, T, num_labels)`."""
+
+
+class DynMaskForSequenceClassification(SequenceClassification, DynMaskTaskModel):
+    """A class, several, or a number for every sequence; `labels (B,)`, or `(B, num_labels)` of floats where several
+    classes may hold; logits `(B, num_labels)`. In a flat batch S takes the place of B."""
+
+
+class DynMaskForCTC(DynMaskTaskModel):
+    """Connectionist temporal classification (Graves et al., 2006): text that is shorter than its frames, unaligned.
+
+    `labels (B, L)` of token ids, -100 (or the blank) behind the target; logits `(B, output_lengths(T), vocab_size)`, 0
+    where no frame is. The blank is `config.pad_token_id`, as in [`~transformers.Wav2Vec2ForCTC`]. A flat batch has
+    labels `(S, L)`.
+
+    `num_items_in_batch`, where `config.ctc_loss_reduction` is `"mean"`: the loss is summed and divided by it, and so
+    averaged over the labels of all batches of a step, not over sequences.
+
+    Raises:
+        ValueError: A target needs more frames than its sequence has: one a label, and one for the blank between
+            repeated labels. With `config.ctc_zero_infinity` it counts 0 instead.
+    """
+
+    output_class = CausalLMOutput
+
+    def _add_head(self, config):
+        if config.pad_token_id is None or not 0 <= config.pad_token_id < config.vocab_size:
+            raise ValueError(
+                f"`pad_token_id`, the blank, must be from 0 to vocab_size - 1 = {config.vocab_size - 1}; "
+                f"got {config.pad_token_id}"
+            )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        logits = self.lm_head(self.dropout(outputs.last_hidden_state))
+        loss = ctc_loss(logits, labels, layout, self.config, num_items_in_batch) if labels is not None else None
+        return loss, layout.unflatten(logits)
+
+
+class DynMaskForMultipleChoice(DynMaskTaskModel):
+    """One of several texts; inputs `(B, choices, T)`, `lengths (B, choices)`, `labels (B,)`, logits `(B, choices)`."""
+
+    output_class = MultipleChoiceModelOutput
+    pooling = True
+
+    def _add_head(self, config):
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def _encode(self, **inputs):
+        choices = given_input(self.main_input_name, **inputs).shape[1]
+        rows = {
+            name: value.flatten(0, 1) if isinstance(value, Tensor) and value.dim() > 1 else value
+            for name, value in inputs.items()
+        }
+        outputs, layout = super()._encode(**rows)
+        outputs.pooler_output = outputs.pooler_output.unflatten(0, (-1, choices))
+        return outputs, layout
+
+    def _predict(self, outputs, layout, labels, num_items_in_batch):
+        logits = self.classifier(self.dropout(outputs.pooler_output)).squeeze(-1)
+        return None if labels is None else token_loss(logits, labels, num_items_in_batch), logits
+
+
+class DynMaskForQuestionAnswering(DynMaskTaskModel):
+    """Start and end of an answer; `start_positions`, `end_positions (B,)` index the sequence, logits `(B, T)`.
+
+    The loss is over real tokens: unlike in the stock models padding has no share in it. A position beyond the
+    sequence is no target.
+    """
+
+    output_class = QuestionAnsweringModelOutput
+
+    def _add_head(self, config):
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @known_keywords("labels")  # which the Trainer counts; the answer is in the positions
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
+        input_features: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        Inputs as in [`DynMaskModel.forward`], and:
+
+        Args:
+            start_positions, end_positions (`Tensor` of shape `(B,)` or `(S,)`): First and last token of the answer.
+            num_items_in_batch (`int` or `Tensor`): Answers over which the loss is averaged. `None`: this batch's.
+        """
+        kwargs.pop("labels", None)
+        outputs, layout = self._encode(
+            input_ids=input_ids,
+            lengths=lengths,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+            prefix_lengths=prefix_lengths,
+            hidden_spans=hidden_spans,
+            global_tokens=global_tokens,
+            mask_choice=mask_choice,
+            missing=missing,
+            input_features=input_features,
+            **kwargs,
+        )
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            ends = zip(logits.unbind(-1), (start_positions, end_positions), strict=True)
+            loss = sum(position_loss(scores, place, layout, num_items_in_batch) for scores, place in ends) / 2
+        start_logits, end_logits = layout.unflatten(logits).unbind(-1)
+        return self.output_class(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "DynMaskForCTC",
+    "DynMaskForCausalLM",
+    "DynMaskForMaskedLM",
+    "DynMaskForMultipleChoice",
+    "DynMaskForQuestionAnswering",
+    "DynMaskForSequenceClassification",
+    "DynMaskForTokenClassification",
+    "DynMaskModel",
+    "DynMaskPreTrainedModel",
+]

@@ -1,0 +1,570 @@
+"""DynMask encoder-decoder and its heads: both sides work on real tokens alone, each with lengths of its own.
+
+Shape legend: B rows, T columns of the source, U of the target, S sequences, C hidden size, V vocabulary, H heads.
+"""
+# transformers' own typing of `**kwargs` repeats named parameters, and its configurations' fields are optional.
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportIndexIssue=false
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .batch import PACKING, is_explicit, layout_of_batch
+from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
+from .fields import TOKEN_FIELDS
+from .generation import fields_of_new_tokens
+from .heads import classifier_dropout, run_encoder, runs_in_graph
+from .kv_cache import given_cache, last_columns, num_cached_tokens, output_with_cache, renamed_cache
+from .layout import IGNORE_INDEX, SequenceLayout, integers, rolled
+from .losses import sequence_loss, token_loss
+from .modeling_base import known_keywords, warn_of_adapters_alone, warn_of_unread_fields
+from .modeling_dynmask import DynMaskModel, DynMaskPreTrainedModel
+from .modules import DynMaskPooler
+
+ENCODER = "encoder.embeddings.word_embeddings.weight"
+DECODER = "decoder.embeddings.word_embeddings.weight"
+SOURCE_INPUTS = ("input_ids", "inputs_embeds", "input_features")
+FIELDS = ("segment_ids", "prefix_lengths", "hidden_spans", "global_tokens", "mask_choice")
+Inputs = dict[str, Any]
+
+
+class BothSides(NamedTuple):
+    """What encoder and decoder gave: outputs whose `last_hidden_state` is flat, the layouts of these, and the cache."""
+
+    encoder: BaseModelOutputWithPoolingAndCrossAttentions
+    encoder_layout: SequenceLayout
+    decoder: BaseModelOutputWithPoolingAndCrossAttentions
+    decoder_layout: SequenceLayout
+    cache: Cache | None
+
+    def output(self, output_class: type, **fields) -> Any:
+        """An output of this class, with what those of all classes hold."""
+        return output_with_cache(output_class, self.cache, **fields, **self._common())
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "decoder_hidden_states": self.decoder.hidden_states,
+            "decoder_attentions": self.decoder.attentions,
+            "cross_attentions": self.decoder.cross_attentions,
+            "encoder_last_hidden_state": self.encoder_layout.unflatten(self.encoder.last_hidden_state),
+            "encoder_hidden_states": self.encoder.hidden_states,
+            "encoder_attentions": self.encoder.attentions,
+        }
+
+
+class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
+    """What the encoder-decoder and its heads share."""
+
+    config: DynMaskSeq2SeqConfig
+
+    def __init__(self, config: DynMaskSeq2SeqConfig):
+        super().__init__(config)
+        if config.encoder.num_features is not None:
+            self.main_input_name = "input_features"
+
+    @known_keywords()
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_lengths: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        input_features: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        hidden_spans: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+        mask_choice: Tensor | None = None,
+        missing: Tensor | None = None,
+        decoder_segment_ids: Tensor | None = None,
+        decoder_prefix_lengths: Tensor | None = None,
+        decoder_hidden_spans: Tensor | None = None,
+        decoder_global_tokens: Tensor | None = None,
+        decoder_mask_choice: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        r"""
+        The encoder's inputs are those of [`DynMaskModel.forward`], `input_features` and fields included. Beside them:
+
+        Args:
+            decoder_input_ids (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Tokens of the targets. `None`: what the
+                class makes of `labels` or of the source.
+            decoder_lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `decoder_lengths[b]` of
+                them from its left edge.
+            decoder_attention_mask (`Tensor` of shape `(B, U)`): 0 where no token is; an alternative to
+                `decoder_lengths`. Neither: all tokens are there. Or an explicit mask, as for the encoder.
+            decoder_position_ids (`Tensor` of shape `(B, U)`), decoder_inputs_embeds (`Tensor` of shape `(B, U, C)`):
+                As the encoder's.
+            decoder_segment_ids, decoder_prefix_lengths, decoder_hidden_spans, decoder_global_tokens,
+                decoder_mask_choice (`Tensor`): Fields of the decoder's mask. The cross mask reads fields of tokens from
+                both sides, and others from the encoder's.
+            encoder_outputs ([`~transformers.modeling_outputs.BaseModelOutput`]): States `(B, T, C)` that the encoder
+                has given before, in place of its inputs; `lengths` or `attention_mask` say where its tokens are.
+            past_key_values, cache ([`~transformers.EncoderDecoderCache`]): Two names for the keys and values of earlier
+                columns of the decoder, and those of the encoder. The decoder's inputs are then the current columns;
+                `decoder_attention_mask` and the decoder's fields are of all, and `decoder_lengths` is for the first
+                ones.
+            use_cache (`bool`): Whether to return keys and values, which a flat batch never does. `None`: as the
+                decoder's configuration says, and not in training or with labels.
+            labels (`Tensor`): Targets, -100 where there is none: see the class for their shape.
+            num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
+
+        Returns:
+            The output of the class: `encoder_last_hidden_state (B, T, C)`, and what is of the decoder's tokens
+            `(B, U, ...)`, 0 where no token is.
+
+        Raises:
+            ValueError: The inputs of a side contradict each other; the sides have not as many sequences; the decoder's
+                mask sees tokens that a cache does not have; there are `cu_seq_lens_q` or the like, which do not say of
+                which side they are.
+            TypeError: A keyword is unknown.
+        """
+        source = {
+            "input_ids": input_ids,
+            "lengths": lengths,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            "input_features": input_features,
+            "segment_ids": segment_ids,
+            "prefix_lengths": prefix_lengths,
+            "hidden_spans": hidden_spans,
+            "global_tokens": global_tokens,
+            "mask_choice": mask_choice,
+            "missing": missing,
+        }
+        target = {
+            "input_ids": decoder_input_ids,
+            "lengths": decoder_lengths,
+            "attention_mask": decoder_attention_mask,
+            "position_ids": decoder_position_ids,
+            "inputs_embeds": decoder_inputs_embeds,
+            "segment_ids": decoder_segment_ids,
+            "prefix_lengths": decoder_prefix_lengths,
+            "hidden_spans": decoder_hidden_spans,
+            "global_tokens": decoder_global_tokens,
+            "mask_choice": decoder_mask_choice,
+        }
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            target |= self._made_target(source, target, labels)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        cache = given_cache(cache, past_key_values)
+        sides = self.base_model.run(source, target, encoder_outputs, cache, use_cache, **kwargs)
+        return self._outputs(sides, labels, num_items_in_batch)
+
+    def _made_target(self, source: Inputs, target: Inputs, labels: Tensor | None) -> Inputs:
+        """Inputs of the decoder where the batch has no tokens for it."""
+        return {}
+
+    def _outputs(self, sides: BothSides, labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> ModelOutput:
+        """The output of the class."""
+        raise NotImplementedError
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """See [`DynMaskModel.output_lengths`]: of the encoder."""
+        return self.base_model.encoder.output_lengths(lengths)
+
+    def set_mask(
+        self,
+        mask: str | list[str] | None = None,
+        decoder_mask: str | list[str] | None = None,
+        cross_mask: str | None = None,
+    ) -> None:
+        """Put other masks on the model, to be used from the next forward pass on and saved with its configuration.
+
+        Args:
+            mask, decoder_mask (`str` or `list[str]`, *optional*):
+                An expression for every layer of the encoder, or of the decoder, or one each. `None`: as it is.
+            cross_mask (`str`, *optional*): An expression of which token of the source a token of the target may see.
+
+        Raises:
+            ValueError: An expression does not parse, or there are not as many as layers; all masks stay as they are.
+        """
+        encoder, decoder = self.base_model.encoder, self.base_model.decoder
+        checked = encoder.checked_masks(mask), decoder.checked_masks(decoder_mask, cross_mask)
+        for side, changed in zip((encoder, decoder), checked, strict=True):
+            for name, value in changed.items():
+                setattr(side.config, name, value)
+        warn_of_adapters_alone(self, [mask, decoder_mask, cross_mask])
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The tokens' table: the encoder's, or the decoder's where the encoder reads frames."""
+        return self._readers()[0].get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        for side in self._readers():
+            side.set_input_embeddings(value)
+
+    def _readers(self) -> list[DynMaskModel]:
+        """The sides that read tokens through the table of [`get_input_embeddings`]."""
+        encoder, decoder = self.base_model.encoder, self.base_model.decoder
+        if self.config.share_embeddings:
+            return [encoder, decoder]
+        return [encoder if self.config.encoder.num_features is None else decoder]
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
+        if not (self.config.share_embeddings or self.config.encoder.num_features is not None):
+            raise ValueError("`resize_token_embeddings` needs one vocabulary, share_embeddings=True; got one a side")
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for side in (self.config.encoder, self.config.decoder):
+            if side.num_features is None:
+                side.vocab_size = embeddings.weight.shape[0]
+        return embeddings
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor, decoder_lengths: Tensor | None = None) -> Tensor:
+        """Decoder inputs of labels: one step to the right in each sequence, behind the start token.
+
+        Args:
+            labels (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Targets; an ignored one, -100, becomes padding.
+            decoder_lengths (`Tensor` of shape `(B,)` or `(S,)`, *optional*): Tokens of each target.
+
+        Raises:
+            ValueError: The configuration has no `decoder_start_token_id` or `pad_token_id`.
+        """
+        return self._shifted(labels, target_layout(labels, decoder_lengths, None))
+
+    def _shifted(self, labels: Tensor, layout: SequenceLayout) -> Tensor:
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or pad is None:
+            raise ValueError(
+                "`decoder_start_token_id` and `pad_token_id` must be in the configuration to make decoder inputs of "
+                f"labels; got {start} and {pad}"
+            )
+        shifted = rolled(layout.flatten(integers("labels", labels)), 1)
+        shifted = shifted.masked_fill(shifted == IGNORE_INDEX, pad).masked_fill(layout.begins, start)
+        return layout.unflatten(shifted, fill=pad)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DynMaskForConditionalGeneration):
+            init.zeros_(module.final_logits_bias)
+
+
+class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
+    """The bare encoder-decoder: two [`DynMaskModel`]s, the second of which looks at the first's states."""
+
+    def __init__(self, config: DynMaskSeq2SeqConfig):
+        super().__init__(config)
+        self.encoder = DynMaskModel(config.encoder, add_pooling_layer=False)
+        self.decoder = DynMaskModel(config.decoder, add_pooling_layer=False)
+        self._tied_weights_keys = {DECODER: ENCODER} if config.share_embeddings else {}
+        self.post_init()
+
+    def _outputs(self, sides, labels, num_items_in_batch):
+        if labels is not None:
+            raise ValueError("`labels` need a model with a head; got them for the bare model")
+        states = sides.decoder_layout.unflatten(sides.decoder.last_hidden_state)
+        return sides.output(Seq2SeqModelOutput, last_hidden_state=states)
+
+    def run(
+        self,
+        source: Inputs,
+        target: Inputs,
+        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None,
+        cache: Cache | None,
+        use_cache: bool,
+        **kwargs,
+    ) -> BothSides:
+        """Both sides, for [`forward`], which goes on with real tokens alone.
+
+        Args:
+            source, target (`dict`): Inputs of the encoder and of the decoder by their names in [`DynMaskModel`].
+            encoder_outputs, cache, use_cache: As there.
+            kwargs: `output_hidden_states` and `output_attentions` are of both sides.
+        """
+        for name in PACKING:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` must be None in an encoder-decoder, which has two sides: a flat batch comes with "
+                    "`lengths` and `decoder_lengths`"
+                )
+        asked = {
+            name: kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        }
+        in_graph = encoder_outputs is None and source["input_features"] is None and cache is None
+        in_graph = in_graph and not use_cache and runs_in_graph(self.decoder, **asked)
+        encoder_fields = {name: source[name] for name in FIELDS if source[name] is not None}
+        read_by_encoder = self.encoder.fields_read()
+        warn_of_unread_fields(self, encoder_fields, read_by_encoder | self.decoder.fields_read())
+        if encoder_outputs is None:
+            own = source | {name: None for name in FIELDS if name not in read_by_encoder}
+            encoder, encoder_layout = run_encoder(self.encoder, **own, **asked, in_graph=in_graph)
+        else:
+            encoder, encoder_layout = self._given(encoder_outputs, source)
+        tokens, seen, mask = self._target_tokens(target), num_cached_tokens(cache), target["attention_mask"]
+        if seen and target["lengths"] is not None:
+            raise ValueError(
+                "`decoder_lengths` must come with the first columns; later ones take a `decoder_attention_mask` of all"
+            )
+        positions = target["position_ids"] if seen == 0 else None
+        layout = target_layout(tokens, target["lengths"], mask, positions, seen, in_graph)
+        cache = self._cache(cache, use_cache, encoder_layout, layout)
+        decoder = self.decoder(
+            **target | {"lengths": None, "attention_mask": mask if is_explicit(mask) else None},
+            **asked,
+            layout=layout,
+            cache=cache,
+            encoder_hidden_states=encoder.last_hidden_state,
+            encoder_layout=encoder_layout,
+            encoder_fields=encoder_fields,
+            return_dict=True,
+        )
+        current = layout if cache is None else last_columns(layout, tokens.shape[1])
+        return BothSides(encoder, encoder_layout, decoder, current, cache)
+
+    @staticmethod
+    def _target_tokens(target: Inputs) -> Tensor:
+        given = [target[name] for name in ("input_ids", "inputs_embeds") if target[name] is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "exactly one of `decoder_input_ids` and `decoder_inputs_embeds` must be given, or `labels` to make "
+                f"ids of; got {'both' if given else 'neither'}. Where the Trainer takes the labels away, to smooth "
+                "them or for a loss function, give the collator the model: "
+                "`DataCollatorForSeq2SeqWithLengths(…, model=model)`"
+            )
+        return given[0]
+
+    def _cache(
+        self, given: Cache | None, use_cache: bool, encoder_layout: SequenceLayout, layout: SequenceLayout
+    ) -> Cache | None:
+        """The cache to decode with, if any; the sides must have sequences for each other."""
+        sequences, rows = (
+            (encoder_layout.num_sequences, layout.num_sequences),
+            (encoder_layout.shape[0], layout.shape[0]),
+        )
+        if sequences[0] != sequences[1]:
+            raise ValueError(
+                f"`decoder_lengths` must be of as many sequences as the encoder's {sequences[0]}; got {sequences[1]}"
+            )
+        in_rows = sequences == rows
+        if given is not None and not in_rows:
+            raise ValueError(
+                f"a cache needs a batch of one sequence a row; got {sequences[0]} in {rows[0]} rows of the "
+                f"encoder and {rows[1]} of the decoder"
+            )
+        if given is None and use_cache and in_rows:
+            return EncoderDecoderCache(*(DynamicCache(config=self.config.decoder) for _ in range(2)))
+        return given
+
+    def _given(
+        self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...], source: Inputs
+    ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
+        """Outputs of the encoder in rows as [`encoded`] gives them."""
+        states = encoder_outputs[0]
+        of_inputs = (source[name] for name in (*SOURCE_INPUTS, "missing", "attention_mask"))
+        width = next(
+            (given.shape[1] for given in of_inputs if given is not None),
+            states.shape[1] * self.config.encoder.inputs_to_logits_ratio,
+        )
+        layout = self.encoder.output_layout(
+            (states.shape[0], width), states.device, source["lengths"], source["attention_mask"], source["missing"]
+        )
+        if layout.shape != tuple(states.shape[:2]):
+            raise ValueError(
+                f"`encoder_outputs` must have the shape {(*layout.shape, states.shape[2])} of the encoder's inputs; "
+                f"got {tuple(states.shape)}"
+            )
+        further = {name: getattr(encoder_outputs, name, None) for name in ("hidden_states", "attentions")}
+        return BaseModelOutputWithPoolingAndCrossAttentions(layout.flatten(states), **further), layout
+
+
+class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationMixin):
+    """Sequence to sequence: translation, summarisation, speech, captions.
+
+    `labels (B, U)`, or flat `(1, N)`, logits `(B, U, V)`. Decoder inputs are by default the labels, moved to the right.
+    While training with labels, logits are computed for the targets alone and not handed back (`logits` is `None`).
+    """
+
+    def __init__(self, config: DynMaskSeq2SeqConfig):
+        super().__init__(config)
+        self.model = DynMaskSeq2SeqModel(config)
+        decoder = config.decoder
+        self.lm_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+        self.register_buffer("final_logits_bias", torch.zeros(1, decoder.vocab_size))
+        if config.tie_word_embeddings:
+            source = ENCODER if config.share_embeddings else DECODER
+            self._tied_weights_keys = {"lm_head.weight": f"model.{source}"}
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        added = embeddings.weight.shape[0] - self.final_logits_bias.shape[1]
+        self.final_logits_bias = nn.functional.pad(self.final_logits_bias, (0, added))
+        return embeddings
+
+    def _made_target(self, source, target, labels):
+        if labels is None:
+            return {}
+        layout = target_layout(
+            labels, target["lengths"], target["attention_mask"], target["position_ids"], in_graph=True
+        )
+        return {"input_ids": self._shifted(labels, layout)}
+
+    def _outputs(self, sides, labels, num_items_in_batch):
+        states, layout = sides.decoder.last_hidden_state, sides.decoder_layout
+        if labels is None:
+            return sides.output(Seq2SeqLMOutput, logits=layout.unflatten(self._logits(states)))
+        labels = layout.flatten(integers("labels", labels))
+        if self.training:
+            states, labels = layout.select_targets(states, labels)
+            loss = token_loss(self._logits(states), labels, num_items_in_batch)
+            return sides.output(Seq2SeqLMOutput, loss=loss)
+        logits = self._logits(states)
+        loss = token_loss(logits, labels, num_items_in_batch)
+        return sides.output(Seq2SeqLMOutput, loss=loss, logits=layout.unflatten(logits))
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return self.lm_head(states) + self.final_logits_bias.view(-1)
+
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        return attention_mask  # which token is there; who sees whom is the plan's affair
+
+    def generate(self, *args, labels: Tensor | None = None, decoder_lengths: Tensor | None = None, **kwargs):
+        r"""
+        [`~transformers.GenerationMixin.generate`] from sources padded on any side, or given with `lengths`.
+
+        Args:
+            labels, decoder_lengths (`Tensor`, *optional*): Of the targets, in a batch of training; not read here.
+
+        Raises:
+            ValueError: Sources do not come in rows; `decoder_lengths` come with `decoder_input_ids`, which are prompts;
+                or prompts do not end in the last column.
+        """
+        sources = next(
+            (kwargs[name] for name in SOURCE_INPUTS if kwargs.get(name) is not None), args[0] if args else None
+        )
+        lengths = kwargs.get("lengths")
+        if sources is not None and lengths is not None and len(lengths) != len(sources):
+            raise ValueError(f"sources must have a row each; got {len(lengths)} in {len(sources)} rows")
+        if decoder_lengths is not None and kwargs.get("decoder_input_ids") is not None:
+            raise ValueError(
+                "`decoder_lengths` must be None with `decoder_input_ids`: pad prompts on the left and give their "
+                f"`decoder_attention_mask`; got {decoder_lengths.tolist()}"
+            )
+        return super().generate(*args, **renamed_cache(kwargs))
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs.pop("decoder_position_ids", None)  # the layout knows them
+        mask = inputs.get("decoder_attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError(
+                "`decoder_attention_mask` must be 1 in the last column, after which tokens are generated: pad prompts "
+                f"on the left; got {mask[:, -1].tolist()}"
+            )
+        return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens: int = 1, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+        )
+        names = (f"decoder_{name}" for name in TOKEN_FIELDS)
+        return model_kwargs | fields_of_new_tokens(model_kwargs, names, num_new_tokens)
+
+
+class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
+    """A class for every sequence, read off the decoder's last token (BART, arXiv:1910.13461, section 3.1).
+
+    Decoder inputs are by default the source, moved to the right. Labels and logits are those of
+    [`DynMaskForSequenceClassification`].
+    """
+
+    def __init__(self, config: DynMaskSeq2SeqConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DynMaskSeq2SeqModel(config)
+        self.pooler = DynMaskPooler(config.decoder)
+        self.dropout = classifier_dropout(config.decoder)
+        self.classifier = nn.Linear(config.decoder.hidden_size, config.num_labels)
+        self.post_init()
+
+    def _made_target(self, source, target, labels):
+        names = ("input_ids", "lengths", "attention_mask", "position_ids")
+        ids, lengths, mask, positions = (source[name] for name in names)
+        if ids is None:
+            raise ValueError(
+                "`decoder_input_ids` must be given where no `input_ids` are there to make them of; got none"
+            )
+        layout = layout_of_batch(tuple(ids.shape), ids.device, lengths, mask, position_ids=positions, in_graph=True)
+        return {
+            "input_ids": self._shifted(ids, layout),
+            "lengths": lengths,
+            "position_ids": positions,
+            "attention_mask": None if is_explicit(mask) else mask,
+        }
+
+    def _outputs(self, sides, labels, num_items_in_batch):
+        last = sides.decoder_layout.last_tokens(sides.decoder.last_hidden_state)
+        logits = self.classifier(self.dropout(self.pooler(last)))
+        loss = None if labels is None else sequence_loss(logits, labels, self.config, num_items_in_batch)
+        return sides.output(Seq2SeqSequenceClassifierOutput, loss=loss, logits=logits)
+
+
+def target_layout(
+    tokens: Tensor,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    columns_before: int = 0,
+    in_graph: bool = False,
+) -> SequenceLayout:
+    """Where the decoder's tokens sit, those of columns before `tokens` `(B, U, ...)` included."""
+    rows, width = tokens.shape[:2]
+    try:
+        return layout_of_batch(
+            (rows, columns_before + width),
+            tokens.device,
+            lengths,
+            attention_mask,
+            position_ids=position_ids,
+            in_graph=in_graph,
+        )
+    except ValueError as error:
+        raise ValueError(f"of the decoder's inputs: {error}") from error
+
+
+__all__ = [
+    "DynMaskForConditionalGeneration",
+    "DynMaskSeq2SeqForSequenceClassification",
+    "DynMaskSeq2SeqModel",
+    "DynMaskSeq2SeqPreTrainedModel",
+]

@@ -1,0 +1,358 @@
+"""The parts of a DynMask model. Everything here works on flat `(1, N, ...)` tensors: real tokens alone.
+
+Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and Dv head sizes.
+"""
+# A configuration's optional sizes are `None` only until it is made.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalOperand=false, reportCallIssue=false
+# pyright: reportOptionalCall=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from .batch import per_token
+from .configuration_dynmask import DynMaskConfig, masks_of
+from .embedding import embed_tokens
+from .features import DynMaskFeatureEmbeddings
+from .graph_attention import attend
+from .graph_layout import GraphLayout
+from .kv_cache import given_cache
+from .layout import SequenceLayout
+from .masks import TopK, parse
+from .plan import MaskPlan
+
+# transformers' `attn_implementation` -> the implementation of `dynmask_attention` that serves it.
+ATTENTION_IMPLEMENTATIONS = {"dynmask": "auto", "eager": "reference", "sdpa": "sdpa"}
+
+
+def make_norm(config: DynMaskConfig, size: int) -> nn.Module:
+    """The norm that `config.norm_type` names, over the last dimension of `size`."""
+    if config.norm_type == "rms_norm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class DynMaskSinusoidalEmbedding(nn.Module):
+    """Fixed sine and cosine positions ("Attention Is All You Need", arXiv:1706.03762, section 3.5)."""
+
+    weight: Tensor
+
+    def __init__(self, rows: int, size: int, in_halves: bool = False):
+        super().__init__()
+        self.in_halves = in_halves
+        self.register_buffer("weight", self.table(rows, size), persistent=False)
+
+    def table(self, rows: int, size: int, device: torch.device | None = None) -> Tensor:
+        """`(rows, size)`: even columns hold sines, odd ones cosines of geometrically longer periods; or sines stand in
+        the first half and cosines in the second."""
+        position = torch.arange(rows, dtype=torch.float64, device=device)[:, None]
+        column = torch.arange(size, device=device)
+        angle = position * 10000.0 ** (-2 * (column // 2).double() / size)
+        waves = torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(torch.get_default_dtype())
+        return torch.cat([waves[:, ::2], waves[:, 1::2]], dim=1) if self.in_halves else waves
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return nn.functional.embedding(position_ids, self.weight)
+
+
+class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary positions (arXiv:2104.09864) as transformers computes them for Llama, every `rope_type` included.
+
+    Args:
+        config ([`DynMaskConfig`]): With `rope_parameters`.
+        theta (`float`, *optional*): A base in place of the configuration's.
+    """
+
+    def __init__(self, config: DynMaskConfig, theta: float | None = None):
+        if theta is not None:
+            config = copy.copy(config)
+            config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
+        super().__init__(config)
+
+
+class DynMaskEmbeddings(nn.Module):
+    """Sum of token or frame, position and type embeddings, normalised: `(1, N, E)` to `(1, N, C)` states."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        size = config.embedding_size
+        self.config = config
+        self.scale = config.embedding_scale
+        if config.num_features is None:
+            self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        else:
+            self.feature_embeddings = DynMaskFeatureEmbeddings(config)
+        self.position_embeddings = None
+        if config.position_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        elif config.position_type == "sinusoidal":
+            self.position_embeddings = DynMaskSinusoidalEmbedding(
+                config.max_position_embeddings, size, config.sinusoidal_in_halves
+            )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        self.norm = make_norm(config, size) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
+
+    def words(self, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
+        """Embeddings `(1, N, E)` of token ids `(1, N)`."""
+        words = embed_tokens(self.word_embeddings, input_ids, layout)
+        return words if self.scale == 1 else words * self.scale
+
+    def positions(self, layout: SequenceLayout, position_ids: Tensor | None) -> Tensor:
+        """Positions `(1, N)`: of each token in its sequence, or those that are given in the batch's layout.
+
+        Given ones that count each sequence from 0 say what a model counts by itself, be its table read from 0 or, as
+        RoBERTa's, from an offset.
+
+        Raises:
+            ValueError: A sequence is longer than the table; given positions have another shape.
+        """
+        offset = self.config.position_offset
+        if position_ids is None:
+            self._check_room(layout)
+            return layout.positions[None] + offset
+        flat = layout.flatten(per_token(position_ids, layout.shape))
+        return flat + offset * (flat == layout.positions).all() if offset else flat
+
+    def _check_room(self, layout: SequenceLayout) -> None:
+        if isinstance(layout, GraphLayout):  # its lengths are not known; the table itself takes no others
+            return
+        room = self.config.max_position_embeddings - self.config.position_offset
+        if self.config.position_type in ("learned", "sinusoidal") and layout.num_positions > room:
+            raise ValueError(
+                f"a sequence must have at most {room} tokens (`max_position_embeddings`); got {layout.num_positions}"
+            )
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        states = inputs_embeds
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                states = states + self.token_type_embeddings.weight[0]
+            else:
+                states = states + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
+            states = states + self.position_embeddings(position_ids).to(states.dtype)
+        return self.projection(self.dropout(self.norm(states)))
+
+
+class DynMaskKeyScores(nn.Module):
+    """Score of each key, per head, by which `topk` chooses: `exp(scale * softplus(projection(values)))`.
+
+    "Trainable Dynamic Mask Sparse Attention", arXiv:2508.02124, section 3.1.
+    """
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        heads = config.num_key_value_heads
+        self.projection = nn.Linear(heads * config.value_head_dim, heads, bias=config.attention_bias)
+        self.scale = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Values `(1, Hk, N, Dv)` to scores `(1, Hk, N)`."""
+        raw = self.projection(value.transpose(1, 2).flatten(2))
+        return torch.exp(self.scale * nn.functional.softplus(raw)).transpose(1, 2)
+
+
+class DynMaskAttention(nn.Module):
+    """Multi-head attention over the pairs that a [`MaskPlan`] allows."""
+
+    def __init__(self, config: DynMaskConfig, layer_idx: int, chooses_keys: bool):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_heads * config.value_head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * config.value_head_dim, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.query_key_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.query_key_norm else nn.Identity()
+        self.scaling = config.head_dim**-0.5
+        self.key_scores = DynMaskKeyScores(config) if chooses_keys else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        plan: MaskPlan,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """States `(1, N, C)`, the plan and rotary (cos, sin) `(1, N, D)` to states `(1, N, C)` and weights, if any."""
+        query = self._query(hidden_states)
+        key, value = self._key_value(hidden_states)
+        if rotary is not None:
+            query, key = apply_rotary_pos_emb(query, key, *rotary)
+        if cache is not None:
+            key, value = self._update_cache(key, value, plan, cache)
+        return self._attend(query, key, value, plan)
+
+    def _query(self, hidden_states: Tensor) -> Tensor:
+        return self.q_norm(self._heads(self.q_proj(hidden_states), self.config.head_dim))
+
+    def _key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        key = self.k_norm(self._heads(self.k_proj(hidden_states), self.config.head_dim))
+        return key, self._heads(self.v_proj(hidden_states), self.config.value_head_dim)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor | None]:
+        output, weights = attend(
+            query,
+            key,
+            value,
+            plan,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            apply_mask_to=self.config.apply_mask_to,
+            key_scores=self.key_scores(value) if plan.reads_scores else None,
+            implementation=ATTENTION_IMPLEMENTATIONS[self.config._attn_implementation],
+        )
+        return self.o_proj(output.transpose(1, 2).flatten(2)), weights
+
+    def _update_cache(self, key: Tensor, value: Tensor, plan: MaskPlan, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Keys and values `(1, Hk, N, D)` of now with those of earlier columns: of all tokens in the key layout."""
+        rows = (plan.layout.unflatten_heads(states) for states in (key, value))
+        columns = plan.key_layout.shape[1]  # a static cache hands back its empty columns, too
+        both = cache.update(*rows, self.layer_idx)
+        key, value = (plan.key_layout.flatten_heads(states[:, :, :columns]) for states in both)
+        return key, value
+
+    @staticmethod
+    def _heads(states: Tensor, head_dim: int) -> Tensor:
+        """`(1, N, H * D)` as `(1, H, N, D)`."""
+        return states.unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+
+class DynMaskCrossAttention(DynMaskAttention):
+    """Attention of a decoder's queries over the states of an encoder."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: other states, no positions
+        self,
+        hidden_states: Tensor,
+        plan: MaskPlan,
+        encoder_states: Tensor,
+        cache: EncoderDecoderCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """States `(1, N, C)` and those of the encoder `(1, Nk, C)` to states `(1, N, C)` and weights, if any."""
+        if cache is None:
+            key, value = self._key_value(encoder_states)
+        else:
+            key, value = self._cached_cross_kv(encoder_states, plan, cache)
+        return self._attend(self._query(hidden_states), key, value, plan)
+
+    def _cached_cross_kv(
+        self, encoder_states: Tensor, plan: MaskPlan, cache: EncoderDecoderCache
+    ) -> tuple[Tensor, Tensor]:
+        if cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            rows = layer.keys, layer.values
+        else:
+            rows = (plan.key_layout.unflatten_heads(states) for states in self._key_value(encoder_states))
+            rows = cache.cross_attention_cache.update(*rows, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        key, value = (plan.key_layout.flatten_heads(states) for states in rows)
+        return key, value
+
+
+class DynMaskFeedForward(nn.Module):
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where gated (arXiv:2002.05202)."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.feed_forward_bias
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_feed_forward else None
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(hidden_states)))
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DynMaskLayer(GradientCheckpointingLayer):
+    """Attention, in a decoder cross-attention, and feed-forward, each with a residual and a norm before or after it."""
+
+    def __init__(self, config: DynMaskConfig, layer_idx: int):
+        super().__init__()
+        chooses_keys = any(mask.holds(TopK) for mask in masks_of(config))
+        self.attention = DynMaskAttention(config, layer_idx, chooses_keys)
+        has_norm = layer_idx > 0 or config.first_attention_norm
+        self.attention_norm = make_norm(config, config.hidden_size) if has_norm else nn.Identity()
+        self.cross_attention = None
+        if config.add_cross_attention:
+            chooses_keys = parse(config.cross_mask).holds(TopK)
+            self.cross_attention = DynMaskCrossAttention(config, layer_idx, chooses_keys)
+            self.cross_attention_norm = make_norm(config, config.hidden_size)
+        self.feed_forward = DynMaskFeedForward(config)
+        self.feed_forward_norm = make_norm(config, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm_before = config.norm_placement == "before"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_states: Tensor | None = None,
+        *,
+        plan: MaskPlan,
+        cross_plan: MaskPlan | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """States `(1, N, C)`, and of an encoder `(1, Nk, C)`, to states `(1, N, C)` and, where computed, weights
+        `(B, H, T, T)` and `(B, H, T, Tk)`. The cache comes under the name by which gradient checkpointing knows it."""
+        cache = given_cache(cache, past_key_values)
+        of_self = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        states, weights = self._sublayer(hidden_states, self.attention_norm, self.attention, plan, rotary, of_self)
+        cross_weights = None
+        if self.cross_attention is not None and encoder_states is not None:
+            of_both = cache if isinstance(cache, EncoderDecoderCache) else None
+            states, cross_weights = self._sublayer(
+                states, self.cross_attention_norm, self.cross_attention, cross_plan, encoder_states, of_both
+            )
+        states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward)
+        return states, weights, cross_weights
+
+    def _sublayer(self, states: Tensor, norm: nn.Module, function: nn.Module, *arguments) -> tuple[Tensor, Any]:
+        """`function` with a residual and its norm; what it gives beside states is handed on."""
+        output = function(norm(states) if self.norm_before else states, *arguments)
+        output, further = output if isinstance(output, tuple) else (output, None)
+        states = states + self.dropout(output)
+        return states if self.norm_before else norm(states), further
+
+
+class DynMaskPooler(nn.Module):
+    """`act(dense(dropout(first)))` of each sequence's first token: `(S, C)` to `(S, C)`."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.pooler_dropout)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.pooler_act]
+
+    def forward(self, first_states: Tensor) -> Tensor:
+        return self.act(self.dense(self.dropout(first_states)))
+
+
+class DynMaskLMHead(nn.Module):
+    """`decoder(norm(act(dense(x))))`: states `(..., C)` to logits `(..., vocab_size)`."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size, bias=config.lm_head_bias)
+        self.act = ACT2FN[config.lm_head_act]
+        self.norm = make_norm(config, config.embedding_size)
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.act(self.dense(hidden_states))))

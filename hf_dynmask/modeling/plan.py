@@ -1,0 +1,436 @@
+"""From an expression and lengths to the work to do: which blocks of the attention matrix are empty, full or partial.
+
+Shape legend: B rows of width T in the batch, S sequences, N real tokens; H heads; n sequences of one group, L tokens
+each; P positions of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .fields import TOKEN_FIELDS, Fields, key_name, typed
+from .layout import SequenceLayout
+from .masks import Mask, allowed_by_head, head_runs, parse
+
+BLOCK_SIZE = 128
+LARGEST_TILE = 2**22  # cells of a partial tile, whose mask is made cell by cell
+KEPT_CELLS = 2**25  # cells of masks that are kept for the next layer; more are made anew
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of one group's attention matrix that is computed in one call.
+
+    Attributes:
+        queries (`slice`): Queries, as places in their sequence.
+        keys (`tuple[slice, ...]`): Keys, as places in their sequence.
+        is_partial (`bool`): Some pairs are not allowed: see [`MaskPlan.tile_mask`].
+        causal (`bool`): The tile is the lower triangle of equally many queries and keys, and not called partial.
+    """
+
+    queries: slice
+    keys: tuple[slice, ...]
+    is_partial: bool = False
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Neighbouring sequences of equal size, and the tiles of their attention matrices.
+
+    Attributes:
+        count (`int`): n, the number of sequences.
+        queries, keys (`int`): Tokens of each on the two sides.
+        first (`tuple[int, int, int]`): Place of the first sequence, query and key in the order of
+            [`MaskPlan.arranged`].
+        tiles (`tuple[Tile, ...]`): What is to be computed; queries in no tile have no key and give 0.
+    """
+
+    count: int
+    queries: int
+    keys: int
+    first: tuple[int, int, int] = (0, 0, 0)
+    tiles: tuple[Tile, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one tile covers every pair."""
+        whole = slice(0, self.queries), (slice(0, self.keys),)
+        return len(self.tiles) == 1 and (self.tiles[0].queries, self.tiles[0].keys) == whole
+
+
+class MaskPlan:
+    """One mask over one batch: made once a forward pass and shared by all layers with that mask.
+
+    Args:
+        mask (`Mask` or `str`): The expression.
+        layout (`SequenceLayout`): Where the queries sit.
+        key_layout (`SequenceLayout`, *optional*): Where the keys sit, sequence for sequence. `None`: with the queries.
+        fields (`dict[str, Tensor]`, *optional*):
+            The fields that the mask reads, in the batch's layout: one value a token `(B, T)`, one entry a sequence
+            `(S, ...)`, an explicit mask `(B, Tq, Tk)` or `(B, H, Tq, Tk)`. Values of the keys' tokens, where those
+            have a layout of their own, as `key_<name>`; without them keys read the queries' values by position.
+        block_size (`int`, *optional*, defaults to 128): Queries and keys of a block.
+
+    Raises:
+        ValueError: A field is missing or has the wrong shape or dtype; the two layouts differ in their number of
+            sequences.
+    """
+
+    def __init__(
+        self,
+        mask: Mask | str,
+        layout: SequenceLayout,
+        key_layout: SequenceLayout | None = None,
+        *,
+        fields: Mapping[str, Tensor] | None = None,
+        block_size: int = BLOCK_SIZE,
+    ):
+        self.mask = parse(mask) if isinstance(mask, str) else mask
+        self.layout = layout
+        self.key_layout = layout if key_layout is None else key_layout
+        self.block_size = block_size
+        if self.layout.num_sequences != self.key_layout.num_sequences:
+            raise ValueError(
+                f"`key_layout` must hold as many sequences as `layout`, {layout.num_sequences}; "
+                f"got {self.key_layout.num_sequences}"
+            )
+        self.fields = self._checked_fields(fields or {})
+        self._derived: dict[tuple[Callable, Any], Any] = {}
+
+    def derived(self, make: Callable[..., T], *arguments: Any) -> T:
+        """`make(plan, *arguments)`, made once: what an implementation works out from the plan for all layers."""
+        key = (make, arguments)
+        if key not in self._derived:
+            self._derived[key] = make(self, *arguments)
+        return self._derived[key]
+
+    # --- Fields ------------------------------------------------------------------------------------------------------
+
+    def _checked_fields(self, fields: Mapping[str, Tensor]) -> Fields:
+        """The mask's fields by sequence, in the order in which the batch names its sequences, and by position."""
+        tables = {}
+        for name in self.mask.fields & set(fields):
+            if name in TOKEN_FIELDS:
+                tables[name] = _by_sequence(name, fields[name], self.layout)
+                if key_name(name) in fields:
+                    tables[key_name(name)] = _by_sequence(key_name(name), fields[key_name(name)], self.key_layout)
+                elif self.key_layout.num_positions > tables[name].shape[1]:
+                    raise ValueError(
+                        f"the field `{key_name(name)}` must be given: keys have {self.key_layout.num_positions} "
+                        f"positions, `{name}` speaks of {tables[name].shape[1]}"
+                    )
+            elif name == "attention_mask":
+                tables[name] = self.pairs_by_sequence(fields[name])
+            else:
+                tables[name] = fields[name]
+        if "key_scores" in self.mask.fields and "key_scores" not in tables:
+            return self.mask.checked(tables | {"key_scores": self._no_scores()}, rows=self.layout.num_sequences)
+        return self.mask.checked(tables, rows=self.layout.num_sequences)
+
+    def _no_scores(self) -> Tensor:
+        """Stands for the scores that each layer brings: see [`with_key_scores`]."""
+        return torch.zeros(self.layout.num_sequences, 1, self.key_layout.num_positions, device=self.layout.rank.device)
+
+    def pairs_by_sequence(self, mask: Tensor) -> Tensor:
+        """A mask or a bias `(B, Tq, Tk)` or `(B, H, Tq, Tk)` in the batch's layout as `(S, 1 | H, P, P)`."""
+        given = tuple(mask.shape)
+        mask = mask[:, None] if mask.dim() == 3 else mask
+        rows, width, key_width = self.layout.shape[0], self.layout.shape[1], self.key_layout.shape[1]
+        if mask.dim() != 4 or (mask.shape[0], *mask.shape[2:]) != (rows, width, key_width):
+            raise ValueError(
+                f"an explicit `attention_mask` must have shape ({rows}, {width}, {key_width}) or ({rows}, heads, "
+                f"{width}, {key_width}); got {given}"
+            )
+        i, j = (_by_sequence("indices", _place_in_row(side), side) for side in (self.layout, self.key_layout))
+        row = _by_sequence("rows", _row(self.layout), self.layout)  # 0 where no token is
+        row = row.amax(1)[:, None, None] if row.shape[1] else row[:, :, None]
+        return mask.movedim(1, -1)[row, i[:, :, None], j[:, None, :]].movedim(-1, 1)
+
+    def with_key_scores(self, key_scores: Tensor) -> MaskPlan:
+        """The plan with the scores that `topk` chooses by.
+
+        Args:
+            key_scores (`Tensor` of shape `(1, 1 | H, Nk)`): One a key token, in the order of the key layout.
+        """
+        plan = copy(self)
+        table = self.key_layout.by_position(key_scores.detach().transpose(1, 2), fill=-torch.inf)
+        table = torch.empty_like(table).index_copy(0, self.key_layout.rank, table).transpose(1, 2)
+        plan.fields = self.fields.having("key_scores", table)
+        plan._derived = {}
+        plan.__dict__.pop("_masks", None)
+        return plan
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the mask has `topk`, which chooses by scores that each layer brings."""
+        return "key_scores" in self.mask.fields
+
+    def by_heads(self, heads: int) -> list[tuple[slice, MaskPlan]]:
+        """Plans for runs of heads that follow one expression; each plan's mask is resolved."""
+        return [(run, part or self) for run, part in self.derived(_by_heads, heads)]
+
+    # --- Tiles -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def orders(self) -> tuple[list[int], list[int]]:
+        """Places of the query and of the key sequences such that sequences of equal sizes become neighbours."""
+        queries, keys = self.layout, self.key_layout
+        sequences = list(range(queries.num_sequences))
+        if queries is keys and queries.is_sorted:
+            return sequences, sequences
+        partner = keys.rank.argsort()[queries.rank].tolist()
+        order = sorted(sequences, key=lambda s: (queries.sizes[s], keys.sizes[partner[s]]))
+        return order, [partner[s] for s in order]
+
+    @cached_property
+    def arranged(self) -> tuple[SequenceLayout, SequenceLayout]:
+        """Query and key layout with sequences of equal sizes as neighbours."""
+        q_order, k_order = self.orders
+        queries = self.layout.reordered(q_order)
+        return queries, queries if self.layout is self.key_layout else self.key_layout.reordered(k_order)
+
+    @cached_property
+    def groups(self) -> tuple[GroupPlan, ...]:
+        """Tiles for every group of sequences of equal sizes, in the order of [`arranged`]; empty ones included."""
+        groups = self._untiled()
+        band = self.mask.band()
+        if band == (None, None):
+            return tuple(_tiled(group, (_whole(group),)) for group in groups)
+        if band == (None, 0) and self.layout is self.key_layout:
+            return tuple(_tiled(group, (_whole(group, causal=True),)) for group in groups)
+        tiles = self._tiles([group for group in groups if group.queries and group.keys])
+        return tuple(_tiled(group, tiles.get(group, ())) for group in groups)
+
+    def _untiled(self) -> list[GroupPlan]:
+        queries, keys = self.arranged
+        groups = []
+        first = q_first = k_first = 0
+        for (q_size, k_size), run in groupby(zip(queries.sizes, keys.sizes, strict=True)):
+            count = sum(1 for _ in run)
+            groups.append(GroupPlan(count, q_size, k_size, (first, q_first, k_first)))
+            first, q_first, k_first = first + count, q_first + count * q_size, k_first + count * k_size
+        return groups
+
+    def _tiles(self, groups: list[GroupPlan]) -> dict[GroupPlan, tuple[Tile, ...]]:
+        """Tiles of each group. Groups with equal numbers of blocks are classified in one go."""
+        found = {}
+        block = self.block_size
+        for _, like in groupby(sorted(groups, key=lambda g: _blocks(g, block)), key=lambda g: _blocks(g, block)):
+            alike = list(like)
+            for group, (always, never) in zip(alike, self._classify(alike), strict=True):
+                found[group] = tuple(_merged(group, always, never, block, group.count if self._differ else 1))
+        return found
+
+    @cached_property
+    def _differ(self) -> bool:
+        """Whether sequences of one group may have different masks."""
+        return bool(self.fields) or any(layout.has_gaps for layout in self.arranged)
+
+    def _classify(self, groups: list[GroupPlan]) -> list[tuple[Tensor, Tensor]]:
+        """(always, never), each `(query blocks, key blocks)`: what holds for all sequences of each group."""
+        layouts = self.arranged
+        counts = [group.count if self._differ else 1 for group in groups]  # else one sequence speaks for its group
+        places = [(g, s) for g, count in zip(groups, counts, strict=True) for s in range(count)]
+        q_starts, q_sizes = [g.first[1] + s * g.queries for g, s in places], [g.queries for g, _ in places]
+        k_starts, k_sizes = [g.first[2] + s * g.keys for g, s in places], [g.keys for g, _ in places]
+        q_lo, q_hi = _block_ends(layouts[0].positions, q_starts, q_sizes, self.block_size)
+        k_lo, k_hi = _block_ends(layouts[1].positions, k_starts, k_sizes, self.block_size)
+        fields = self.fields
+        if fields:
+            fields = fields.rows(layouts[0].rank[[g.first[0] + s for g, s in places]])
+        always, never = self.mask.classify_checked(
+            q_lo[:, :, None], q_hi[:, :, None], k_lo[:, None, :], k_hi[:, None, :], fields
+        )
+        return [(a.all(0), n.all(0)) for a, n in zip(always.split(counts), never.split(counts), strict=True)]
+
+    @cached_property
+    def _masks(self) -> dict[tuple, Tensor]:
+        """Masks of tiles that were made for an earlier layer."""
+        return {}
+
+    def tile_mask(self, group: GroupPlan, tile: Tile) -> Tensor | None:
+        """Bool `(n | 1, 1 | H, queries, keys)` of a partial tile; `None`: all pairs are allowed, or `tile.causal`."""
+        if not tile.is_partial:
+            return None
+        key = self._mask_key(group, tile)
+        if key in self._masks:
+            return self._masks[key]
+        i, j = (positions[:, None] for positions in self._positions(group, tile))
+        fields = self.fields
+        if fields:
+            first = group.first[0]
+            fields = fields.rows(self.arranged[0].rank[first : first + group.count])
+        mask = self.mask.allowed(i[..., None], j[:, :, None], fields)
+        if sum(map(Tensor.numel, self._masks.values())) + mask.numel() <= KEPT_CELLS:
+            self._masks[key] = mask
+        return mask
+
+    def _mask_key(self, group: GroupPlan, tile: Tile) -> tuple:
+        """Tiles of equal keys have equal masks."""
+        if not self.mask.is_relative or self._differ:
+            return group.first, tile.queries.start, tile.keys[0].start
+        start = tile.queries.start
+        return tile.queries.stop - start, *((keys.start - start, keys.stop - start) for keys in tile.keys)
+
+    def _positions(self, group: GroupPlan, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Positions `(n | 1, L)` of a tile's queries and keys; one row where all sequences have the same."""
+        (queries, keys), (_, q_first, k_first), n = self.arranged, group.first, group.count
+        i = queries.positions[q_first : q_first + n * group.queries].view(n, group.queries)
+        j = keys.positions[k_first : k_first + n * group.keys].view(n, group.keys)
+        i, j = (side if layout.has_gaps else side[:1] for side, layout in ((i, queries), (j, keys)))
+        return i[:, tile.queries], torch.cat([j[:, part] for part in tile.keys], dim=1)
+
+    # --- Cell by cell ------------------------------------------------------------------------------------------------
+
+    def dense(self, heads: int = 1) -> Tensor:
+        """Bool `(B, 1 | heads, Tq, Tk)` in the batch's own layout: which token may see which; `False` where none is."""
+        return self.derived(_dense, heads)
+
+    @property
+    def in_rows(self) -> MaskPlan:
+        """The plan for [`SequenceLayout.in_rows`] of both sides; itself where it is of such rows.
+
+        Sequences that never meet are safe from each other's NaN, which a weight of 0 would not hold back.
+        """
+        return self.derived(_in_rows) or self
+
+    def in_batch(self, table: Tensor) -> Tensor:
+        """Cells by sequence and position `(S | 1, 1 | H, P, P)` in the batch's own layout `(B, 1 | H, Tq, Tk)`.
+
+        They are 0 where two tokens do not stand in one sequence.
+        """
+        same = self.same_sequence
+        if not table.numel():
+            return same.to(table.dtype).expand(-1, table.shape[1], -1, -1)
+        sequence = _sequence_of_places(self.layout).clamp(min=0)
+        sequence = sequence if table.shape[0] > 1 else torch.zeros_like(sequence)
+        i, j = (layout.unflatten(layout.positions[None]) for layout in (self.layout, self.key_layout))
+        cells = table.movedim(1, -1)[sequence[:, :, None], i[:, :, None], j[:, None, :]].movedim(-1, 1)
+        return cells.masked_fill(~same, 0)
+
+    @cached_property
+    def same_sequence(self) -> Tensor:
+        """Bool `(B, 1, Tq, Tk)` in the batch's own layout: which tokens stand in one sequence."""
+        layouts = self.layout, self.key_layout
+        if layouts[0].shape[0] != layouts[1].shape[0]:
+            raise ValueError(
+                f"a dense mask needs keys in as many rows as queries, {layouts[0].shape[0]}; got {layouts[1].shape[0]}"
+            )
+        of_queries, of_keys = map(_sequence_of_places, layouts)
+        return ((of_queries[:, :, None] == of_keys[:, None, :]) & (of_queries[:, :, None] >= 0))[:, None]
+
+
+def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan | None]]:
+    """`None` in place of the plan itself, which would keep itself alive."""
+    runs = head_runs(plan.mask, heads)
+    if len(runs) == 1 and runs[0][1] == plan.mask:
+        return [(slice(0, heads), None)]
+    plans: list[tuple[slice, MaskPlan | None]] = []
+    for run, mask in runs:
+        part = copy(plan)
+        part.mask, part.fields, part._derived = mask, plan.fields.heads(run) if len(runs) > 1 else plan.fields, {}
+        for name in ("groups", "_masks"):
+            part.__dict__.pop(name, None)
+        plans.append((run, part))
+    return plans
+
+
+def _in_rows(plan: MaskPlan) -> MaskPlan | None:
+    """`None` where it is of rows of one sequence."""
+    layout, key_layout = plan.layout.in_rows(), plan.key_layout.in_rows()
+    if layout is plan.layout and key_layout is plan.key_layout:
+        return None
+    rows = MaskPlan.__new__(MaskPlan)
+    rows.mask, rows.fields, rows.block_size, rows._derived = plan.mask, plan.fields, plan.block_size, {}
+    rows.layout, rows.key_layout = layout, layout if plan.key_layout is plan.layout else key_layout
+    return rows
+
+
+def _dense(plan: MaskPlan, heads: int) -> Tensor:
+    same = plan.same_sequence
+    if not plan.layout.num_tokens or not plan.key_layout.num_tokens:
+        return same
+    i, j = (torch.arange(layout.num_positions, device=same.device) for layout in (plan.layout, plan.key_layout))
+    table = allowed_by_head(plan.mask, heads, i[None, None, :, None], j[None, None, None, :], plan.fields)
+    return plan.in_batch(table)
+
+
+def _by_sequence(name: str, field: Tensor, layout: SequenceLayout) -> Tensor:
+    """A field `(B, T)` in the batch's layout as `(S, P)`, by the batch's order of sequences and by position."""
+    if tuple(field.shape[:2]) != tuple(layout.shape):
+        raise ValueError(f"the field `{name}` must have shape {tuple(layout.shape)}; got {tuple(field.shape)}")
+    table = layout.by_position(layout.flatten(typed(name, field)))
+    return torch.empty_like(table).index_copy(0, layout.rank, table)
+
+
+def _sequence_of_places(layout: SequenceLayout) -> Tensor:
+    """Sequence (-1: absent) of every place `(B, T)` of a batch."""
+    return layout.unflatten(layout.rank[layout.sequence_ids][None], fill=-1)
+
+
+def _place_in_row(layout: SequenceLayout) -> Tensor:
+    rows, width = layout.shape
+    return torch.arange(width, device=layout.rank.device).expand(rows, width)
+
+
+def _row(layout: SequenceLayout) -> Tensor:
+    rows, width = layout.shape
+    return torch.arange(rows, device=layout.rank.device)[:, None].expand(rows, width)
+
+
+def _tiled(group: GroupPlan, tiles: tuple[Tile, ...]) -> GroupPlan:
+    return GroupPlan(group.count, group.queries, group.keys, group.first, tiles if group.queries * group.keys else ())
+
+
+def _whole(group: GroupPlan, causal: bool = False) -> Tile:
+    return Tile(slice(0, group.queries), (slice(0, group.keys),), causal=causal)
+
+
+def _blocks(group: GroupPlan, block: int) -> tuple[int, int]:
+    """Blocks of queries and of keys."""
+    return -(-group.queries // block), -(-group.keys // block)
+
+
+def _block_ends(positions: Tensor, starts: list[int], sizes: list[int], block: int) -> tuple[Tensor, Tensor]:
+    """First and last position `(sequences, blocks)` of each block; positions `(N,)` rise along a sequence."""
+    start, size = (torch.tensor(values, device=positions.device)[:, None] for values in (starts, sizes))
+    first = torch.arange(0, max(sizes), block, device=positions.device)
+    return positions[start + first], positions[start + torch.minimum(first + block, size) - 1]
+
+
+def _merged(group: GroupPlan, always: Tensor, never: Tensor, block: int, masks: int) -> Iterator[Tile]:
+    """Tiles from `(query blocks, key blocks)`: runs of query blocks that see the same key blocks.
+
+    A partial tile holds as many rows as its `masks` masks have room for.
+    """
+    kept = ~never
+    partial = (kept & ~always).any(1)
+    steps = torch.nn.functional.pad(kept.to(torch.int8), (1, 1)).diff(dim=1)
+    starts, stops = (steps > 0).nonzero().tolist(), (steps < 0).nonzero().tolist()
+    changes = (kept[1:] != kept[:-1]).any(1) | (partial[1:] != partial[:-1])
+    borders = [0, *(changes.nonzero().squeeze(1) + 1).tolist(), kept.shape[0]]
+    is_partial = partial[borders[:-1]].tolist()
+    runs: dict[int, list[slice]] = {}
+    for (row, start), (_, stop) in zip(starts, stops, strict=True):
+        runs.setdefault(row, []).append(slice(start * block, min(stop * block, group.keys)))
+    for first, stop, some in zip(borders, borders[1:], is_partial, strict=False):
+        keys = tuple(runs.get(first, ()))
+        if not keys:
+            continue
+        rows = stop - first
+        if some:
+            cells = masks * block * sum(part.stop - part.start for part in keys)
+            rows = max(1, min(rows, LARGEST_TILE // cells))
+        for row in range(first, stop, rows):
+            queries = slice(row * block, min(min(row + rows, stop) * block, group.queries))
+            yield Tile(queries, keys, some)

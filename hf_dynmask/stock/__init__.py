@@ -1,0 +1,1 @@
+"""`attn_implementation="dynmask"` for models of transformers."""

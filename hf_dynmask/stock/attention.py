@@ -1,0 +1,236 @@
+"""`attn_implementation="dynmask"` for stock models: attention, and the choice of a mask.
+
+A stock model that is to run with it is made ready by [`install_hooks`] of `stock_models`. Transformers then calls two
+functions: `dynmask_mask` of `stock_masks`, and in every layer [`dynmask_attention_forward`] with what that handed out.
+
+Shape legend: B rows, Tq and Tk columns of queries and keys, H heads, D and Dv head sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..modeling.attention import dynmask_attention
+from ..modeling.layout import eager_only
+from ..modeling.modeling_base import warn_of_adapters_alone
+from ..modeling.plan import MaskPlan
+from .batches import CONFIG_ENTRY, NAME, current_batches
+from .masks import DeferredMask
+from .models import check_mask
+
+# Arguments of some models' attention that change what is seen, and that no expression stands for.
+UNSERVED_ARGUMENTS = ("block_indices", "cache", "indices", "sinks")
+
+# --- Choosing a mask -------------------------------------------------------------------------------------------------
+
+
+def set_mask(model: PreTrainedModel, text: str | None) -> None:
+    """Put a mask expression on a model, in place of the masks it has.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A DynMask model, or a stock model that runs with `attn_implementation="dynmask"`. The text is kept in its
+            configuration, and saved with it.
+        text (`str`, *optional*):
+            The expression, for every layer: `"causal & window(255, 0)"`. Fields that it reads are arguments of the
+            model's forward pass. `None`: the masks of the model's own.
+
+    Raises:
+        ValueError: The text is no expression, or holds what a stock model cannot follow (`topk`, `dense`, `custom`);
+            the model does not run with `"dynmask"`, has cross-attention, or parts with configurations of their own.
+    """
+    if hasattr(model, "set_mask"):
+        model.set_mask(text)  # type: ignore[operator]
+        return
+    if text is not None:
+        check_mask(model, text)
+        if model.config._attn_implementation != NAME:
+            raise ValueError(
+                f"`model` must run with attn_implementation='{NAME}'; {type(model).__name__} runs with "
+                f"'{model.config._attn_implementation}'"
+            )
+    setattr(model.config, CONFIG_ENTRY, text)
+    warn_of_adapters_alone(model, text)
+
+
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+
+@eager_only
+def dynmask_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: DeferredMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers' `AttentionInterface` calls.
+
+    Args:
+        module (`nn.Module`): The attention layer.
+        query (`Tensor` of shape `(B, H, Tq, D)`): Queries.
+        key (`Tensor` of shape `(B, Hk, Tk, D)`): Keys; Hk divides H.
+        value (`Tensor` of shape `(B, Hk, Tk, Dv)`): Values.
+        attention_mask ([`DeferredMask`] or `Tensor` of shape `(B, 1 | H, Tq, Tk)`, *optional*):
+            A tensor is an explicit mask, bool or added to the scores. `None`: causal or full, as `is_causal` says.
+        scaling (`float`, *optional*): Factor of the scores. `None`: `D ** -0.5`.
+        dropout (`float`, *optional*, defaults to 0.0): Probability with which a weight is dropped.
+        is_causal (`bool`, *optional*): Read where there is no mask. `None`: as the layer says.
+        softcap (`float`, *optional*): Bound of the scores (Gemma 2, arXiv:2408.00118, section 2).
+        s_aux (`Tensor` of shape `(H,)`, *optional*): Score of a key without value (attention sink, gpt-oss).
+        position_bias (`Tensor` of shape `(B | 1, H, Tq, Tk)`, *optional*): Added to the scores (T5, arXiv:1910.10683).
+        output_attentions (`bool`, *optional*): Whether to hand back the weights.
+
+    Returns:
+        `(output (B, Tq, H, Dv), weights (B, H, Tq, Tk) or None)`; exactly 0 for a query with no key to see.
+
+    Raises:
+        ValueError: An argument that is not served, or a flat batch that the model cannot take.
+    """
+    for name in UNSERVED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation='{NAME}' does not serve the `{name}` of {type(module).__name__}")
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = position_bias
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        _check_unnoted(module, query, attention_mask)
+        answer, added = _unnoted(module, query, key, attention_mask, is_causal)
+        bias = added if bias is None or added is None else bias + added
+    else:
+        if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
+            raise ValueError(
+                f"{type(module).__name__} must have as many queries and keys as its mask was made for, "
+                f"{attention_mask.shape[2:]}; got {(query.shape[2], key.shape[2])}"
+            )
+        answer = attention_mask.answer(query, kwargs, has_bias=bias is not None)
+    scored = softcap is not None or s_aux is not None or output_attentions
+    if isinstance(answer, MaskPlan) and bias is None and not scored:
+        return _by_plan(query, key, value, answer, factor, dropout).transpose(1, 2), None
+    attend = partial(_by_scores, softcap=softcap, sinks=s_aux) if scored else _by_cells
+    if isinstance(answer, MaskPlan):
+        output, weights = _apart(attend, query, key, value, answer, bias, factor, dropout)
+    else:
+        output, weights = attend(query, key, value, answer, bias, factor, dropout)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _check_unnoted(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
+    """A mask that is none, or a tensor, knows nothing of expressions and of sequences."""
+    given = "no mask" if mask is None else "an explicit `attention_mask`"
+    if getattr(getattr(module, "config", None), CONFIG_ENTRY, None) is not None:
+        raise ValueError(f"a mask by `set_mask` needs layers that are given the model's; got {given}")
+    batches = current_batches()
+    if not batches:
+        return
+    batch = batches[-1]
+    if batch.is_told_flat if batch.has_explicit_mask else batch.is_flat:
+        raise ValueError(
+            f"a flat batch needs layers that are given the model's mask; {type(module).__name__} got {given}"
+        )
+
+
+def _unnoted(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> tuple[Tensor, Tensor | None]:
+    """What such a mask allows, and what it adds to the scores."""
+    if mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        every = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
+        return every.tril() if causal and query.shape[2] > 1 else every, None
+    if mask.is_floating_point():
+        return mask > torch.finfo(mask.dtype).min, mask
+    if mask.dtype != torch.bool:
+        raise ValueError(f"an explicit `attention_mask` must be bool or floating point; got {mask.dtype}")
+    return mask, None
+
+
+def _by_plan(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling: float, dropout: float) -> Tensor:
+    """Attention `(B, H, T, Dv)` of real tokens alone; 0 elsewhere."""
+    layout, key_layout = plan.layout, plan.key_layout
+    output = dynmask_attention(
+        layout.flatten_heads(query),
+        key_layout.flatten_heads(key),
+        key_layout.flatten_heads(value),
+        plan,
+        layout,
+        key_layout,
+        scaling=scaling,
+        dropout=dropout,
+    )
+    return layout.unflatten_heads(output)
+
+
+def _apart(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: MaskPlan,
+    bias: Tensor | None,
+    *settings: float,
+) -> tuple[Tensor, Tensor | None]:
+    """[`_by_cells`] or [`_by_scores`] on a row for each sequence, see [`MaskPlan.in_rows`]; 0 where no token is."""
+    rows = plan.in_rows
+    sides = (query, plan.layout, rows.layout), *((x, plan.key_layout, rows.key_layout) for x in (key, value))
+    states = (after.unflatten_heads(before.flatten_heads(x)) for x, before, after in sides)
+    if bias is not None and rows is not plan:
+        bias = plan.pairs_by_sequence(bias.expand(plan.layout.shape[0], -1, -1, -1))
+    output, weights = attend(*states, rows.dense(query.shape[1]), bias, *settings)
+    output = plan.layout.unflatten_heads(rows.layout.flatten_heads(output))
+    return output, weights if weights is None or rows is plan else plan.in_batch(weights)
+
+
+def _by_cells(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, bias: Tensor | None, scaling: float, dropout: float
+) -> tuple[Tensor, None]:
+    """Attention `(B, H, Tq, Dv)`."""
+    output = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=allowed if bias is None else torch.where(allowed, bias, -torch.inf),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output, None
+
+
+def _by_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    *,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention `(B, H, Tq, Dv)` and its weights, score by score."""
+    key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = weights[..., : key.shape[2]] * allowed.any(-1, keepdim=True)
+    return torch.matmul(nn.functional.dropout(weights, dropout), value), weights

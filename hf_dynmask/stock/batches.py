@@ -1,0 +1,340 @@
+"""What the forward pass of a stock model is given, made known to its layers, and the sequences that stand in it.
+
+Shape legend: B rows, T columns, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..modeling.batch import PACKING, frames_of_batch
+from ..modeling.layout import SequenceLayout, integers, not_binary
+
+NAME = "dynmask"
+CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` keeps its text in a stock model's configuration
+# Settings that let tokens of a row meet outside attention: of MobileBERT, ESM and Switch Transformers.
+SETTINGS_THAT_MIX_TOKENS = ("trigram_input", "token_dropout", "expert_capacity")
+# Kinds of layers, as configurations name them, in which tokens meet in attention alone.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+INPUTS = ("input_ids", "inputs_embeds")
+TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+CACHES = ("cache", "past_key_values")
+MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # which say where sequences begin
+
+
+@dataclass(eq=False)
+class Batch:
+    """What the forward pass of a model was given.
+
+    Attributes:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        names (`Collection[str]`): The model's own arguments.
+        given (`dict`): Arguments by name.
+        is_inner (`bool`): Whether another model that is made ready runs this one.
+        starts (bool `Tensor` of shape `(B, T)`, *optional*):
+            Where sequences begin, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
+        told_by (`str`): Which of these does.
+        sequences_separated (`bool`): Whether some layer's attention has kept the sequences of the batch apart.
+        unchecked (`dict[str, Tensor]`): Whether each mask of tokens holds only 0 and 1; to be read, see [`read_along`].
+    """
+
+    model: PreTrainedModel
+    names: Collection[str]
+    given: dict[str, Any]
+    is_inner: bool = False
+    starts: Tensor | None = None
+    told_by: str = ""
+    sequences_separated: bool = False
+    unchecked: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any], is_inner: bool = False
+    ) -> Batch:
+        """The batch, with what it says of its sequences put where the model reads it.
+
+        Lengths of rows become an attention mask, and a flat batch gets its `position_ids`.
+
+        Raises:
+            ValueError: Arguments contradict each other, or cannot be obeyed.
+        """
+        batch = cls(model, names, dict(given), is_inner)
+        if getattr(batch._first_of(CACHES), "is_of_flat_batch", False):
+            raise ValueError("a cache must hold one sequence a row; got one that a flat batch has filled")
+        batch._read_sequences()
+        batch._read_targets()
+        if not is_inner:
+            batch.unchecked = {name: ((mask == 0) | (mask == 1)).all() for name, mask in batch._masks_of_tokens()}
+        return batch
+
+    def _masks_of_tokens(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of the masks that say which tokens are there, and may hold other numbers."""
+        tokens = self._first_of(INPUTS)
+        dimensions = 2 if tokens is None else len(_places(tokens))
+        for name in MASKS:
+            mask = self.given.get(name)
+            if isinstance(mask, Tensor) and mask.dtype != torch.bool and mask.dim() <= dimensions:
+                yield name, mask
+
+    def read_along(self, *flags: Tensor) -> list[bool]:
+        """Values of bool scalars, for which a device must be waited for, and with them whether masks are of 0 and 1.
+
+        Raises:
+            ValueError: One does not: models of transformers would take any number for a token that is there.
+        """
+        names, unread = list(self.unchecked), list(self.unchecked.values())
+        self.unchecked = {}
+        device = (*flags, *unread)[0].device
+        values = torch.stack([flag.to(device) for flag in (*flags, *unread)]).tolist()
+        for name, is_binary in zip(names, values[len(flags) :], strict=True):
+            if not is_binary:
+                raise not_binary(name, self.given[name])
+        return values[: len(flags)]
+
+    def _read_sequences(self) -> None:
+        told = [name for name in FLAT_ARGUMENTS if self.given.get(name) is not None]
+        layout = self._layout(told, "attention_mask", INPUTS)
+        if layout is None:
+            return
+        if told[0] == "lengths" and self.given["lengths"].numel() == layout.shape[0]:
+            self._put_padding(told.pop(0), "attention_mask", INPUTS, layout)
+        if not told:
+            return
+        starts = torch.zeros(layout.shape[0] * layout.shape[1], dtype=torch.bool, device=layout.indices.device)
+        starts = starts.index_fill(0, layout.indices[layout.begins], True).view(layout.shape)
+        self.starts, self.told_by = first_and(starts[:, 1:]), told[0]
+        if "position_ids" in self.names and self.given.get("position_ids") is None:
+            positions = layout.unflatten(layout.positions[None])
+            self.given["position_ids"] = positions + _first_position(self.model)
+
+    def _read_targets(self) -> None:
+        name = "decoder_lengths"
+        layout = self._layout([name] if self.given.get(name) is not None else [], "decoder_attention_mask", TARGETS)
+        if layout is None:
+            return
+        if layout.num_sequences != layout.shape[0]:
+            raise ValueError(
+                f"`{name}` must be of rows, one entry each; got {layout.num_sequences} for {layout.shape[0]}"
+            )
+        self._put_padding(name, "decoder_attention_mask", TARGETS, layout)
+
+    def _layout(self, told: list[str], mask_name: str, inputs: Collection[str]) -> SequenceLayout | None:
+        """What the arguments `told` say of the rows of `inputs`, if a mask says the same; `None` if nothing is told."""
+        if not told:
+            return None
+        tokens = self._first_of(inputs)
+        if tokens is None:
+            if self.is_inner:
+                return None
+            raise ValueError(f"`{told[0]}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got none")
+        places = _places(tokens)
+        mask = self.given.get(mask_name)
+        mask = mask if isinstance(mask, Tensor) else None  # a `DeferredMask` was made by the model that runs this one
+        if mask is not None and mask.dim() > len(places):
+            raise ValueError(
+                f"`{told[0]}` must come without an explicit mask, which says itself who may see whom; got a mask of "
+                f"shape {tuple(mask.shape)}"
+            )
+        lengths = None
+        if told[0] in ("lengths", "decoder_lengths"):
+            lengths = torch.as_tensor(self.given[told[0]], device=tokens.device)
+            if lengths.shape == places[:-1]:  # choices of a question are rows too
+                lengths = lengths.flatten()
+            self.given[told[0]] = lengths
+        elif mask is not None and mask.shape != places:
+            mask = None
+        more = {} if inputs is TARGETS else self._more_of_sequences(places)
+        try:
+            return frames_of_batch(
+                (places[:-1].numel(), places[-1]),
+                tokens.device,
+                lengths,
+                None if mask is None else mask.to(tokens.device).reshape(-1, mask.shape[-1]),
+                None,
+                **more,
+            ).whole
+        except ValueError as error:
+            if mask is None or lengths is None:
+                raise
+            raise ValueError(f"{error} {_IN_FRONT}") from error
+
+    def _more_of_sequences(self, places: torch.Size) -> dict[str, Any]:
+        position_ids = self.given.get("position_ids")
+        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != places[-1]):
+            position_ids = None  # of several dimensions, or of choices
+        return {"position_ids": position_ids, "packing": {name: self.given.get(name) for name in PACKING}}
+
+    def _put_padding(self, name: str, mask_name: str, inputs: Collection[str], layout: SequenceLayout) -> None:
+        """Lengths of rows become a mask: a model's heads read it too, and whoever it hands its arguments on to."""
+        if name in self.names:
+            return
+        if self.given.get(mask_name) is None:
+            tokens = self._first_of(inputs)
+            self._check_alone(name, tokens, layout)
+            if mask_name in self.names:
+                present = torch.zeros(_places(tokens), dtype=torch.long, device=tokens.device)
+                self.given[mask_name] = present.view(-1).index_fill_(0, layout.indices, 1).view(present.shape)
+            elif layout.num_tokens < layout.shape[0] * layout.shape[1]:
+                raise ValueError(
+                    f"`{name}` with padding need a model that takes `{mask_name}`; {type(self.model).__name__} does not"
+                )
+        del self.given[name]
+
+    def _check_alone(self, name: str, tokens: Tensor, layout: SequenceLayout) -> None:
+        """Lengths without a mask say nothing of tokens that other code has put in front of them."""
+        cache = self._first_of(CACHES)
+        if cache is not None and int(cache.get_seq_length()):
+            raise ValueError(
+                f"`{name}` with a cache in use must come with the `attention_mask` of all columns, those in the cache "
+                f"too; got a cache of {int(cache.get_seq_length())} columns and no mask"
+            )
+        if tokens.is_floating_point() and layout.max_length < layout.shape[1]:
+            raise ValueError(
+                f"`{name}` with `inputs_embeds` must reach the width {layout.shape[1]} in the longest row, or come "
+                f"with an `attention_mask`; got at most {layout.max_length} {_IN_FRONT}"
+            )
+
+    def _first_of(self, names: Collection[str]) -> Any:
+        return next((self.given[name] for name in names if self.given.get(name) is not None), None)
+
+    # --- Whether a row holds several sequences ---
+
+    @property
+    def has_explicit_mask(self) -> bool:
+        """Whether the caller says himself which token may see which."""
+        attention_mask = self.given.get("attention_mask")
+        return isinstance(attention_mask, Tensor) and attention_mask.dim() > 2
+
+    @property
+    def is_told_flat(self) -> bool:
+        """Whether a row holds several sequences, `position_ids` aside."""
+        return self.starts is not None and bool(self.starts[:, 1:].any())
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether a row holds several sequences."""
+        position_ids = self.given.get("position_ids")
+        if self.starts is not None or position_ids is None or position_ids.dim() != 2:
+            return self.is_told_flat
+        present = self._present(position_ids.shape[1])
+        if present is not None:
+            position_ids = position_ids.expand(present.shape[0], -1)
+        return bool(restarts(position_ids, present)[:, 1:].any())
+
+    def _present(self, width: int) -> Tensor | None:
+        """Bool `(B, width)`: where tokens are; `None`: everywhere."""
+        mask = self.given.get("attention_mask")
+        if isinstance(mask, dict):  # one for each kind of layers
+            mask = next(iter(mask.values()), None)
+        if isinstance(mask, Tensor) or mask is None:
+            return None if mask is None or mask.dim() != 2 or mask.shape[1] < width else mask[:, -width:].bool()
+        return mask.present(0)  # of a `DeferredMask` that was made ahead
+
+
+_IN_FRONT = (
+    "(code that puts tokens in front of a batch, as PEFT's prompt methods do, lengthens attention masks alone: collate "
+    "with `DataCollatorWithPadding`, without lengths)"
+)
+
+
+def _places(tokens: Tensor) -> torch.Size:
+    """`(..., T)` of ids or embeddings."""
+    return tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
+
+
+# Kept where this file is executed again: models that were made ready before go on to write there.
+batches: ContextVar[tuple[Batch, ...]] = globals().get("batches") or ContextVar("batches", default=())
+
+
+def current_batches() -> tuple[Batch, ...]:
+    """What the models whose forward passes we are in were given, the outermost first."""
+    return batches.get()
+
+
+# --- What models are like --------------------------------------------------------------------------------------------
+
+
+def has_cross_attention(config: PreTrainedConfig) -> bool:
+    return getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """The position of a sequence's first token: 0, or in RoBERTa's family the one behind the padding's."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            return part.padding_idx + 1  # type: ignore[operator]
+    return 0
+
+
+def token_mixing_outside_attention(model: PreTrainedModel) -> str | None:
+    """What lets tokens of a row meet outside attention, if anything does."""
+    others = sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    if others:
+        return f"layers of type {', '.join(others)}"
+    setting = next((name for name in SETTINGS_THAT_MIX_TOKENS if getattr(model.config, name, None)), None)
+    if setting is not None:
+        return f"`{setting}`"
+    parts = (name for name, part in model.named_modules() if isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase))
+    return next(parts, None)
+
+
+def has_neftune(model: PreTrainedModel) -> bool:
+    """Whether noise is added to the embeddings, in training: NEFTune, arXiv:2310.05914, of transformers' Trainer."""
+    return any(part.training and getattr(part, "neftune_noise_alpha", None) for part in model.modules())
+
+
+# --- Sequences -------------------------------------------------------------------------------------------------------
+
+
+def first_and(later: Tensor) -> Tensor:
+    """Bool `(B, T)`: True in the first column, and what `later (B, T - 1)` says in those after it."""
+    return nn.functional.pad(later, (1, 0), value=True)
+
+
+def restarts(position_ids: Tensor, present: Tensor | None) -> Tensor:
+    """Bool `(B, T)`: True in the first column, and at tokens whose position does not follow on the token before.
+
+    A position follows that is the next one, or has gone up as the column has.
+    """
+    if not position_ids.is_floating_point():
+        position_ids = integers("position_ids", position_ids)
+    if present is None:
+        return first_and(position_ids.diff(dim=1) != 1)
+    row, column = present.nonzero(as_tuple=True)
+    step = position_ids[row, column].diff()
+    new = (step != 1) & (step != column.diff()) & (row.diff() == 0)
+    starts = torch.zeros_like(present).index_put((row[1:][new], column[1:][new]), torch.tensor(True, device=row.device))
+    return first_and(starts[:, 1:])
+
+
+def layout_of(starts: Tensor, present: Tensor | None, by_column: bool = False) -> SequenceLayout:
+    """Layout of a batch whose sequences begin at `starts (B, T)` and hold the tokens at `present (B, T)`.
+
+    Positions count from a sequence's first token, or `by_column` from where it begins; absent tokens count too, as they
+    do in transformers' masks.
+    """
+    first = starts.flatten()
+    if present is None:
+        places = torch.arange(first.numel(), device=first.device)
+    else:
+        places = present.flatten().nonzero().squeeze(1)
+    origins = first.nonzero().squeeze(1)
+    sequence = (first.cumsum(0) - 1)[places]
+    sizes = torch.zeros_like(origins).index_add_(0, sequence, torch.ones_like(sequence))
+    if not by_column:
+        origins = torch.full_like(origins, first.numel()).scatter_reduce(0, sequence, places, "amin")
+    return SequenceLayout(
+        shape=(starts.shape[0], starts.shape[1]),
+        sizes=tuple(sizes.tolist()),
+        rank=torch.arange(origins.numel(), device=first.device),
+        indices=places,
+        positions=places - origins[sequence],
+    )

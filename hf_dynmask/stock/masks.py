@@ -1,0 +1,420 @@
+"""Transformers' masks as expressions and plans.
+
+Transformers calls [`dynmask_mask`] once a forward pass for each kind of mask, which only notes the call in a
+[`DeferredMask`]. The first layer that asks it tells the batch's sequences apart and makes the plan, which it keeps for
+the others.
+
+Shape legend: B rows, T (Tq, Tk) columns of queries and keys, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, masking_utils
+
+from ..modeling import masks
+from ..modeling.fields import Fields
+from ..modeling.layout import eager_only
+from ..modeling.masks import Mask, allowed_by_head, parse
+from ..modeling.plan import MaskPlan
+from .batches import (
+    CONFIG_ENTRY,
+    FLAT_ARGUMENTS,
+    NAME,
+    Batch,
+    current_batches,
+    first_and,
+    has_cross_attention,
+    has_neftune,
+    layout_of,
+    restarts,
+    token_mixing_outside_attention,
+)
+
+_FAR = 2**31  # beyond any position
+
+
+# --- Transformers' mask functions ------------------------------------------------------------------------------------
+
+
+@dataclass
+class MaskFunction:
+    """A mask function of transformers, read.
+
+    Attributes:
+        expression (`Mask`, *optional*): The same as an expression; `None` where some part is not known.
+        is_packed (`bool`): Whether it keeps the sequences of a row apart by itself.
+        block_ids (`Tensor` of shape `(B, T)`, *optional*): Tokens with equal ids of 0 and above see each other.
+    """
+
+    expression: Mask | None = None
+    is_packed: bool = False
+    block_ids: Tensor | None = None
+
+    @classmethod
+    def read(cls, function: Callable) -> MaskFunction:
+        """Mask functions are closures of `transformers.masking_utils`, known by the function that made them."""
+        found = cls()
+        expression = found._read(function)
+        found.expression = None if expression is None else _simplified(expression)
+        return found
+
+    def _read(self, function: Callable) -> Mask | None:
+        if getattr(function, "__module__", None) != masking_utils.__name__:
+            return None
+        maker, contents = function.__qualname__.partition(".")[0], _contents(function)
+        if maker in _OPERATORS:
+            parts = [self._read(part) for part in contents["mask_functions"]]
+            return None if None in parts else reduce(_OPERATORS[maker], parts)
+        if maker == "remap_positions_for_packed_sequence":
+            return self._read(contents["mask_function"])
+        if maker == "packed_sequence_mask_function":
+            self.is_packed = True
+        if maker == "blockwise_overlay":
+            self.block_ids = contents["block_sequence_ids"]
+        return _LEAVES[maker](contents) if maker in _LEAVES else None
+
+
+_OPERATORS = {"and_masks": operator.and_, "or_masks": operator.or_}
+
+_SIMPLEST = {(None, None): masks.full(), (None, 0): masks.causal()}
+
+
+def _simplified(expression: Mask) -> Mask:
+    """The same in fewer words, where it is a band."""
+    band = expression.band()
+    left, right = band or (None, None)
+    if left is not None and right is not None:
+        return masks.window(left, right)
+    return _SIMPLEST.get(band, expression)
+
+
+# Of a causal window transformers counts all keys, the query's own among them; of another the keys on each side.
+# Its chunks begin at a row's first token, as positions do. Sequences never see each other anyway.
+_LEAVES: dict[str, Callable[[dict[str, Any]], Mask]] = {
+    "causal_mask_function": lambda contents: masks.causal(),
+    "bidirectional_mask_function": lambda contents: masks.full(),
+    "sliding_window_overlay": lambda contents: masks.window(contents["sliding_window"] - 1, _FAR),
+    "sliding_window_bidirectional_overlay": lambda contents: masks.window(contents["sliding_window"]),
+    "chunked_overlay": lambda contents: masks.chunk(contents["chunk_size"]),
+    "blockwise_overlay": lambda contents: masks.segments(),
+    "packed_sequence_mask_function": lambda contents: masks.full(),
+}
+
+
+def _contents(function: Callable) -> dict[str, Any]:
+    """The variables that a closure holds."""
+    cells = function.__closure__ or ()  # type: ignore[attr-defined]
+    names = function.__code__.co_freevars  # type: ignore[attr-defined]
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def _in_each_sequence(function: Callable, sequence_ids: Tensor, positions: Tensor) -> Callable:
+    """A mask function that is asked about positions in a sequence in place of columns; ids and positions `(B, T)`."""
+
+    def inner(batch_idx, head_idx, q_idx, kv_idx):
+        same = sequence_ids[batch_idx, q_idx] == sequence_ids[batch_idx, kv_idx]
+        return same & function(batch_idx, head_idx, positions[batch_idx, q_idx], positions[batch_idx, kv_idx])
+
+    return inner
+
+
+# --- Masks -----------------------------------------------------------------------------------------------------------
+
+
+@eager_only
+def dynmask_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | DeferredMask | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
+    **kwargs,
+) -> DeferredMask:
+    """What transformers' `AttentionMaskInterface` calls.
+
+    Args:
+        batch_size, q_length, kv_length (`int`): B, Tq and Tk.
+        q_offset, kv_offset (`int`): Column of the first query and of the first key.
+        mask_function (`Callable`): Whether a query may see a key, given their row, head and columns.
+        attention_mask (bool `Tensor` of shape `(B, columns)`, *optional*): False where no token is.
+        use_vmap (`bool`): Whether `mask_function` takes one cell at a time.
+        config ([`~transformers.PreTrainedConfig`], *optional*): The model's.
+    """
+    if isinstance(attention_mask, DeferredMask):  # `generate` has made it ahead of the forward pass
+        return attention_mask
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    text = getattr(config, CONFIG_ENTRY, None)
+    return DeferredMask(
+        shape=(batch_size, 1, q_length, kv_length),
+        offsets=(int(q_offset), int(kv_offset)),
+        function=mask_function,
+        use_vmap=use_vmap,
+        padding=None if padding is None or _all(padding) else padding.expand(batch_size, -1),
+        chosen=None if text is None else parse(text),
+        device=torch.device(device),
+        model_type=getattr(config, "model_type", "stock"),
+    )
+
+
+def _all(padding: Tensor) -> bool:
+    """Whether all tokens are there; raises if the mask that says so cannot."""
+    batches = current_batches()
+    return batches[0].read_along(padding.all())[0] if batches else bool(padding.all())
+
+
+@dataclass(eq=False, kw_only=True)
+class DeferredMask:
+    """A mask that a stock model has asked for, and what became of it in its forward pass.
+
+    It travels through the model where a mask tensor would, and refuses to be computed with.
+
+    Attributes:
+        shape (`tuple[int, int, int, int]`): `(B, 1, Tq, Tk)`.
+        offsets (`tuple[int, int]`): Column of the first query and of the first key.
+        function (`Callable`), use_vmap (`bool`): Transformers' mask function, and whether it takes one cell at a time.
+        padding (bool `Tensor` of shape `(B, columns)`, *optional*): Where tokens are; `None`: everywhere.
+        chosen (`Mask`, *optional*): What [`set_mask`] put in place of `function`.
+        device (`torch.device`), model_type (`str`): The model's.
+    """
+
+    shape: tuple[int, int, int, int]
+    offsets: tuple[int, int]
+    function: Callable
+    use_vmap: bool
+    padding: Tensor | None
+    chosen: Mask | None
+    device: torch.device
+    model_type: str
+    _answers: dict[tuple[int, torch.device], MaskPlan | Tensor] = field(default_factory=dict)
+
+    ndim = 4
+
+    def contiguous(self) -> DeferredMask:
+        """Itself: what `generate` asks of masks that it makes ahead."""
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        everything = [*args, *(kwargs or {}).values()]
+        mask = next(value for value in everything if isinstance(value, DeferredMask))
+        raise mask._refusal(getattr(function, "__name__", str(function)))
+
+    def __getitem__(self, index):
+        raise self._refusal("[]")
+
+    def __getattr__(self, name: str):
+        raise AttributeError(name) if name.startswith("_") else self._refusal(name)
+
+    def _refusal(self, operation: str) -> Exception:
+        return TypeError(
+            f"attn_implementation='{NAME}' needs a model that leaves its masks to transformers' attention interface; "
+            f"this {self.model_type} model computes with one (`{operation}`)"
+        )
+
+    def answer(self, query: Tensor, passed: Mapping[str, Any], has_bias: bool = False) -> MaskPlan | Tensor:
+        """A plan, where every key is a query too and the mask has an expression or a row several sequences; else cells.
+
+        Args:
+            query (`Tensor` of shape `(B, H, Tq, D)`): The queries of the layer that asks.
+            passed (`Mapping[str, Any]`): What the model hands on to the attention of its layers.
+            has_bias (`bool`, *optional*, defaults to `False`): Whether a bias of the scores stands for positions.
+
+        Returns:
+            [`MaskPlan`], or bool `Tensor` of shape `(B, 1 | H, Tq, Tk)`.
+
+        Raises:
+            ValueError: A flat batch that the model cannot take, or whose arguments contradict each other.
+        """
+        key = (query.shape[1], query.device)
+        if key not in self._answers:
+            batches = current_batches()
+            starts = self._starts(batches, has_bias) if batches else self._check_rows(passed)
+            if self._is_square and self._expression is not None:
+                self._answers[key] = self._plan(self._expression, starts, passed, query.device)
+            else:
+                cells = self._cells(starts, query.shape[1]).to(query.device)
+                self._answers[key] = cells if starts is None else self._plan_of_cells(cells, starts)
+        return self._answers[key]
+
+    @cached_property
+    def _known(self) -> MaskFunction:
+        return MaskFunction.read(self.function)
+
+    @property
+    def _expression(self) -> Mask | None:
+        return self._known.expression if self.chosen is None else self.chosen
+
+    @property
+    def _is_square(self) -> bool:
+        """Whether every key is a query too, as far as numbers tell."""
+        return self.shape[2] == self.shape[3] and self.offsets == (0, 0)
+
+    @property
+    def _may_cross(self) -> bool:
+        """Whether keys may be of another sequence than queries. `padding` is then that of the keys."""
+        band = None if self._known.expression is None else self._known.expression.band()
+        return self.chosen is None and band is not None and band[0] == band[1]
+
+    def present(self, side: int) -> Tensor | None:
+        """Bool `(B, T)`: which columns of the queries (0) or the keys (1) hold a token; `None`: all."""
+        first = self.offsets[side]
+        return None if self.padding is None else self.padding[:, first : first + self.shape[2 + side]]
+
+    # --- Sequences ---
+
+    def _starts(self, batches: tuple[Batch, ...], has_bias: bool) -> Tensor | None:
+        """Bool `(B, T)`: the columns at which sequences begin; `None`: each row is one sequence."""
+        batch = batches[-1]
+        crosses = any(has_cross_attention(outer.model.config) for outer in batches)
+        by_positions = None
+        if not (crosses and self._may_cross):
+            by_positions = self._by_positions(batch.given.get("position_ids"))
+        starts = by_positions if batch.starts is None else self._told(batch)
+        if starts is None or not bool(starts[:, 1:].any()):
+            return None
+        self._check_flat(batch, crosses, counts_columns=by_positions is None and not has_bias)
+        for heeded in batches:
+            heeded.sequences_separated = True
+        return starts
+
+    def _check_rows(self, passed: Mapping[str, Any]) -> None:
+        """Without its forward pass's arguments, a model can take rows alone; raises if what it hands on says more."""
+        told = [name for name in FLAT_ARGUMENTS if passed.get(name) is not None]
+        starts = self._by_positions(passed.get("position_ids"))
+        if self._known.is_packed or starts is not None and bool(starts[:, 1:].any()):
+            told.append("position_ids")
+        if told:
+            raise ValueError(
+                f"`{told[0]}` must be given to a model that is made ready for attn_implementation='{NAME}'; this "
+                f"{self.model_type} model is not, or its `forward` was replaced "
+                f"(`model.set_attn_implementation('{NAME}')` makes it ready)"
+            )
+
+    def _by_positions(self, position_ids: Tensor | None) -> Tensor | None:
+        """Bool `(B, T)`: the columns at which positions start again; `None` where they are not of the queries."""
+        if position_ids is None or position_ids.shape[1:] != (self.shape[2],):
+            return None
+        position_ids = position_ids.to(self.device)
+        self._check_continued(position_ids)
+        return restarts(position_ids.expand(self.shape[0], -1), self.present(0))
+
+    def _told(self, batch: Batch) -> Tensor:
+        """Bool `(B, T)`: where the batch has told that sequences begin, if this is of the mask's queries."""
+        starts = batch.starts.to(self.device)  # type: ignore[union-attr]
+        if (self.shape[0], self.shape[2]) != starts.shape:
+            raise ValueError(
+                f"`{batch.told_by}` must be of the mask's queries, of shape {(self.shape[0], self.shape[2])}; got "
+                f"{tuple(starts.shape)}"
+            )
+        return starts
+
+    def _check_flat(self, batch: Batch, crosses: bool, counts_columns: bool) -> None:
+        model = f"this {self.model_type} model"
+        if has_neftune(batch.model):
+            raise ValueError(
+                "NEFTune must have rows: its noise falls with the width of a row, which in a flat batch is that of all "
+                "sequences together; got a flat batch"
+            )
+        if crosses:
+            raise ValueError(f"a flat batch needs a model without cross-attention; {model} has it")
+        if counts_columns:
+            raise ValueError(f"a flat batch needs a model that takes `position_ids`; {model} counts columns")
+        outside = token_mixing_outside_attention(batch.model)
+        if outside is not None:
+            raise ValueError(f"a flat batch needs a model whose tokens meet in attention alone; {model} has {outside}")
+        if not self._is_square:
+            raise ValueError(
+                f"a flat batch must have as many keys as queries, {self.shape[2]}; got {self.shape[3]} (a static cache "
+                "cannot take it, nor one that is in use)"
+            )
+
+    def _check_continued(self, position_ids: Tensor) -> None:
+        """A flat batch leaves several sequences in a cache; the next token would see them all."""
+        column = self.offsets[0]
+        if column == 0:
+            return
+        position = position_ids[:, 0]
+        before = torch.full_like(position, column) if self.padding is None else self.padding[:, :column].sum(1)
+        behind = position < before
+        if self.padding is not None:
+            behind = behind & self.padding[:, column]
+        if bool(behind.any()):
+            raise ValueError(
+                f"`position_ids` must go on from the {before.tolist()} tokens in the cache; got {position.tolist()} (a "
+                "cache that a flat batch has filled cannot be gone on from)"
+            )
+
+    # --- Plans and cells ---
+
+    def _plan(
+        self, expression: Mask, starts: Tensor | None, passed: Mapping[str, Any], device: torch.device
+    ) -> MaskPlan:
+        given = [passed, *(batch.given for batch in current_batches())]
+        fields = {name: each[name].to(device) for name in expression.fields for each in given if _has(each, name)}
+        if self.chosen is None and self._known.block_ids is not None:
+            fields["segment_ids"] = _unique_where_negative(self._known.block_ids).to(device)
+        present = self.present(0)
+        rows = first_and(torch.zeros(self.shape[0], self.shape[2] - 1, dtype=torch.bool, device=self.device))
+        if starts is None and present is not None and self._may_cross:
+            layout, key_layout = layout_of(rows, None), layout_of(rows, present, by_column=True).to(device)
+        else:
+            layout, key_layout = layout_of(rows if starts is None else starts, present), None
+        return MaskPlan(expression, layout.to(device), key_layout, fields=fields)
+
+    def _plan_of_cells(self, cells: Tensor, starts: Tensor) -> MaskPlan:
+        """Cells of several sequences a row, which the plan keeps apart."""
+        layout = layout_of(starts, self.present(0)).to(cells.device)
+        return MaskPlan(masks.dense(), layout, fields={"attention_mask": cells})
+
+    def _cells(self, starts: Tensor | None, heads: int) -> Tensor:
+        if self.chosen is not None:
+            return self._chosen_cells(self.chosen, heads)
+        function = self.function
+        if starts is not None and not self._known.is_packed:
+            layout = layout_of(starts, self.present(0))
+            function = _in_each_sequence(function, starts.cumsum(1), layout.unflatten(layout.positions[None]))
+        return masking_utils.sdpa_mask(  # type: ignore[return-value]
+            *(self.shape[0], *self.shape[2:], *self.offsets),
+            mask_function=function,
+            attention_mask=self.padding,
+            allow_is_causal_skip=False,
+            use_vmap=self.use_vmap,
+            device=self.device,
+        )
+
+    def _chosen_cells(self, mask: Mask, heads: int) -> Tensor:
+        """The chosen expression where keys come out of a cache."""
+        if mask.fields:
+            raise ValueError(f"a mask that reads fields cannot look back into a cache; got '{mask}'")
+        i, j = (
+            torch.arange(first, first + size, device=self.device).view(1, 1, -1)
+            for first, size in zip(self.offsets, self.shape[2:], strict=True)
+        )
+        real = j < self.offsets[0] + self.shape[2]  # a static cache has room beyond the queries
+        if self.padding is not None:
+            real = real & self.present(1)[:, None]  # type: ignore[index]
+            left = self.padding.int().argmax(1)[:, None, None]
+            i, j = i - left, j - left
+        return allowed_by_head(mask, heads, i[..., None], j[:, :, None], Fields()) & real[:, :, None]
+
+
+def _unique_where_negative(block_ids: Tensor) -> Tensor:
+    """Ids of 0 and above as they are; below, an id of its own for each column: such tokens are in no block."""
+    return torch.where(block_ids < 0, -1 - torch.arange(block_ids.shape[1], device=block_ids.device), block_ids)
+
+
+def _has(given: Mapping[str, Any], name: str) -> bool:
+    return given.get(name) is not None

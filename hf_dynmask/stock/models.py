@@ -1,0 +1,283 @@
+"""Stock models made ready to run with `attn_implementation="dynmask"`, and the masks that their configurations keep.
+
+A layer's attention must know what the model's forward pass was given, and some of it the model keeps to itself. So the
+`forward` of a model's class is wrapped when the first model of that class is made ready: a hook of the instance would
+not run where `model.forward(...)` is called, nor for another model of the same configuration.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache, wraps
+from importlib import import_module
+from inspect import Parameter, Signature, getsource, signature, unwrap
+from textwrap import dedent
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils.generic import TransformersKwargs
+
+from ..modeling import masks
+from ..modeling.fields import FIELD_SHAPES
+from ..modeling.layout import check_not_scattered, eager_only
+from ..modeling.masks import parse
+from ..modeling.modeling_base import warn_of_unread_fields
+from .batches import CACHES, CONFIG_ENTRY, INPUTS, NAME, Batch, batches, has_cross_attention
+
+# What any model may be given: by the batch contract, by transformers, and what only a decorator of `forward` reads.
+KNOWN = {
+    *(*INPUTS, "lengths", "attention_mask", "position_ids", "token_type_ids", "labels"),
+    *("return_dict", "use_cache", *CACHES),
+    *FIELD_SHAPES,
+    *TransformersKwargs.__annotations__,
+    *FlashAttentionKwargs.__annotations__,
+}
+
+# --- Which attention a model runs with -------------------------------------------------------------------------------
+
+
+def settled(model: PreTrainedModel, requested: str | None) -> str | None:
+    """The `attn_implementation` for a model that asks for one: `"dynmask"` where its configuration has a mask.
+
+    Raises:
+        ValueError: Another one is asked for in spite of a mask, or the model cannot run with `"dynmask"`.
+    """
+    text = getattr(model.config, CONFIG_ENTRY, None)
+    if text is not None:
+        requested = NAME if requested is None else requested
+        check_followed(model.config, requested, type(model).__name__)
+        check_mask(model, text)
+    if requested == NAME:
+        install_hooks(model)
+    return requested
+
+
+def check_followed(config: PreTrainedConfig | None, implementation: str | None, owner: str = "a model") -> None:
+    """Raises if a model's configuration has a mask, and the attention would not follow it."""
+    text = getattr(config, CONFIG_ENTRY, None)
+    if text is not None and implementation != NAME:
+        raise ValueError(
+            f"the configuration of {owner} has the mask '{text}', which attn_implementation='{NAME}' "
+            f"alone can follow; got '{implementation}' (`set_mask(model, None)` takes the mask away)"
+        )
+
+
+def check_mask(model: PreTrainedModel, text: str) -> None:
+    """Raises if the text is no expression, or the model cannot follow it."""
+    mask = parse(text)
+    for leaf, why in (
+        (masks.TopK, "needs scores that a stock model does not learn"),
+        (masks.Dense, "reads the `attention_mask` that a stock model keeps to itself"),
+        (masks.Custom, "cannot be saved with a configuration"),
+    ):
+        if mask.holds(leaf):
+            raise ValueError(f"the mask of a stock model must do without `{leaf.name}`, which {why}; got '{mask}'")
+    config, name = model.config, type(model).__name__
+    if heads := getattr(config, "num_attention_heads", None):
+        mask.head_borders(heads)
+    if config.sub_configs:
+        parts = ", ".join(sorted(config.sub_configs))
+        raise ValueError(f"`model` must be one part of a model; {name} has the parts {parts}")
+    if has_cross_attention(config):
+        raise ValueError(f"`model` must have self-attention alone; {name} has cross-attention")
+
+
+# --- Forward passes --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Makes the forward passes of a class known to their layers; kept by a model, so that unpickling it does so too."""
+
+    model_class: type[PreTrainedModel]
+
+    def __post_init__(self):
+        if not hasattr(self.model_class.forward, "announces"):
+            announced = _announced(self.model_class.forward, self.model_class)
+            self.model_class.forward = announced  # type: ignore[method-assign]
+
+    def __reduce__(self):
+        return Ready, (self.model_class,)
+
+
+def install_hooks(model: PreTrainedModel) -> None:
+    """Make a stock model ready to run with `attn_implementation="dynmask"`.
+
+    Raises:
+        ValueError: The model's class does not use transformers' attention interface.
+    """
+    if not type(model)._can_set_attn_implementation():
+        raise ValueError(
+            f"attn_implementation='{NAME}' needs a model that uses transformers' attention interface; "
+            f"{type(model).__name__} computes attention by itself"
+        )
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part._dynmask_ready = Ready(type(part))  # type: ignore[assignment]
+            _rebind(part)
+
+
+def _rebind(model: PreTrainedModel) -> None:
+    """Have an instance whose `forward` was hooked before, as Accelerate does, call that of its class as it is now."""
+    ours = type(model).forward
+    for name in ("forward", "_old_forward"):
+        own = vars(model).get(name)
+        if getattr(own, "__func__", None) is getattr(ours, "announces", None):
+            setattr(model, name, MethodType(ours, model))
+
+
+# Keeps `torch.compile` out of a function alone: the layers that it runs may be compiled.
+eager_only_itself = torch.compiler.disable(recursive=False)
+
+
+def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callable:
+    """A `forward` whose arguments the layers below it can look up, where its model runs with `"dynmask"`."""
+    own = _signature(forward, model_class)
+    names = [name for name, one in own.parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
+    takes_others = Parameter.VAR_KEYWORD in {parameter.kind for parameter in own.parameters.values()}
+
+    @eager_only_itself
+    def announced(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+            return forward(model, *args, **kwargs)  # which raises
+        given = dict(zip(names, args, strict=False)) | kwargs
+        newest = import_module(__name__)  # of which the attention is, should the package have been imported again
+        return newest.run_announced(forward, model, names, given, takes_others)
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        if self.config._attn_implementation == NAME:
+            return announced(self, args, kwargs)
+        check_followed(self.config, self.config._attn_implementation, type(self).__name__)
+        return forward(self, *args, **kwargs)
+
+    del wrapper.__wrapped__  # Accelerate follows it when it takes its own wrapper off
+    wrapper.__signature__ = own  # type: ignore[attr-defined]
+    wrapper.announces = forward  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _signature(forward: Callable, model_class: type[PreTrainedModel]) -> Signature:
+    """That of a `forward`, or where another package has put `(*args, **kwargs)` in its place, of the code it stands
+    for."""
+    found = signature(forward)
+    if all(parameter.kind is not Parameter.VAR_POSITIONAL for parameter in found.parameters.values()):
+        return found
+    written = (_written(each) for each in model_class.__mro__ if "forward" in vars(each))
+    return next((own for own in written if own is not None), found)
+
+
+def _written(model_class: type) -> Signature | None:
+    """The signature of the `forward` that stands in a class's source; `None` where none does, or it says nothing."""
+    try:
+        (body,) = ast.parse(dedent(getsource(model_class))).body
+    except (OSError, TypeError):  # made at run time
+        return None
+    for node in body.body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.FunctionDef) and node.name == "forward" and node.args.vararg is None:
+            kinds = {each.arg: Parameter.POSITIONAL_OR_KEYWORD for each in node.args.args}
+            if node.args.kwarg is not None:
+                kinds[node.args.kwarg.arg] = Parameter.VAR_KEYWORD
+            return Signature([Parameter(name, kind) for name, kind in kinds.items()])
+    return None
+
+
+@eager_only_itself
+def run_announced(
+    forward: Callable, model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool
+) -> Any:
+    """The forward pass of a model, of whose arguments nothing is left when it ends, however it ends."""
+    outer = batches.get()
+    batch = _enter(model, names, given, takes_others, is_inner=bool(outer))
+    try:
+        batches.set((*outer, batch))
+        output = forward(model, **batch.given)
+    finally:
+        batches.set(outer)
+    _leave(batch, output)
+    return output
+
+
+@eager_only
+def _enter(
+    model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool, is_inner: bool
+) -> Batch:
+    if takes_others and not is_inner:
+        _check_keywords(model, given.keys() - set(names) - KNOWN)
+        _warn_of_fields(model, [name for name in FIELD_SHAPES if name not in names and given.get(name) is not None])
+    if getattr(model, "_is_replica", False) and given.get("input_ids") is not None:
+        check_not_scattered(given["input_ids"], given.get("lengths"), getattr(model.config, "pad_token_id", None))
+    return Batch.read(model, names, given, is_inner)
+
+
+@eager_only
+def _leave(batch: Batch, output: Any) -> None:
+    if batch.unchecked:
+        batch.read_along()
+    if batch.sequences_separated:
+        for value in output.values() if isinstance(output, Mapping) else output:
+            if isinstance(value, Cache):
+                value.is_of_flat_batch = True  # type: ignore[attr-defined]
+    elif not batch.has_explicit_mask and batch.is_flat:
+        raise ValueError(
+            f"a flat batch needs a model whose tokens meet in attention; those of {type(batch.model).__name__} do not"
+        )
+
+
+# --- Keywords --------------------------------------------------------------------------------------------------------
+
+
+def _check_keywords(model: PreTrainedModel, unknown: set[str]) -> None:
+    """Raises if no part of the model reads a keyword."""
+    unknown = {name for name in unknown if not name.startswith("output_")}  # decorators of `forward` read these
+    if not unknown:
+        return
+    named = KNOWN | signature(model.forward).parameters.keys()
+    known = named.union(*map(_mentioned, set(_code_of(model))))
+    if getattr(model.config, "is_encoder_decoder", False):
+        named, known = _of_sides(named), _of_sides(known)
+    for name in sorted(unknown - known):
+        near = get_close_matches(name, named, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise TypeError(f"no part of {type(model).__name__} knows the keyword `{name}`{hint}")
+
+
+def _warn_of_fields(model: PreTrainedModel, fields: list[str]) -> None:
+    if fields:
+        parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        texts = {text for part in parts if (text := getattr(part.config, CONFIG_ENTRY, None)) is not None}
+        warn_of_unread_fields(model, fields, {name for text in texts for name in parse(text).fields})
+
+
+def _of_sides(names: set[str]) -> set[str]:
+    """The names, and those by which an encoder-decoder hands them on to one side."""
+    return names | {f"{side}_{name}" for side in ("encoder", "decoder") for name in names}
+
+
+def _code_of(model: PreTrainedModel) -> Iterator[str]:
+    """The modules of Python in which the forward passes of a model's parts stand, and its loss."""
+    if getattr(model, "loss_type", None) is not None or hasattr(model, "_loss_function"):
+        yield unwrap(model.loss_function).__module__
+    for part in model.modules():
+        for each in type(part).__mro__:
+            if "forward" in vars(each) and not each.__module__.startswith("torch."):
+                yield each.__module__
+
+
+@cache
+def _mentioned(module: str) -> frozenset[str]:
+    """The names of arguments, and the strings, in a module's code: whatever it reads of its keywords is among them."""
+    found = set()
+    for node in ast.walk(ast.parse(getsource(sys.modules[module]))):
+        if isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            found.add(node.value)
+    return frozenset(found)

@@ -1,0 +1,1 @@
+"""What looks at data sets, masks and checkpoints, and shares these."""

@@ -1,0 +1,307 @@
+"""How much of its work a data set spends on padding, and how much faster lengths make it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ..conversion import from_transformers
+from ..data import TokenBudgetBatchSampler
+from ..data.token_budget import example_lengths
+from ..training.flops import ModelFlops, Sizes, config_work
+from ..training.throughput import synchronize
+from .dataset_files import text_column
+from .reading import read_config, read_tokenizer
+
+IDS, MASK = "input_ids", "attention_mask"
+UNLIMITED = 10**9
+BINS = 20
+TIMED_BATCHES = 8
+REPEATS = 3
+WARM_UP = 3
+NAMES = [
+    ("input_ids", "attention_mask", "lengths"),
+    ("decoder_input_ids", "decoder_attention_mask", "decoder_lengths"),
+]
+
+Inputs = dict[str, Tensor]
+
+
+class Batching(NamedTuple):
+    """What the batches of an epoch are like.
+
+    Attributes:
+        name (`str`): How examples were put together.
+        steps (`int`): Number of batches.
+        mean_tokens, most_tokens (`float`): Real tokens of a batch.
+        padding (`float`): Share of the places in rows as long as the longest of their batch that no token is in.
+        speedup (`float`): Operations for all these places over those for real tokens: how much faster lengths are at
+            best.
+    """
+
+    name: str
+    steps: int
+    mean_tokens: float
+    most_tokens: int
+    padding: float
+    speedup: float
+
+
+class Audit(NamedTuple):
+    """What [`audit_dataset`] finds.
+
+    Attributes:
+        sizes (`list[tuple[int, ...]]`): Tokens of each example, and with targets those of its target.
+        truncated (`int`): Examples that were cut off.
+        batchings (`list[Batching]`): Plain, length-grouped and token-budget batches.
+        timed (`list[float]`): How many times as fast training is with lengths, for each of the batchings; none where no
+            time was taken.
+    """
+
+    sizes: list[Sizes]
+    truncated: int
+    batchings: list[Batching]
+    timed: list[float]
+
+
+def audit_dataset(
+    dataset: Any,
+    model: str,
+    batch_size: int,
+    columns: Sequence[str] = (),
+    target: str | None = None,
+    max_length: int | None = None,
+    with_times: bool = False,
+) -> Audit:
+    """
+    Counts the tokens of a data set, and the operations that a model needs for them.
+
+    Args:
+        dataset (`datasets.Dataset`): Texts, or with a column `input_ids` tokens.
+        model (`str`): A folder or Hub id, whose configuration and tokenizer are read. No weights are.
+        batch_size (`int`): Examples of a batch; a budget of tokens is that of so many examples of mean length.
+        columns (`Sequence[str]`, *optional*): The column of texts, or two whose texts go in together. None: `text`, or
+            the first that holds text.
+        target (`str`, *optional*): The column of targets, for an encoder-decoder.
+        max_length (`int`, *optional*): Tokens at which texts are cut off. `None`: as many as the model takes.
+        with_times (`bool`, *optional*, defaults to `False`): Time steps of training too, see [`time_speedups`].
+
+    Raises:
+        ValueError: A column is missing or holds no text; targets are given to a model without a decoder, or are not
+            given to one with a decoder; there are no examples; `batch_size` is not positive; times are wanted of a
+            model that cannot be converted.
+        OSError: There is no such model.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}")
+    config = read_config(model)
+    if config.is_encoder_decoder != (target is not None):
+        needs, got = ("", "none") if config.is_encoder_decoder else ("no ", repr(target))
+        raise ValueError(f"{type(config).__name__} needs {needs}column of targets (`target`); got {got}")
+    tokenizer = None
+    if columns or target or IDS not in dataset.column_names:
+        tokenizer = read_tokenizer(model)
+    sides = [_tokens(dataset, tokenizer, columns)]
+    if target is not None:
+        sides.append(_tokens(dataset, tokenizer, [target], as_target=True))
+    if not sides[0]:
+        raise ValueError("the data must hold at least one example; got none")
+    whole = list(zip(*sides, strict=True))
+    longest = _room(config, tokenizer) if max_length is None else max_length
+    sizes = [tuple(min(size, longest) for size in of_one) for of_one in whole]
+    truncated = sum(cut != full for cut, full in zip(sizes, whole, strict=True))
+    timed = time_speedups(config, sizes, batch_size) if with_times else []
+    return Audit(sizes, truncated, audit_sizes(sizes, config_work(config), batch_size), timed)
+
+
+def audit_sizes(sizes: Sequence[Sizes], work: ModelFlops, batch_size: int) -> list[Batching]:
+    """
+    The batches that an epoch may be made of.
+
+    Args:
+        sizes (`Sequence[tuple[int, ...]]`): Tokens of each example, and of an encoder-decoder those of its target.
+        work ([`ModelFlops`]): Of the model.
+        batch_size (`int`): Examples of a batch.
+
+    Returns:
+        `list[Batching]`: In random order; grouped by length, as `train_sampling_strategy="group_by_length"` of the
+        [`~transformers.TrainingArguments`] does; by a budget of as many tokens, as [`TokenBudgetMixin`] does.
+    """
+    return [_batching(name, batches, work) for name, batches in _epochs(sizes, batch_size).items()]
+
+
+def _epochs(sizes: Sequence[Sizes], batch_size: int) -> dict[str, list[list[Sizes]]]:
+    """The batches of an epoch, by how they are put together."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [sum(of_one) for of_one in sizes]
+    budget = max(math.ceil(sum(lengths) * batch_size / len(lengths)), max(lengths), 1)
+    of_sources = [of_one[0] for of_one in sizes]
+    orders = {
+        "plain": torch.randperm(len(sizes), generator=generator).tolist(),
+        "grouped by length": get_length_grouped_indices(of_sources, batch_size, generator=generator),
+    }
+    epochs = {name: list(_in_batches(order, batch_size)) for name, order in orders.items()}
+    epochs[f"budget of {budget:,} tokens"] = list(TokenBudgetBatchSampler(lengths, budget))
+    return {name: [[sizes[k] for k in batch] for batch in batches] for name, batches in epochs.items()}
+
+
+def _batching(name: str, batches: list[list[Sizes]], work: ModelFlops) -> Batching:
+    real = [of_one for batch in batches for of_one in batch]
+    padded = [_longest(batch) for batch in batches for _ in batch]
+    tokens = [sum(map(sum, batch)) for batch in batches]
+    places = sum(map(sum, padded))
+    return Batching(
+        name,
+        steps=len(batches),
+        mean_tokens=sum(tokens) / len(batches),
+        most_tokens=max(tokens),
+        padding=1 - sum(tokens) / places if places else 0.0,
+        speedup=work.forward_flops(padded) / work.forward_flops(real) if places else 1.0,
+    )
+
+
+def _longest(batch: list[Sizes]) -> Sizes:
+    """The widths of the rows of each side."""
+    return tuple(map(max, zip(*batch, strict=True)))
+
+
+def _in_batches(order: list[int], batch_size: int) -> Iterator[list[int]]:
+    places = iter(order)
+    while batch := list(islice(places, batch_size)):
+        yield batch
+
+
+# --- Times -----------------------------------------------------------------------------------------------------------
+
+
+def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[float]:
+    """
+    How many times as fast a step of training is with lengths as on padded rows, timed on this machine.
+
+    Rows are the stock model's. A step is forward, backward, clipping of gradients and AdamW, as the
+    [`~transformers.Trainer`] goes by default; the models have random weights, and no head. Steps of both take turns, on
+    8 batches of each kind; the shortest of 3 times counts.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Of the stock model.
+        sizes (`list[tuple[int, ...]]`): Tokens of each example, and of an encoder-decoder those of its target.
+        batch_size (`int`): Examples of a batch.
+
+    Returns:
+        `list[float]`: For each of the batchings of [`audit_sizes`].
+
+    Raises:
+        ValueError: The model cannot be converted.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    stock = AutoModel.from_config(config)
+    models: list[nn.Module] = [stock, from_transformers(stock)]
+    for model in models:
+        model.to(device).train()
+    steps = [partial(_seconds_of_step, model, _optimizer(model)) for model in models]
+    epochs = {
+        name: [_inputs(batch, config.vocab_size, device) for batch in _spread(batches)]
+        for name, batches in _epochs(sizes, batch_size).items()
+    }
+    _seconds(steps, epochs["plain"][0], WARM_UP)
+    return [_speedup(steps, batches) for batches in epochs.values()]
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+
+def _speedup(steps: list[Callable[[Inputs], float]], batches: list[tuple[Inputs, Inputs]]) -> float:
+    of_rows, of_lengths = (sum(seconds) for seconds in zip(*(_seconds(steps, batch) for batch in batches), strict=True))
+    return of_rows / of_lengths
+
+
+def _seconds(
+    steps: list[Callable[[Inputs], float]], batch: tuple[Inputs, Inputs], repeats: int = REPEATS
+) -> list[float]:
+    """The shortest time of a step of each model."""
+    rounds = [[step(of_model) for step, of_model in zip(steps, batch, strict=True)] for _ in range(repeats)]
+    return [min(of_model) for of_model in zip(*rounds, strict=True)]
+
+
+def _seconds_of_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs) -> float:
+    device = inputs["input_ids"].device
+    synchronize(device)
+    start = time.perf_counter()
+    model(**inputs).last_hidden_state.float().square().mean().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _inputs(batch: list[Sizes], vocab_size: int, device: torch.device) -> tuple[Inputs, Inputs]:
+    """Random tokens of these sizes, in rows with an attention mask and with lengths."""
+    generator = torch.Generator().manual_seed(0)
+    padded, with_lengths = {}, {}
+    for names, sizes in zip(NAMES, zip(*batch, strict=True), strict=False):
+        ids, attention_mask, lengths = names
+        rows = torch.randint(vocab_size, (len(batch), max(sizes)), generator=generator)
+        counts = torch.tensor(sizes)
+        padded |= {ids: rows, attention_mask: (torch.arange(max(sizes)) < counts[:, None]).long()}
+        with_lengths |= {ids: rows, lengths: counts}
+    return _on(padded, device), _on(with_lengths, device)
+
+
+def _on(inputs: Inputs, device: torch.device) -> Inputs:
+    return {name: values.to(device) for name, values in inputs.items()}
+
+
+def _spread(batches: list[Any]) -> list[Any]:
+    """Some of them, as many from each part of the epoch."""
+    number = min(TIMED_BATCHES, len(batches))
+    return [batches[(2 * k + 1) * len(batches) // (2 * number)] for k in range(number)]
+
+
+# --- Tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _tokens(dataset: Any, tokenizer: Any, columns: Sequence[str], as_target: bool = False) -> list[int]:
+    """Tokens of each example, special ones included, and padding not."""
+    if not columns and IDS in dataset.column_names:
+        return example_lengths(dataset.select_columns([name for name in (IDS, MASK) if name in dataset.column_names]))
+    texts = [text_column(dataset, column) for column in columns or [None]]
+    if not texts[0]:
+        return []
+    given = {"text_target": texts[0]} if as_target else dict(zip(("text", "text_pair"), texts, strict=False))
+    return list(map(len, tokenizer(**given, verbose=False)["input_ids"]))
+
+
+def _room(config: Any, tokenizer: Any) -> int:
+    """Tokens that a model takes at most."""
+    positions = getattr(config, "max_position_embeddings", None) or UNLIMITED
+    return min(positions - getattr(config, "position_offset", 0), getattr(tokenizer, "model_max_length", UNLIMITED))
+
+
+# --- A histogram -----------------------------------------------------------------------------------------------------
+
+
+class Bin(NamedTuple):
+    """Examples of `first` to `last` tokens."""
+
+    first: int
+    last: int
+    count: int
+
+
+def histogram(lengths: Sequence[int]) -> list[Bin]:
+    """At most 20 bins of equal width, from the shortest to the longest."""
+    least, most = min(lengths), max(lengths)
+    width = -(-(most - least + 1) // BINS)
+    counts = torch.bincount((torch.tensor(lengths) - least) // width).tolist()
+    return [Bin(least + k * width, min(least + (k + 1) * width - 1, most), count) for k, count in enumerate(counts)]

@@ -1,0 +1,120 @@
+"""Checkpoints for others: with the code that reads them, and written as a whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..modeling.configuration_base import HERE, code_of
+from ..registration import AUTO_CLASSES, model_class
+from . import folders
+from .reading import read_config, read_model, reading
+from .shared_code import verify
+
+FORMER_FILES = ("cached.py", "graph.py")  # that exports of former releases have
+
+
+def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """
+    Writes a checkpoint that works where this package is not installed.
+
+    There `AutoModel….from_pretrained(folder, trust_remote_code=True)` gives the same outputs, with torch and
+    transformers alone; the model can be trained, and saved again. `config.json` holds the version of this package and
+    the SHA-256 of each file of code. Where the package is installed, it is used, and the code in the folder is not.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A model of this package. It is left as it is.
+        folder (`str` or `os.PathLike`):
+            Is written beside its place first, and put there as a whole: when something fails, what was there stays.
+            Of a former export weights, configuration and code are replaced; other files, and folders inside it, stay.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Goes into the folder, too.
+
+    Raises:
+        ValueError: `model` is not of this package, or has a `custom(...)` mask; `folder` holds something that is not a
+            former export, is a mount point, or has the working directory in it.
+
+    Example:
+
+    ```python
+    >>> export(model, "for-everyone", tokenizer)
+    >>> AutoModelForMaskedLM.from_pretrained("for-everyone", trust_remote_code=True)  # without this package
+    ```
+    """
+    _check(model)
+    with replacing(folder) as new:
+        write(model, new, tokenizer)
+
+
+def write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """What [`export`] writes, into a folder that is there."""
+    config, model.config = model.config, copy.deepcopy(model.config)
+    try:
+        model.config.auto_map = dict(config.classes_in_code)
+        model.save_pretrained(folder)
+    finally:
+        model.config = config
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    verify(folder)
+
+
+def load(source: str) -> Any:
+    """A checkpoint of ours, of the class that it names.
+
+    Raises:
+        ValueError: It is of another model, or broken, or lacks weights.
+        OSError: There is no such checkpoint.
+    """
+    config = read_config(source)
+    if type(config) not in AUTO_CLASSES:
+        raise ValueError(f"{source} must be a DynMask checkpoint; got one of type {config.model_type!r}")
+    return read_model(model_class(config), source)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint, if there is one."""
+    with reading(source):
+        return AutoTokenizer.from_pretrained(source) if get_tokenizer_config(source) else None
+
+
+def replacing(folder: str | os.PathLike) -> AbstractContextManager[Path]:
+    """[`hf_dynmask.tools.folders.replacing`] where `folder` must be new, empty or a former export."""
+    return folders.replacing(folder, _written)
+
+
+def _written(folder: Path) -> set[str] | None:
+    """Names of the files that an export has written into a folder; `None`: it is no export.
+
+    What `config.json` lists counts where it is a name of this package's, weights where the index has their name.
+    """
+    code = code_of(folder)
+    if code is None:
+        return None
+    files = {*FORMER_FILES, *(path.name for path in HERE.glob("*.py"))} & code["sha256"].keys()
+    return {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} | files | _parts(folder)
+
+
+def _parts(folder: Path) -> set[str]:
+    """Names of the files that weights were divided into."""
+    try:
+        names = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+        return {name for name in names if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return set()
+
+
+def _check(model: PreTrainedModel) -> None:
+    known = [ours for classes in AUTO_CLASSES.values() for ours in classes.values()]
+    if type(model) not in known:
+        names = ", ".join(ours.__name__ for ours in known)
+        raise ValueError(f"`model` must be one of {names}; got {type(model).__name__}")
+    model.config.check_shareable()

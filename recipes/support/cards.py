@@ -1,0 +1,359 @@
+"""The results of a recipe: what a run was made of, the results file, a summary, the figure and the model card."""
+
+import hashlib
+import json
+import platform
+import shlex
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from transformers import (
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from support.masks_and_lengths import draw, lengths_in_words, masks_in_words
+from support.samples import DATASETS, MODELS, PREFIX
+
+Results = dict[str, Any]
+
+HYPER_PARAMETERS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "bf16",
+    "seed",
+)
+RUNS = {
+    "dynmask": "hf_dynmask, lengths",
+    "stock": "stock model, padded batches",
+    "padded": "the same model, padded batches",  # where transformers has no twin of it
+}
+OF_THE_HUB = ("licence_id", "languages", "hub_id", "hub_config", "hub_split")  # what a sample knows for metadata
+HUB_METRICS = {"rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}  # where the Hub's name is another
+LIMITS = (
+    "With the recipe's own settings the model is small and learns for minutes: it shows that the recipe works, and is "
+    "not for use. Quality and speed are those of one training on one seed; other seeds and machines give others. The "
+    "model repeats what its data hold; nobody has looked through them for errors, prejudice or what is private."
+)
+
+
+# --- What a run was made of ------------------------------------------------------------------------------------------
+
+
+def describe_source(source: str) -> Results:
+    """The model or data set that was asked for: its Hub id, where it has one, and what is known of a sample."""
+    samples = {f"{PREFIX}{name}": sample for name, sample in (MODELS | DATASETS).items()}
+    if source in samples:
+        sample = samples[source]
+        known = {name: value for name in OF_THE_HUB if (value := getattr(sample, name, None))}
+        return {"name": source, "origin": sample.source, "licence": sample.licence, **known}
+    return {"name": source} if Path(source).exists() else {"name": source, "hub_id": source}
+
+
+def describe_new_model(model: PreTrainedModel) -> Results:
+    """A model that began with random weights."""
+    return {"name": f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} million weights, random at first"}
+
+
+def describe_training(arguments: TrainingArguments) -> Results:
+    """The hyper-parameters of a run, as plain values."""
+    values = arguments.to_sanitized_dict()
+    return {name: values[name] for name in HYPER_PARAMETERS}
+
+
+def describe_environment(device: torch.device) -> Results:
+    """What a speed depends on: versions, device, threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    packages = {package: version(package) for package in ("torch", "transformers", "accelerate")}
+    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **packages}
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, results: Results) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(as_json(results))
+
+
+def as_json(results: Results) -> bytes:
+    """What a results file holds."""
+    return (json.dumps(results, indent=2) + "\n").encode()
+
+
+def report(results: Results, card: ModelCard, training: TrainingArguments, model_card_dir: str | None) -> None:
+    """What [`save_report`] writes; a summary on the screen."""
+    if training.process_index > 0:
+        return
+    save_report(results, card, draw(results), str(training.output_dir), model_card_dir)
+    print(summary(results))
+
+
+def save_report(results: Results, card: ModelCard, figure: Figure, output_dir: str, model_card_dir: str | None) -> None:
+    """Results, card and figure beside the model, and under the recipe's name among the model cards."""
+    picture = as_png(figure, results)
+    write_json(Path(output_dir, "results.json"), results)
+    save_card(results, card, picture, Path(output_dir, "README.md"))
+    if model_card_dir is not None:
+        write_json(Path(model_card_dir, f"{results['recipe']}.json"), results)
+        save_card(results, card, picture, Path(model_card_dir, f"{results['recipe']}.md"))
+
+
+def save_card(results: Results, card: ModelCard, picture: bytes, path: Path) -> None:
+    """A card, and its figure beside it."""
+    card.save(path)
+    path.with_name(figure_name(results)).write_bytes(picture)
+
+
+def figure_name(results: Results) -> str:
+    return f"{results['recipe']}.png"
+
+
+def as_png(figure: Figure, results: Results) -> bytes:
+    """A picture of 64 colours, which takes little space, and which says of which results it is."""
+    drawn, file, remark = BytesIO(), BytesIO(), PngInfo()
+    figure.savefig(drawn, format="png", dpi=100)
+    remark.add_text("Source", source_of_figure(results))
+    Image.open(drawn).convert("RGB").quantize(64).save(file, "png", pnginfo=remark, optimize=True)
+    return file.getvalue()
+
+
+def source_of_figure(results: Results) -> str:
+    return f"results with the SHA-256 {hashlib.sha256(as_json(results)).hexdigest()}"
+
+
+def rebuild(path: Path) -> None:
+    """Makes card and figure anew of a results file that is named after its recipe."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    recipe = import_module(results["recipe"])
+    figure = getattr(recipe, "make_figure", draw)(results)
+    save_card(results, recipe.make_card(results), as_png(figure, results), path.with_suffix(".md"))
+
+
+def summary(results: Results) -> str:
+    """The measured figures, in Markdown."""
+    runs, metric = results["runs"], results["metric"]
+    metrics = [metric, *results.get("others", [])]
+    unit = results.get("unit", "tokens")
+    rows = [
+        [
+            RUNS[name],
+            *(f"{run[measure]:.3f}" for measure in metrics),
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['train_seconds']:,.0f}",
+        ]
+        for name, run in runs.items()
+    ]
+    parts = [
+        table(["training", *metrics, f"real {unit} per second", "seconds"], rows),
+        f"Padding avoided: {results['padding_share']:.1%} of the places in padded batches.",
+    ]
+    if "trivial" in results:
+        trivial, found = results["trivial"], runs["dynmask"][metric]
+        parts.append(
+            f"Without a model, {trivial['what']}: {metric} {trivial[metric]:.3f}. "
+            f"The model's is {found - trivial[metric]:+.3f} of that."
+        )
+    for padded in runs.keys() - {"dynmask"}:
+        ratio = runs["dynmask"]["tokens_per_second"] / runs[padded]["tokens_per_second"]
+        parts.append(f"Speed-up over padded batches: {ratio:.2f}.")
+    return "\n\n".join(parts)
+
+
+def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCard:
+    """
+    A model card from nothing but the results.
+
+    Args:
+        results (`dict`):
+            `recipe`, `task` (as the Hub names it), `metric`, `model` and `dataset` (as [`describe_source`] gives them,
+            with `rows` of each split), `runs` (as [`train_and_evaluate`] gives them), `padding_share`, `training`,
+            `masks` and `lengths` (as [`describe_masks`] and [`describe_lengths`] give them), `environment`, `arguments`
+            (those that are not as usual). Not all have: `others` (further metrics), `trivial` (as [`best_constant`]
+            gives it), `unit` (what a model reads in place of tokens).
+        title (`str`): The heading.
+        usage (`str`): Python code that uses the model.
+        limits (`str`): What cannot be relied on, as far as it comes from the task.
+    """
+    model, dataset = results["model"], results["dataset"]
+    metadata = ModelCardData(
+        **common_metadata(model, [dataset]),
+        pipeline_tag=results["task"],
+        metrics=list(dict.fromkeys(measured.metric_type for measured in evaluations(results))),
+        model_name=results["recipe"],
+        eval_results=evaluations(results),
+    )
+    text = f"""
+# {title}
+
+`{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`. Its batches carried lengths, and
+nothing was computed on padding.
+
+## Results
+
+After {dataset["rows"]["train"]:,} rows of training data, on {dataset["rows"]["test"]:,} rows that were held out:
+
+{summary(results)}
+
+## Masks and lengths
+
+{masks_in_words(results["masks"])}
+
+Lengths of the training rows:
+
+{lengths_in_words(results["lengths"])}
+
+![The masks, over sequences as long as the quartiles of the training rows, and how many rows have which \
+length]({figure_name(results)})
+
+## Use
+
+```python
+{usage.strip()}
+```
+"""
+    return assemble_card(metadata, text, f"{limits} {LIMITS}", [model, dataset], results)
+
+
+def common_metadata(model: Results, datasets: list[Results]) -> Results:
+    """What the metadata of every card say, of model and data sets as [`describe_source`] gives them."""
+
+    def known(name: str, sources: list[Results]) -> list[str] | None:
+        """Each value once."""
+        return list(dict.fromkeys(source[name] for source in sources if name in source)) or None
+
+    languages = (language for dataset in datasets for language in dataset.get("languages", []))
+    return {
+        "library_name": "transformers",
+        "tags": ["hf_dynmask"],
+        "license": known("licence_id", [model, *datasets]),
+        "language": list(dict.fromkeys(languages)) or None,
+        "base_model": model.get("hub_id"),
+        "datasets": known("hub_id", datasets),
+    }
+
+
+def evaluations(results: Results) -> list[EvalResult]:
+    """Of each metric what the model card's index says."""
+    dataset = results["dataset"]
+    metrics: list[str] = [results["metric"], *results.get("others", [])]
+    return [
+        EvalResult(
+            task_type=results["task"],
+            dataset_type=dataset.get("hub_id", dataset["name"]),
+            dataset_name=dataset["name"],
+            dataset_config=dataset.get("hub_config"),
+            dataset_split=dataset.get("hub_split") if "hub_id" in dataset else "test",
+            dataset_args={"rows": dataset["rows"]["test"]},
+            metric_type=HUB_METRICS.get(metric, metric),
+            metric_name=metric,
+            metric_value=results["runs"]["dynmask"][metric],
+        )
+        for metric in metrics
+    ]
+
+
+def assemble_card(
+    metadata: ModelCardData, text: str, limits: str, sources: Iterable[Results], results: Results
+) -> ModelCard:
+    """
+    A card that ends with its limits and what a run was made of.
+
+    Args:
+        metadata ([`~huggingface_hub.ModelCardData`]): What stands on top of it.
+        text (`str`): What it has to say, in Markdown.
+        limits (`str`): What cannot be relied on.
+        sources (`list[dict]`): Models and data sets, as [`describe_source`] gives them.
+        results (`dict`): Has `recipe`, `arguments`, `training` and `environment`.
+    """
+    in_words = "\n".join(map(_in_words, sources))
+    return ModelCard(f"""---
+{metadata.to_yaml()}
+---
+
+{text.strip()}
+
+## Limits and risks
+
+{limits}
+
+## Model and data
+
+{in_words}
+
+## How to make it again
+
+```bash
+{command(results)}
+```
+
+## Training
+
+{_pairs(results["training"])}
+
+## Environment
+
+{_pairs(results["environment"])}
+""")
+
+
+def command(results: Results) -> str:
+    """What to run from the root of the repository for the same training."""
+    processes = results["environment"].get("processes", 1)
+    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    return shlex.join([*launcher, f"recipes/{results['recipe']}.py", *options(results["arguments"])])
+
+
+def options(arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments as they stand on the command line."""
+    words = []
+    for name, value in arguments.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def _in_words(source: Results) -> str:
+    known = f": {source['origin']}. Licence: {source['licence']}." if "origin" in source else ""
+    return f"- `{source['name']}`{known}"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return table(["name", "value"], ([name, str(value)] for name, value in values.items()), names=2)
+
+
+def table(header: list[str], rows: Iterable[list[str]], names: int = 1) -> str:
+    """A table in Markdown that reads well in a terminal too; its first `names` columns are aligned to the left."""
+    cells = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+
+    def line(row: list[str]) -> str:
+        padded = [f"{cell:<{width}}" for cell, width in zip(row[:names], widths, strict=False)]
+        padded += [f"{cell:>{width}}" for cell, width in zip(row[names:], widths[names:], strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(map(line, [header, rule, *cells[1:]]))

@@ -1,0 +1,155 @@
+"""What the recipes share: arguments, data and models."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from transformers import (
+    AutoConfig,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from hf_dynmask import DynMaskConfig, from_transformers
+from support.samples import resolve_dataset
+
+IGNORED = -100  # the label of what is no target
+
+TRAINING_DEFAULTS = {
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+    "use_cpu": not torch.accelerator.is_available(),  # Accelerate has to be told before it joins several processes
+}
+
+
+UNTOLD = {"output_dir", "model_card_dir", "resume_from_checkpoint"}  # arguments without which a run is the same
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    """
+    What every recipe takes.
+
+    Attributes:
+        given (`dict[str, Any]`): The arguments that are not as usual, of all dataclasses, but for names of folders.
+    """
+
+    given: dict[str, Any] = field(init=False, default_factory=dict)
+    model_card_dir: str | None = field(
+        default=None, metadata={"help": "A folder for a second copy of results, figure and model card."}
+    )
+
+
+@dataclass(kw_only=True)
+class CommonArguments(ReportArguments):
+    """What a recipe that trains a model takes beside what is its own."""
+
+    baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "Also train on padded batches, from the same weights: the stock model, or where there is none the "
+            "same model."
+        },
+    )
+
+
+def parse_arguments(
+    classes: Sequence[type], arguments: Sequence[str] | None, defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """
+    One instance of each dataclass from the command line.
+
+    Args:
+        classes (`list[type]`): The dataclasses, a [`ReportArguments`] first, if there is one.
+        arguments (`list[str]`, *optional*): What to read in place of the command line.
+        defaults (`dict[str, Any]`, *optional*): A recipe's own defaults of fields; those of a training begin as
+            `TRAINING_DEFAULTS`.
+    """
+    parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: its annotation admits no class
+    if any(issubclass(each, TrainingArguments) for each in classes):
+        parser.set_defaults(**TRAINING_DEFAULTS)
+    parser.set_defaults(**defaults or {})
+    found = parser.parse_args_into_dataclasses(arguments)
+    if isinstance(found[0], ReportArguments):
+        told, usual = (vars(parser.parse_args(texts)) for texts in (arguments, []))
+        given = {name: value for name, value in told.items() if name not in UNTOLD and value != usual[name]}
+        found[0].given.update(given)
+    return found
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def load_columns(source: str, *columns: str) -> DatasetDict:
+    """
+    Columns of a data set.
+
+    Args:
+        source (`str`): As [`resolve_dataset`] takes it.
+        columns (`str`): Their names.
+
+    Returns:
+        `DatasetDict`: The splits `train` and `test` with these columns alone.
+
+    Raises:
+        ValueError: The data set has not all of them.
+    """
+    data = resolve_dataset(source)
+    found = data["train"].column_names
+    if not set(columns) <= set(found):
+        wanted = " and ".join(f"`{name}`" for name in columns)
+        plural = "s" if len(columns) > 1 else ""
+        raise ValueError(f"data set `{source}` must have the column{plural} {wanted}; got {', '.join(found)}")
+    return data.select_columns(list(columns))
+
+
+def load_texts(source: str, *columns: str) -> DatasetDict:
+    """[`load_columns`], which all hold texts, without rows where one is empty; a `ValueError` for other types."""
+    data = load_columns(source, *columns)
+    check_texts(data, *columns)
+    return data.filter(lambda row: all(text and text.strip() for text in row.values()))
+
+
+def check_texts(data: DatasetDict, *columns: str) -> None:
+    """A `ValueError` where a column of `train` does not hold texts."""
+    for name in columns:
+        if data["train"].features[name].dtype not in ("string", "large_string"):
+            raise ValueError(f"column `{name}` must hold texts; got {data['train'].features[name].dtype}")
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(checkpoint: str, task: str, auto_class: Any, **settings: Any) -> Any:
+    """
+    A DynMask model: the checkpoint as it is, or converted from a stock one.
+
+    Args:
+        checkpoint (`str`): A folder or a Hub id.
+        task (`str`): As [`from_transformers`] knows it.
+        auto_class (`type`): Loads a model of the task, such as [`~transformers.AutoModelForTokenClassification`].
+        settings (*optional*): Fields of the configuration.
+    """
+    if AutoConfig.from_pretrained(checkpoint).model_type == DynMaskConfig.model_type:
+        return auto_class.from_pretrained(checkpoint, **settings)
+    return from_transformers(checkpoint, task, **settings)
+
+
+def dropout_of(probability: float) -> dict[str, float]:
+    """What a configuration says of dropout, of hidden states and of attention weights."""
+    return {"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability}
+
+
+def names_of(labels: Sequence[str]) -> dict[str, Any]:
+    """What a configuration says of classes: `id2label` and `label2id`."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a configuration says of a tokenizer: `pad_token_id`, `bos_token_id` and `eos_token_id`."""
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}

@@ -1,0 +1,226 @@
+"""A measured training run, one model after another, and what can be reached without a model."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather
+from datasets import DatasetDict
+from torch import Tensor
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from support.cards import Results, describe_environment
+from support.common import IGNORED
+from support.masks_and_lengths import describe_lengths, describe_masks
+
+Batch = dict[str, Tensor]
+Collator = Callable[[list[Any]], Any]
+Contenders = dict[str, tuple[Any, Collator]]  # names as in `cards.RUNS`, models and what makes their batches
+
+
+def compare(
+    contenders: Contenders,
+    make_trainer: Callable[[Any, Collator, Any], Trainer],
+    training: TrainingArguments,
+    auto_class: Any,
+    metrics: Sequence[str],
+) -> Results:
+    """
+    Trains one model after another, on however many processes there are. The first is saved, loaded again, and held to
+    the quality that it had before.
+
+    Args:
+        contenders (`dict[str, tuple[PreTrainedModel, Callable]]`): Models and their collators, by name.
+        make_trainer (`Callable`): Takes model, collator and arguments, and gives a [`~transformers.Trainer`].
+        training ([`~transformers.TrainingArguments`]): Of the first; the others have a folder inside its own.
+        auto_class (`type`): Loads the saved model.
+        metrics (`list[str]`): Measures of quality, the main one first.
+
+    Returns:
+        `dict`: `masks` and `lengths` of the training rows, as [`describe_masks`] and [`describe_lengths`] give them,
+        `runs` (of each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are filled up) and
+        `environment`.
+    """
+    (first, (model, collator)), *others = contenders.items()
+    trainer = make_trainer(model, collator, training)
+    runs = {first: train_and_evaluate(trainer, *metrics)}
+    share = padding_share(trainer.get_train_dataloader())
+    described = describe(model.config, trainer.train_dataset)
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    reloaded = auto_class.from_pretrained(training.output_dir).to(training.device)
+    again = make_trainer(reloaded, collator, replace(training))  # DeepSpeed: arguments are for one trainer
+    check_reloaded(of_whole_model(again), metrics[0], runs[first][metrics[0]])
+    for name, (model, collator) in others:
+        trainer = make_trainer(for_fsdp2(model), collator, arguments_of(name, training))
+        runs[name] = train_and_evaluate(trainer, *metrics)
+    environment = describe_environment(training.device) | {"processes": training.world_size}
+    return {**described, "runs": runs, "padding_share": share, "environment": environment}
+
+
+def describe(config: PreTrainedConfig, rows: Any) -> Results:
+    """The masks of a model and the lengths of what it is trained on."""
+    lengths = row_lengths(rows, config.is_encoder_decoder)
+    return {
+        "masks": describe_masks(config),
+        "lengths": {column: describe_lengths(numbers) for column, numbers in lengths.items()},
+    }
+
+
+def row_lengths(rows: Any, has_two_sides: bool) -> dict[str, list[int]]:
+    """Real tokens or frames of each row, by column."""
+    columns = ("input_ids", "input_features", *["labels"] * has_two_sides)
+    return {name: [len(values) for values in rows[name]] for name in columns if name in rows.column_names}
+
+
+def arguments_of(name: str, training: TrainingArguments) -> TrainingArguments:
+    """Those of a further model, made anew, since FSDP would look for the layers of the first one in it."""
+    return replace(
+        training,
+        output_dir=str(Path(str(training.output_dir), name)),
+        resume_from_checkpoint=None,
+        # Most stock models take the mean over their own targets, however many other processes have.
+        average_tokens_across_devices=training.average_tokens_across_devices and name != "stock",
+    )
+
+
+def for_fsdp2(model: PreTrainedModel) -> PreTrainedModel:
+    """Accelerate shares out a model's input embeddings apart: what holds them cannot be shared out as one."""
+    blocks = model._no_split_modules or ()
+    model._no_split_modules = [block for block in blocks if not block.endswith("Embeddings")]
+    return model
+
+
+def of_whole_model(trainer: Trainer) -> Trainer:
+    """A trainer to evaluate alone, on each process with all of the model: FSDP2 and DeepSpeed prepare none for that,
+    but for ZeRO-3, which has it in parts when it is loaded."""
+    if not is_deepspeed_zero3_enabled():
+        trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+    return trainer
+
+
+def without_lengths(collator: Collator) -> Collator:
+    """A collator whose batches do not tell padding from data, so that a model computes on all of it."""
+
+    def collate(examples: list[Any]) -> Batch:
+        told = ("lengths", "attention_mask")
+        return {name: values for name, values in collator(examples).items() if not name.endswith(told)}
+
+    return collate
+
+
+def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
+    """
+    Runs a trainer and says how fast it was and how good its model became.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Its `compute_metrics` gives the metrics; its arguments have `include_num_input_tokens_seen="non_padding"`
+            where its model reads ids.
+        metrics (`str`): Names of the measures of quality.
+
+    Returns:
+        `dict`: The metrics under their names, `tokens_per_second` (real tokens or frames, while training),
+        `train_tokens`, `train_seconds`; of a resumed training from the checkpoint on.
+    """
+    beginning = Beginning()
+    trainer.add_callback(beginning)
+    seconds = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics["train_runtime"]
+    tokens = _tokens_seen(trainer, beginning)
+    evaluated = trainer.evaluate()
+    return {metric: evaluated[f"eval_{metric}"] for metric in metrics} | {
+        "tokens_per_second": tokens / seconds,
+        "train_tokens": tokens,
+        "train_seconds": seconds,
+    }
+
+
+class Beginning(TrainerCallback):
+    """Where a training begins, which may be a checkpoint."""
+
+    tokens = 0
+    epoch = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.tokens, self.epoch = state.num_input_tokens_seen, state.epoch or 0.0
+
+
+def _tokens_seen(trainer: Any, since: Beginning) -> int:
+    """Real tokens or frames of a training, of both sides where there are two. The trainer itself counts ids alone."""
+    has_two_sides = trainer.model.config.is_encoder_decoder
+    if trainer.state.num_input_tokens_seen and not has_two_sides:
+        return trainer.state.num_input_tokens_seen - since.tokens
+    tokens = sum(map(sum, row_lengths(trainer.train_dataset, has_two_sides).values()))
+    return round(tokens * (trainer.state.epoch - since.epoch))
+
+
+def check_reloaded(trainer: Trainer, metric: str, expected: float) -> None:
+    """Holds a model that was saved and loaded again to the quality that it had before."""
+    found = trainer.evaluate()[f"eval_{metric}"]
+    if found != expected:
+        raise RuntimeError(f"the saved model must have the {metric} {expected}; got {found}")
+
+
+def best_constant(
+    data: DatasetDict,
+    metric: str,
+    score: Callable[[list[str], list[str]], Mapping[str, float]],
+    lower_is_better: bool = False,
+) -> Results:
+    """
+    What can be reached without a look at the inputs.
+
+    Args:
+        data (`DatasetDict`): The splits `train` and `test` with a column `text`.
+        metric (`str`): Name of the measure of quality.
+        score (`Callable`): Takes the texts and the answers, and gives the metric under its name.
+        lower_is_better (`bool`, *optional*, defaults to `False`): Whether the metric counts mistakes.
+
+    Returns:
+        `dict`: `what` was done, and the metric: of the 100 most frequent texts of `train` the one that is best on
+        `test` when it answers everything.
+    """
+    texts = list(data["test"]["text"])
+    candidates = [text for text, _ in Counter(data["train"]["text"]).most_common(100)]
+    scores = {text: score(texts, [text] * len(texts))[metric] for text in candidates}
+    best = (min if lower_is_better else max)(scores, key=lambda text: scores[text])
+    return {"what": f"always {best!r}, the best of the {len(candidates)} most frequent texts", metric: scores[best]}
+
+
+def perplexity_of(surprise: Any, labels: Any) -> float:
+    """
+    `exp` of the mean over all targets.
+
+    Args:
+        surprise (`np.ndarray` of shape `(B, T)`): Negative log-likelihood of each label.
+        labels (`np.ndarray` of shape `(B, T)`): -100 where there is none.
+    """
+    return exp(float(np.asarray(surprise)[np.asarray(labels) != IGNORED].mean(dtype=np.float64)))
+
+
+def unigram_perplexity(seen: Iterable[int], targets: Sequence[int]) -> float:
+    """Perplexity of `targets` under the frequencies of tokens `seen` in training, each one more than counted."""
+    counts = Counter(seen)
+    total = sum(counts.values()) + len(counts.keys() | set(targets))
+    return exp(-sum(log((counts[target] + 1) / total) for target in targets) / len(targets))
+
+
+def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Share of padding in rows that are filled up to the longest of their batch, which has `lengths`, and
+    `decoder_lengths` where there are targets: what a padded model computes for nothing, on all processes."""
+    sides = [batch[name] for batch in batches for name in ("lengths", "decoder_lengths") if name in batch]
+    sums = torch.stack([torch.stack([side.sum(), len(side) * side.max()]) for side in sides]).sum(0, keepdim=True)
+    real, places = gather(sums).sum(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]: a tensor of one
+    return 1 - real / places
