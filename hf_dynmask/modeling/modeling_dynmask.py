@@ -74,6 +74,7 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
     _supports_sdpa = True
     _no_split_modules = ["DynMaskLayer"]  # FSDP2 of Accelerate shares out the embeddings apart
     _input_embed_layer = "word_embeddings"
+    own_mask = "full"
 
     def __init__(self, config: DynMaskConfig):
         super().__init__(config)
@@ -109,16 +110,17 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
             raise ValueError(f"`attn_implementation` of a DynMask model must be one of {known}; got {chosen!r}")
         return chosen
 
-    def set_mask(self, mask: str | list[str]) -> None:
+    def set_mask(self, mask: str | list[str] | None) -> None:
         """Put another mask on the model, to be used from the next forward pass on and saved with its configuration.
 
         Args:
-            mask (`str` or `list[str]`): An expression for every layer, or one each.
+            mask (`str` or `list[str]`, *optional*): An expression for every layer, or one each. `None`: that of a model
+                whose configuration has none.
 
         Raises:
             ValueError: The expression does not parse, or there are not as many as layers.
         """
-        changed = self.checked_masks(mask)
+        changed = self.checked_masks(self.own_mask if mask is None else mask)
         for name, value in changed.items():
             setattr(self.config, name, value)
         warn_of_adapters_alone(self, mask)
@@ -505,10 +507,11 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+    own_mask = "causal"
 
     def __init__(self, config: DynMaskConfig):
         if config.mask is None and config.layer_masks is None:
-            config.mask = "causal"
+            config.mask = self.own_mask
         super().__init__(config)
         if config.tie_word_embeddings and config.embedding_size != config.hidden_size:
             raise ValueError(

@@ -210,8 +210,11 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
             cross_mask (`str`, *optional*): An expression of which token of the source a token of the target may see.
 
         Raises:
-            ValueError: An expression does not parse, or there are not as many as layers; all masks stay as they are.
+            ValueError: No mask is given; an expression does not parse, or there are not as many as layers. All masks
+                stay as they are.
         """
+        if mask is None and decoder_mask is None and cross_mask is None:
+            raise ValueError("one of `mask`, `decoder_mask` and `cross_mask` must be given; got none")
         encoder, decoder = self.base_model.encoder, self.base_model.decoder
         checked = encoder.checked_masks(mask), decoder.checked_masks(decoder_mask, cross_mask)
         for side, changed in zip((encoder, decoder), checked, strict=True):

@@ -38,7 +38,8 @@ def set_mask(model: PreTrainedModel, text: str | None) -> None:
             configuration, and saved with it.
         text (`str`, *optional*):
             The expression, for every layer: `"causal & window(255, 0)"`. Fields that it reads are arguments of the
-            model's forward pass. `None`: the masks of the model's own.
+            model's forward pass. `None`: the masks of the model's own. An encoder-decoder of ours has a mask for its
+            encoder put in; its own `set_mask` takes all three.
 
     Raises:
         ValueError: The text is no expression, or holds what a stock model cannot follow (`topk`, `dense`, `custom`);

@@ -8,6 +8,7 @@ import torch
 from test_modeling import LENGTHS, batch, config, present
 
 from hf_dynmask import (
+    DynMaskForCausalLM,
     DynMaskForMaskedLM,
     DynMaskForMultipleChoice,
     DynMaskForQuestionAnswering,
@@ -15,6 +16,7 @@ from hf_dynmask import (
     DynMaskForTokenClassification,
     DynMaskModel,
     masks,
+    set_mask,
 )
 
 WIDTH = 9
@@ -215,6 +217,16 @@ class TestSetMask:
         assert model.config.layer_masks == ["full", "causal"]
         model.set_mask("full")
         assert model.config.layer_masks is None
+
+    @pytest.mark.parametrize("set_none", [lambda model: set_mask(model, None), lambda model: model.set_mask(None)])
+    def test_none_is_the_mask_of_a_model_without_one(self, set_none):
+        for model_class, own in ((DynMaskModel, "full"), (DynMaskForCausalLM, "causal")):
+            model, fresh = (model_class(config(mask=mask)).eval() for mask in ("window(1)", None))
+            fresh.load_state_dict(model.state_dict())
+            set_none(model)
+            assert (model.config.mask, model.config.layer_masks) == (own, None)
+            inputs = batch()
+            torch.testing.assert_close(model(**inputs)[0], fresh(**inputs)[0])
 
     @pytest.mark.parametrize(
         ("mask", "message"),

@@ -32,6 +32,7 @@ from hf_dynmask import (
     DynMaskSeq2SeqForSequenceClassification,
     DynMaskSeq2SeqModel,
     from_transformers,
+    set_mask,
 )
 from oracle import sequence_attention, sequence_mask
 from stock_models import random_stock
@@ -380,6 +381,8 @@ def test_set_mask_changes_three_masks():
     expected.load_state_dict(model.state_dict())
     assert torch.equal(model(**batch).logits, expected(**batch).logits)
     assert not torch.equal(model(**batch).logits, before)
+    with pytest.raises(ValueError, match="one of `mask`, `decoder_mask` and `cross_mask` must be given; got none"):
+        set_mask(model, None)
     model.set_mask("full", "causal", "full")
     assert torch.equal(model(**batch).logits, before)
     model.model.set_mask(cross_mask="window(3)")
