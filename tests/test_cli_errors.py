@@ -169,7 +169,7 @@ GIVEN: list[tuple[list[str], str]] = [
     (["audit", "good.csv", "--model", "stock-list", "--batch-size", "2"], "stock-list"),
     (["audit", "good.csv", "--model", "stock-tokenizer", "--batch-size", "2"], "stock-tokenizer is broken.*JSONDecode"),
     (["convert", "stock-tokenizer", "out"], "stock-tokenizer is broken, or no checkpoint: JSONDecodeError"),
-    (["export", "ours-settings", "out"], "ours-settings is broken, or no checkpoint: AttributeError"),
+    (["export", "ours-settings", "out"], "ours-settings is broken, or no checkpoint: (Attribute|Type)Error"),
     (["check", "stock", "--data", "good.csv", "--column", "b"], "must have `b`, a column of text; got text"),
     (["check", "vit"], "vit"),
     (["check", "nothing-here"], "nothing-here"),
