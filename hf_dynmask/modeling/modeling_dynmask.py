@@ -27,7 +27,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, frames_of_batch, given, given_input, is_explicit, layout_of_batch, per_token
@@ -61,8 +61,6 @@ from .modules import (
     make_norm,
 )
 from .plan import MaskPlan
-
-logger = logging.get_logger(__name__)
 
 
 class DynMaskPreTrainedModel(DynMaskBaseModel):
