@@ -17,6 +17,7 @@ from .messages import shown
 
 CONFIG_VERSION = 1  # raised where older code would misread what newer code saves
 HERE = Path(__file__).parent  # of the package, or of the copy of a checkpoint's code that transformers runs
+REFERENCE = re.compile(r"(\w+)\.\w+")  # to a class, in an `auto_map`
 MODULE = re.compile(r"\w+\.py")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHUNK = 2**20  # bytes
@@ -72,26 +73,39 @@ class DynMaskBaseConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.check_shareable()
-        if __package__ == "hf_dynmask.modeling" and getattr(self, "auto_map", None):
+        is_ours = __package__ == "hf_dynmask.modeling" and "classes_in_code" in vars(type(self))  # not a subclass
+        if is_ours and getattr(self, "auto_map", None):
             self._add_code(Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _add_code(self, folder: Path) -> None:
-        """The files that `auto_map` speaks of, into the folder, and their hashes, into this configuration.
+        """The files of this configuration's classes, into the folder, and their hashes, into this configuration.
 
-        What `auto_map` says is data of a checkpoint, so it is written again. Code that came with a checkpoint is saved
-        again by transformers, and the hashes stay.
+        What `auto_map` says may be data of a checkpoint, so it is written again. A class of others stays in it where
+        its file is in the folder: transformers has put it there, since the model that is saved is of that class. Code
+        that came with a checkpoint is saved again by transformers, and the hashes stay.
         """
-        if "classes_in_code" in vars(type(self)):  # not a subclass, whose code transformers adds
-            self.auto_map = dict(self.classes_in_code)
         files = {HERE / f"{reference.partition('.')[0]}.py" for reference in self.classes_in_code.values()}
         files |= {Path(found) for path in files for found in get_relative_import_files(path)}
+        ours = {path.name for path in files}
+        theirs = {
+            name: reference
+            for name, reference in self.auto_map.items()
+            if (file := _file_of(reference)) is not None and file not in ours and (folder / file).is_file()
+        }
+        self.auto_map = self.classes_in_code | theirs
         folder.mkdir(parents=True, exist_ok=True)
         former = code_of(folder)
         for path in files:
             _put(path, folder / path.name, replaces=former is not None and path.name in former["sha256"])
         hashes = {path.name: hash_of(path) for path in sorted(files)}
         self.dynmask_code = {"version": version("hf_dynmask"), "sha256": hashes}
+
+
+def _file_of(reference: Any) -> str | None:
+    """The file that `module.Class` speaks of; `None` where that is not what the reference is."""
+    found = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+    return f"{found[1]}.py" if found else None
 
 
 def _put(source: Path, target: Path, replaces: bool) -> None:

@@ -186,6 +186,13 @@ def _floating(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a floating dtype of torch, or its name; got {shown(value)}")
 
 
+def _references(name: str, value: Any) -> None:
+    """Where code has classes: a text each, or a list of them for tokenizers."""
+    dictionary(name, value)
+    for key, entry in value.items():
+        of_type(str | list | tuple, "text, or a list")(f"{name}[{key!r}]", entry)
+
+
 SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, nor do all its releases check alike
     "transformers_version": text,
     "architectures": each(text),
@@ -200,6 +207,7 @@ SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, 
     "id2label": mapping(_whole, _label),
     "label2id": mapping(_label, _whole),
     "problem_type": one_of("regression", "single_label_classification", "multi_label_classification"),
+    "auto_map": _references,
     "attn_implementation": of_type(str | dict, "text, or a dictionary"),
     "rope_scaling": rotary,
     "rope_theta": positive,

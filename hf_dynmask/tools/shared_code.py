@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import CONFIG_NAME
 
-from ..modeling.configuration_base import HERE, changed_code, code_of, hash_of
+from ..modeling.configuration_base import HERE, REFERENCE, changed_code, code_of, hash_of
 from ..registration import AUTO_CLASSES
 from .reading import read_config
 
@@ -97,7 +96,7 @@ def _references(path: Path) -> list[str]:
     entries = auto_map.values() if isinstance(auto_map, dict) else [] if auto_map is None else [auto_map]
     references = [part for entry in entries for part in (entry if isinstance(entry, list) else [entry]) if part]
     for reference in references:
-        if not (isinstance(reference, str) and re.fullmatch(r"\w+\.\w+", reference)):
+        if not (isinstance(reference, str) and REFERENCE.fullmatch(reference)):
             raise ValueError(f"`auto_map` in {path} must name a module of the folder and a class; got {reference!r}")
     return references
 

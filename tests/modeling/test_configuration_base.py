@@ -1,7 +1,9 @@
 """A configuration is data: what it says never chooses which file is read, written or removed."""
 
+import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,15 @@ def change(folder: Path, **entries: Any) -> None:
         "modeling_dynmask",
         ".",
         "",
+        ["modeling_dynmask.DynMaskModel"],
     ],
 )
 def test_what_is_published_is_not_chosen_by_auto_map(reference, folder, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "settings.py").write_text("PASSWORD = 1\n")
-    change(folder, auto_map={"AutoModelForMaskedLM": reference.format(home=tmp_path / "home")})
+    if isinstance(reference, str):
+        reference = reference.format(home=tmp_path / "home")
+    change(folder, auto_map={"AutoModelForMaskedLM": reference})
     for name, loaded in {
         "model": AutoModelForMaskedLM.from_pretrained(folder),
         "config": AutoConfig.from_pretrained(folder),
@@ -58,6 +63,49 @@ def test_what_is_published_is_not_chosen_by_auto_map(reference, folder, tmp_path
         auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
         assert auto_map["AutoModelForMaskedLM"] == "modeling_dynmask.DynMaskForMaskedLM"
         assert verify(saved)
+
+
+OF_OTHERS = """
+from hf_dynmask import DynMaskConfig, DynMaskForMaskedLM
+
+
+class MyConfig(DynMaskConfig):
+    model_type = "my_dynmask"
+
+
+class MyModel(DynMaskForMaskedLM):
+    pass
+
+
+class MyOwnModel(DynMaskForMaskedLM):
+    config_class = MyConfig
+"""
+
+
+@pytest.mark.parametrize("name", ["MyModel", "MyOwnModel"])
+def test_classes_of_others_stay_in_auto_map(name, tmp_path, monkeypatch):
+    """What transformers has put there for a class that is registered, and saved with its file."""
+    (tmp_path / "my_model.py").write_text(OF_OTHERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("my_model")
+    model_class = getattr(module, name)
+    monkeypatch.setattr(DynMaskConfig, "_auto_class", None)
+    model_class.register_for_auto_class("AutoModelForMaskedLM")
+    model = model_class(model_class.config_class(**SIZES, intermediate_size=8))
+    for _ in range(2):  # into a folder that is new, and over what is there
+        model.save_pretrained(tmp_path / "saved")
+        auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
+        assert auto_map["AutoModelForMaskedLM"] == f"my_model.{name}"
+        assert (tmp_path / "saved" / "my_model.py").read_text() == OF_OTHERS
+    assert (
+        auto_map["AutoConfig"]
+        == {
+            "MyModel": "configuration_dynmask.DynMaskConfig",
+            "MyOwnModel": "my_model.MyConfig",
+        }[name]
+    )
+    assert (tmp_path / "saved" / "plan.py").exists() == (name == "MyModel")  # the code of the configuration's package
+    monkeypatch.delitem(sys.modules, "my_model")
 
 
 def test_code_of_others_is_kept_where_a_checkpoint_is_saved(folder, tmp_path, caplog):

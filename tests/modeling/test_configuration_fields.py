@@ -238,6 +238,8 @@ OF_TRANSFORMERS = [
     ({"problem_type": "clustering"}, r"`problem_type` must be one of|'problem_type' "),
     ({"architectures": "DynMaskModel"}, r"`architectures` must be a list; got 'DynMaskModel'|'architectures' "),
     ({"attn_implementation": 5}, r"`attn_implementation` must be text, or a dictionary; got 5"),
+    ({"auto_map": ["AutoModel"]}, r"`auto_map` must be a dictionary; got \['AutoModel'\]"),
+    ({"auto_map": {"AutoModel": 3}}, r"`auto_map\['AutoModel'\]` must be text, or a list; got 3"),
     ({"layer_types": 5}, r"`layer_types` must be a list; got 5"),
     (
         {"per_layer_config": {"0": {"hidden_size": 2}}},

@@ -344,6 +344,11 @@ def test_a_former_export_is_replaced(tmp_path, tokenizer):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": part, "b": "README.md"}}))
     for name in (part, "README.md", "adapter_model.safetensors", "model-00002-of-00002.safetensors"):
         (folder / name).write_text("mine")
+    config = json.loads((folder / "config.json").read_text())  # as the former release had written it
+    config["dynmask_code"]["sha256"] |= {"cached.py": HASH, "README.py": HASH}
+    change_config(folder, dynmask_code=config["dynmask_code"])
+    for name in ("cached.py", "graph.py", "README.py"):
+        (folder / name).write_text("of another time")
     for inside in ("checkpoint-2", "runs/today"):
         DynMaskConfig().save_pretrained(folder / inside)
     kept = {path.relative_to(folder) for path in folder.rglob("*/*")}
@@ -351,9 +356,10 @@ def test_a_former_export_is_replaced(tmp_path, tokenizer):
     export(model, str(folder))
     assert sorted(os.listdir(tmp_path)) == ["model"]
     names = os.listdir(folder)
+    assert {"graph.py", "README.py"} <= set(names)  # not listed; not a name of this package
     assert {"README.md", "adapter_model.safetensors", "model-00002-of-00002.safetensors"} <= set(names)
     assert {"tokenizer.json", "model.safetensors", "modeling_dynmask.py"} <= set(names)
-    gone = {"modeling_dynmask_seq2seq.py", "generation_config.json", part, "model.safetensors.index.json"}
+    gone = {"modeling_dynmask_seq2seq.py", "generation_config.json", "cached.py", part, "model.safetensors.index.json"}
     assert gone.isdisjoint(names)
     assert {path.relative_to(folder) for path in folder.rglob("*/*")} == kept
     loaded = AutoModelForMaskedLM.from_pretrained(folder)
