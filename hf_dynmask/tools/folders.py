@@ -51,13 +51,15 @@ def replacing(folder: str | os.PathLike, written: Written) -> Iterator[Path]:
             in it. Nothing has been touched then.
     """
     place = _resolved(folder)
-    _check(place, folder, written)
     place.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(place.parent):  # while nobody puts another folder into the place
+        _check(place, folder, written)
     with _workspace(place.parent) as workspace:
         new = workspace / "new"
         new.mkdir()
         yield new
-        _put(new, place, written)
+        with _locked(place.parent):
+            _put(new, place, written)
 
 
 def _resolved(folder: str | os.PathLike) -> Path:
@@ -121,7 +123,11 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     if fcntl is None:
         yield False
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # its owner has removed it
+        yield False
+        return
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -269,6 +269,21 @@ def test_a_process_that_goes_on_is_left_alone(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["other", "place"]
 
 
+def test_a_workspace_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
+    """Between its name being read and its lock being asked for."""
+    workspace, open_file = tmp_path / f".hf_dynmask-{'0' * 32}", os.open
+    workspace.mkdir()
+
+    def open_late(path, *args, **kwargs):
+        if Path(path) == workspace:
+            workspace.rmdir()
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_late)
+    write(tmp_path / "place", 1)
+    assert os.listdir(tmp_path) == ["place"]
+
+
 @pytest.mark.skipif(CONTEXT is None or sys.platform != "linux", reason="needs fork, and folders that are exchanged")
 def test_many_processes_write_one_folder(tmp_path):
     """A reader, who opens the folder once, finds one of theirs at any time, and never two mixed."""
