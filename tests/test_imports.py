@@ -23,7 +23,7 @@ LEVELS = [
     ["modeling.mask_leaves"],
     ["modeling.mask_text"],
     ["modeling.masks"],
-    ["modeling.plan", "modeling.configuration_*", "modeling.compile_ops"],
+    ["modeling.plan", "modeling.softmax", "modeling.configuration_*", "modeling.compile_ops"],
     ["data"],  # which needs no model
     ["modeling.kv_cache", "modeling.graph_layout"],
     ["modeling.attention_*"],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .attention_banded import attend as attend_banded
+from .attention_banded import unsupported as unsupported_by_banded
 from .attention_blocks import attend as attend_blocks
 from .attention_flex import attend as attend_flex
 from .attention_flex import unsupported as unsupported_by_flex
@@ -15,7 +18,7 @@ from .attention_reference import attend as attend_reference
 from .attention_sdpa import attend as attend_sdpa
 from .attention_varlen import attend as attend_varlen
 from .attention_varlen import unsupported as unsupported_by_varlen
-from .layout import SequenceLayout, eager_only
+from .layout import SequenceLayout, eager_only, in_heads, packed
 from .masks import Mask
 from .plan import MaskPlan
 
@@ -24,23 +27,28 @@ class Implementation(NamedTuple):
     """One way to compute attention.
 
     Attributes:
-        attend (`Callable`): `(query, key, value, plan, *, scaling, dropout) -> (output, weights | None)`.
+        attend (`Callable`):
+            `(query, key, value, plan, *, scaling, dropout) -> (output, weights | None)`, on packed `(N, H, D)` tensors.
         unsupported (`Callable`):
             `(plan, query, key, value, dropout) -> str | None`: why it cannot serve these; `None`: it can.
+        takes_tails (`bool`): Whether it takes layouts with a tail, of which the host knows no lengths.
     """
 
     attend: Callable[..., tuple[Tensor, Tensor | None]]
     unsupported: Callable[[MaskPlan, Tensor, Tensor, Tensor, float], str | None] = lambda *_: None
+    takes_tails: bool = False
 
 
 IMPLEMENTATIONS = {
-    "varlen": Implementation(attend_varlen, unsupported_by_varlen),
-    "flex": Implementation(attend_flex, unsupported_by_flex),
+    "varlen": Implementation(attend_varlen, unsupported_by_varlen, takes_tails=True),
+    "banded": Implementation(attend_banded, unsupported_by_banded, takes_tails=True),
+    "flex": Implementation(attend_flex, unsupported_by_flex, takes_tails=True),
     "blocks": Implementation(attend_blocks),
     "reference": Implementation(attend_reference),
     "sdpa": Implementation(attend_sdpa),
 }
-CHOSEN_ON_CUDA = ("varlen", "flex")  # by `"auto"`: the first that serves
+CHOSEN_ON_CUDA = ("varlen", "banded", "flex")  # by `"auto"`: the first that serves
+CUDA_LIKE = ("cuda", "meta")  # tensors without values take the way of those on a GPU
 
 
 def dynmask_attention(
@@ -78,10 +86,10 @@ def dynmask_attention(
             Learned scores of the keys, for masks with `topk`: it chooses by them, and they are added to the attention
             scores, whence their gradient.
         implementation (`str`, *optional*, defaults to `"auto"`):
-            `"blocks"` (block-sparse, any device), `"varlen"` (flash attention over packed sequences: CUDA, half
-            precision, masks that are `full`, `causal` or windows), `"flex"` (FlexAttention: CUDA, no dropout, no
-            `topk`), `"reference"` (dense, padded), `"sdpa"` (dense mask, padded), or `"auto"`: on CUDA the first of
-            varlen and flex that serves, else blocks.
+            `"blocks"` (block-sparse, any device), `"varlen"` (fused kernels over packed sequences: CUDA, masks that are
+            `full`, `causal` or, in half precision, windows), `"banded"` (windows by plain matrix products, any device),
+            `"flex"` (FlexAttention: CUDA, no dropout, no `topk`), `"reference"` (dense, padded), `"sdpa"` (dense mask,
+            padded), or `"auto"`: on CUDA the first of varlen, banded and flex that serves, else blocks.
 
     Returns:
         `Tensor` of shape `(1, H, N, Dv)`: flat; a query with no key to see gives exactly 0.
@@ -96,9 +104,7 @@ def dynmask_attention(
     _check_shapes(query, key, value, plan)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     output, _ = attend(
-        query,
-        key,
-        value,
+        *map(packed, (query, key, value)),
         plan,
         scaling=factor,
         dropout=dropout,
@@ -106,7 +112,7 @@ def dynmask_attention(
         key_scores=key_scores,
         implementation=implementation,
     )
-    return output
+    return in_heads(output)
 
 
 def attend(
@@ -121,17 +127,19 @@ def attend(
     key_scores: Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """[`dynmask_attention`] with a plan: output, and weights `(B, H, T, T)` from the reference."""
+    """[`dynmask_attention`] with a plan, on packed `(N, H, D)` tensors: output `(N, H, Dv)`, and weights
+    `(B, H, T, T)` from the reference."""
     if key_scores is not None:
         query, key, plan = _with_key_scores(query, key, plan, key_scores, scaling)
-    elif "key_scores" in plan.mask.fields:
+    elif plan.reads_scores:
         raise ValueError(f"the mask '{plan.mask}' needs `key_scores`, which `topk` chooses by; got none")
     if apply_mask_to not in ("scores", "weights"):
         raise ValueError(f"`apply_mask_to` must be 'scores' or 'weights'; got {apply_mask_to!r}")
     if apply_mask_to == "weights":
         if implementation not in ("auto", "reference"):
             raise ValueError(f"`apply_mask_to='weights'` is served by 'reference'; got {implementation!r}")
-        return attend_reference(query, key, value, plan, scaling=scaling, dropout=dropout, apply_mask_to="weights")
+        attend_weights = partial(attend_reference, apply_mask_to="weights")
+        return _without_tail(attend_weights, query, key, value, plan, scaling, dropout)
     return _attend(implementation, query, key, value, plan, scaling, dropout)
 
 
@@ -139,11 +147,34 @@ def attend(
 def _attend(
     implementation: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    if implementation == "auto":
+    if implementation == "auto" and query.device.type not in CUDA_LIKE:
+        implementation = "blocks"
+    elif implementation == "auto":
         implementation, _ = auto_choice(plan, query, key, value, dropout)
     else:
         _check_serves(implementation, plan, query, key, value, dropout)
-    return IMPLEMENTATIONS[implementation].attend(query, key, value, plan, scaling=scaling, dropout=dropout)
+    chosen = IMPLEMENTATIONS[implementation]
+    if chosen.takes_tails or not (plan.layout.has_tail or plan.key_layout.has_tail):
+        return chosen.attend(query, key, value, plan, scaling=scaling, dropout=dropout)
+    return _without_tail(chosen.attend, query, key, value, plan, scaling, dropout)
+
+
+def _without_tail(
+    function: Callable[..., tuple[Tensor, Tensor | None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: MaskPlan,
+    scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the tokens of sequences alone; 0 in the tail."""
+    trimmed = plan.trimmed
+    if trimmed is plan:
+        return function(query, key, value, plan, scaling=scaling, dropout=dropout)
+    tokens, keys = trimmed.layout.num_tokens, trimmed.key_layout.num_tokens
+    output, weights = function(query[:tokens], key[:keys], value[:keys], trimmed, scaling=scaling, dropout=dropout)
+    return nn.functional.pad(output, (0, 0, 0, 0, 0, query.shape[0] - tokens)), weights
 
 
 def auto_choice(
@@ -152,7 +183,7 @@ def auto_choice(
     """What `implementation="auto"` takes, and why it passed over each that comes before."""
     passed_over = {}
     for name in CHOSEN_ON_CUDA:
-        reason = None if query.is_cuda else f"chosen on CUDA devices alone; got '{query.device.type}'"
+        reason = None if query.device.type in CUDA_LIKE else f"chosen on CUDA devices alone; got '{query.device.type}'"
         reason = reason or IMPLEMENTATIONS[name].unsupported(plan, query, key, value, dropout)
         if reason is None:
             return name, passed_over
@@ -177,7 +208,7 @@ def _with_key_scores(
     query: Tensor, key: Tensor, plan: MaskPlan, key_scores: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, MaskPlan]:
     """Query and key with the scores as one more channel, so that their product adds them; the plan that knows them."""
-    heads, key_heads, tokens = query.shape[1], key.shape[1], key.shape[2]
+    tokens, key_heads, _ = key.shape
     given = key_scores.shape[1] if key_scores.dim() == 3 else 0
     if tuple(key_scores.shape) != (1, given, tokens) or given not in (1, key_heads):
         raise ValueError(f"`key_scores` must have shape (1, 1 | {key_heads}, {tokens}); got {tuple(key_scores.shape)}")
@@ -186,10 +217,11 @@ def _with_key_scores(
     scores = key_scores.expand(1, key_heads, tokens)
     channels = query.shape[-1]
     extra = -(channels + 1) % 8 + 1  # kernels like sizes that are multiples of 8
-    ones = nn.functional.pad(query.new_full((*query.shape[:3], 1), 1 / scaling), (0, extra - 1))
+    ones = nn.functional.pad(query.new_full((*query.shape[:2], 1), 1 / scaling), (0, extra - 1))
     query = torch.cat([query, ones], dim=-1)
-    key = torch.cat([key, nn.functional.pad(scores[..., None].to(key.dtype), (0, extra - 1))], dim=-1)
-    return query, key, plan.with_key_scores(scores.repeat_interleave(heads // key_heads, dim=1))
+    of_keys = scores[0].T.unsqueeze(-1).to(key.dtype)
+    key = torch.cat([key, nn.functional.pad(of_keys, (0, extra - 1))], dim=-1)
+    return query, key, plan.with_key_scores(scores.repeat_interleave(query.shape[1] // key_heads, dim=1))
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> None:

@@ -5,18 +5,19 @@ Shape legend: n sequences of a group, L tokens each, H heads, N real tokens, D a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .layout import eager_only
 from .plan import GroupPlan, MaskPlan, Tile
+from .softmax import softmax_attention
 
 # Sequences up to LONGEST_FILLED tokens are filled up to whole vectors of VECTOR tokens: those of nearly equal lengths
 # then share a call, and the fused CPU kernel, which handles a ragged end in slow scalar code, has none. For longer ones
@@ -24,14 +25,8 @@ from .plan import GroupPlan, MaskPlan, Tile
 VECTOR = 16
 LONGEST_FILLED = 64
 LONGEST_FILLED_HALF = 512
+SMALL = 2**14  # numbers; of fewer PyTorch's own gradient of a gather takes less time than a function in Python
 HALF = (torch.bfloat16, torch.float16)
-
-
-class Places(NamedTuple):
-    """Tokens of some sequences, filled up: `taken` is the token at each place, `place_of` the place of each token."""
-
-    taken: Tensor
-    place_of: Tensor
 
 
 class Bucket(NamedTuple):
@@ -40,63 +35,95 @@ class Bucket(NamedTuple):
     Attributes:
         group (`GroupPlan`): The groups joined, sizes filled up.
         mask_of (`Callable`): Mask of one of the group's tiles, `None` where all its pairs are allowed or it is causal.
-        q_places, k_places (`Places`, *optional*): How each side is filled up; `None`: not at all.
+        sizes (`list[tuple[int, int]]`): Queries and keys of each of its sequences, before they are filled up.
     """
 
     group: GroupPlan
     mask_of: Callable[[Tile], Tensor | None]
-    q_places: Places | None = None
-    k_places: Places | None = None
+    sizes: list[tuple[int, int]]
 
 
-class Stretches(NamedTuple):
-    """Tokens in the order of the batch, cut where the sequences of one bucket end: no token is moved without need.
+class Side(NamedTuple):
+    """How the tokens of a side, queries or keys, come to their buckets and back.
 
     Attributes:
-        sizes (`list[int]`): Tokens of each stretch.
-        of_buckets (`list[list[int]]`): The stretches that each bucket consists of.
+        sizes (`list[int]`): Places of each bucket, P in all.
+        taken (`Tensor` of shape `(P,)`, *optional*): The token at each place. Sequences are filled up with copies of
+            their last token, which no query sees. `None`: tokens stand as they are to stand.
+        place_of (`Tensor` of shape `(N,)`, *optional*): The place of each token.
     """
 
     sizes: list[int]
-    of_buckets: list[list[int]]
+    taken: Tensor | None = None
+    place_of: Tensor | None = None
 
     @classmethod
-    def of(cls, sizes: Sequence[int], order: list[int], buckets: list[Bucket]) -> Stretches:
-        """Of sequences of `sizes`, which the buckets take in `order`."""
-        stretches = []  # (first sequence, bucket, tokens)
-        waiting = iter(order)
-        for number, bucket in enumerate(buckets):
-            sequences = enumerate(islice(waiting, bucket.group.count))
-            runs = [[s for _, s in run] for _, run in groupby(sequences, key=lambda placed: placed[1] - placed[0])]
-            stretches += [(run[0], number, sum(sizes[s] for s in run)) for run in runs] or [(0, number, 0)]
-        in_batch = sorted(stretches)
-        place = {stretch: place for place, stretch in enumerate(in_batch)}
-        of_buckets = [[place[stretch] for stretch in run] for _, run in groupby(stretches, key=itemgetter(1))]
-        return cls([size for _, _, size in in_batch], of_buckets)
+    def of(
+        cls, sizes: list[int], real: list[int], filled: list[int], order: np.ndarray | None, device: torch.device
+    ) -> Side:
+        """Of buckets of so many places; `real` tokens of each sequence in turn are filled up. `order (N,)` is the token
+        at each place before that."""
+        if order is None and real == filled:
+            return cls(sizes)
+        own, to = np.array(real, dtype=np.int64), np.array(filled, dtype=np.int64)
+        starts, starts_filled = own.cumsum() - own, to.cumsum() - to
+        inside = np.arange(to.sum()) - np.repeat(starts_filled, to)
+        taken = np.minimum(inside, np.repeat(own - 1, to)) + np.repeat(starts, to)
+        place_of = np.repeat(starts_filled - starts, own) + np.arange(own.sum())
+        if order is not None:
+            taken, in_order = order[taken], place_of
+            place_of = np.empty_like(in_order)
+            place_of[order] = in_order
+        return cls(sizes, *(torch.from_numpy(places).to(device) for places in (taken, place_of)))
 
-    def taken(self, states: Tensor) -> list[Tensor]:
-        """`(1, H, N, D)` as the tokens of each bucket, `(tokens, H, D)`."""
-        pieces = states[0].transpose(0, 1).split(self.sizes)
-        return [_cat([pieces[stretch] for stretch in stretches]) for stretches in self.of_buckets]
+    def take(self, states: Tensor) -> tuple[Tensor, ...]:
+        """`(N, H, D)` as what stands at the places of each bucket, `(places, H, D)`."""
+        if self.taken is not None:
+            is_small = states.numel() <= SMALL or not states.requires_grad
+            states = states.index_select(0, self.taken) if is_small else _Take.apply(states, self.taken, self.place_of)
+        return states.split(self.sizes) if len(self.sizes) > 1 else (states,)
 
     def put_back(self, states: list[Tensor]) -> Tensor:
-        """The inverse of [`taken`]."""
-        placed = {}
-        for bucket, stretches in zip(states, self.of_buckets, strict=True):
-            pieces = bucket.split([self.sizes[stretch] for stretch in stretches])
-            placed.update(zip(stretches, pieces, strict=True))
-        return _cat([placed[stretch] for stretch in range(len(self.sizes))]).transpose(0, 1).unsqueeze(0)
+        """The inverse of [`take`]."""
+        tokens = states[0] if len(states) == 1 else torch.cat(states)
+        if self.taken is not None:
+            is_small = tokens.numel() <= SMALL or not tokens.requires_grad
+            tokens = tokens.index_select(0, self.place_of) if is_small else _PutBack.apply(tokens, self.place_of)
+        return tokens
 
 
-def _cat(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+class _Take(torch.autograd.Function):
+    """`index_select` in which only the copy of a token at `place_of` has a gradient: no query sees the others."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, taken: Tensor, place_of: Tensor) -> Tensor:
+        ctx.place_of = place_of
+        return states.index_select(0, taken)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return grad_output.index_select(0, ctx.place_of), None, None
+
+
+class _PutBack(torch.autograd.Function):
+    """`index_select` of places that differ: its gradient is a copy, where that of `index_select` would add up."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, place_of: Tensor) -> Tensor:
+        ctx.place_of, ctx.places = place_of, states.shape[0]
+        return states.index_select(0, place_of)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        places = grad_output.new_zeros(ctx.places, *grad_output.shape[1:])
+        return places.index_copy_(0, ctx.place_of, grad_output), None
 
 
 @eager_only
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
-    """Attention on flat `(1, H, N, D)` tensors; weights are not computed."""
+    """Attention on packed `(N, H, D)` tensors; weights are not computed."""
     runs = plan.by_heads(query.shape[1])
     if len(runs) > 1:
         repeats = query.shape[1] // key.shape[1]
@@ -109,11 +136,11 @@ def attend(
     plan = runs[0][1]
     in_half_kernel = query.device.type == "cpu" and query.dtype in HALF and not _is_slow_in_kernel(query, dropout)
     buckets, queries, keys = plan.derived(_buckets, LONGEST_FILLED_HALF if in_half_kernel else LONGEST_FILLED)
-    pieces = zip(buckets, queries.taken(query), keys.taken(key), keys.taken(value), strict=True)
+    pieces = zip(buckets, queries.take(query), keys.take(key), keys.take(value), strict=True)
     return queries.put_back([_attend_bucket(*piece, scaling, dropout) for piece in pieces]), None
 
 
-def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Stretches, Stretches]:
+def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Side, Side]:
     """The plan's groups, and where their queries and keys stand; groups of up to `longest` tokens that one tile covers
     are joined with neighbours that fill up to the same size."""
 
@@ -123,12 +150,20 @@ def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Stretches, Str
         return (_filled(group.queries), _filled(group.keys)) if joins else (-1, number)  # -1: stays alone
 
     runs = ((sizes, [group for _, group in run]) for sizes, run in groupby(enumerate(plan.groups), key=filled_sizes))
-    device = plan.layout.rank.device
+    device = plan.layout.device
     buckets = [_alone(plan, run[0]) if sizes[0] < 0 else _joined(plan, run, *sizes, device) for sizes, run in runs]
     buckets = buckets or [_alone(plan, GroupPlan(0, 0, 0))]
-    sides = zip((plan.layout, plan.key_layout), plan.orders, strict=True)
-    queries, keys = (Stretches.of(layout.sizes, order, buckets) for layout, order in sides)
-    return buckets, queries, keys
+    return buckets, *(_side(plan, buckets, side) for side in (0, 1))
+
+
+def _side(plan: MaskPlan, buckets: list[Bucket], side: int) -> Side:
+    """The queries (0) or the keys (1)."""
+    of_group = [(bucket.group.queries, bucket.group.keys)[side] for bucket in buckets]
+    counts = [bucket.group.count for bucket in buckets]
+    real = [sizes[side] for bucket in buckets for sizes in bucket.sizes]
+    filled = [size for size, count in zip(of_group, counts, strict=True) for _ in range(count)]
+    places = [size * count for size, count in zip(of_group, counts, strict=True)]
+    return Side.of(places, real, filled, plan.token_orders[side], plan.layout.device)
 
 
 def _filled(size: int) -> int:
@@ -136,20 +171,16 @@ def _filled(size: int) -> int:
 
 
 def _alone(plan: MaskPlan, group: GroupPlan) -> Bucket:
-    return Bucket(group, partial(plan.tile_mask, group))
+    return Bucket(group, partial(plan.tile_mask, group), [(group.queries, group.keys)] * group.count)
 
 
 def _joined(plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Bucket:
-    q_sizes = [group.queries for group in groups for _ in range(group.count)]
-    k_sizes = [group.keys for group in groups for _ in range(group.count)]
     causal = groups[0].tiles[0].causal
     # A lower triangle ends before the copies.
     mask = None if causal else _joined_mask(plan, groups, queries, keys, device)
     tile = Tile(slice(0, queries), (slice(0, keys),), mask is not None, causal)
-    q_places = _places(q_sizes, queries, device)
-    k_places = q_places if k_sizes == q_sizes else _places(k_sizes, keys, device)
-    group = GroupPlan(len(q_sizes), queries, keys, tiles=(tile,))
-    return Bucket(group, lambda _: mask, q_places, k_places)
+    sizes = [(group.queries, group.keys) for group in groups for _ in range(group.count)]
+    return Bucket(GroupPlan(len(sizes), queries, keys, tiles=(tile,)), lambda _: mask, sizes)
 
 
 def _joined_mask(
@@ -172,48 +203,19 @@ def _joined_mask(
     return torch.cat([mask.expand(-1, heads, -1, -1) for mask in filled])
 
 
-def _places(sizes: list[int], filled: int, device: torch.device) -> Places | None:
-    """Sequences of `sizes`, each filled up to `filled` with copies of its last token, which no query sees."""
-    if all(size == filled for size in sizes):
-        return None
-    ends = torch.tensor(sizes).cumsum(0)[:, None]
-    inside = torch.arange(filled)
-    starts = ends - torch.tensor(sizes)[:, None]
-    taken = torch.minimum(starts + inside, ends - 1).flatten()
-    place_of = (starts + inside < ends).flatten().nonzero().squeeze(1)
-    return Places(taken.to(device), place_of.to(device))
-
-
-class _Take(torch.autograd.Function):
-    """`index_select` in which only the copy of a token at `place_of` has a gradient: no query sees the others."""
-
-    @staticmethod
-    def forward(ctx, states: Tensor, places: Places) -> Tensor:
-        ctx.place_of = places.place_of
-        return states.index_select(0, places.taken)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        return grad_output.index_select(0, ctx.place_of), None
-
-
 def _attend_bucket(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
-    """Attention `(queries, H, Dv)` of a bucket's tokens `(queries | keys, H, D)`."""
+    """Attention `(queries, H, Dv)` of what stands in a bucket, `(queries | keys, H, D)`."""
     group = bucket.group
-    sides = (q, bucket.q_places, group.queries), (k, bucket.k_places, group.keys), (v, bucket.k_places, group.keys)
     query, key, value = (
-        (states if places is None else _Take.apply(states, places))
-        .view(group.count, size, *states.shape[1:])
-        .transpose(1, 2)
-        for states, places, size in sides
+        states.view(group.count, size, *states.shape[1:]).transpose(1, 2)
+        for states, size in ((q, group.queries), (k, group.keys), (v, group.keys))
     )
     if group.is_whole:
         tile = group.tiles[0]
         output = attend_tile(query, key, value, bucket.mask_of(tile), tile.causal, scaling, dropout)
     else:
         output = _Tiles.apply(query, key, value, group.tiles, bucket.mask_of, scaling, dropout)
-    output = output.transpose(1, 2).flatten(0, 1)
-    return output if bucket.q_places is None else output.index_select(0, bucket.q_places.place_of)
+    return output.transpose(1, 2).flatten(0, 1)
 
 
 def attend_tile(
@@ -221,7 +223,9 @@ def attend_tile(
 ) -> Tensor:
     """Attention `(n, H, Lq, Dv)` of queries `(n, H, Lq, D)` over keys `(n, Hk, Lk, D)`."""
     if _is_slow_in_kernel(query, dropout):
-        return _softmax_attention(query, key, value, allowed, causal, scaling, dropout)
+        if causal:
+            allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        return softmax_attention(query, key, value, allowed, scaling, dropout)[0]
     return nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -237,23 +241,6 @@ def attend_tile(
 def _is_slow_in_kernel(query: Tensor, dropout: float) -> bool:
     """Whether matrix products beat the fused CPU kernel, whose half-precision backward pass is several times slower."""
     return query.device.type == "cpu" and (dropout > 0 or (query.dtype in HALF and query.requires_grad))
-
-
-def _softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, causal: bool, scaling: float, dropout: float
-) -> Tensor:
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
-    if causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1)
-    if allowed is not None:
-        weights = weights * allowed.any(-1, keepdim=True)
-    return torch.matmul(nn.functional.dropout(weights, p=dropout, training=dropout > 0), value)
 
 
 class _Tiles(torch.autograd.Function):

@@ -1,27 +1,28 @@
 """FlexAttention (arXiv:2412.05496) with a `BlockMask` made from the plan, which looks at blocks, not at cells.
 
 Borders of blocks of flat tokens do not respect those of sequences: they cut each sequence into fragments. A pair of
-blocks is what the pairs of its fragments that belong to one sequence are.
+blocks is what the pairs of its fragments that belong to one sequence are. All sizes follow from the numbers of tokens
+and of sequences: nothing is read from a device.
 
-Shape legend: S sequences, N real tokens, H heads, F fragments, R and C blocks of queries and keys; n sequences of
-equally many fragments.
+Shape legend: S sequences, N tokens, H heads, F fragments, R and C blocks of queries and keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .fields import Fields
-from .layout import SequenceLayout, eager_only, sequence_ids_from_lengths
+from .layout import SequenceLayout, eager_only, in_heads, packed
 from .masks import TopK
 from .plan import MaskPlan
+from .softmax import without_keys, without_poison
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_HEAD = 16  # what the matrix units of a GPU take
@@ -33,18 +34,16 @@ COMPILING = {"recompile_limit": 256, "accumulated_recompile_limit": 4096, "speci
 
 
 class Fragments(NamedTuple):
-    """The pieces into which block borders cut the sequences of a layout, in flat order.
+    """The pieces into which block borders cut the sequences of a layout, in flat order. Some may be empty.
 
     Attributes:
-        counts (`Tensor` of shape `(S,)`, on the host): Fragments of each sequence.
-        firsts (`Tensor` of shape `(S,)`, on the host): The first of them.
+        sequences (`Tensor` of shape `(F,)`): The sequence that each is of; S: none.
         blocks (`Tensor` of shape `(F,)`): The block that each lies in.
         lows, highs (`Tensor` of shape `(F,)`): Its first and its last position.
         are_whole (bool `Tensor` of shape `(F,)`): Whether it fills its block.
     """
 
-    counts: Tensor
-    firsts: Tensor
+    sequences: Tensor
     blocks: Tensor
     lows: Tensor
     highs: Tensor
@@ -77,36 +76,21 @@ class _Pair(Fields):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
-    """Attention on flat `(1, H, N, D)` tensors; weights are not computed. See [`unsupported`]."""
+    """Attention on packed `(N, H, D)` tensors; weights are not computed. See [`unsupported`]."""
     if not (plan.layout.num_tokens and plan.key_layout.num_tokens):  # which the kernels do not take
-        return query @ key[:, :1].mT @ value[:, :1], None
+        return without_keys(query, key, value), None
     poisoned = None
     if query.device.type == "cpu":
-        query, key, value, poisoned = _without_poison(query, key, value, plan)
+        query, key, value, poisoned = without_poison(query, key, value, plan.layout, plan.key_layout)
     with torch._dynamo.config.patch(COMPILING):
         output = _compiled("eager" if query.device.type == "cpu" else "inductor")(
-            query,
-            key,
-            value,
+            *map(in_heads, (query, key, value)),
             block_mask=block_mask(plan, query.shape[1]),
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+    output = packed(output)
     return output if poisoned is None else output.masked_fill(poisoned, torch.nan), None
-
-
-def _without_poison(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, key and value with 0 in sequences that hold NaN or infinity, and the query tokens `(N, 1)` of those.
-
-    Unfused, all tokens meet in one product, in which a weight of 0 holds no NaN back.
-    """
-    of_queries, of_keys = (layout.rank[layout.sequence_ids] for layout in (plan.layout, plan.key_layout))
-    sides = (query, of_queries), (key, of_keys), (value, of_keys)
-    poisoned = torch.zeros(plan.layout.num_sequences, dtype=torch.bool, device=query.device)
-    for states, sequence in sides:
-        poisoned[sequence[~states.isfinite().all(-1).all(1)[0]]] = True
-    clean = [states.masked_fill(poisoned[sequence][:, None], 0) for states, sequence in sides]
-    return clean[0], clean[1], clean[2], poisoned[of_queries][:, None]
 
 
 def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> str | None:
@@ -176,30 +160,30 @@ def _block_mask(plan: MaskPlan, heads: int) -> BlockMask:
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers `(..., R)` and columns `(..., R, C)` of each row's blocks, as a `BlockMask` holds them."""
-    rows = blocks.flatten(0, -2)
-    row, column = rows.nonzero(as_tuple=True)
-    numbers = row.bincount(minlength=len(rows))
-    place = torch.arange(row.numel(), device=row.device) - (numbers.cumsum(0) - numbers)[row]
-    columns = torch.zeros(rows.shape, dtype=torch.int32, device=rows.device)
-    columns[row, place] = column.int()
-    return numbers.int().view(blocks.shape[:-1]), columns.view(blocks.shape)
+    width = blocks.shape[-1]
+    place = blocks.cumsum(-1, dtype=torch.int32)
+    target = (place - 1).where(blocks, width).long()
+    columns = torch.arange(width, dtype=torch.int32, device=blocks.device).expand(blocks.shape)
+    listed = torch.zeros(*blocks.shape[:-1], width + 1, dtype=torch.int32, device=blocks.device)
+    return place[..., -1:].sum(-1, dtype=torch.int32), listed.scatter(-1, target, columns)[..., :width]
 
 
 def _mask_mod(plan: MaskPlan, heads: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Whether one flat query token may see one flat key token, as FlexAttention asks it."""
     runs = [(run.start, part.mask) for run, part in plan.by_heads(heads)]
     (q_sequence, q_position), (k_sequence, k_position) = (
-        (layout.rank[layout.sequence_ids], layout.positions) for layout in (plan.layout, plan.key_layout)
+        (layout.sequence_ids.detach(), layout.positions.detach())  # others than those of queries, for the compiler
+        for layout in (plan.layout, plan.key_layout)
     )
-    tables = plan.fields.tables
+    tables, last = plan.fields.tables, plan.layout.num_sequences - 1
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         sequence = q_sequence[query]
-        i, j, fields = q_position[query], k_position[key], _Pair(tables, sequence, head)
+        i, j, fields = q_position[query], k_position[key], _Pair(tables, sequence.clamp(max=last), head)
         allowed = runs[0][1].allowed(i, j, fields)
         for start, mask in runs[1:]:
             allowed = torch.where(head < start, allowed, mask.allowed(i, j, fields))
-        return allowed & (sequence == k_sequence[key])
+        return allowed & (sequence == k_sequence[key]) & (sequence <= last)
 
     return mask_mod
 
@@ -228,57 +212,38 @@ def _blocks(plan: MaskPlan, fields: Fields | None = None) -> tuple[Tensor, Tenso
 
     The first may hold too many, the second too few.
     """
-    queries, keys, fields = _fragments(plan.layout, plan.block_size), plan.key_layout, fields or plan.fields
-    keys = queries if keys is plan.layout else _fragments(keys, plan.block_size)
+    queries, fields = _fragments(plan.layout, plan.block_size), fields or plan.fields
+    keys = queries if plan.key_layout is plan.layout else _fragments(plan.key_layout, plan.block_size)
+    last = plan.layout.num_sequences - 1
+    if fields:
+        fields = fields.of_blocks(queries.sequences.clamp(max=last))
+    rows = (len(queries.sequences), 1)  # fields are looked up by the query's sequence, in the first dimension
+    lows, highs = (ends.expand(*rows[:1], -1) for ends in (keys.lows, keys.highs))
+    always, never = plan.mask.classify_checked(queries.lows.view(rows), queries.highs.view(rows), lows, highs, fields)
+    is_same = (queries.sequences.view(rows) == keys.sequences) & (queries.sequences.view(rows) <= last)
+    are_whole = queries.are_whole.view(rows) & keys.are_whole
     shape = [-(-layout.num_tokens // plan.block_size) for layout in (plan.layout, plan.key_layout)]
-    kept, full = (torch.zeros(shape, dtype=torch.bool, device=plan.layout.rank.device) for _ in range(2))
-    for members, q, k in _alike(plan, queries, keys):
-        q, k = q[:, :, None], k[:, None, :]
-        always, never = plan.mask.classify_checked(
-            queries.lows[q],
-            queries.highs[q],
-            keys.lows[k],
-            keys.highs[k],
-            fields.rows(plan.layout.rank[members]) if fields else fields,
-        )
-        for blocks, pairs in (kept, ~never), (full, always & queries.are_whole[q] & keys.are_whole[k]):
-            sequence, row, column = pairs.nonzero(as_tuple=True)
-            blocks[queries.blocks[q[sequence, row, 0]], keys.blocks[k[sequence, 0, column]]] = True
-    return kept, full
+
+    def of_blocks(pairs: Tensor) -> Tensor:
+        """Whether any pair of fragments `(F, F)` of each pair of blocks is one of these."""
+        by_row = pairs.new_zeros(shape[0], pairs.shape[1], dtype=torch.int32).index_add(0, queries.blocks, pairs.int())
+        return by_row.new_zeros(shape).index_add(1, keys.blocks, by_row) > 0
+
+    return of_blocks(is_same & ~never), of_blocks(is_same & always & are_whole)
 
 
 def _fragments(layout: SequenceLayout, block: int) -> Fragments:
-    sizes = torch.tensor(layout.sizes, dtype=torch.long)
-    ends = sizes.cumsum(0)
-    starts = ends - sizes
-    counts = torch.where(sizes > 0, (ends - 1) // block - starts // block + 1, 0)
-    firsts = counts.cumsum(0) - counts
-    total = int(counts.sum())
-    sequence = sequence_ids_from_lengths(counts, total)
-    blocks = starts[sequence] // block + torch.arange(total) - firsts[sequence]
-    tokens = torch.maximum(starts[sequence], blocks * block)
-    stops = torch.minimum(ends[sequence], (blocks + 1) * block)
-    device = layout.rank.device
+    tokens, device = layout.num_tokens, layout.device
+    borders = torch.arange(0, tokens, block, device=device)
+    ends = layout.lengths.cumsum(0)
+    starts = torch.cat([borders, torch.zeros_like(ends[:1]), ends]).sort().values  # the last of `ends` begins the tail
+    stops = nn.functional.pad(starts[1:], (0, 1), value=tokens)
+    sizes = stops - starts
+    first, last = starts.clamp(max=tokens - 1), (stops - 1).clamp(min=0)
     return Fragments(
-        counts=counts,
-        firsts=firsts,
-        blocks=blocks.to(device),
-        lows=layout.positions[tokens.to(device)],
-        highs=layout.positions[(stops - 1).to(device)],
-        are_whole=(stops - tokens == block).to(device),
+        sequences=layout.sequence_ids[first].where(sizes > 0, layout.num_sequences),
+        blocks=first // block,
+        lows=layout.positions[first],
+        highs=layout.positions[last],
+        are_whole=sizes == block,
     )
-
-
-def _alike(plan: MaskPlan, queries: Fragments, keys: Fragments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Places `(n,)` of query sequences with equally many fragments on both sides, and those fragments `(n, …)`."""
-    device = plan.layout.rank.device
-    partners = plan.key_layout.rank.argsort()[plan.layout.rank].cpu()
-    most = plan.key_layout.num_tokens
-    counts = queries.counts * (most + 1) + keys.counts[partners]  # both numbers in one
-    kinds, kind, numbers = counts.unique(return_inverse=True, return_counts=True)
-    for both, members in zip(kinds.tolist(), kind.argsort(stable=True).split(numbers.tolist()), strict=True):
-        q_count, k_count = divmod(both, most + 1)
-        if q_count and k_count:
-            q = queries.firsts[members][:, None] + torch.arange(q_count)
-            k = keys.firsts[partners[members]][:, None] + torch.arange(k_count)
-            yield members.to(device), q.to(device), k.to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layout import eager_only
+from .layout import eager_only, in_heads, packed
 from .plan import MaskPlan
 
 
@@ -12,15 +12,15 @@ from .plan import MaskPlan
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
-    """Attention on flat `(1, H, N, D)` tensors; weights are not computed."""
+    """Attention on packed `(N, H, D)` tensors; weights are not computed."""
     plan = plan.in_rows
     output = nn.functional.scaled_dot_product_attention(
-        plan.layout.unflatten_heads(query),
-        plan.key_layout.unflatten_heads(key),
-        plan.key_layout.unflatten_heads(value),
+        plan.layout.unflatten_heads(in_heads(query)),
+        plan.key_layout.unflatten_heads(in_heads(key)),
+        plan.key_layout.unflatten_heads(in_heads(value)),
         attn_mask=plan.dense(query.shape[1]),
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return plan.layout.flatten_heads(output), None
+    return packed(plan.layout.flatten_heads(output)), None

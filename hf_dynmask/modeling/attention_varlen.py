@@ -1,65 +1,143 @@
-"""Flash attention over packed sequences, for masks that are a band: `torch.nn.attention.varlen`, or flash-attn.
+"""Attention over packed sequences for masks that are a band, by the fused kernels that PyTorch brings.
 
-Both kernels take windows as places: the query at place i of m sees keys at places i + s - left to i + s + right of n,
-where s = n - m ("bottom-right"), 0 where queries and keys are the same tokens; -1 is unbounded.
+Two operators serve: flash attention in half precision, and memory-efficient attention, which takes float32 as well.
+Both have dropout and gradients, and read where sequences end on the device. They have no public name, and so are tried
+before they are used.
+
+Windows are places: the query at place i of m sees keys at places i + s - left to i + s + right of n, where s = n - m
+("bottom-right"), 0 where queries and keys are the same tokens; -1 is unbounded.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from inspect import signature
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch import Tensor, nn
 
-from .layout import eager_only
+from .layout import SequenceLayout
 from .masks import Band
 from .plan import MaskPlan
+from .softmax import without_keys
 
-DTYPES = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 LARGEST_TRAINED_HEAD = 192  # of the backward pass on every GPU
-FIRST_CAPABILITY = (8, 0)
-# torch 2.11 groups heads unasked.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+FIRST_CAPABILITY = (8, 0)  # of flash attention and of bfloat16
+TAIL_PIECE = 128  # tokens of a tail are attended to in sequences of so many: one block of the kernels
+ON_META = (8, 0)  # the compute capability that tensors without values stand for
 
 
-@eager_only
+class Packed(NamedTuple):
+    """Arguments of both operators.
+
+    Attributes:
+        query, key, value (`Tensor` of shape `(N, H, D)`): Token after token.
+        ends, key_ends (`Tensor` of shape `(S + 1,)`, int32): 0, then where each sequence ends.
+        longest, key_longest (`int`): Bounds of the longest sequences.
+        band (`tuple`): `(left, right)` of the mask.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    ends: Tensor
+    key_ends: Tensor
+    longest: int
+    key_longest: int
+    band: Band
+    scaling: float
+    dropout: float
+
+
+def _flash(packed: Packed) -> Tensor:
+    """`(N, H, D)`."""
+    left, right = packed.band
+    return torch.ops.aten._flash_attention_forward(
+        *packed[:7],
+        packed.dropout,
+        (left, right) == (None, 0),
+        False,
+        scale=packed.scaling,
+        window_size_left=_window(left, packed.key_longest),
+        window_size_right=_window(right, packed.key_longest),
+    )[0]
+
+
+def _efficient(packed: Packed) -> Tensor:
+    """`(N, H, Dv)`."""
+    query, key, value, ends, key_ends, longest, key_longest, band, scaling, dropout = packed
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    natural = query.shape[-1] ** -0.5
+    if scaling != natural:  # as an argument it is not known to all releases' backward pass of tensors without values
+        query = query * (scaling / natural)
+    mask_type = 0 if band == (None, None) else 1
+    needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    output = torch.ops.aten._efficient_attention_forward(
+        query.unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
+        None,
+        ends,
+        key_ends,
+        longest,
+        key_longest,
+        dropout,
+        mask_type,
+        needs_grad,
+    )[0]
+    return output.squeeze(0)
+
+
+def _window(bound: int | None, longest: int) -> int:
+    """As the kernel takes it: 32-bit, -1 for unbounded."""
+    return -1 if bound is None else min(bound, longest)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
-    """Attention on flat `(1, H, N, D)` tensors; weights are not computed. See [`unsupported`]."""
-    if not (plan.layout.num_tokens and plan.key_layout.num_tokens):  # which the kernels do not take
-        return query @ key[:, :1].mT @ value[:, :1], None
-    order, cu_seq_lens_k = plan.derived(_keys_by_query_sequence)
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    if order is not None:
-        k, v = k.index_select(0, order), v.index_select(0, order)
-    longest = plan.layout.max_length, plan.key_layout.max_length
-    packed = q, k, v, plan.layout.cu_seq_lens, cu_seq_lens_k, *longest
-    window = _window(plan.mask.band(), longest[1])
-    if _torch_serves(dropout):
-        grouped = GROUPED if q.shape[1] != k.shape[1] else {}
-        output = varlen_attn(*packed, scale=scaling, window_size=window, **grouped)
-        assert isinstance(output, Tensor)  # not a pair: nothing else was asked for
-    else:
-        attend_packed = import_module("flash_attn").flash_attn_varlen_func
-        output = attend_packed(*packed, dropout_p=dropout, softmax_scale=scaling, window_size=window)
-    return output.transpose(0, 1).unsqueeze(0), None
+    """Attention on packed `(N, H, D)` tensors; weights are not computed. See [`unsupported`]."""
+    if _is_empty(query) or _is_empty(key):  # which no kernel takes
+        return without_keys(query, key, value), None
+    of_queries, of_keys = plan.layout, plan.key_layout
+    ends, key_ends = plan.derived(_ends)
+    packed = Packed(
+        query,
+        key,
+        value,
+        ends,
+        key_ends,
+        *(max(layout.longest, TAIL_PIECE) for layout in (of_queries, of_keys)),
+        plan.band,
+        scaling,
+        dropout,
+    )
+    kernel, _ = _kernel(plan, query, key, value)
+    assert kernel is not None
+    output = kernel(packed)
+    if kernel is _efficient and of_queries is not of_keys:  # which leaves queries of empty key sequences undefined
+        is_seeing = nn.functional.pad(of_keys.lengths > 0, (0, 1), value=True)[of_queries.sequence_ids]
+        output = output.where(is_seeing[:, None, None], 0)
+    return output, None
+
+
+def _is_empty(states: Tensor) -> bool:
+    """Whether it is known that there are no tokens; in a graph it may not be."""
+    return isinstance(states.shape[0], int) and not states.shape[0]
 
 
 def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> str | None:
     """Why these kernels cannot serve, or `None`: they can."""
-    return (
-        _unsupported_mask(plan) or _unsupported_tensors(query, key, value) or _unsupported_here(query.device, dropout)
-    )
+    return _unsupported_mask(plan) or _kernel(plan, query, key, value)[1]
 
 
 def _unsupported_mask(plan: MaskPlan) -> str | None:
-    band = plan.mask.band()
+    band = plan.band
     if band is None:
         return f"it serves `full`, `causal` and windows; got '{plan.mask}'"
     if band == (None, None):
@@ -71,48 +149,90 @@ def _unsupported_mask(plan: MaskPlan) -> str | None:
     return None
 
 
-def _unsupported_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def _kernel(
+    plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Callable[[Packed], Tensor] | None, str | None]:
+    """The operator that serves, or why none does."""
+    if query.device.type not in ("cuda", "meta"):
+        return None, f"it runs on CUDA devices; got '{query.device.type}'"
+    of_flash = _unsupported_by_flash(query, key, value)
+    if of_flash is None:
+        return _flash, None
+    of_efficient = _unsupported_by_efficient(plan.band, query, value)
+    if of_efficient is None:
+        return _efficient, None
+    return None, f"flash attention: {of_flash}; memory-efficient attention: {of_efficient}"
+
+
+def _unsupported_by_flash(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     size, largest = query.shape[-1], LARGEST_TRAINED_HEAD if needs_grad else LARGEST_HEAD
-    if query.device.type != "cuda":
-        return f"it runs on CUDA devices; got '{query.device.type}'"
-    if query.dtype not in DTYPES:
-        return f"it takes {' and '.join(map(str, DTYPES))}; got {query.dtype}"
+    if query.dtype not in HALF:
+        return f"it takes {' and '.join(map(str, HALF))}; got {query.dtype}"
     if value.shape[-1] != size:
         return f"it takes values of the head size of queries, {size}; got {value.shape[-1]}"
     if size % 8 or size > largest:
         return f"it takes head sizes that are multiples of 8 up to {largest}; got {size}"
-    return None
-
-
-def _unsupported_here(device: torch.device, dropout: float) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FIRST_CAPABILITY:
+    if (capability := _capability(query.device.type, query.device.index)) < FIRST_CAPABILITY:
         return f"it takes GPUs of compute capability {FIRST_CAPABILITY} and later; got {capability}"
-    if not _torch_serves(dropout) and find_spec("flash_attn") is None:
-        return (
-            f"{'its dropout is' if dropout else 'without flash attention in PyTorch it is'} flash-attn's, not installed"
-        )
-    return None
+    return _refusal("_flash", query.device.type, query.device.index, query.dtype)
 
 
-def _torch_serves(dropout: float) -> bool:
-    """Whether PyTorch's own kernel does, not flash-attn's."""
-    return not dropout and torch.backends.cuda.is_flash_attention_available()
+def _unsupported_by_efficient(band: Band | None, query: Tensor, value: Tensor) -> str | None:
+    if band not in ((None, None), (None, 0)):
+        return f"it serves `full` and `causal`; got the window {band}"
+    if query.dtype not in (*HALF, torch.float32):
+        return f"it takes {', '.join(map(str, (*HALF, torch.float32)))}; got {query.dtype}"
+    multiple = 4 if query.dtype == torch.float32 else 8
+    if query.shape[-1] % multiple or value.shape[-1] % multiple:
+        return f"it takes head sizes that are multiples of {multiple}; got {query.shape[-1]} and {value.shape[-1]}"
+    if query.dtype == torch.bfloat16 and _capability(query.device.type, query.device.index) < FIRST_CAPABILITY:
+        return f"it takes {query.dtype} on GPUs of compute capability {FIRST_CAPABILITY} and later"
+    return _refusal("_efficient", query.device.type, query.device.index, query.dtype)
 
 
-def _window(band: Band | None, longest: int) -> tuple[int, int]:
-    """`(left, right)` as the kernels take them: 32-bit, -1 for unbounded."""
-    assert band is not None
-    left, right = (-1 if bound is None else min(bound, longest) for bound in band)
-    return left, right
+@torch.compiler.assume_constant_result
+def _capability(device_type: str, index: int | None) -> tuple[int, int]:
+    return ON_META if device_type == "meta" else torch.cuda.get_device_capability(index)
 
 
-def _keys_by_query_sequence(plan: MaskPlan) -> tuple[Tensor | None, Tensor]:
-    """Places that bring keys into the order of the queries' sequences (`None`: they have it), and where those end."""
-    queries, keys = plan.layout, plan.key_layout
-    if queries is keys:
-        return None, keys.cu_seq_lens
-    partners = keys.rank.argsort()[queries.rank].tolist()
-    arranged = keys.reordered(partners)
-    return None if arranged is keys else keys.token_order(partners), arranged.cu_seq_lens
+@torch.compiler.assume_constant_result
+def _refusal(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """Why an operator does not work here, if it does not: it has no public name, and may be gone or changed."""
+    return _tried(name, device_type, index, dtype)
+
+
+@lru_cache
+def _tried(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    device = torch.device(device_type, index) if device_type == "cuda" else torch.device(device_type)
+    with torch.enable_grad(), torch.autocast(device_type, enabled=False) if device_type == "cuda" else _nothing():
+        states = torch.ones(8, 1, 16, device=device, dtype=dtype, requires_grad=True)
+        ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+        try:
+            output = globals()[name](Packed(states, states, states, ends, ends, 8, 8, (None, 0), 0.25, 0.0))
+            (grad,) = torch.autograd.grad(output.float().sum(), states)
+            is_right = device_type == "meta" or bool(((output - 1).abs() < 1e-2).all() & grad.isfinite().all())
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+            return f"PyTorch's operator does not work here: {error}"
+    return None if is_right else "PyTorch's operator gives wrong values here"
+
+
+def _nothing() -> Any:
+    return torch.autograd.set_grad_enabled(True)
+
+
+def _ends(plan: MaskPlan) -> tuple[Tensor, Tensor]:
+    """Where the sequences of queries and of keys end, tails included."""
+    layouts = plan.layout, plan.key_layout
+    pieces = max((-(-layout.num_tokens // TAIL_PIECE) for layout in layouts if layout.has_tail), default=0)
+    ends = _ends_of(plan.layout, pieces)
+    return ends, ends if plan.key_layout is plan.layout else _ends_of(plan.key_layout, pieces)
+
+
+def _ends_of(layout: SequenceLayout, pieces: int) -> Tensor:
+    """`(S + 1 + pieces,)` int32: `cu_seq_lens`, and the tail cut into so many, of which those left over are empty."""
+    ends = layout.cu_seq_lens
+    if not pieces:
+        return ends
+    further = torch.arange(1, pieces + 1, dtype=torch.int32, device=ends.device) * TAIL_PIECE
+    return torch.cat([ends, (ends[-1:] + further).clamp(max=layout.num_tokens)])

@@ -6,14 +6,14 @@ Shape legend: B rows of width T in the batch, S sequences, N real tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .frames import Frames
-from .graph_layout import GraphLayout
-from .layout import SequenceLayout, eager_only, integers
+from .graph_layout import layout_in_graph
+from .layout import SequenceLayout, eager_only, integers, reads_are_free
 
 # What transformers' and TRL's padding-free collators call the sequences of one row, beside `position_ids`.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -29,14 +29,13 @@ def layout_of_batch(
     *,
     position_ids: Tensor | None = None,
     packing: Mapping[str, Any] | None = None,
-    in_graph: bool = False,
 ) -> SequenceLayout:
     """Where the tokens of a batch of `shape` `(B, T)` sit.
 
     `lengths` say so, or `cu_seq_lens_q`, or `seq_idx`, or a 0/1 `attention_mask`, or `position_ids` that restart;
     without any of these all tokens are there, and each row is one sequence. An explicit `attention_mask` of three or
     four dimensions says nothing of that, and with one neither do `position_ids`. Tokens that are `missing` are left
-    out; the others keep their positions. With `in_graph` the layout is, where a graph is being made, a [`GraphLayout`].
+    out; the others keep their positions.
 
     Args:
         packing (`dict[str, Any]`): The arguments named in `PACKING`, as far as they are given.
@@ -46,28 +45,19 @@ def layout_of_batch(
     """
     packing = given(packing or {})
     lengths = stated_lengths(lengths, packing, shape, device)
-    if in_graph and torch.compiler.is_compiling() and "seq_idx" not in packing:
+    if torch.compiler.is_compiling() and "seq_idx" not in packing:
         explicit = is_explicit(attention_mask)
-        return cast(
-            SequenceLayout,
-            GraphLayout.of_batch(
-                shape,
-                device,
-                lengths,
-                None if explicit else attention_mask,
-                missing,
-                None if explicit or position_ids is None else per_token(position_ids, shape),
-            ),
+        return layout_in_graph(
+            shape,
+            device,
+            lengths,
+            None if explicit else attention_mask,
+            missing,
+            None if explicit or position_ids is None else per_token(position_ids, shape),
         )
-    return _layout_outside(shape, device, lengths, attention_mask, missing, position_ids, packing)
-
-
-@eager_only
-def _layout_outside(shape, device, lengths, attention_mask, missing, position_ids, packing) -> SequenceLayout:
-    frames = frames_of_batch(
+    return frames_of_batch(
         shape, device, lengths, attention_mask, missing, position_ids=position_ids, packing=packing
-    )
-    return frames.present.by_length()
+    ).present
 
 
 @eager_only
@@ -81,7 +71,7 @@ def frames_of_batch(
     position_ids: Tensor | None = None,
     packing: Mapping[str, Any] | None = None,
 ) -> Frames:
-    """As [`layout_of_batch`], with the tokens that are missing as well, in the batch's own order."""
+    """As [`layout_of_batch`], with the tokens that are missing as well."""
     packing = given(packing or {})
     lengths = stated_lengths(lengths, packing, shape, device)
     whole = SequenceLayout.of_batch(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
@@ -144,7 +134,7 @@ def stated_lengths(
     names = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if packing.get(name) is not None]
     if not names:
         return lengths
-    if torch.compiler.is_compiling():  # no value can be looked at; the layout checks the sum of the lengths
+    if not reads_are_free(device):  # no value is looked at
         name = names[0]
         return lengths if lengths is not None else integers(name, torch.as_tensor(packing[name], device=device)).diff()
     return _checked_ends({name: torch.as_tensor(packing[name], device=device) for name in names}, lengths, shape)
@@ -185,7 +175,7 @@ def _divided_by_index(whole: SequenceLayout, seq_idx: Tensor, is_stated: bool) -
 
 
 def _check_bounds(whole: SequenceLayout, packing: Mapping[str, Any]) -> None:
-    for name in ("max_length_q", "max_length_k"):
+    for name in ("max_length_q", "max_length_k") if reads_are_free(whole.device) else ():
         if name in packing and int(packing[name]) < whole.max_length:
             raise ValueError(
                 f"`{name}` must be at least the longest sequence's length, {whole.max_length}; got {int(packing[name])}"

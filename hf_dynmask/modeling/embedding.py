@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .graph_layout import GraphLayout
-from .layout import SequenceLayout, eager_only
+from .layout import Group, SequenceLayout, eager_only
 
 
 def embed_tokens(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
@@ -25,8 +24,9 @@ def embed_tokens(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) ->
 
 @eager_only
 def _embed_rows(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
-    layout = layout.settled() if isinstance(layout, GraphLayout) else layout
     groups = [group for group in layout.groups if group.length]
+    tail = layout.num_tokens - sum(layout.sizes)
+    groups += [Group(tail, 1)] if tail else []
     if not groups:  # no row to scale noise by
         return nn.functional.embedding(input_ids, table.get_parameter("weight"))
     pieces = input_ids[0].split([group.length * group.count for group in groups])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .layout import integers
+from .layout import integers, reads_are_free
 
 # Shape of each field a mask can read. Fields of one value a token may come apart for the keys, as `key_<name>`.
 FIELD_SHAPES = {
@@ -274,7 +274,7 @@ class _RangeExtremes:
         smallest = largest = None
         for level, (low, high) in enumerate(self.levels):
             here = level_of == level
-            if not here.any():
+            if reads_are_free(lo.device) and not here.any():
                 continue
             last = low.shape[1] - 1
             first, second = lo.clamp(0, last), (hi - 2**level + 1).clamp(0, last)

@@ -5,7 +5,7 @@ Shape legend: B rows of width T, S sequences, N real tokens in M = B * T places;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from .attention import attend as attend_outside
+from .attention_banded import attend as attend_banded
+from .attention_banded import unsupported as unsupported_by_banded
+from .attention_varlen import attend as attend_varlen
+from .attention_varlen import unsupported as unsupported_by_varlen
 from .compile_ops import operator
-from .graph_layout import GraphLayout, known
-from .masks import parse
+from .graph_layout import known
+from .layout import SequenceLayout
+from .masks import Band, parse
 from .plan import MaskPlan
 
 
@@ -23,9 +28,18 @@ class GraphPlan(NamedTuple):
     """What a [`MaskPlan`] is in a graph: what the operator makes one of."""
 
     mask: str
-    layout: GraphLayout
-    key_layout: GraphLayout
+    layout: SequenceLayout
+    key_layout: SequenceLayout
     fields: dict[str, Tensor]
+
+    @property
+    def band(self) -> Band | None:
+        """As [`MaskPlan.band`]."""
+        return band_of(self.mask)
+
+    def derived(self, make: Callable[..., Any]) -> Any:
+        """As [`MaskPlan.derived`]; a graph finds out itself what is the same for all layers."""
+        return make(self)
 
     @property
     def reads_scores(self) -> bool:
@@ -37,6 +51,19 @@ class GraphPlan(NamedTuple):
 def fields_of(mask: str) -> tuple[str, ...]:
     """Names of the fields that an expression reads; a graph takes them for constant."""
     return tuple(sorted(parse(mask).fields))
+
+
+@torch.compiler.assume_constant_result
+def band_of(mask: str) -> Band | None:
+    """The band of an expression, if it is one."""
+    return parse(mask).band()
+
+
+# Implementations that are traced into the graph, where the device is not the CPU.
+TRACED = {
+    "varlen": (attend_varlen, unsupported_by_varlen),
+    "banded": (attend_banded, unsupported_by_banded),
+}
 
 
 def attend(
@@ -52,6 +79,8 @@ def attend(
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with either kind of plan, and weights, which there are none of in a graph.
+
+    On a CPU, and where no traced implementation serves, the graph calls attention as an operator.
 
     See [`attend`] of `attention`, which both come to.
     """
@@ -70,6 +99,10 @@ def attend(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # the operator runs where autocast is over
         query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+    if device != "cpu" and key_scores is None and apply_mask_to == "scores":
+        for name, (attend_traced, unsupported) in TRACED.items():
+            if implementation in ("auto", name) and unsupported(plan, query, key, value, dropout) is None:
+                return attend_traced(query, key, value, plan, scaling=scaling, dropout=dropout)
     seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else None
     layouts = plan.layout.described, plan.key_layout.described
     tensors = query, key, value, key_scores, seed, *layouts, list(plan.fields.values())
@@ -107,7 +140,7 @@ def _random_from(seed: Tensor | None, device: torch.device) -> Iterator[None]:
 
 
 class Call(NamedTuple):
-    """The arguments of the attention operator. Tensors are flat, `(1, H, N, D)`; `key_scores (1, 1 | Hk, N)`."""
+    """The arguments of the attention operator. Tensors are packed, `(N, H, D)`; `key_scores (1, 1 | Hk, N)`."""
 
     query: Tensor
     key: Tensor
@@ -134,19 +167,21 @@ class Call(NamedTuple):
         return _plan(self.layout, self.key_layout, self.fields, self.mask, self.names)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_scores: Tensor | None = None) -> Tensor:
+        plan = self.plan
+        tokens, keys = plan.layout.num_tokens, plan.key_layout.num_tokens  # a graph has the tails as well
         with _random_from(self.seed, query.device):
             output, _ = attend_outside(
-                query,
-                key,
-                value,
-                self.plan,
+                query[:tokens],
+                key[:keys],
+                value[:keys],
+                plan,
                 scaling=self.scaling,
                 dropout=self.dropout,
                 apply_mask_to=self.apply_mask_to,
-                key_scores=key_scores,
+                key_scores=None if key_scores is None else key_scores[..., :keys],
                 implementation=self.implementation,
             )
-        return output
+        return torch.nn.functional.pad(output, (0, 0, 0, 0, 0, query.shape[0] - tokens))
 
 
 ARGUMENTS = (
@@ -155,40 +190,35 @@ ARGUMENTS = (
 )
 
 
-def _in_memory(heads: Tensor) -> Tensor:
-    """`(1, H, N, D)` such that the heads of a token are neighbours in memory: what a graph is told."""
-    return heads.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _unknown(heads: Tensor, size: int) -> Tensor:
-    """A tensor like that, of a head size, without values."""
-    return heads.new_empty(1, heads.shape[2], heads.shape[1], size).transpose(1, 2)
+def _unknown(states: Tensor, size: int) -> Tensor:
+    """A tensor like `(N, H, D)`, of a head size, without values."""
+    return states.new_empty(states.shape[0], states.shape[1], size)
 
 
 def _attention(*arguments) -> Tensor:
     call = Call(*arguments)
-    return _in_memory(call.attend(*call.states))
+    return call.attend(*call.states).contiguous()
 
 
 def _attention_shapes(*arguments) -> Tensor:
     call = Call(*arguments)
-    return _unknown(call.query, call.value.shape[3])
+    return _unknown(call.query, call.value.shape[2])
 
 
 def _backward(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and scores (empty without scores); attention is computed anew."""
+    """Gradients of query, key, value and scores (empty without scores); attention is computed again."""
     call = Call(*arguments)
     with torch.enable_grad():
         states = [x.detach().requires_grad_() for x in call.states]
         output = call.attend(*states)
     query, key, value, *scores = torch.autograd.grad(output, states, grad_output, materialize_grads=True)
     of_scores = scores[0].contiguous() if scores else grad_output.new_empty(0)
-    return _in_memory(query), _in_memory(key), _in_memory(value), of_scores
+    return query.contiguous(), key.contiguous(), value.contiguous(), of_scores
 
 
 def _backward_shapes(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*arguments)
-    query, key, value = (_unknown(x, x.shape[3]) for x in (call.query, call.key, call.value))
+    query, key, value = (_unknown(x, x.shape[2]) for x in (call.query, call.key, call.value))
     scores = call.key_scores
     return query, key, value, grad_output.new_empty(0) if scores is None else scores.new_empty(scores.shape)
 

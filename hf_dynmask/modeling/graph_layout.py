@@ -1,21 +1,21 @@
-"""The layout of a batch in a graph of `torch.compile` or `torch.export`: an operator makes it, as one tensor.
+"""The layout of a batch in a graph of `torch.compile` or `torch.export`: an operator reads it, outside the graph.
 
-One size of a graph is a value of the batch: how many tokens are real.
+One size of a graph is a value of the batch: how many tokens of its rows are real.
 
-Shape legend: B rows of width T, S sequences, N real tokens in M = B * T places.
+Shape legend: B rows of width T, S sequences, N tokens in M = B * T places.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .compile_ops import operator
-from .layout import IGNORE_INDEX, SequenceLayout, begins
+from .layout import SequenceLayout, size_of_graph
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Known:
     plans: dict[tuple[str, str], tuple[tuple[Tensor, ...], Any]] = field(default_factory=dict)  # each a `MaskPlan`
 
 
-# By the tensor itself, which every forward pass makes anew. Another one of the same values is as good, but slower.
+# By the tensor itself, which every forward pass makes again. Another one of the same values is as good, but slower.
 _known: Any = WeakTensorKeyDictionary()
 
 
@@ -38,21 +38,24 @@ def _describe(
     position_ids: Tensor | None,
     is_stated: bool,
 ) -> Tensor:
-    """A layout as one tensor `(2 * M + 2 * S + 3,)` int64: `indices` and `positions` of the tokens, each with zeros
-    behind them; `rank` and `lengths` of the sequences; B, T and N."""
+    """A layout as one tensor `(3 * M + S + 4,)` int64: `indices`, `positions` and `sequence_ids` of the tokens, and
+    behind them those of the tail, at the places that are left; `lengths` of the sequences; B, T, N and whether there
+    are gaps."""
     device = _given(lengths, attention_mask).device
     rows, width = shape
-    layout = SequenceLayout.of_batch((rows, width), device, lengths, attention_mask)
+    layout = SequenceLayout.of_batch((rows, width), device, lengths, attention_mask).trimmed()
     if position_ids is not None and layout.divided_by_positions(position_ids, is_stated) is not layout:
         raise ValueError(
             "`position_ids` that restart must come with `lengths` or `cu_seq_lens_q` in a graph, whose number of "
             f"sequences has to be known; got {position_ids.tolist()} alone"
         )
-    layout = (layout if missing is None else layout.without(missing)).by_length()
-    absent = layout.positions.new_zeros(rows * width - layout.num_tokens)
-    sizes = torch.tensor([rows, width, layout.num_tokens], device=device)
-    of_tokens = [layout.indices, absent, layout.positions, absent]
-    described = torch.cat([*of_tokens, layout.rank, layout.lengths, sizes])
+    layout = layout if missing is None else layout.without(missing)
+    is_absent = torch.ones(rows * width, dtype=torch.bool, device=device).index_fill(0, layout.places, False)
+    absent = is_absent.nonzero().squeeze(1)
+    of_tokens = [layout.places, absent, layout.positions, torch.zeros_like(absent)]
+    of_tokens += [layout.sequence_ids, torch.full_like(absent, layout.num_sequences)]
+    sizes = torch.tensor([rows, width, layout.num_tokens, layout.has_gaps], device=device)
+    described = torch.cat([*of_tokens, layout.lengths, sizes])
     _known[described] = Known(layout)
     return described
 
@@ -62,7 +65,7 @@ def _description(
 ) -> Tensor:
     sequences = shape[0] if lengths is None else lengths.shape[0]
     given = _given(lengths, attention_mask)
-    return given.new_empty(2 * shape[0] * shape[1] + 2 * sequences + 3, dtype=torch.long)
+    return given.new_empty(3 * shape[0] * shape[1] + sequences + 4, dtype=torch.long)
 
 
 def _given(lengths: Tensor | None, attention_mask: Tensor | None) -> Tensor:
@@ -80,115 +83,67 @@ LAYOUT = operator(
 
 
 def known(described: Tensor) -> Known:
-    """What there is of a layout that [`_describe`] gave, read anew from its tensor where nothing is."""
+    """What there is of a layout that [`_describe`] gave, read again from its tensor where nothing is."""
     if described not in _known:
-        rows, width, tokens = described[-3:].tolist()
-        places, sequences = rows * width, (described.numel() - 3) // 2 - rows * width
-        indices, positions, rank, lengths = described[:-3].clone().split([places, places, sequences, sequences])
-        layout = SequenceLayout((rows, width), tuple(lengths.tolist()), rank, indices[:tokens], positions[:tokens])
+        rows, width, tokens, has_gaps = described[-4:].tolist()
+        places = rows * width
+        sequences = described.numel() - 4 - 3 * places
+        indices, positions, ids, lengths = described[:-4].clone().split([places, places, places, sequences])
+        in_order = not has_gaps and bool((indices[:tokens] == torch.arange(tokens, device=indices.device)).all())
+        layout = SequenceLayout(
+            shape=(rows, width),
+            num_tokens=tokens,
+            lengths=lengths,
+            sequence_ids=ids[:tokens],
+            positions=positions[:tokens],
+            indices=None if in_order else indices[:tokens],
+            has_gaps=bool(has_gaps),
+            longest=width,
+        )
         _known[described] = Known(layout)
     return _known[described]
 
 
-class GraphLayout:
-    """What a [`SequenceLayout`] is in a graph: the same attributes and methods, as far as a graph needs them.
+def layout_in_graph(
+    shape: tuple[int, int],
+    device: torch.device,
+    lengths: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    missing: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> SequenceLayout:
+    """As [`SequenceLayout.of_batch`], in a graph; tokens that are `missing` are left out.
 
-    Attributes:
-        described (`Tensor`): The layout, as operators take it.
-        num_tokens (`int`): N; no graph knows its value, unless it follows from the shape.
+    A flat batch keeps all its places, so that every size of the graph is known.
+
+    Raises:
+        ValueError: As there, when the graph runs; or `position_ids` contradict `lengths`, or restart without them. Of a
+            flat batch that is not on the CPU, values are not read.
     """
-
-    def __init__(self, shape: tuple[int, int], described: Tensor, num_sequences: int, num_tokens: int | None = None):
-        self.shape = shape
-        self.described = described
-        self.num_sequences = num_sequences
-        places = shape[0] * shape[1]
-        indices, positions, self.rank, self.lengths, sizes = described.split(
-            [places, places, num_sequences, num_sequences, 3]
-        )
-        self.num_tokens = _size(sizes[2], places) if num_tokens is None else num_tokens
-        self.indices, self.positions = (values.narrow(0, 0, self.num_tokens) for values in (indices, positions))
-
-    @classmethod
-    def of_batch(
-        cls,
-        shape: tuple[int, int],
-        device: torch.device,
-        lengths: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        missing: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> GraphLayout:
-        """As [`SequenceLayout.of_batch`], which the operator calls; tokens that are `missing` are left out.
-
-        Raises:
-            ValueError: As there, when the graph runs; or `position_ids` contradict `lengths`, or restart without them.
-        """
-        is_stated = lengths is not None
-        is_full = attention_mask is None and missing is None and (lengths is None or lengths.shape[0] != shape[0])
-        if lengths is None and attention_mask is None:
-            lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
-        described = LAYOUT(list(shape), lengths, attention_mask, missing, position_ids, is_stated)
-        sequences = shape[0] if lengths is None else lengths.shape[0]
-        return cls(shape, described, sequences, shape[0] * shape[1] if is_full else None)
-
-    @property
-    def sequence_ids(self) -> Tensor:
-        """`(N,)` int64: place in the flat order of the sequence that each token belongs to."""
-        places = torch.arange(self.num_tokens, device=self.rank.device)
-        return torch.searchsorted(self.lengths.cumsum(0), places, right=True)
-
-    @property
-    def begins(self) -> Tensor:
-        """Bool `(N,)`: which tokens are the first of their sequence."""
-        return begins(self.sequence_ids)
-
-    def flatten(self, padded: Tensor) -> Tensor:
-        """`(B, T, ...)` as `(1, N, ...)`."""
-        if tuple(padded.shape[:2]) != tuple(self.shape):
-            raise ValueError(f"`padded` must have shape {(*self.shape, '...')}; got {tuple(padded.shape)}")
-        return padded.flatten(0, 1).index_select(0, self.indices).unsqueeze(0)
-
-    def unflatten(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
-        """`(1, N, ...)` as `(B, T, ...)`, `fill` where no token is."""
-        rows, width = self.shape
-        padded = flat.new_full((rows * width, *flat.shape[2:]), fill)
-        return padded.index_copy(0, self.indices, flat[0]).unflatten(0, (rows, width))
-
-    def first_tokens(self, flat: Tensor) -> Tensor:
-        """`(S, ...)`: first token of each sequence, in the batch's order of sequences; 0 for an empty one."""
-        return self._tokens_at(self.lengths.cumsum(0) - self.lengths, flat)
-
-    def last_tokens(self, flat: Tensor) -> Tensor:
-        """Last token of each sequence; see [`first_tokens`]."""
-        return self._tokens_at(self.lengths.cumsum(0) - 1, flat)
-
-    def _tokens_at(self, places: Tensor, flat: Tensor) -> Tensor:
-        with_none = torch.cat([flat[0], flat.new_zeros(1, *flat.shape[2:])])
-        tokens = with_none.index_select(0, places.where(self.lengths > 0, self.num_tokens))
-        return torch.zeros_like(tokens).index_copy(0, self.rank, tokens)
-
-    def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
-        """`(1, N, ...)` as `(S, T, ...)`: sequences in flat order, `fill` where they have no token."""
-        width = self.shape[1]
-        table = flat.new_full((self.num_sequences * width, *flat.shape[2:]), fill)
-        table = table.index_copy(0, self.sequence_ids * width + self.positions, flat[0])
-        return table.unflatten(0, (self.num_sequences, width))
-
-    def select_targets(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As [`SequenceLayout.select_targets`]."""
-        real = labels.flatten() != IGNORE_INDEX
-        places = (~real).to(torch.uint8).argsort(stable=True).narrow(0, 0, _size(real.sum(), real.shape[0]))
-        return states.flatten(0, labels.dim() - 1).index_select(0, places), labels.flatten().index_select(0, places)
-
-    def settled(self) -> SequenceLayout:
-        """Outside a graph: the [`SequenceLayout`]."""
-        return known(self.described).layout
-
-
-def _size(value: Tensor, most: int) -> int:
-    """A value as a size of the graph."""
-    size = cast(int, value.item())  # a symbol: no `int(...)` of it
-    torch._check(size >= 0)
-    torch._check(size <= most)
-    return size
+    is_flat = lengths is not None and lengths.shape[0] != shape[0]
+    is_full = lengths is None and attention_mask is None
+    sequences = shape[0] if lengths is None else lengths.shape[0]
+    given = torch.full((shape[0],), shape[1], dtype=torch.long, device=device) if is_full else lengths
+    described = LAYOUT(list(shape), given, attention_mask, missing, position_ids, lengths is not None)
+    if device.type != "cpu" and attention_mask is None and (is_flat or (is_full and missing is None)):
+        # Nothing is read: the operator serves attention that runs outside the graph, and is dropped if none does.
+        layout = SequenceLayout.of_batch(shape, device, lengths)
+        layout = layout if missing is None else layout.without(missing)
+        return replace(layout, described=described)
+    places = shape[0] * shape[1]
+    indices, positions, ids, of_sequences, sizes = described.split([places, places, places, sequences, 4])
+    is_whole = is_flat or (is_full and missing is None)
+    tokens = places if is_whole else size_of_graph(sizes[2], places)
+    indices, positions, ids = (values.narrow(0, 0, tokens) for values in (indices, positions, ids))
+    return SequenceLayout(
+        shape=shape,
+        num_tokens=tokens,
+        lengths=of_sequences,
+        sequence_ids=ids,
+        positions=positions,
+        indices=None if is_whole and missing is None else indices,
+        has_gaps=missing is not None,
+        has_tail=is_flat,
+        longest=shape[1],
+        described=described,
+    )

@@ -24,9 +24,8 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, given_input, is_explicit, layout_of_batch
-from .graph_layout import GraphLayout
-from .layout import SequenceLayout, eager_only, integers
-from .losses import sequence_loss, token_loss
+from .layout import SequenceLayout, eager_only, reads_are_free
+from .losses import flat_labels, sequence_loss, token_loss
 from .modeling_base import DynMaskBaseModel, known_keywords
 
 
@@ -35,20 +34,12 @@ def classifier_dropout(config: PreTrainedConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 
 
-def runs_in_graph(model: DynMaskBaseModel, output_attentions: bool | None = None, **_) -> bool:
-    """Whether a bare model can do with a [`GraphLayout`]: all can but the recurrent ones, unless asked for weights."""
-    if output_attentions is None:
-        output_attentions = model.config.output_attentions
-    return model.serves_graphs and not output_attentions
-
-
 def run_encoder(
     model: DynMaskBaseModel,
     lengths: Tensor | None = None,
     attention_mask: Tensor | None = None,
     missing: Tensor | None = None,
     input_features: Tensor | None = None,
-    in_graph: bool = True,
     **inputs,
 ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
     """Outputs of a bare model, of which `last_hidden_state (1, N, C)` is flat, and the layout that it is in."""
@@ -63,7 +54,6 @@ def run_encoder(
             missing,
             position_ids=inputs.get("position_ids"),
             packing=packing,
-            in_graph=in_graph and runs_in_graph(model, **inputs),
         )
     else:
         inputs["inputs_embeds"], layout = model.embed_features(
@@ -172,7 +162,7 @@ class TokenClassification(TaskModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = token_loss(logits, layout.flatten(integers("labels", labels)), num_items_in_batch)
+            loss = token_loss(logits, flat_labels("labels", labels, layout), num_items_in_batch)
         return loss, layout.unflatten(logits)
 
 
@@ -189,17 +179,17 @@ class SequenceClassification(TaskModel):
         logits = self.classifier(self.dropout(outputs.pooler_output))
         if labels is None:
             return None, logits
-        return sequence_loss(logits, labels, self.config, num_items_in_batch), logits
+        return sequence_loss(logits, labels, layout, self.config, num_items_in_batch), logits
 
 
 def in_columns(
     values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
     """A function of values `(1, N, …)` as `(B, columns, …)`: of the last columns alone, or of these; 0: of all. It is 0
-    where no token is, and, but for a graph, not computed elsewhere."""
+    where no token is, and, where lengths can be looked at, not computed elsewhere."""
     if isinstance(to_keep, int) and to_keep == 0:
         return layout.unflatten(function(values))
-    if isinstance(layout, GraphLayout):
+    if not reads_are_free(values.device):
         columns = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep.to(values.device)
         return layout.unflatten(function(values))[:, columns]
     return _in_some_columns(values, layout, to_keep, function)
@@ -215,7 +205,7 @@ def _in_some_columns(
     columns = to_keep.to(values.device)
     place = torch.full((width,), -1, device=values.device)
     place[columns] = torch.arange(len(columns), device=values.device)
-    row, column = layout.indices // max(width, 1), place[layout.indices % max(width, 1)]
+    row, column = layout.places // max(width, 1), place[layout.places % max(width, 1)]
     kept = column >= 0
     computed = function(values[0, kept])
     padded = computed.new_zeros(rows * len(columns), *computed.shape[1:])

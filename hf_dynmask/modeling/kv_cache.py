@@ -105,9 +105,8 @@ def _check_out_of_sight(plan: MaskPlan, whole: SequenceLayout, start: int) -> No
     """Raise where a query may see a later token, or one before column `start`."""
     if not plan.layout.num_tokens or "attention_mask" in plan.mask.fields:  # an explicit mask speaks for itself
         return
-    rows = plan.layout.rank.argsort()
-    first, last = (_extreme_positions(plan.layout)[end][rows][:, None] for end in (0, 1))
-    ends = _extreme_positions(whole)[1][whole.rank.argsort()][:, None]
+    first, last = (ends[:, None] for ends in _extreme_positions(plan.layout))
+    ends = _extreme_positions(whole)[1][:, None]
     fields = _with_unknown_tokens(plan.fields, whole.num_positions)
     _, never = plan.mask.classify_checked(first, last, ends + 1, torch.full_like(ends, FAR), fields)
     real = (last >= 0).expand_as(never)
@@ -119,7 +118,7 @@ def _check_out_of_sight(plan: MaskPlan, whole: SequenceLayout, start: int) -> No
     if start == 0:
         return
     dropped = whole.columns(0, start)
-    before = _extreme_positions(dropped)[1][dropped.rank.argsort()][:, None]
+    before = _extreme_positions(dropped)[1][:, None]
     _, never = plan.mask.classify_checked(first, last, torch.zeros_like(before), before.clamp(min=0), plan.fields)
     if not never[real & (before >= 0)].all():
         raise ValueError(
@@ -129,7 +128,7 @@ def _check_out_of_sight(plan: MaskPlan, whole: SequenceLayout, start: int) -> No
 
 
 def _extreme_positions(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-    """Position of the first and of the last token of each sequence `(S,)` in flat order; -1 for an empty one."""
+    """Position of the first and of the last token of each sequence `(S,)`; -1 for an empty one."""
     ends = layout.cu_seq_lens.long()
     empty = layout.lengths == 0
     positions = torch.nn.functional.pad(layout.positions, (0, 1), value=-1)

@@ -1,14 +1,14 @@
 """Where the real tokens of a batch sit: lengths, 0/1 attention masks and `cu_seq_lens` in one immutable object.
 
-Shape legend: B rows of width T in the batch, S sequences, N real tokens.
+Shape legend: B rows of width T in the batch, S sequences, N tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, groupby
+from dataclasses import dataclass, replace
+from functools import cached_property, wraps
+from itertools import groupby
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -20,11 +20,22 @@ IGNORE_INDEX = -100  # of a label that is none
 
 def eager_only(function: F) -> F:
     """Keep `torch.compile` out of `function`: lengths are values of the host, and every batch has others."""
-    return cast(F, torch.compiler.disable(function, reason="it reads lengths on the host"))
+    outside = torch.compiler.disable(function, reason="it reads lengths on the host")
+
+    @wraps(function)
+    def called(*args, **kwargs):  # the compiler's own wrapper takes time where no graph is made
+        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return cast(F, called)
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host may look at values: it waits for those of other devices, and a graph has none."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Group(NamedTuple):
-    """A run of neighbouring sequences of one length in the flat order: one attention call serves them all."""
+    """A run of neighbouring sequences of one length: one call serves them all."""
 
     length: int
     count: int
@@ -32,23 +43,37 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """Which tokens of a `(B, T)` batch exist, and the order in which they stand in flat `(1, N, ...)` tensors.
+    """Which tokens of a `(B, T)` batch exist, and where they stand in flat `(1, N, ...)` tensors.
 
-    Make one with [`from_lengths`], [`from_attention_mask`] or [`from_cu_seq_lens`].
+    Flat tensors hold sequence after sequence, in the batch's order. Make a layout with [`from_lengths`],
+    [`from_attention_mask`] or [`from_cu_seq_lens`]. It is made of tensors on the batch's device, the same in eager mode
+    and in graphs; what is read on the host, such as `sizes`, is read when somebody asks.
 
     Attributes:
         shape (`tuple[int, int]`): `(B, T)` of the batch.
-        sizes (`tuple[int, ...]`): Real tokens of each sequence in flat order, on the host.
-        rank (`Tensor` of shape `(S,)`, int64): Which of the batch's sequences stands at each place of the flat order.
-        indices (`Tensor` of shape `(N,)`, int64): Place of each flat token in the row-major `(B * T)` batch.
-        positions (`Tensor` of shape `(N,)`, int64): Index of each flat token in its own sequence, from 0.
+        num_tokens (`int`): N. Where it would have to be read from a device, a flat batch keeps all T places.
+        lengths (`Tensor` of shape `(S,)`, int64): Real tokens of each sequence.
+        sequence_ids (`Tensor` of shape `(N,)`, int64): Which sequence each token belongs to; S in the tail.
+        positions (`Tensor` of shape `(N,)`, int64): Index of each token in its own sequence, from 0; 0 in the tail.
+        indices (`Tensor` of shape `(N,)`, int64, *optional*):
+            Place of each token in the row-major `(B * T)` batch. `None`: they are its first N places, and flattening is
+            a view.
+        has_gaps (`bool`): Whether sequences may lack tokens, or begin behind position 0.
+        has_tail (`bool`): Whether the last of the N tokens may be of no sequence: places that a flat batch left unused.
+        longest (`int`): A bound of the positions in a sequence.
+        described (`Tensor`, *optional*): In a graph, what its operators know the layout by.
     """
 
     shape: tuple[int, int]
-    sizes: tuple[int, ...]
-    rank: Tensor
-    indices: Tensor
+    num_tokens: int
+    lengths: Tensor
+    sequence_ids: Tensor
     positions: Tensor
+    indices: Tensor | None = None
+    has_gaps: bool = False
+    has_tail: bool = False
+    longest: int = 0
+    described: Tensor | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, shape: tuple[int, int] | None = None) -> SequenceLayout:
@@ -57,29 +82,52 @@ class SequenceLayout:
         Args:
             lengths (`Tensor` of shape `(B,)` or `(S,)`, integer):
                 Tokens of each row; or, for a batch of one row, of each of the S sequences that stand in it end to end.
+                Places behind the last one are absent.
             shape (`tuple[int, int]`, *optional*): `(B, T)` of the batch. `None`: one flat row, `(1, sum(lengths))`.
 
         Raises:
             ValueError: `lengths` is not a vector of integers, has the wrong size, is negative or beyond T; or the
-                lengths of a flat row do not add up to T.
+                lengths of a flat row add up to more than T. Of a flat row that is not on the CPU, values are not read.
         """
-        sizes = checked_lengths("lengths", lengths)
+        lengths = vector("lengths", lengths)
         if shape is None:
-            shape = (1, sum(sizes))
+            shape = (1, sum(checked_lengths("lengths", lengths)))
         rows, width = shape
-        if len(sizes) == rows:
-            _check_within(sizes, width)
-            starts = [row * width for row in range(rows)]
-        elif rows == 1:
-            _check_flat(sizes, width)
-            starts = _cumulative(sizes)[:-1]
-        else:
+        if lengths.shape[0] != rows and rows != 1:
             raise ValueError(
                 f"`lengths` must have one entry a row, shape ({rows},), or belong to a flat batch of one row; "
-                f"got shape ({len(sizes)},) for input of shape {tuple(shape)}"
+                f"got shape ({lengths.shape[0]},) for input of shape {tuple(shape)}"
             )
-        rank = torch.arange(len(sizes), device=lengths.device)
-        return cls._from_starts(shape, sizes, rank, torch.tensor(starts, dtype=torch.long, device=lengths.device))
+        if lengths.shape[0] == 1 or rows != 1:
+            return cls._of_rows(shape, lengths)
+        return cls._of_flat_row(shape, lengths)
+
+    @classmethod
+    def _of_rows(cls, shape: tuple[int, int], lengths: Tensor) -> SequenceLayout:
+        rows, width = shape
+        tokens = _read_total(lengths, width, of_each=True)
+        sequence_ids, positions = ids_and_positions(lengths, tokens)
+        indices = None if tokens == rows * width else sequence_ids * width + positions
+        return cls(shape, tokens, lengths, sequence_ids, positions, indices, longest=width)
+
+    @classmethod
+    def _of_flat_row(cls, shape: tuple[int, int], lengths: Tensor) -> SequenceLayout:
+        width = shape[1]
+        has_tail = not reads_are_free(lengths.device)
+        tokens = width if has_tail else _read_total(lengths, width, of_each=False)
+        sequence_ids, positions = ids_and_positions(lengths, tokens, has_tail)
+        return cls(shape, tokens, lengths, sequence_ids, positions, has_tail=has_tail, longest=width)
+
+    @classmethod
+    def full(cls, shape: tuple[int, int], device: torch.device) -> SequenceLayout:
+        """Layout of rows that are all of real tokens."""
+        rows, width = shape
+        places = torch.arange(rows * width, device=device)
+        lengths = torch.full((rows,), width, dtype=torch.long, device=device)
+        if rows == 1:
+            return cls(shape, width, lengths, torch.zeros_like(places), places, longest=width)
+        row = places.div(max(width, 1), rounding_mode="floor")
+        return cls(shape, rows * width, lengths, row, places - row * width, longest=width)
 
     @classmethod
     def from_attention_mask(cls, attention_mask: Tensor) -> SequenceLayout:
@@ -93,18 +141,20 @@ class SequenceLayout:
         """
         if attention_mask.dim() != 2:
             raise ValueError(f"`attention_mask` must have shape (batch, width); got {tuple(attention_mask.shape)}")
-        present = attention_mask.bool()
-        if attention_mask.dtype != torch.bool and not torch.equal(present.to(attention_mask.dtype), attention_mask):
+        present, is_binary = attention_mask.bool(), None
+        if attention_mask.dtype != torch.bool:
+            is_binary = (present.to(attention_mask.dtype) == attention_mask).all()
+        lengths = present.sum(1)
+        tokens = lengths.sum() if is_binary is None else lengths.sum().where(is_binary, -1)
+        tokens = int(tokens)  # the one host read
+        if tokens < 0:
             raise not_binary("attention_mask", attention_mask)
         rows, width = attention_mask.shape
-        positions = present.cumsum(1) - 1
-        return cls(
-            shape=(rows, width),
-            sizes=tuple(present.sum(1).tolist()),
-            rank=torch.arange(rows, device=attention_mask.device),
-            indices=present.flatten().nonzero().squeeze(1),
-            positions=positions[present],
-        )
+        places = _true_places(present.flatten(), tokens)
+        row = places.div(max(width, 1), rounding_mode="floor")
+        positions = (present.cumsum(1) - 1).flatten()[places]
+        indices = None if tokens == rows * width else places
+        return cls((rows, width), tokens, lengths, row, positions, indices, longest=width)
 
     @classmethod
     def from_cu_seq_lens(cls, cu_seq_lens: Tensor) -> SequenceLayout:
@@ -116,14 +166,10 @@ class SequenceLayout:
         Raises:
             ValueError: `cu_seq_lens` is not a vector of integers that starts at 0 and never falls.
         """
-        cu_seq_lens = _vector("cu_seq_lens", cu_seq_lens)
+        cu_seq_lens = vector("cu_seq_lens", cu_seq_lens)
         if cu_seq_lens.numel() == 0 or cu_seq_lens[0] != 0 or (cu_seq_lens.diff() < 0).any():
             raise ValueError(f"`cu_seq_lens` must start at 0 and never fall; got {cu_seq_lens.tolist()}")
-        total = int(cu_seq_lens[-1])
-        lengths = cu_seq_lens.diff()
-        if lengths.numel() == 1:  # one sequence: the same as a row that is full
-            return cls.from_lengths(lengths, (1, total))
-        return cls.from_lengths(lengths)
+        return cls.from_lengths(cu_seq_lens.diff(), (1, int(cu_seq_lens[-1])))
 
     @classmethod
     def of_batch(
@@ -142,49 +188,21 @@ class SequenceLayout:
         if attention_mask is not None and tuple(attention_mask.shape) != shape:
             raise ValueError(f"`attention_mask` must have the input's shape {shape}; got {tuple(attention_mask.shape)}")
         if lengths is None:
-            if attention_mask is not None:
-                return cls.from_attention_mask(attention_mask)
-            lengths = torch.full((shape[0],), shape[1], dtype=torch.long, device=device)
+            return cls.full(shape, device) if attention_mask is None else cls.from_attention_mask(attention_mask)
         layout = cls.from_lengths(lengths, shape)
         if attention_mask is not None:
-            masked = cls.from_attention_mask(attention_mask)
-            if not torch.equal(masked.indices, layout.indices):
-                raise ValueError(
-                    f"`lengths` and `attention_mask` must name the same tokens; got lengths {lengths.tolist()} and a "
-                    f"mask with {list(masked.sizes)} tokens a row (padding on the right is what lengths mean)"
-                )
+            layout._check_same_tokens(lengths, attention_mask)
         return layout
 
-    @classmethod
-    def _from_starts(
-        cls, shape: tuple[int, int], sizes: tuple[int, ...], rank: Tensor, starts: Tensor
-    ) -> SequenceLayout:
-        """`starts (S,)` is the place of each sequence's first token in the row-major batch."""
-        lengths = torch.tensor(sizes, dtype=torch.long, device=rank.device)
-        sequence = sequence_ids_from_lengths(lengths, sum(sizes))
-        positions = torch.arange(sum(sizes), device=rank.device) - (lengths.cumsum(0) - lengths)[sequence]
-        return cls(shape=shape, sizes=sizes, rank=rank, indices=positions + starts[sequence], positions=positions)
-
-    def by_length(self) -> SequenceLayout:
-        """The same batch with its flat order sorted by length, so that equal lengths are neighbours (stable)."""
-        return self.reordered(sorted(range(self.num_sequences), key=self.sizes.__getitem__))
-
-    def reordered(self, order: list[int]) -> SequenceLayout:
-        """The same batch with another flat order.
-
-        Args:
-            order (`list[int]`, S entries): Place in today's flat order of the sequence that is to stand at each place.
-        """
-        if order == list(range(self.num_sequences)):
-            return self
-        tokens = self.token_order(order)
-        return SequenceLayout(
-            shape=self.shape,
-            sizes=tuple(self.sizes[place] for place in order),
-            rank=self.rank[torch.tensor(order, dtype=torch.long, device=self.rank.device)],
-            indices=self.indices[tokens],
-            positions=self.positions[tokens],
-        )
+    @eager_only
+    def _check_same_tokens(self, lengths: Tensor, attention_mask: Tensor) -> None:
+        layout = self.trimmed()
+        masked = self.from_attention_mask(attention_mask)
+        if layout.num_tokens != masked.num_tokens or not torch.equal(masked.places, layout.places):
+            raise ValueError(
+                f"`lengths` and `attention_mask` must name the same tokens; got lengths {lengths.tolist()} and a "
+                f"mask with {list(masked.sizes)} tokens a row (padding on the right is what lengths mean)"
+            )
 
     def without(self, missing: Tensor) -> SequenceLayout:
         """The same batch without some tokens; the others keep their positions.
@@ -199,9 +217,48 @@ class SequenceLayout:
             raise ValueError(
                 f"`missing` must be bool of shape {tuple(self.shape)}; got {missing.dtype} {tuple(missing.shape)}"
             )
-        kept = ~missing.flatten()[self.indices]
-        sizes = torch.zeros_like(self.lengths).index_add_(0, self.sequence_ids, kept.long())
-        return SequenceLayout(self.shape, tuple(sizes.tolist()), self.rank, self.indices[kept], self.positions[kept])
+        kept = ~self.flatten(missing)[0] & self.is_real
+        if self.has_tail:  # they join the tail
+            order = (~kept).to(torch.uint8).argsort(stable=True)
+            return self._chosen(order, self._count(kept), kept=kept)
+        tokens = int(kept.sum())
+        return self._chosen(_true_places(kept, tokens), self._count(kept))
+
+    def _count(self, kept: Tensor) -> Tensor:
+        """`(S,)` int64: of each sequence, the tokens that are `kept (N,)`."""
+        counts = self.lengths.new_zeros(self.num_sequences + self.has_tail)
+        return counts.index_add(0, self.sequence_ids, kept.long())[: self.num_sequences]
+
+    def _chosen(self, tokens: Tensor, lengths: Tensor, kept: Tensor | None = None) -> SequenceLayout:
+        """The layout of some of the tokens, or of all in another order, where some are not `kept (N,)`."""
+        sequence_ids, positions = self.sequence_ids, self.positions
+        if kept is not None:
+            sequence_ids = sequence_ids.where(kept, self.num_sequences)
+            positions = positions.where(kept, 0)
+        return replace(
+            self,
+            num_tokens=tokens.shape[0],
+            lengths=lengths,
+            sequence_ids=sequence_ids[tokens],
+            positions=positions[tokens],
+            indices=self.places[tokens],
+            has_gaps=True,
+        )
+
+    @eager_only
+    def trimmed(self) -> SequenceLayout:
+        """The layout without its tail, which takes one host read."""
+        if not self.has_tail:
+            return self
+        tokens = int(self.lengths.sum())
+        return replace(
+            self,
+            num_tokens=tokens,
+            sequence_ids=self.sequence_ids[:tokens],
+            positions=self.positions[:tokens],
+            indices=None if self.indices is None else self.indices[:tokens],
+            has_tail=False,
+        )
 
     def divided(self, begins: Tensor) -> SequenceLayout:
         """The same tokens as more sequences, whose positions count from 0 again.
@@ -210,23 +267,17 @@ class SequenceLayout:
             begins (bool `Tensor` of shape `(N,)`): Tokens that begin a sequence, beside the first of each present one.
         """
         begins = begins | self.begins
-        if torch.equal(begins, self.begins):
+        numbers = begins.cumsum(0)
+        empty = (self.lengths == 0).sum()
+        if (sequences := int(numbers[-1:].sum() + empty)) == self.num_sequences:
             return self
-        firsts = begins.nonzero().squeeze(1)
-        pieces = iter(torch.nn.functional.pad(firsts, (0, 1), value=self.num_tokens).diff().tolist())
-        sizes = []
-        for size in self.sizes:
-            sizes.append(next(pieces) if size else 0)
-            while (rest := size - sizes[-1]) > 0:
-                size = rest
-                sizes.append(next(pieces))
-        return SequenceLayout(
-            shape=self.shape,
-            sizes=tuple(sizes),
-            rank=torch.arange(len(sizes), device=self.rank.device),
-            indices=self.indices,
-            positions=self.positions - self.positions[firsts][begins.cumsum(0) - 1],
-        )
+        # An empty sequence keeps its place among the others.
+        before = (self.lengths == 0).cumsum(0)[self.sequence_ids]
+        sequence_ids = numbers - 1 + before
+        lengths = _counts(sequence_ids, sequences)
+        firsts = (lengths.cumsum(0) - lengths)[sequence_ids]
+        positions = self.positions - self.positions[firsts]
+        return replace(self, lengths=lengths, sequence_ids=sequence_ids, positions=positions)
 
     def divided_by_positions(self, position_ids: Tensor, is_stated: bool) -> SequenceLayout:
         """The layout with a sequence for each time that positions restart: go back to the first one of their sequence.
@@ -238,13 +289,15 @@ class SequenceLayout:
         Raises:
             ValueError: It has, and positions restart inside a sequence, or go on from one to the next in a row.
         """
+        if is_stated and not reads_are_free(position_ids.device):
+            return self
         positions = self.flatten(position_ids)[0]
         step, begins = positions.diff(), self.begins[1:]
-        firsts = positions[self.cu_seq_lens[:-1].long()[self.sequence_ids]]
+        firsts = positions[self.starts[self.sequence_ids]]
         restarts = ~begins & (positions[1:] == firsts[1:]) & (step <= 0)
         if not is_stated:
             return self.divided(torch.nn.functional.pad(restarts, (1, 0))[: self.num_tokens])
-        goes_on = begins & (step == 1) & (self.indices // max(self.shape[1], 1)).diff().eq(0)
+        goes_on = begins & (step == 1) & (self.places // max(self.shape[1], 1)).diff().eq(0)
         if (restarts & (step < 0)).any() or goes_on.any():
             raise ValueError(
                 f"`position_ids` must restart where sequences begin and only there; got {positions.tolist()} for "
@@ -256,8 +309,8 @@ class SequenceLayout:
         """The same tokens, in the same flat order, with a row for each sequence, in which they stand by position."""
         if self.num_sequences == self.shape[0]:
             return self
-        indices = self.rank[self.sequence_ids] * self.num_positions + self.positions
-        return SequenceLayout((self.num_sequences, self.num_positions), self.sizes, self.rank, indices, self.positions)
+        indices = self.sequence_ids * self.num_positions + self.positions
+        return replace(self, shape=(self.num_sequences, self.num_positions), indices=indices)
 
     def columns(self, start: int, stop: int) -> SequenceLayout:
         """Some columns of a batch of rows, `(B, stop - start)`; the tokens in them keep their positions.
@@ -270,27 +323,52 @@ class SequenceLayout:
             return self
         if self.num_sequences != rows:
             raise ValueError(f"columns need a batch with one sequence a row; got {self.num_sequences} in {rows} rows")
-        column = self.indices % width
+        column = self.places % width
         kept = (column >= start) & (column < stop)
-        sizes = torch.zeros_like(self.lengths).index_add_(0, self.sequence_ids, kept.long())
-        indices = (self.indices // width * (stop - start) + column - start)[kept]
-        return SequenceLayout((rows, stop - start), tuple(sizes.tolist()), self.rank, indices, self.positions[kept])
-
-    def token_order(self, order: list[int]) -> Tensor:
-        """`(N,)` int64: place in today's flat order of each token after [`reordered`]."""
-        starts = _cumulative(self.sizes)
-        pieces = [torch.arange(starts[place], starts[place + 1]) for place in order]
-        return torch.cat(pieces or [torch.empty(0, dtype=torch.long)]).to(self.rank.device)
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the real tokens of the batch."""
-        return self.indices.numel()
+        found = self._chosen(_true_places(kept, int(kept.sum())), self._count(kept))
+        indices = found.places // width * (stop - start) + found.places % width - start
+        return replace(found, shape=(rows, stop - start), indices=indices)
 
     @property
     def num_sequences(self) -> int:
         """S, the sequences of the batch, empty ones included."""
-        return len(self.sizes)
+        return self.lengths.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Of all its tensors."""
+        return self.lengths.device
+
+    @property
+    def starts(self) -> Tensor:
+        """`(S,)` int64: the flat place at which each sequence starts."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @property
+    def cu_seq_lens(self) -> Tensor:
+        """`(S + 1,)` int32: 0, then the end of each sequence in flat order."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+    @property
+    def places(self) -> Tensor:
+        """`(N,)` int64: place of each token in the row-major `(B * T)` batch."""
+        return torch.arange(self.num_tokens, device=self.device) if self.indices is None else self.indices
+
+    @property
+    def is_real(self) -> Tensor:
+        """Bool `(N,)`: which tokens are of a sequence."""
+        return self.sequence_ids < self.num_sequences
+
+    @property
+    def begins(self) -> Tensor:
+        """Bool `(N,)`: which tokens are the first of their sequence."""
+        is_first = torch.arange(self.num_tokens, device=self.device) == 0
+        return is_first | (self.sequence_ids != rolled(self.sequence_ids, 1))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Real tokens of each sequence, on the host."""
+        return tuple(self.lengths.tolist())
 
     @property
     def max_length(self) -> int:
@@ -298,55 +376,20 @@ class SequenceLayout:
         return max(self.sizes, default=0)
 
     @cached_property
-    def lengths(self) -> Tensor:
-        """`(S,)` int64: real tokens of each sequence in flat order."""
-        return torch.tensor(self.sizes, dtype=torch.long, device=self.rank.device)
-
-    @cached_property
-    def cu_seq_lens(self) -> Tensor:
-        """`(S + 1,)` int32: 0, then the end of each sequence in flat order."""
-        return torch.tensor(_cumulative(self.sizes), dtype=torch.int32, device=self.rank.device)
-
-    @cached_property
-    def sequence_ids(self) -> Tensor:
-        """`(N,)` int64: place in the flat order of the sequence that each token belongs to."""
-        return sequence_ids_from_lengths(self.lengths, self.num_tokens)
-
-    @cached_property
-    def begins(self) -> Tensor:
-        """Bool `(N,)`: which tokens are the first of their sequence."""
-        return begins(self.sequence_ids)
-
-    @cached_property
-    def is_contiguous(self) -> bool:
-        """Whether the flat order is the batch's own row-major order with nothing absent: flattening is a view."""
-        rows, width = self.shape
-        if self.num_tokens != rows * width:
-            return False
-        return bool((self.indices == torch.arange(rows * width, device=self.indices.device)).all())
-
-    @cached_property
-    def is_sorted(self) -> bool:
-        """Whether equal lengths are neighbours in the flat order."""
-        return len(self.groups) == len(set(self.sizes))
-
-    @cached_property
-    def has_gaps(self) -> bool:
-        """Whether some sequence lacks tokens before its last one: see [`without`]."""
-        places = torch.arange(self.num_tokens, device=self.rank.device)
-        return not torch.equal(places - self.cu_seq_lens[:-1].long()[self.sequence_ids], self.positions)
-
-    @cached_property
     def num_positions(self) -> int:
         """Positions of the batch's longest sequence, missing tokens included; 0 for an empty batch."""
         return int(self.positions.max()) + 1 if self.num_tokens else 0
 
-    @cached_property
+    @property
+    def position_bound(self) -> int:
+        """`num_positions`, or a bound of it where the host would have to wait for that."""
+        return self.num_positions if reads_are_free(self.device) else self.longest
+
+    @property
     def groups(self) -> tuple[Group, ...]:
-        """Runs of neighbouring sequences of one length, in flat order."""
+        """Runs of neighbouring sequences of one length."""
         return tuple(Group(length, sum(1 for _ in run)) for length, run in groupby(self.sizes))
 
-    @eager_only
     def flatten(self, padded: Tensor) -> Tensor:
         """Keep the real tokens alone.
 
@@ -354,22 +397,31 @@ class SequenceLayout:
             padded (`Tensor` of shape `(B, T, ...)`): Any tensor in the batch's layout.
 
         Returns:
-            `Tensor` of shape `(1, N, ...)`: the real tokens in flat order; a view where nothing is absent.
+            `Tensor` of shape `(1, N, ...)`: the tokens in flat order; a view where `indices` are `None`.
 
         Raises:
             ValueError: The first two dimensions are not `(B, T)`.
         """
         if tuple(padded.shape[:2]) != tuple(self.shape):
             raise ValueError(f"`padded` must have shape {(*self.shape, '...')}; got {tuple(padded.shape)}")
-        rows = padded.reshape(self.shape[0] * self.shape[1], *padded.shape[2:])
-        return (rows if self.is_contiguous else rows.index_select(0, self.indices)).unsqueeze(0)
+        rows = padded.flatten(0, 1)
+        if self.indices is not None:
+            return rows.index_select(0, self.indices).unsqueeze(0)
+        return (rows if rows.shape[0] == self.num_tokens else rows[: self.num_tokens]).unsqueeze(0)
 
-    @eager_only
+    def flatten_values(self, padded: Tensor, fill: float | int | bool = 0) -> Tensor:
+        """[`flatten`] with `fill` in the tail, in which any value may stand, NaN included."""
+        flat = self.flatten(padded)
+        if not self.has_tail:
+            return flat
+        is_real = self.is_real.view(1, -1, *(1,) * (flat.dim() - 2))
+        return flat.masked_fill(~is_real, fill)
+
     def unflatten(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
         """Put the real tokens back where they came from; the inverse of [`flatten`].
 
         Args:
-            flat (`Tensor` of shape `(1, N, ...)`): The real tokens in flat order.
+            flat (`Tensor` of shape `(1, N, ...)`): The tokens in flat order.
             fill (*optional*, defaults to 0): Value of absent places.
 
         Returns:
@@ -381,10 +433,12 @@ class SequenceLayout:
         if tuple(flat.shape[:2]) != (1, self.num_tokens):
             raise ValueError(f"`flat` must have shape {(1, self.num_tokens, '...')}; got {tuple(flat.shape)}")
         rows, width = self.shape
-        if self.is_contiguous:
-            return flat.reshape(rows, width, *flat.shape[2:])
+        if self.has_tail:
+            flat = flat.masked_fill(~self.is_real.view(1, -1, *(1,) * (flat.dim() - 2)), fill)
+        if self.indices is None and self.num_tokens == rows * width:
+            return flat[0].unflatten(0, (rows, width))
         padded = flat.new_full((rows * width, *flat.shape[2:]), fill)
-        return padded.index_copy_(0, self.indices, flat[0]).view(rows, width, *flat.shape[2:])
+        return padded.index_copy(0, self.places, flat[0]).unflatten(0, (rows, width))
 
     def flatten_heads(self, padded: Tensor) -> Tensor:
         """`(B, H, T, D)` as flat `(1, H, N, D)`."""
@@ -394,73 +448,109 @@ class SequenceLayout:
         """Flat `(1, H, N, D)` as `(B, H, T, D)`, 0 where no token is."""
         return self.unflatten(flat.transpose(1, 2)).transpose(1, 2)
 
-    @eager_only
     def first_tokens(self, flat: Tensor) -> Tensor:
-        """First token of each of the batch's sequences.
+        """First token of each sequence.
 
         Args:
-            flat (`Tensor` of shape `(1, N, ...)`): The real tokens in flat order.
+            flat (`Tensor` of shape `(1, N, ...)`): The tokens in flat order.
 
         Returns:
-            `Tensor` of shape `(S, ...)`: in the order in which the batch names its sequences; 0 for an empty one.
+            `Tensor` of shape `(S, ...)`; 0 for an empty sequence.
         """
-        return self._tokens_at(self.cu_seq_lens[:-1].long(), flat)
+        return self._tokens_at(self.starts, flat)
 
-    @eager_only
     def last_tokens(self, flat: Tensor) -> Tensor:
-        """Last token of each of the batch's sequences; see [`first_tokens`]."""
-        return self._tokens_at(self.cu_seq_lens[1:].long() - 1, flat)
+        """Last token of each sequence; see [`first_tokens`]."""
+        return self._tokens_at(self.lengths.cumsum(0) - 1, flat)
 
     def _tokens_at(self, places: Tensor, flat: Tensor) -> Tensor:
-        """The token at one place in each sequence that has any, in the batch's order of sequences."""
-        if 0 not in self.sizes:
-            return flat[0].index_select(0, torch.empty_like(places).scatter_(0, self.rank, places))
-        full = self.lengths > 0
-        tokens = flat.new_zeros(self.num_sequences, *flat.shape[2:])
-        return tokens.index_copy_(0, self.rank[full], flat[0].index_select(0, places[full]))
+        """The token at one place in each sequence that has any."""
+        tokens = flat[0]
+        if reads_are_free(self.device) and 0 not in self.sizes:
+            return tokens.index_select(0, places)
+        with_none = torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])
+        return with_none.index_select(0, places.where(self.lengths > 0, self.num_tokens))
 
-    @eager_only
     def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
         """Values by sequence and position.
 
         Args:
-            flat (`Tensor` of shape `(1, N, ...)`): Values of the real tokens in flat order.
+            flat (`Tensor` of shape `(1, N, ...)`): Values of the tokens in flat order.
             fill (*optional*, defaults to 0): Value where a sequence has no token.
 
         Returns:
-            `Tensor` of shape `(S, max position + 1, ...)`: sequences in flat order.
+            `Tensor` of shape `(S, P, ...)`: P is `position_bound`.
         """
-        table = flat.new_full((self.num_sequences, self.num_positions, *flat.shape[2:]), fill)
-        return table.index_put_((self.sequence_ids, self.positions), flat[0])
-
-    @eager_only
-    def select_targets(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """`states (..., C)` and `labels (...)` where those are not -100: `(targets, C)` and `(targets,)`."""
-        real = labels != IGNORE_INDEX
-        return states[real], labels[real]
+        width = self.position_bound
+        rows = self.num_sequences + self.has_tail
+        table = flat.new_full((rows * width, *flat.shape[2:]), fill)
+        table = table.index_copy(0, self.sequence_ids * width + self.positions, flat[0])
+        return table.unflatten(0, (rows, width))[: self.num_sequences]
 
     def to(self, device: torch.device | str) -> SequenceLayout:
         """The same layout with its tensors on `device`."""
-        if self.rank.device == torch.device(device):
+        if self.device == torch.device(device):
             return self
-        tensors = (tensor.to(device) for tensor in (self.rank, self.indices, self.positions))
-        return SequenceLayout(self.shape, self.sizes, *tensors)
+        return replace(
+            self,
+            lengths=self.lengths.to(device),
+            sequence_ids=self.sequence_ids.to(device),
+            positions=self.positions.to(device),
+            indices=None if self.indices is None else self.indices.to(device),
+        )
 
 
-def sequence_ids_from_lengths(sizes: Tensor, total: int) -> Tensor:
-    """Which run each of `total` things is in, when runs of `sizes (S,)` things stand end to end: `(total,)` int64.
+def packed(states: Tensor) -> Tensor:
+    """Flat `(1, H, N, D)` as `(N, H, D)`, token after token."""
+    return states.squeeze(0).transpose(0, 1)
 
-    (`repeat_interleave` says the same, but wakes all threads for it.)
+
+def in_heads(states: Tensor) -> Tensor:
+    """Packed `(N, H, D)` as flat `(1, H, N, D)`."""
+    return states.transpose(0, 1).unsqueeze(0)
+
+
+def select_targets(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`states (..., C)` and `labels (...)` where those are not -100: `(targets, C)` and `(targets,)`.
+
+    All of them where their number would have to be read from a device.
     """
-    starts = sizes.cumsum(0)[:-1]
-    steps = torch.zeros(total + 1, dtype=torch.long, device=sizes.device)
-    return steps.index_add_(0, starts, torch.ones_like(starts)).cumsum(0)[:total]
+    if torch.compiler.is_compiling() and labels.device.type == "cpu":
+        return _selected_in_graph(states, labels)
+    if not reads_are_free(labels.device):
+        return states, labels
+    real = labels != IGNORE_INDEX
+    return states[real], labels[real]
 
 
-def begins(sequence_ids: Tensor) -> Tensor:
-    """Which of `(N,)` things are the first of their run, whose number they have."""
-    is_first = torch.arange(sequence_ids.shape[0], device=sequence_ids.device) == 0
-    return is_first | (sequence_ids != rolled(sequence_ids, 1))
+def _selected_in_graph(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    real = labels.flatten() != IGNORE_INDEX
+    places = (~real).to(torch.uint8).argsort(stable=True).narrow(0, 0, size_of_graph(real.sum(), real.shape[0]))
+    return states.flatten(0, labels.dim() - 1).index_select(0, places), labels.flatten().index_select(0, places)
+
+
+def size_of_graph(value: Tensor, most: int) -> int:
+    """A value as a size of the graph."""
+    size = cast(int, value.item())  # a symbol: no `int(...)` of it
+    torch._check(size >= 0)
+    torch._check(size <= most)
+    return size
+
+
+def ids_and_positions(lengths: Tensor, tokens: int, has_tail: bool = False) -> tuple[Tensor, Tensor]:
+    """Sequence and position `(tokens,)` of each token, where sequences of `lengths (S,)` stand end to end.
+
+    In the tail, behind the last one, they are S and 0.
+    """
+    ends = lengths.cumsum(0)
+    places = torch.arange(tokens, device=lengths.device)
+    sequence_ids = torch.searchsorted(ends, places, right=True)
+    starts = ends - lengths
+    if not has_tail:
+        return sequence_ids, places - starts[sequence_ids]
+    starts = torch.nn.functional.pad(starts, (0, 1))
+    positions = places - starts[sequence_ids]
+    return sequence_ids, positions.where(sequence_ids < lengths.shape[0], 0)
 
 
 def rolled(values: Tensor, steps: int) -> Tensor:
@@ -469,9 +559,20 @@ def rolled(values: Tensor, steps: int) -> Tensor:
     return values.index_select(-1, (torch.arange(size, device=values.device) - steps) % size)
 
 
-def _cumulative(sizes: tuple[int, ...]) -> list[int]:
-    """0 and the running sums of `sizes`."""
-    return [0, *accumulate(sizes)]
+def _counts(numbers: Tensor, most: int) -> Tensor:
+    """How often each number from 0 to `most - 1` occurs: `(most,)` int64."""
+    counts = torch.zeros(most, dtype=torch.long, device=numbers.device)
+    return counts.index_add(0, numbers, torch.ones_like(numbers))
+
+
+def _true_places(flags: Tensor, count: int) -> Tensor:
+    """`(count,)` int64: the places at which `flags (n,)` are True, which is known to be `count` times."""
+    if flags.shape[0] == count:
+        return torch.arange(count, device=flags.device)
+    if reads_are_free(flags.device):
+        return flags.nonzero().squeeze(1)
+    target = (flags.cumsum(0) - 1).where(flags, count)
+    return target.new_empty(count + 1).index_copy(0, target, torch.arange(flags.shape[0], device=flags.device))[:count]
 
 
 def integers(name: str, values: Tensor) -> Tensor:
@@ -487,7 +588,12 @@ def integers(name: str, values: Tensor) -> Tensor:
     return values.long()
 
 
-def _vector(name: str, values: Tensor) -> Tensor:
+def vector(name: str, values: Tensor) -> Tensor:
+    """The values `(n,)` as int64.
+
+    Raises:
+        ValueError: They are of another shape, or no integers.
+    """
     if values.dim() != 1:
         raise ValueError(f"`{name}` must be a vector; got shape {tuple(values.shape)}")
     return integers(name, values)
@@ -499,24 +605,29 @@ def checked_lengths(name: str, lengths: Tensor) -> tuple[int, ...]:
     Raises:
         ValueError: They are not a vector of integers, or negative.
     """
-    sizes = tuple(_vector(name, lengths).tolist())
+    sizes = tuple(vector(name, lengths).tolist())
     if any(size < 0 for size in sizes):
         raise ValueError(f"`{name}` must not be negative; got {min(sizes)}")
     return sizes
 
 
-def _check_within(sizes: tuple[int, ...], width: int) -> None:
-    longest = max(sizes, default=0)
-    if longest > width:
+def _read_total(lengths: Tensor, width: int, of_each: bool) -> int:
+    """N: the sum of `lengths`, each of which, or else their sum, must be at most `width`. One host read."""
+    if lengths.device.type != "cpu":
+        fits = lengths <= width if of_each else lengths.sum() <= width
+        total = int(lengths.sum().where(((lengths >= 0) & fits).all(), -1))
+        if total >= 0:
+            return total
+    sizes = checked_lengths("lengths", lengths)
+    total, longest = sum(sizes), max(sizes, default=0)
+    if of_each and longest > width:
         raise ValueError(f"`lengths` must not be beyond the row width {width}; got {longest}")
-
-
-def _check_flat(sizes: tuple[int, ...], width: int) -> None:
-    if sum(sizes) != width:
+    if not of_each and total > width:
         raise ValueError(
-            f"`lengths` of a flat batch must add up to its width {width}; got a sum of {sum(sizes)} over "
+            f"`lengths` of a flat batch must add up to at most its width {width}; got a sum of {total} over "
             f"{len(sizes)} sequences (a flat batch cannot be split over devices: use rows for that)"
         )
+    return total
 
 
 NUMBERED = (
@@ -531,27 +642,28 @@ def not_binary(name: str, mask: Tensor) -> ValueError:
 
 
 def check_not_scattered(tokens: Tensor, lengths: Tensor | None, pad_token_id: int | None) -> None:
-    """Refuse the first sequence of a flat batch that [`~torch.nn.DataParallel`] has taken apart.
+    """Refuse the first sequences of a flat batch that [`~torch.nn.DataParallel`] has taken apart.
 
     Its one row goes to one device as it is, and its lengths to several. What comes of it looks like a row with padding,
-    but for the tokens that stand behind the first sequence.
+    but for the tokens that stand behind the sequences.
 
     Args:
         tokens (`Tensor` of shape `(B, T)` or `(B, T, F)`): Ids or frames that a replica was given.
-        lengths (`Tensor` of shape `(B,)`, *optional*): With them.
+        lengths (`Tensor` of shape `(B,)` or `(S,)`, *optional*): With them.
         pad_token_id (`int`, *optional*): What ids are padded with. `None`: any one id.
 
     Raises:
-        ValueError: Behind the end of the only sequence stands something other than padding.
+        ValueError: Behind the end of the last sequence of a single row stands something other than padding.
     """
-    if lengths is None or lengths.numel() != 1 or tokens.shape[0] != 1:
+    if lengths is None or tokens.shape[0] != 1:
         return
-    behind = tokens[0, int(lengths) :]
+    total = int(lengths.sum())
+    behind = tokens[0, total:]
     if behind.is_floating_point():
         pad_token_id = 0
     if (behind != (behind[-1:] if pad_token_id is None else pad_token_id)).any():
         raise ValueError(
-            f"`lengths` of a row on a replica of DataParallel must leave padding alone behind them; got {int(lengths)} "
+            f"`lengths` of a row on a replica of DataParallel must leave padding alone behind them; got {total} "
             f"tokens in a row of {tokens.shape[1]} with others behind (a flat batch cannot be split over devices: use "
             "rows for that, or start one process a device)"
         )

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from .graph_layout import GraphLayout
-from .layout import IGNORE_INDEX, SequenceLayout, eager_only, integers, rolled
+from .layout import IGNORE_INDEX, SequenceLayout, eager_only, integers, reads_are_free, rolled
 
 
 def aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
     """Targets `(1, N)`, each at the token that predicts it; `None` where there are none."""
     if shift_labels is not None:
-        return layout.flatten(integers("shift_labels", shift_labels))
-    return None if labels is None else _next_tokens(layout.flatten(integers("labels", labels)), layout)
+        return flat_labels("shift_labels", shift_labels, layout)
+    return None if labels is None else _next_tokens(flat_labels("labels", labels, layout), layout)
+
+
+def flat_labels(name: str, labels: Tensor, layout: SequenceLayout) -> Tensor:
+    """Labels `(B, T)` of tokens as `(1, N)` int64; -100 where no sequence is."""
+    return layout.flatten_values(integers(name, labels), fill=IGNORE_INDEX)
 
 
 def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
@@ -51,7 +55,7 @@ def ctc_loss(
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
     """CTC loss of `logits (1, N, V)` against `labels (S, L)`, reduced by `config.ctc_loss_reduction`."""
-    layout = layout.settled() if isinstance(layout, GraphLayout) else layout
+    layout, logits = layout.trimmed(), logits[:, : sum(layout.sizes)]
     targets, target_lengths = _ctc_targets(labels, layout, config)
     if not layout.num_tokens:
         return logits.sum()  # 0; torch takes no batch without frames
@@ -70,7 +74,9 @@ def ctc_loss(
         return losses.sum()
     if num_items_in_batch is None:
         losses = losses / target_lengths.clamp(min=1)
-    return _averaged(losses.sum(), len(losses), num_items_in_batch)
+    is_unused = _unused(layout)
+    count = len(losses) if is_unused is None else (~is_unused).sum()
+    return _averaged(losses.sum(), count, num_items_in_batch)
 
 
 def _ctc_targets(labels: Tensor, layout: SequenceLayout, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
@@ -79,7 +85,7 @@ def _ctc_targets(labels: Tensor, layout: SequenceLayout, config: PreTrainedConfi
         raise ValueError(
             f"`labels` must have shape (sequences, L), with {layout.num_sequences} sequences; got {tuple(labels.shape)}"
         )
-    labels = integers("labels", labels)[layout.rank]
+    labels = integers("labels", labels)
     real = (labels != IGNORE_INDEX) & (labels != config.pad_token_id)
     if (wrong := labels[real & ((labels < 0) | (labels >= config.vocab_size))]).numel():
         raise ValueError(f"`labels` must be from 0 to vocab_size - 1 = {config.vocab_size - 1}; got {wrong[0].item()}")
@@ -91,7 +97,7 @@ def _ctc_targets(labels: Tensor, layout: SequenceLayout, config: PreTrainedConfi
         place = int((needed - layout.lengths).argmax())
         raise ValueError(
             f"a CTC target must fit the frames of its sequence: the {lengths[place]} labels of sequence "
-            f"{layout.rank[place]} need {needed[place]} frames (with one for the blank between repeated labels); "
+            f"{place} need {needed[place]} frames (with one for the blank between repeated labels); "
             f"got {layout.lengths[place]}. Leave it out, subsample less, or set ctc_zero_infinity=True"
         )
     return targets.where(real, 0), lengths
@@ -101,29 +107,52 @@ def position_loss(
     scores: Tensor, positions: Tensor, layout: SequenceLayout, num_items_in_batch: Tensor | int | None
 ) -> Tensor:
     """Cross-entropy of `scores (1, N)` over each sequence's tokens against `positions (S,)`."""
-    by_sequence = layout.by_position(scores, fill=-torch.inf)
-    positions = integers("positions", positions).flatten()[layout.rank]
-    padded = nn.functional.pad(by_sequence.detach(), (0, 1), value=-torch.inf)  # where positions beyond the last look
-    inside = positions.where(positions >= 0, padded.shape[1] - 1).clamp(max=padded.shape[1] - 1)
-    real = padded.gather(1, inside[:, None])[:, 0] != -torch.inf  # a token is there
-    targets = positions.where(real, IGNORE_INDEX)
-    return token_loss(*layout.select_targets(by_sequence, targets), num_items_in_batch)
+    positions = integers("positions", positions).flatten()
+    ids, values = layout.sequence_ids, scores[0].float()
+    slots = layout.num_sequences + layout.has_tail
+    largest = values.new_full((slots,), -torch.inf).scatter_reduce(0, ids, values.detach(), "amax")
+    exponentials = (values - largest[ids]).exp()
+    log_sums = largest + values.new_zeros(slots).index_add(0, ids, exponentials).log()
+    targets = nn.functional.pad(positions, (0, layout.has_tail), value=IGNORE_INDEX)[ids]
+    is_target = (layout.positions == targets) & layout.is_real
+    total = (log_sums[ids] - values).where(is_target, 0).sum()
+    return _averaged(total, is_target.sum(), num_items_in_batch)
 
 
 def sequence_loss(
-    logits: Tensor, labels: Tensor, config: PreTrainedConfig, num_items_in_batch: Tensor | int | None
+    logits: Tensor,
+    labels: Tensor,
+    layout: SequenceLayout,
+    config: PreTrainedConfig,
+    num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    """Loss of `logits (S, num_labels)` by `config.problem_type`, which without a value follows from the labels."""
+    """Loss of `logits (S, num_labels)` by `config.problem_type`, which without a value follows from the labels.
+
+    The label of a slot that a flat batch left unused is no target.
+    """
+    is_unused = _unused(layout)
     problem = config.problem_type
     if problem is None and config.num_labels == 1:
         problem = "regression"
     elif problem is None:
         problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
     if problem == "single_label_classification":
+        labels = labels if is_unused is None else labels.masked_fill(is_unused, IGNORE_INDEX)
         return token_loss(logits, labels, num_items_in_batch)
     criteria = {
         "regression": nn.functional.mse_loss,
         "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
     }
     labels = labels.to(logits.dtype).view_as(logits)
-    return _averaged(criteria[problem](logits, labels, reduction="sum"), labels.numel(), num_items_in_batch)
+    if is_unused is None:
+        return _averaged(criteria[problem](logits, labels, reduction="sum"), labels.numel(), num_items_in_batch)
+    losses = criteria[problem](logits, labels, reduction="none").masked_fill(is_unused[:, None], 0)
+    count = (~is_unused).sum() * labels.shape[1]
+    return _averaged(losses.sum(), count, num_items_in_batch)
+
+
+def _unused(layout: SequenceLayout) -> Tensor | None:
+    """Bool `(S,)`: which slots hold no sequence: the last ones of a flat batch, if they are empty."""
+    if layout.num_sequences == layout.shape[0] or (reads_are_free(layout.device) and all(layout.sizes[-1:])):
+        return None
+    return layout.lengths.flip(0).cumsum(0).flip(0) == 0

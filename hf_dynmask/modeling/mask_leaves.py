@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .fields import Fields
+from .layout import reads_are_free
 from .mask_expressions import NO_FIELDS, Band, Compound, Mask
 from .messages import shown
 
@@ -517,6 +518,8 @@ class Select(Choice):
     def _check_values(self, fields):
         super()._check_values(fields)
         choice = fields.tables["mask_choice"]
+        if not reads_are_free(choice.device):
+            return
         wrong = choice[(choice < 0) | (choice >= len(self.masks))]
         if wrong.numel():
             raise ValueError(

@@ -68,7 +68,6 @@ class DynMaskBaseModel(PreTrainedModel):
     """What [`DynMaskPreTrainedModel`] and [`DynMaskRecurrentPreTrainedModel`] share."""
 
     config: DynMaskBaseConfig
-    serves_graphs = False  # whether the bare model can do with a `GraphLayout`
 
     def __init__(self, config: DynMaskBaseConfig):
         super().__init__(config)

@@ -35,8 +35,7 @@ from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
 from .fields import TOKEN_FIELDS, key_name
 from .generation import DynMaskGenerationMixin
 from .graph_attention import GraphPlan, fields_of
-from .graph_layout import GraphLayout
-from .heads import SequenceClassification, TaskModel, TokenClassification, in_columns, runs_in_graph
+from .heads import SequenceClassification, TaskModel, TokenClassification, in_columns
 from .kv_cache import (
     CACHE_NAME,
     cached_plans,
@@ -45,12 +44,13 @@ from .kv_cache import (
     num_cached_tokens,
     output_with_cache,
 )
-from .layout import SequenceLayout, eager_only, integers
-from .losses import aligned_targets, ctc_loss, position_loss, token_loss
+from .layout import SequenceLayout, eager_only, integers, select_targets
+from .losses import aligned_targets, ctc_loss, flat_labels, position_loss, token_loss
 from .masks import Dense, TopK, parse
 from .modeling_base import DynMaskBaseModel, known_keywords, warn_of_adapters_alone, warn_of_unread_fields
 from .modules import (
     ATTENTION_IMPLEMENTATIONS,
+    AttentionSettings,
     DynMaskEmbeddings,
     DynMaskKeyScores,
     DynMaskLayer,
@@ -151,6 +151,11 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
             init.copy_(module.weight, module.table(*module.weight.shape, device=module.weight.device))
 
 
+def _is_traced(*layouts: SequenceLayout) -> bool:
+    """Whether a graph is being made, of layouts that its operators know."""
+    return torch.compiler.is_compiling() and all(layout.described is not None for layout in layouts)
+
+
 class DynMaskModel(DynMaskPreTrainedModel):
     """The bare encoder.
 
@@ -158,8 +163,6 @@ class DynMaskModel(DynMaskPreTrainedModel):
         config ([`DynMaskConfig`]): Sizes and masks.
         add_pooling_layer (`bool`, *optional*): Whether to add a pooler. `None`: as `config.use_pooler` says.
     """
-
-    serves_graphs = True
 
     def __init__(self, config: DynMaskConfig, add_pooling_layer: bool | None = None):
         super().__init__(config)
@@ -274,7 +277,6 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 missing,
                 position_ids=position_ids if seen == 0 else None,
                 packing=packing,
-                in_graph=cache is None and not output_attentions,
             )
         whole, layout = layout, last_columns(layout, width) if cache is not None else layout
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
@@ -294,23 +296,28 @@ class DynMaskModel(DynMaskPreTrainedModel):
         if encoder_hidden_states is not None:
             cross_plan = self._cross_plan(layout, encoder_layout, fields, encoder_fields or {})
 
+        settings = AttentionSettings.of(self.config)
+        states = states.squeeze(0)
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states.squeeze(0)
         all_states, all_weights, all_cross_weights = [], [], []
         for layer, plan, turns in zip(self.layers, plans, rotary, strict=True):
             if output_hidden_states:
                 # Returned in the batch's layout, and on the way to the output: gradients reach it.
-                all_states.append(layout.unflatten(states))
-                states = layout.flatten(all_states[-1])
+                all_states.append(layout.unflatten(states.unsqueeze(0)))
+                states = layout.flatten(all_states[-1]).squeeze(0)
             states, weights, cross_weights = layer(
                 states,
                 encoder_hidden_states,  # not by name: gradient checkpointing would not find its gradient
                 plan=plan,
+                settings=settings,
                 cross_plan=cross_plan,
                 rotary=turns,
                 **{CACHE_NAME: cache},
             )
             all_weights.append(weights)
             all_cross_weights.append(cross_weights)
-        states = self.final_norm(states)
+        states = self.final_norm(states).unsqueeze(0)
         padded = states if flat_output else layout.unflatten(states)
         if output_hidden_states:
             all_states.append(layout.unflatten(states) if flat_output else padded)
@@ -363,7 +370,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         may_be_flat = layout.shape[0] == 1 and not is_explicit(attention_mask)
         if position_ids is not None and may_be_flat:
             layout.divided_by_positions(per_token(position_ids, layout.shape), is_stated=True)
-        return layout.unflatten(embeds), layout.by_length()
+        return layout.unflatten(embeds), layout
 
     @eager_only
     def output_layout(
@@ -385,7 +392,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         frames = frames_of_batch(shape, device, lengths, attention_mask, missing)
         for stride in self.config.conv_stride:
             frames = frames.subsampled(stride)
-        return frames.present.by_length()
+        return frames.present
 
     def _rotary(self, states: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Each layer's (cos, sin) `(1, N, D)`, or `None` for models without rotary positions."""
@@ -410,7 +417,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 of_both[key_name(name)] = of_both.pop(name)
             if name in fields:
                 of_both[name] = fields[name][:, -layout.shape[1] :]
-        if isinstance(layout, GraphLayout):
+        if _is_traced(layout, encoder_layout):
             return GraphPlan(self.config.cross_mask, layout, encoder_layout, of_both)
         return self._cross_plan_outside(layout, encoder_layout, of_both)
 
@@ -424,7 +431,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         self, layout: SequenceLayout, whole: SequenceLayout, cache: Cache | None, fields: dict[str, Tensor]
     ) -> list[MaskPlan] | list[GraphPlan]:
         """Each layer's plan; layers with the same mask share one."""
-        if isinstance(layout, GraphLayout):
+        if cache is None and _is_traced(layout):
             end = " & dense" if "attention_mask" in fields else ""
             return [GraphPlan(f"({text}){end}", layout, layout, fields) for text in mask_texts(self.config)]
         return self._plans_outside(layout, whole, cache, fields)
@@ -455,7 +462,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         if inputs_embeds is None:
             words = self.embeddings.words(layout.flatten(integers("input_ids", input_ids)), layout)
         else:
-            words = layout.flatten(inputs_embeds)
+            words = layout.flatten_values(inputs_embeds)
         types = None
         if token_type_ids is not None:
             types = layout.flatten(integers("token_type_ids", token_type_ids).expand(layout.shape))
@@ -489,9 +496,9 @@ class DynMaskForMaskedLM(DynMaskTaskModel):
         states = outputs.last_hidden_state
         if labels is None:
             return None, layout.unflatten(self.lm_head(states))
-        labels = layout.flatten(integers("labels", labels))
+        labels = flat_labels("labels", labels, layout)
         if self.training:
-            states, labels = layout.select_targets(states, labels)
+            states, labels = select_targets(states, labels)
             return token_loss(self.lm_head(states), labels, num_items_in_batch), None
         logits = self.lm_head(states)
         return token_loss(logits, labels, num_items_in_batch), layout.unflatten(logits)
@@ -593,7 +600,6 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
             missing,
             position_ids=position_ids if seen == 0 else None,
             packing={name: kwargs.pop(name, None) for name in PACKING},
-            in_graph=cache is None and not use_cache and runs_in_graph(self.model, **kwargs),
         )
         in_rows = whole.num_sequences == rows
         if cache is not None and not in_rows:
@@ -622,7 +628,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
         if targets is None:
             logits = in_columns(states, layout, logits_to_keep, self.lm_head)
         elif self.training:
-            states, targets = layout.select_targets(states, targets)
+            states, targets = select_targets(states, targets)
             loss = token_loss(self.lm_head(states), targets, num_items_in_batch)
         else:
             of_tokens = self.lm_head(states)

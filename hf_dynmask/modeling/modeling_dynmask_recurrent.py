@@ -38,7 +38,7 @@ class DynMaskRecurrentLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """Flat states `(1, N, E)` to flat states `(1, N, C)` and each sequence's last ones `(S, C)`, in flat order."""
+        """Flat states `(1, N, E)` to flat states `(1, N, C)` and each sequence's last ones `(S, C)`."""
         order, batch_sizes, longest_first = packing(layout)
         self.cells.flatten_parameters()
         packed, last = self.cells(PackedSequence(self.dropout(states)[0, order], batch_sizes))
@@ -166,7 +166,7 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
             all_states.append(layout.unflatten(states) if flat_output else padded)
         return BaseModelOutputWithPooling(
             last_hidden_state=padded,
-            pooler_output=torch.empty_like(lasts).index_copy(0, layout.rank, lasts),
+            pooler_output=lasts,
             hidden_states=tuple(all_states) if output_hidden_states else None,
         )
 

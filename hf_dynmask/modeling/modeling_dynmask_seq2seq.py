@@ -29,10 +29,10 @@ from .batch import PACKING, is_explicit, layout_of_batch
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .fields import TOKEN_FIELDS
 from .generation import fields_of_new_tokens
-from .heads import classifier_dropout, run_encoder, runs_in_graph
+from .heads import classifier_dropout, run_encoder
 from .kv_cache import given_cache, last_columns, num_cached_tokens, output_with_cache, renamed_cache
-from .layout import IGNORE_INDEX, SequenceLayout, integers, rolled
-from .losses import sequence_loss, token_loss
+from .layout import IGNORE_INDEX, SequenceLayout, rolled, select_targets
+from .losses import flat_labels, sequence_loss, token_loss
 from .modeling_base import known_keywords, warn_of_adapters_alone, warn_of_unread_fields
 from .modeling_dynmask import DynMaskModel, DynMaskPreTrainedModel
 from .modules import DynMaskPooler
@@ -265,7 +265,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
                 "`decoder_start_token_id` and `pad_token_id` must be in the configuration to make decoder inputs of "
                 f"labels; got {start} and {pad}"
             )
-        shifted = rolled(layout.flatten(integers("labels", labels)), 1)
+        shifted = rolled(flat_labels("labels", labels, layout), 1)
         shifted = shifted.masked_fill(shifted == IGNORE_INDEX, pad).masked_fill(layout.begins, start)
         return layout.unflatten(shifted, fill=pad)
 
@@ -317,14 +317,12 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         asked = {
             name: kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         }
-        in_graph = encoder_outputs is None and source["input_features"] is None and cache is None
-        in_graph = in_graph and not use_cache and runs_in_graph(self.decoder, **asked)
         encoder_fields = {name: source[name] for name in FIELDS if source[name] is not None}
         read_by_encoder = self.encoder.fields_read()
         warn_of_unread_fields(self, encoder_fields, read_by_encoder | self.decoder.fields_read())
         if encoder_outputs is None:
             own = source | {name: None for name in FIELDS if name not in read_by_encoder}
-            encoder, encoder_layout = run_encoder(self.encoder, **own, **asked, in_graph=in_graph)
+            encoder, encoder_layout = run_encoder(self.encoder, **own, **asked)
         else:
             encoder, encoder_layout = self._given(encoder_outputs, source)
         tokens, seen, mask = self._target_tokens(target), num_cached_tokens(cache), target["attention_mask"]
@@ -333,7 +331,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
                 "`decoder_lengths` must come with the first columns; later ones take a `decoder_attention_mask` of all"
             )
         positions = target["position_ids"] if seen == 0 else None
-        layout = target_layout(tokens, target["lengths"], mask, positions, seen, in_graph)
+        layout = target_layout(tokens, target["lengths"], mask, positions, seen)
         cache = self._cache(cache, use_cache, encoder_layout, layout)
         decoder = self.decoder(
             **target | {"lengths": None, "attention_mask": mask if is_explicit(mask) else None},
@@ -437,18 +435,16 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
     def _made_target(self, source, target, labels):
         if labels is None:
             return {}
-        layout = target_layout(
-            labels, target["lengths"], target["attention_mask"], target["position_ids"], in_graph=True
-        )
+        layout = target_layout(labels, target["lengths"], target["attention_mask"], target["position_ids"])
         return {"input_ids": self._shifted(labels, layout)}
 
     def _outputs(self, sides, labels, num_items_in_batch):
         states, layout = sides.decoder.last_hidden_state, sides.decoder_layout
         if labels is None:
             return sides.output(Seq2SeqLMOutput, logits=layout.unflatten(self._logits(states)))
-        labels = layout.flatten(integers("labels", labels))
+        labels = flat_labels("labels", labels, layout)
         if self.training:
-            states, labels = layout.select_targets(states, labels)
+            states, labels = select_targets(states, labels)
             loss = token_loss(self._logits(states), labels, num_items_in_batch)
             return sides.output(Seq2SeqLMOutput, loss=loss)
         logits = self._logits(states)
@@ -527,7 +523,7 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
             raise ValueError(
                 "`decoder_input_ids` must be given where no `input_ids` are there to make them of; got none"
             )
-        layout = layout_of_batch(tuple(ids.shape), ids.device, lengths, mask, position_ids=positions, in_graph=True)
+        layout = layout_of_batch(tuple(ids.shape), ids.device, lengths, mask, position_ids=positions)
         return {
             "input_ids": self._shifted(ids, layout),
             "lengths": lengths,
@@ -538,7 +534,11 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
     def _outputs(self, sides, labels, num_items_in_batch):
         last = sides.decoder_layout.last_tokens(sides.decoder.last_hidden_state)
         logits = self.classifier(self.dropout(self.pooler(last)))
-        loss = None if labels is None else sequence_loss(logits, labels, self.config, num_items_in_batch)
+        loss = (
+            None
+            if labels is None
+            else sequence_loss(logits, labels, sides.decoder_layout, self.config, num_items_in_batch)
+        )
         return sides.output(Seq2SeqSequenceClassifierOutput, loss=loss, logits=logits)
 
 
@@ -548,7 +548,6 @@ def target_layout(
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
     columns_before: int = 0,
-    in_graph: bool = False,
 ) -> SequenceLayout:
     """Where the decoder's tokens sit, those of columns before `tokens` `(B, U, ...)` included."""
     rows, width = tokens.shape[:2]
@@ -559,7 +558,6 @@ def target_layout(
             lengths,
             attention_mask,
             position_ids=position_ids,
-            in_graph=in_graph,
         )
     except ValueError as error:
         raise ValueError(f"of the decoder's inputs: {error}") from error

@@ -1,4 +1,5 @@
-"""The parts of a DynMask model. Everything here works on flat `(1, N, ...)` tensors: real tokens alone.
+"""The parts of a DynMask model. Everything here works on real tokens alone: embeddings on flat `(1, N, ...)` tensors,
+layers on `(N, C)` states.
 
 Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and Dv head sizes.
 """
@@ -9,7 +10,7 @@ Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and D
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,8 @@ from .configuration_dynmask import DynMaskConfig, masks_of
 from .embedding import embed_tokens
 from .features import DynMaskFeatureEmbeddings
 from .graph_attention import attend
-from .graph_layout import GraphLayout
 from .kv_cache import given_cache
-from .layout import SequenceLayout
+from .layout import SequenceLayout, in_heads, packed, reads_are_free
 from .masks import TopK, parse
 from .plan import MaskPlan
 
@@ -124,7 +124,7 @@ class DynMaskEmbeddings(nn.Module):
         return flat + offset * (flat == layout.positions).all() if offset else flat
 
     def _check_room(self, layout: SequenceLayout) -> None:
-        if isinstance(layout, GraphLayout):  # its lengths are not known; the table itself takes no others
+        if not reads_are_free(layout.device):  # lengths are not known; the table itself takes no others
             return
         room = self.config.max_position_embeddings - self.config.position_offset
         if self.config.position_type in ("learned", "sinusoidal") and layout.num_positions > room:
@@ -157,9 +157,25 @@ class DynMaskKeyScores(nn.Module):
         self.scale = nn.Parameter(torch.zeros(heads))
 
     def forward(self, value: Tensor) -> Tensor:
-        """Values `(1, Hk, N, Dv)` to scores `(1, Hk, N)`."""
-        raw = self.projection(value.transpose(1, 2).flatten(2))
-        return torch.exp(self.scale * nn.functional.softplus(raw)).transpose(1, 2)
+        """Values `(N, Hk, Dv)` to scores `(1, Hk, N)`."""
+        raw = self.projection(value.flatten(1))
+        return torch.exp(self.scale * nn.functional.softplus(raw)).T.unsqueeze(0)
+
+
+class AttentionSettings(NamedTuple):
+    """What a configuration says of attention, read once a forward pass: a layer would take longer over it.
+
+    Attributes:
+        implementation (`str`): Of `dynmask_attention`.
+        apply_mask_to (`str`): `"scores"` or `"weights"`.
+    """
+
+    implementation: str
+    apply_mask_to: str
+
+    @classmethod
+    def of(cls, config: DynMaskConfig) -> AttentionSettings:
+        return cls(ATTENTION_IMPLEMENTATIONS[config._attn_implementation], config.apply_mask_to)
 
 
 class DynMaskAttention(nn.Module):
@@ -167,8 +183,9 @@ class DynMaskAttention(nn.Module):
 
     def __init__(self, config: DynMaskConfig, layer_idx: int, chooses_keys: bool):
         super().__init__()
-        self.config = config
         self.layer_idx = layer_idx
+        self.head_dim, self.value_head_dim = config.head_dim, config.value_head_dim
+        self.dropout = config.attention_probs_dropout_prob
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=bias)
@@ -184,51 +201,54 @@ class DynMaskAttention(nn.Module):
         self,
         hidden_states: Tensor,
         plan: MaskPlan,
+        settings: AttentionSettings,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """States `(1, N, C)`, the plan and rotary (cos, sin) `(1, N, D)` to states `(1, N, C)` and weights, if any."""
+        """States `(N, C)`, the plan and rotary (cos, sin) `(1, N, D)` to states `(N, C)` and weights, if any."""
         query = self._query(hidden_states)
         key, value = self._key_value(hidden_states)
         if rotary is not None:
-            query, key = apply_rotary_pos_emb(query, key, *rotary)
+            query, key = apply_rotary_pos_emb(query, key, *(turns.squeeze(0) for turns in rotary))
         if cache is not None:
             key, value = self._update_cache(key, value, plan, cache)
-        return self._attend(query, key, value, plan)
+        return self._attend(query, key, value, plan, settings)
 
     def _query(self, hidden_states: Tensor) -> Tensor:
-        return self.q_norm(self._heads(self.q_proj(hidden_states), self.config.head_dim))
+        return self.q_norm(self._heads(self.q_proj(hidden_states), self.head_dim))
 
     def _key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        key = self.k_norm(self._heads(self.k_proj(hidden_states), self.config.head_dim))
-        return key, self._heads(self.v_proj(hidden_states), self.config.value_head_dim)
+        key = self.k_norm(self._heads(self.k_proj(hidden_states), self.head_dim))
+        return key, self._heads(self.v_proj(hidden_states), self.value_head_dim)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> tuple[Tensor, Tensor | None]:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, settings: AttentionSettings
+    ) -> tuple[Tensor, Tensor | None]:
         output, weights = attend(
             query,
             key,
             value,
             plan,
             scaling=self.scaling,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            apply_mask_to=self.config.apply_mask_to,
+            dropout=self.dropout if self.training else 0.0,
+            apply_mask_to=settings.apply_mask_to,
             key_scores=self.key_scores(value) if plan.reads_scores else None,
-            implementation=ATTENTION_IMPLEMENTATIONS[self.config._attn_implementation],
+            implementation=settings.implementation,
         )
-        return self.o_proj(output.transpose(1, 2).flatten(2)), weights
+        return self.o_proj(output.flatten(1)), weights
 
     def _update_cache(self, key: Tensor, value: Tensor, plan: MaskPlan, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Keys and values `(1, Hk, N, D)` of now with those of earlier columns: of all tokens in the key layout."""
-        rows = (plan.layout.unflatten_heads(states) for states in (key, value))
+        """Keys and values `(N, Hk, D)` of now with those of earlier columns: of all tokens in the key layout."""
+        rows = (plan.layout.unflatten_heads(in_heads(states)) for states in (key, value))
         columns = plan.key_layout.shape[1]  # a static cache hands back its empty columns, too
         both = cache.update(*rows, self.layer_idx)
-        key, value = (plan.key_layout.flatten_heads(states[:, :, :columns]) for states in both)
+        key, value = (packed(plan.key_layout.flatten_heads(states[:, :, :columns])) for states in both)
         return key, value
 
     @staticmethod
     def _heads(states: Tensor, head_dim: int) -> Tensor:
-        """`(1, N, H * D)` as `(1, H, N, D)`."""
-        return states.unflatten(2, (-1, head_dim)).transpose(1, 2)
+        """`(N, H * D)` as `(N, H, D)`."""
+        return states.unflatten(1, (-1, head_dim))
 
 
 class DynMaskCrossAttention(DynMaskAttention):
@@ -238,15 +258,16 @@ class DynMaskCrossAttention(DynMaskAttention):
         self,
         hidden_states: Tensor,
         plan: MaskPlan,
+        settings: AttentionSettings,
         encoder_states: Tensor,
         cache: EncoderDecoderCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """States `(1, N, C)` and those of the encoder `(1, Nk, C)` to states `(1, N, C)` and weights, if any."""
+        """States `(N, C)` and those of the encoder `(Nk, C)` to states `(N, C)` and weights, if any."""
         if cache is None:
             key, value = self._key_value(encoder_states)
         else:
             key, value = self._cached_cross_kv(encoder_states, plan, cache)
-        return self._attend(self._query(hidden_states), key, value, plan)
+        return self._attend(self._query(hidden_states), key, value, plan, settings)
 
     def _cached_cross_kv(
         self, encoder_states: Tensor, plan: MaskPlan, cache: EncoderDecoderCache
@@ -255,10 +276,10 @@ class DynMaskCrossAttention(DynMaskAttention):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             rows = layer.keys, layer.values
         else:
-            rows = (plan.key_layout.unflatten_heads(states) for states in self._key_value(encoder_states))
+            rows = (plan.key_layout.unflatten_heads(in_heads(states)) for states in self._key_value(encoder_states))
             rows = cache.cross_attention_cache.update(*rows, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
-        key, value = (plan.key_layout.flatten_heads(states) for states in rows)
+        key, value = (packed(plan.key_layout.flatten_heads(states)) for states in rows)
         return key, value
 
 
@@ -304,21 +325,24 @@ class DynMaskLayer(GradientCheckpointingLayer):
         encoder_states: Tensor | None = None,
         *,
         plan: MaskPlan,
+        settings: AttentionSettings,
         cross_plan: MaskPlan | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """States `(1, N, C)`, and of an encoder `(1, Nk, C)`, to states `(1, N, C)` and, where computed, weights
+        """States `(N, C)`, and of an encoder `(Nk, C)`, to states `(N, C)` and, where computed, weights
         `(B, H, T, T)` and `(B, H, T, Tk)`. The cache comes under the name by which gradient checkpointing knows it."""
         cache = given_cache(cache, past_key_values)
         of_self = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        states, weights = self._sublayer(hidden_states, self.attention_norm, self.attention, plan, rotary, of_self)
+        states, weights = self._sublayer(
+            hidden_states, self.attention_norm, self.attention, plan, settings, rotary, of_self
+        )
         cross_weights = None
         if self.cross_attention is not None and encoder_states is not None:
             of_both = cache if isinstance(cache, EncoderDecoderCache) else None
             states, cross_weights = self._sublayer(
-                states, self.cross_attention_norm, self.cross_attention, cross_plan, encoder_states, of_both
+                states, self.cross_attention_norm, self.cross_attention, cross_plan, settings, encoder_states, of_both
             )
         states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward)
         return states, weights, cross_weights

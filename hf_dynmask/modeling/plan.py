@@ -13,12 +13,13 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .fields import TOKEN_FIELDS, Fields, key_name, typed
 from .layout import SequenceLayout
-from .masks import Mask, allowed_by_head, head_runs, parse
+from .masks import Band, Mask, allowed_by_head, head_runs, parse
 
 BLOCK_SIZE = 128
 LARGEST_TILE = 2**22  # cells of a partial tile, whose mask is made cell by cell
@@ -50,8 +51,7 @@ class GroupPlan:
     Attributes:
         count (`int`): n, the number of sequences.
         queries, keys (`int`): Tokens of each on the two sides.
-        first (`tuple[int, int, int]`): Place of the first sequence, query and key in the order of
-            [`MaskPlan.arranged`].
+        first (`tuple[int, int, int]`): Place of the first sequence, query and key in the order of [`MaskPlan.order`].
         tiles (`tuple[Tile, ...]`): What is to be computed; queries in no tile have no key and give 0.
     """
 
@@ -117,16 +117,16 @@ class MaskPlan:
     # --- Fields ------------------------------------------------------------------------------------------------------
 
     def _checked_fields(self, fields: Mapping[str, Tensor]) -> Fields:
-        """The mask's fields by sequence, in the order in which the batch names its sequences, and by position."""
+        """The mask's fields by sequence and by position."""
         tables = {}
         for name in self.mask.fields & set(fields):
             if name in TOKEN_FIELDS:
                 tables[name] = _by_sequence(name, fields[name], self.layout)
                 if key_name(name) in fields:
                     tables[key_name(name)] = _by_sequence(key_name(name), fields[key_name(name)], self.key_layout)
-                elif self.key_layout.num_positions > tables[name].shape[1]:
+                elif self.key_layout.position_bound > tables[name].shape[1]:
                     raise ValueError(
-                        f"the field `{key_name(name)}` must be given: keys have {self.key_layout.num_positions} "
+                        f"the field `{key_name(name)}` must be given: keys have {self.key_layout.position_bound} "
                         f"positions, `{name}` speaks of {tables[name].shape[1]}"
                     )
             elif name == "attention_mask":
@@ -139,7 +139,7 @@ class MaskPlan:
 
     def _no_scores(self) -> Tensor:
         """Stands for the scores that each layer brings: see [`with_key_scores`]."""
-        return torch.zeros(self.layout.num_sequences, 1, self.key_layout.num_positions, device=self.layout.rank.device)
+        return torch.zeros(self.layout.num_sequences, 1, self.key_layout.position_bound, device=self.layout.device)
 
     def pairs_by_sequence(self, mask: Tensor) -> Tensor:
         """A mask or a bias `(B, Tq, Tk)` or `(B, H, Tq, Tk)` in the batch's layout as `(S, 1 | H, P, P)`."""
@@ -151,7 +151,8 @@ class MaskPlan:
                 f"an explicit `attention_mask` must have shape ({rows}, {width}, {key_width}) or ({rows}, heads, "
                 f"{width}, {key_width}); got {given}"
             )
-        i, j = (_by_sequence("indices", _place_in_row(side), side) for side in (self.layout, self.key_layout))
+        sides = self.layout, self.key_layout  # of which no more positions are looked at than there are
+        i, j = (_by_sequence("indices", _place_in_row(side), side)[:, : side.num_positions] for side in sides)
         row = _by_sequence("rows", _row(self.layout), self.layout)  # 0 where no token is
         row = row.amax(1)[:, None, None] if row.shape[1] else row[:, :, None]
         return mask.movedim(1, -1)[row, i[:, :, None], j[:, None, :]].movedim(-1, 1)
@@ -164,13 +165,17 @@ class MaskPlan:
         """
         plan = copy(self)
         table = self.key_layout.by_position(key_scores.detach().transpose(1, 2), fill=-torch.inf)
-        table = torch.empty_like(table).index_copy(0, self.key_layout.rank, table).transpose(1, 2)
-        plan.fields = self.fields.having("key_scores", table)
+        plan.fields = self.fields.having("key_scores", table.transpose(1, 2))
         plan._derived = {}
         plan.__dict__.pop("_masks", None)
         return plan
 
     @property
+    def band(self) -> Band | None:
+        """As [`Mask.band`]."""
+        return self.mask.band()
+
+    @cached_property
     def reads_scores(self) -> bool:
         """Whether the mask has `topk`, which chooses by scores that each layer brings."""
         return "key_scores" in self.mask.fields
@@ -182,26 +187,40 @@ class MaskPlan:
     # --- Tiles -------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def orders(self) -> tuple[list[int], list[int]]:
-        """Places of the query and of the key sequences such that sequences of equal sizes become neighbours."""
-        queries, keys = self.layout, self.key_layout
-        sequences = list(range(queries.num_sequences))
-        if queries is keys and queries.is_sorted:
-            return sequences, sequences
-        partner = keys.rank.argsort()[queries.rank].tolist()
-        order = sorted(sequences, key=lambda s: (queries.sizes[s], keys.sizes[partner[s]]))
-        return order, [partner[s] for s in order]
+    def order(self) -> list[int]:
+        """The sequences, those of equal sizes as neighbours."""
+        queries, keys = self.layout.sizes, self.key_layout.sizes
+        return sorted(range(len(queries)), key=lambda sequence: (queries[sequence], keys[sequence]))
 
     @cached_property
-    def arranged(self) -> tuple[SequenceLayout, SequenceLayout]:
-        """Query and key layout with sequences of equal sizes as neighbours."""
-        q_order, k_order = self.orders
-        queries = self.layout.reordered(q_order)
-        return queries, queries if self.layout is self.key_layout else self.key_layout.reordered(k_order)
+    def token_orders(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Of queries and of keys: the token `(N,)` at each place if sequences stand in [`order`]; `None`: they do."""
+        queries, keys = self.layout, self.key_layout
+        if self.order == list(range(queries.num_sequences)):
+            return None, None
+        of_queries = _token_order(queries, self.order)
+        return of_queries, of_queries if keys is queries else _token_order(keys, self.order)
+
+    @cached_property
+    def _positions_in_order(self) -> tuple[Tensor, Tensor]:
+        """Positions of queries and of keys where sequences stand in [`order`]."""
+        sides = zip((self.layout, self.key_layout), self.token_orders, strict=True)
+        queries, keys = (
+            side.positions if order is None else side.positions[torch.from_numpy(order).to(side.device)]
+            for side, order in sides
+        )
+        return queries, keys
+
+    def _fields_of(self, places: list[int] | slice) -> Fields:
+        """The fields of the sequences at some places of [`order`]."""
+        if not self.fields:
+            return self.fields
+        order = torch.tensor(self.order, device=self.layout.device)
+        return self.fields.rows(order[places])
 
     @cached_property
     def groups(self) -> tuple[GroupPlan, ...]:
-        """Tiles for every group of sequences of equal sizes, in the order of [`arranged`]; empty ones included."""
+        """Tiles for every group of sequences of equal sizes, in the order of [`order`]; empty ones included."""
         groups = self._untiled()
         band = self.mask.band()
         if band == (None, None):
@@ -212,10 +231,10 @@ class MaskPlan:
         return tuple(_tiled(group, tiles.get(group, ())) for group in groups)
 
     def _untiled(self) -> list[GroupPlan]:
-        queries, keys = self.arranged
+        queries, keys = self.layout.sizes, self.key_layout.sizes
         groups = []
         first = q_first = k_first = 0
-        for (q_size, k_size), run in groupby(zip(queries.sizes, keys.sizes, strict=True)):
+        for (q_size, k_size), run in groupby((queries[sequence], keys[sequence]) for sequence in self.order):
             count = sum(1 for _ in run)
             groups.append(GroupPlan(count, q_size, k_size, (first, q_first, k_first)))
             first, q_first, k_first = first + count, q_first + count * q_size, k_first + count * k_size
@@ -234,20 +253,18 @@ class MaskPlan:
     @cached_property
     def _differ(self) -> bool:
         """Whether sequences of one group may have different masks."""
-        return bool(self.fields) or any(layout.has_gaps for layout in self.arranged)
+        return bool(self.fields) or self.layout.has_gaps or self.key_layout.has_gaps
 
     def _classify(self, groups: list[GroupPlan]) -> list[tuple[Tensor, Tensor]]:
         """(always, never), each `(query blocks, key blocks)`: what holds for all sequences of each group."""
-        layouts = self.arranged
+        queries, keys = self._positions_in_order
         counts = [group.count if self._differ else 1 for group in groups]  # else one sequence speaks for its group
         places = [(g, s) for g, count in zip(groups, counts, strict=True) for s in range(count)]
         q_starts, q_sizes = [g.first[1] + s * g.queries for g, s in places], [g.queries for g, _ in places]
         k_starts, k_sizes = [g.first[2] + s * g.keys for g, s in places], [g.keys for g, _ in places]
-        q_lo, q_hi = _block_ends(layouts[0].positions, q_starts, q_sizes, self.block_size)
-        k_lo, k_hi = _block_ends(layouts[1].positions, k_starts, k_sizes, self.block_size)
-        fields = self.fields
-        if fields:
-            fields = fields.rows(layouts[0].rank[[g.first[0] + s for g, s in places]])
+        q_lo, q_hi = _block_ends(queries, q_starts, q_sizes, self.block_size)
+        k_lo, k_hi = _block_ends(keys, k_starts, k_sizes, self.block_size)
+        fields = self._fields_of([g.first[0] + s for g, s in places])
         always, never = self.mask.classify_checked(
             q_lo[:, :, None], q_hi[:, :, None], k_lo[:, None, :], k_hi[:, None, :], fields
         )
@@ -266,10 +283,7 @@ class MaskPlan:
         if key in self._masks:
             return self._masks[key]
         i, j = (positions[:, None] for positions in self._positions(group, tile))
-        fields = self.fields
-        if fields:
-            first = group.first[0]
-            fields = fields.rows(self.arranged[0].rank[first : first + group.count])
+        fields = self._fields_of(slice(group.first[0], group.first[0] + group.count))
         mask = self.mask.allowed(i[..., None], j[:, :, None], fields)
         if sum(map(Tensor.numel, self._masks.values())) + mask.numel() <= KEPT_CELLS:
             self._masks[key] = mask
@@ -284,10 +298,10 @@ class MaskPlan:
 
     def _positions(self, group: GroupPlan, tile: Tile) -> tuple[Tensor, Tensor]:
         """Positions `(n | 1, L)` of a tile's queries and keys; one row where all sequences have the same."""
-        (queries, keys), (_, q_first, k_first), n = self.arranged, group.first, group.count
-        i = queries.positions[q_first : q_first + n * group.queries].view(n, group.queries)
-        j = keys.positions[k_first : k_first + n * group.keys].view(n, group.keys)
-        i, j = (side if layout.has_gaps else side[:1] for side, layout in ((i, queries), (j, keys)))
+        (queries, keys), (_, q_first, k_first), n = self._positions_in_order, group.first, group.count
+        i = queries[q_first : q_first + n * group.queries].view(n, group.queries)
+        j = keys[k_first : k_first + n * group.keys].view(n, group.keys)
+        i, j = (side if layout.has_gaps else side[:1] for side, layout in ((i, self.layout), (j, self.key_layout)))
         return i[:, tile.queries], torch.cat([j[:, part] for part in tile.keys], dim=1)
 
     # --- Cell by cell ------------------------------------------------------------------------------------------------
@@ -295,6 +309,11 @@ class MaskPlan:
     def dense(self, heads: int = 1) -> Tensor:
         """Bool `(B, 1 | heads, Tq, Tk)` in the batch's own layout: which token may see which; `False` where none is."""
         return self.derived(_dense, heads)
+
+    @property
+    def trimmed(self) -> MaskPlan:
+        """The plan without the tails of its layouts; itself where they have none. See [`SequenceLayout.trimmed`]."""
+        return self.derived(_trimmed) or self
 
     @property
     def in_rows(self) -> MaskPlan:
@@ -339,7 +358,7 @@ def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan | None]]
     for run, mask in runs:
         part = copy(plan)
         part.mask, part.fields, part._derived = mask, plan.fields.heads(run) if len(runs) > 1 else plan.fields, {}
-        for name in ("groups", "_masks"):
+        for name in ("groups", "_masks", "reads_scores"):
             part.__dict__.pop(name, None)
         plans.append((run, part))
     return plans
@@ -347,13 +366,32 @@ def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan | None]]
 
 def _in_rows(plan: MaskPlan) -> MaskPlan | None:
     """`None` where it is of rows of one sequence."""
-    layout, key_layout = plan.layout.in_rows(), plan.key_layout.in_rows()
+    return _with_layouts(plan, SequenceLayout.in_rows)
+
+
+def _trimmed(plan: MaskPlan) -> MaskPlan | None:
+    """`None` where its layouts have no tail."""
+    return _with_layouts(plan, SequenceLayout.trimmed)
+
+
+def _with_layouts(plan: MaskPlan, change: Callable[[SequenceLayout], SequenceLayout]) -> MaskPlan | None:
+    """The plan of changed layouts; `None` where the change has no effect."""
+    layout = change(plan.layout)
+    key_layout = layout if plan.key_layout is plan.layout else change(plan.key_layout)
     if layout is plan.layout and key_layout is plan.key_layout:
         return None
-    rows = MaskPlan.__new__(MaskPlan)
-    rows.mask, rows.fields, rows.block_size, rows._derived = plan.mask, plan.fields, plan.block_size, {}
-    rows.layout, rows.key_layout = layout, layout if plan.key_layout is plan.layout else key_layout
-    return rows
+    changed = MaskPlan.__new__(MaskPlan)
+    changed.mask, changed.fields, changed.block_size, changed._derived = plan.mask, plan.fields, plan.block_size, {}
+    changed.layout, changed.key_layout = layout, key_layout
+    return changed
+
+
+def _token_order(layout: SequenceLayout, order: list[int]) -> np.ndarray:
+    """The token `(N,)` at each place where the sequences stand in another order."""
+    sizes = np.array(layout.sizes)
+    starts = (sizes.cumsum() - sizes)[order]
+    sizes = sizes[order]
+    return np.repeat(starts - (sizes.cumsum() - sizes), sizes) + np.arange(layout.num_tokens)
 
 
 def _dense(plan: MaskPlan, heads: int) -> Tensor:
@@ -366,26 +404,25 @@ def _dense(plan: MaskPlan, heads: int) -> Tensor:
 
 
 def _by_sequence(name: str, field: Tensor, layout: SequenceLayout) -> Tensor:
-    """A field `(B, T)` in the batch's layout as `(S, P)`, by the batch's order of sequences and by position."""
+    """A field `(B, T)` in the batch's layout as `(S, P)`, by sequence and by position."""
     if tuple(field.shape[:2]) != tuple(layout.shape):
         raise ValueError(f"the field `{name}` must have shape {tuple(layout.shape)}; got {tuple(field.shape)}")
-    table = layout.by_position(layout.flatten(typed(name, field)))
-    return torch.empty_like(table).index_copy(0, layout.rank, table)
+    return layout.by_position(layout.flatten(typed(name, field)))
 
 
 def _sequence_of_places(layout: SequenceLayout) -> Tensor:
     """Sequence (-1: absent) of every place `(B, T)` of a batch."""
-    return layout.unflatten(layout.rank[layout.sequence_ids][None], fill=-1)
+    return layout.unflatten(layout.sequence_ids[None], fill=-1)
 
 
 def _place_in_row(layout: SequenceLayout) -> Tensor:
     rows, width = layout.shape
-    return torch.arange(width, device=layout.rank.device).expand(rows, width)
+    return torch.arange(width, device=layout.device).expand(rows, width)
 
 
 def _row(layout: SequenceLayout) -> Tensor:
     rows, width = layout.shape
-    return torch.arange(rows, device=layout.rank.device)[:, None].expand(rows, width)
+    return torch.arange(rows, device=layout.device)[:, None].expand(rows, width)
 
 
 def _tiled(group: GroupPlan, tiles: tuple[Tile, ...]) -> GroupPlan:

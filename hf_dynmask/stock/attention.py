@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling.attention import dynmask_attention
+from ..modeling.attention import attend as attend_by_plan
 from ..modeling.layout import eager_only
 from ..modeling.modeling_base import warn_of_adapters_alone
 from ..modeling.plan import MaskPlan
+from ..modeling.softmax import masked_softmax, repeated
 from .batches import CONFIG_ENTRY, NAME, current_batches
 from .masks import DeferredMask
 from .models import check_mask
@@ -119,7 +120,7 @@ def dynmask_attention_forward(
         answer = attention_mask.answer(query, kwargs, has_bias=bias is not None)
     scored = softcap is not None or s_aux is not None or output_attentions
     if isinstance(answer, MaskPlan) and bias is None and not scored:
-        return _by_plan(query, key, value, answer, factor, dropout).transpose(1, 2), None
+        return _by_plan(query, key, value, answer, factor, dropout), None
     attend = partial(_by_scores, softcap=softcap, sinks=s_aux) if scored else _by_cells
     if isinstance(answer, MaskPlan):
         output, weights = _apart(attend, query, key, value, answer, bias, factor, dropout)
@@ -159,19 +160,11 @@ def _unnoted(
 
 
 def _by_plan(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling: float, dropout: float) -> Tensor:
-    """Attention `(B, H, T, Dv)` of real tokens alone; 0 elsewhere."""
-    layout, key_layout = plan.layout, plan.key_layout
-    output = dynmask_attention(
-        layout.flatten_heads(query),
-        key_layout.flatten_heads(key),
-        key_layout.flatten_heads(value),
-        plan,
-        layout,
-        key_layout,
-        scaling=scaling,
-        dropout=dropout,
-    )
-    return layout.unflatten_heads(output)
+    """Attention `(B, T, H, Dv)` of real tokens alone; 0 elsewhere."""
+    queries, keys = plan.layout, plan.key_layout
+    states = (side.flatten(x.transpose(1, 2)).squeeze(0) for x, side in ((query, queries), (key, keys), (value, keys)))
+    output, _ = attend_by_plan(*states, plan, scaling=scaling, dropout=dropout)
+    return queries.unflatten(output.unsqueeze(0))
 
 
 def _apart(
@@ -223,15 +216,11 @@ def _by_scores(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention `(B, H, Tq, Dv)` and its weights, score by score."""
-    key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+    key, value = (repeated(states, query.shape[1]) for states in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    weights = weights[..., : key.shape[2]] * allowed.any(-1, keepdim=True)
+    weights = masked_softmax(scores, allowed, sinks).to(query.dtype)
     return torch.matmul(nn.functional.dropout(weights, dropout), value), weights

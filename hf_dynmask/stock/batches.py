@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling.batch import PACKING, frames_of_batch
-from ..modeling.layout import SequenceLayout, integers, not_binary
+from ..modeling.layout import SequenceLayout, integers, not_binary, reads_are_free
 
 NAME = "dynmask"
 CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` keeps its text in a stock model's configuration
@@ -108,8 +108,7 @@ class Batch:
             self._put_padding(told.pop(0), "attention_mask", INPUTS, layout)
         if not told:
             return
-        starts = torch.zeros(layout.shape[0] * layout.shape[1], dtype=torch.bool, device=layout.indices.device)
-        starts = starts.index_fill(0, layout.indices[layout.begins], True).view(layout.shape)
+        starts = layout.unflatten(layout.begins[None])
         self.starts, self.told_by = first_and(starts[:, 1:]), told[0]
         if "position_ids" in self.names and self.given.get("position_ids") is None:
             positions = layout.unflatten(layout.positions[None])
@@ -181,7 +180,7 @@ class Batch:
             self._check_alone(name, tokens, layout)
             if mask_name in self.names:
                 present = torch.zeros(_places(tokens), dtype=torch.long, device=tokens.device)
-                self.given[mask_name] = present.view(-1).index_fill_(0, layout.indices, 1).view(present.shape)
+                self.given[mask_name] = present.view(-1).index_fill_(0, layout.places, 1).view(present.shape)
             elif layout.num_tokens < layout.shape[0] * layout.shape[1]:
                 raise ValueError(
                     f"`{name}` with padding need a model that takes `{mask_name}`; {type(self.model).__name__} does not"
@@ -331,10 +330,18 @@ def layout_of(starts: Tensor, present: Tensor | None, by_column: bool = False) -
     sizes = torch.zeros_like(origins).index_add_(0, sequence, torch.ones_like(sequence))
     if not by_column:
         origins = torch.full_like(origins, first.numel()).scatter_reduce(0, sequence, places, "amin")
+    positions = places - origins[sequence]
+    has_gaps = present is not None
+    if has_gaps and reads_are_free(places.device):
+        in_order = torch.arange(len(places), device=places.device) - (sizes.cumsum(0) - sizes)[sequence]
+        has_gaps = not torch.equal(in_order, positions)
     return SequenceLayout(
         shape=(starts.shape[0], starts.shape[1]),
-        sizes=tuple(sizes.tolist()),
-        rank=torch.arange(origins.numel(), device=first.device),
-        indices=places,
-        positions=places - origins[sequence],
+        num_tokens=places.numel(),
+        lengths=sizes,
+        sequence_ids=sequence,
+        positions=positions,
+        indices=None if present is None else places,
+        has_gaps=has_gaps,
+        longest=starts.shape[1],
     )

@@ -202,9 +202,9 @@ def allowed_pairs(mask: Mask, queries: int, keys: int) -> int:
 
 def plan_pairs(*plans: MaskPlan) -> int:
     """Pairs that plans of one mask allow in all; see [`count_pairs`]. They are counted on the CPU."""
-    layouts = [[side.to("cpu") for side in (plan.layout, plan.key_layout)] for plan in plans]
+    layouts = [[side.trimmed().to("cpu") for side in (plan.layout, plan.key_layout)] for plan in plans]
     fields = {name: _joined([plan.fields.tables[name].cpu() for plan in plans]) for name in plans[0].fields.tables}
-    sizes = [_joined([side.lengths[side.rank.argsort()] for side in sides]) for sides in zip(*layouts, strict=True)]
+    sizes = [_joined([side.lengths for side in sides]) for sides in zip(*layouts, strict=True)]
     positions = None
     if any(side.has_gaps for sides in layouts for side in sides):
         positions = [_joined(list(map(_positions, sides))) for sides in zip(*layouts, strict=True)]
@@ -213,7 +213,7 @@ def plan_pairs(*plans: MaskPlan) -> int:
 
 def _positions(layout: SequenceLayout) -> Tensor:
     """Positions `(S, P)` of the tokens that each of the batch's sequences has."""
-    return pad_sequence(list(layout.positions.split(layout.sizes)), batch_first=True)[layout.rank.argsort()]
+    return pad_sequence(list(layout.positions.split(layout.sizes)), batch_first=True)
 
 
 def _joined(tables: list[Tensor]) -> Tensor:

@@ -320,8 +320,7 @@ class _Batches:
         """Tokens of each sequence. Their values are not looked at, unless some are missing."""
         lengths, mask, missing = _presence(given, prefix, shape)
         if missing is not None:
-            layout = layout_of_batch((shape[0], shape[1]), missing.device, lengths, mask, missing)
-            return layout.lengths[layout.rank.argsort()]
+            return layout_of_batch((shape[0], shape[1]), missing.device, lengths, mask, missing).lengths
         if lengths is not None:
             return lengths.flatten()
         if mask is not None:

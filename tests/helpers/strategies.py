@@ -147,7 +147,7 @@ class Side(NamedTuple):
 
     def flat(self, table):
         """Values by sequence and position `(S, H, L)` as flat `(1, H, N)`."""
-        return torch.cat([table[b][:, self.positions[b]] for b in self.layout.rank], dim=-1)[None]
+        return torch.cat([values[:, own] for values, own in zip(table, self.positions, strict=True)], dim=-1)[None]
 
 
 def flat_side(sizes):
@@ -174,11 +174,9 @@ def row_sides(draw, sizes):
 
 @st.composite
 def sides(draw, sizes, flat):
-    """Sequences flat or in rows; with missing tokens or none; in the batch's order or sorted by length."""
+    """Sequences flat or in rows; with missing tokens or none."""
     side = flat_side(sizes) if flat else draw(row_sides(sizes))
-    if draw(st.integers(0, 3)) == 0:
-        side = without_some(side, draw(st.integers(0, 2**32 - 1)))
-    return side._replace(layout=side.layout.by_length()) if draw(st.booleans()) else side
+    return without_some(side, draw(st.integers(0, 2**32 - 1))) if draw(st.integers(0, 3)) == 0 else side
 
 
 def without_some(side, seed=0):

@@ -16,9 +16,9 @@ from hf_dynmask import masks
 from hf_dynmask.modeling import attention, attention_flex, attention_varlen
 from hf_dynmask.modeling.attention import auto_choice, dynmask_attention
 from hf_dynmask.modeling.attention_reference import attend as attend_reference
-from hf_dynmask.modeling.attention_reference import masked_weights
 from hf_dynmask.modeling.layout import SequenceLayout
 from hf_dynmask.modeling.plan import MaskPlan
+from hf_dynmask.modeling.softmax import masked_weights
 from strategies import LEAVES, batch_of, case_of, cases, examples, flat_side, leaves, without_some
 
 IMPLEMENTATIONS = "blocks", "reference", "sdpa"  # those that serve every mask on every device; others have own files
@@ -89,9 +89,8 @@ def check_close(results, expected, dtype):
 
 
 def by_sequence(flat, layout):
-    """Each sequence's (heads, tokens, D), in the order in which the batch names its sequences."""
-    pieces = flat[0].split(layout.sizes, dim=1)
-    return [pieces[place] for place in layout.rank.argsort()]
+    """Each sequence's (heads, tokens, D)."""
+    return flat[0].split(layout.sizes, dim=1)
 
 
 def oracle_attention(case, **options):
@@ -108,7 +107,7 @@ def oracle_attention(case, **options):
             oracle.sequence_attention(*one, key_scores=score, **options)
             for *one, score in zip(*sequences, scores, strict=True)
         ]
-        return torch.cat([outputs[b] for b in layout.rank], dim=1)[None]
+        return torch.cat(outputs, dim=1)[None]
 
     return attend
 
@@ -581,8 +580,6 @@ def apart(name, text):
         queries = queries._replace(layout=layout, rows=[0, 1, 2], columns=[torch.arange(len(row)) for row in rows])
     if name == "missing":
         queries = without_some(queries)
-    if name == "by length":
-        queries = queries._replace(layout=queries.layout.by_length())
     return case_of(batch, queries, queries if key_sizes is None else flat_side(key_sizes))
 
 
@@ -593,14 +590,14 @@ def output_alone(attend, *states):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("poisoned", ["query", "key", "value", "all"])
-@pytest.mark.parametrize("name", ["flat", "by length", "missing", "rows", "cross"])
+@pytest.mark.parametrize("name", ["flat", "missing", "rows", "cross"])
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "flex"])
 def test_nan_stays_in_its_sequence(implementation, name, poisoned, value):
     for text in ("causal & window(2, 0)", "heads(full, visible | dense)"):
         case = apart(name, text)
         *inputs, grad = inputs_of(case, 4, 4)
         sides = case.layout, case.key_layout, case.key_layout
-        others = [layout.rank[layout.sequence_ids] != POISONED for layout in sides]
+        others = [layout.sequence_ids != POISONED for layout in sides]
         attend = attend_with(implementation, case.plan(), case.layout)
         run = partial(with_gradients, attend, grad=grad.masked_fill(~others[0][:, None], 0))
         if implementation == "flex":

@@ -17,7 +17,7 @@ from hf_dynmask import masks
 from hf_dynmask.modeling import attention_flex
 from hf_dynmask.modeling.attention_flex import attend, block_mask, unsupported
 from hf_dynmask.modeling.attention_reference import attend as attend_reference
-from hf_dynmask.modeling.layout import SequenceLayout
+from hf_dynmask.modeling.layout import SequenceLayout, in_heads, packed
 from hf_dynmask.modeling.plan import MaskPlan
 from strategies import LEAVES, batch_of, case_of, cases, examples, flat_side, leaves, without_some
 
@@ -35,7 +35,7 @@ def forget_compiled():
 
 
 def attend_flex(case, scaling=0.3):
-    return lambda query, key, value: attend(query, key, value, case.plan(), scaling=scaling)[0]
+    return lambda *states: in_heads(attend(*map(packed, states), case.plan(), scaling=scaling)[0])
 
 
 def dense_blocks(numbers, columns):
@@ -112,7 +112,7 @@ def test_block_mask_of_long_sequences_is_sound(sizes, text):
 def test_block_mask_equals_the_one_that_torch_makes(text):
     sizes = [700, 128, 1, 300, 256, 0, 60]
     side = flat_side(sizes)
-    case = case_of(batch_of(text, sizes, heads=2, choices=2), side._replace(layout=side.layout.by_length()))
+    case = case_of(batch_of(text, sizes, heads=2, choices=2), side)
     ids = torch.arange(case.layout.num_tokens).div(100, rounding_mode="floor")[None]
     plan = MaskPlan(text, case.layout, fields=case.fields | {"segment_ids": ids, "global_tokens": ids == 3})
     found = block_mask(plan, 2)
@@ -209,7 +209,7 @@ def seconds(make):
     return time.process_time() - start
 
 
-def packed(tokens, documents):
+def documents_of(tokens, documents):
     """Documents of random sizes end to end."""
     ends = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(0))[: documents - 1].sort().values + 1
     return SequenceLayout.from_lengths(torch.cat([torch.tensor([0]), ends, torch.tensor([tokens])]).diff())
@@ -217,7 +217,7 @@ def packed(tokens, documents):
 
 @pytest.mark.parametrize("text, documents", [(SPARSE, 1), (SPARSE, 512), ("causal", 512)])
 def test_block_mask_of_131072_tokens_takes_little_time_and_memory(text, documents, one_thread):
-    layout = packed(131072, documents)
+    layout = documents_of(131072, documents)
     assert min(seconds(lambda: block_mask(MaskPlan(text, layout), 12)) for _ in range(5)) < 0.1
     with LiveBytes() as memory:
         found = block_mask(MaskPlan(text, layout), 12)
@@ -226,7 +226,7 @@ def test_block_mask_of_131072_tokens_takes_little_time_and_memory(text, document
 
 @pytest.mark.parametrize("documents", [1, 32])
 def test_block_mask_is_made_100_times_faster_than_by_torch(documents, one_thread):
-    layout = packed(8192, documents)  # the ratio grows with the length
+    layout = documents_of(8192, documents)  # the ratio grows with the length
     ours = min(seconds(lambda: block_mask(MaskPlan(SPARSE, layout), 12)) for _ in range(5))
     mask_mod = block_mask(MaskPlan(SPARSE, layout), 12).mask_mod
     theirs = seconds(lambda: create_block_mask(mask_mod, 1, 1, 8192, 8192, device="cpu"))
@@ -279,8 +279,7 @@ def test_bfloat16_on_cpu_is_no_worse_than_twice_the_eager_error(text):
     inputs, plan = inputs_of(case, 32, 48, dtype=torch.bfloat16)[:3], case.plan()
 
     def error(implementation):
-        query, key, value = inputs
-        return (implementation(query, key, value, plan, scaling=0.3)[0].double() - exact).norm()
+        return (in_heads(implementation(*map(packed, inputs), plan, scaling=0.3)[0]).double() - exact).norm()
 
     exact = oracle_attention(case, scaling=0.3)(*map(torch.Tensor.double, inputs))
     assert error(attend) <= 2 * error(attend_reference)
@@ -292,12 +291,12 @@ def test_batches_without_a_pair(queries, keys):
         SequenceLayout.from_lengths(torch.tensor(sizes, dtype=torch.long)) for sizes in (queries, keys)
     )
     query, key, value = (
-        torch.randn(1, heads, n, size, requires_grad=True)
+        torch.randn(n, heads, size, requires_grad=True)
         for heads, n, size in [(4, sum(queries), 8), (2, sum(keys), 8), (2, sum(keys), 6)]
     )
     output, weights = attend(query, key, value, MaskPlan("causal", layout, key_layout), scaling=1.0)
     assert weights is None
-    assert output.shape == (1, 4, sum(queries), 6)
+    assert output.shape == (sum(queries), 4, 6)
     for x, grad in zip([query, key, value], torch.autograd.grad(output.sum(), [query, key, value]), strict=True):
         assert torch.equal(grad, torch.zeros_like(x))
     assert (output == 0).all()
@@ -320,7 +319,7 @@ def reason(
     plan = MaskPlan(text, SequenceLayout.from_lengths(torch.tensor([5])), block_size=block_size)
     with FakeTensorMode():
         query, key, value = (
-            torch.empty(1, 2, 5, sizes[name == "value"], device=device, dtype=dtype, requires_grad=name in needing_grad)
+            torch.empty(5, 2, sizes[name == "value"], device=device, dtype=dtype, requires_grad=name in needing_grad)
             for name in ("query", "key", "value")
         )
     with pytest.MonkeyPatch.context() as patch:

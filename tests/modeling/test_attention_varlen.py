@@ -1,10 +1,6 @@
-"""Packed flash kernels: what they are called with means the mask (by their documentation), and all of it on CUDA."""
+"""Packed kernels: what they are called with means the mask (by their documentation), and all of it on CUDA."""
 
-import inspect
-import sys
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,18 +8,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_attention import check_close, inputs_of, oracle_attention, random_inputs, with_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from hf_dynmask.modeling import attention_varlen
 from hf_dynmask.modeling.attention_reference import attend as attend_reference
-from hf_dynmask.modeling.attention_varlen import GROUPED, attend, unsupported
-from hf_dynmask.modeling.layout import SequenceLayout
+from hf_dynmask.modeling.attention_varlen import TAIL_PIECE, attend, unsupported
+from hf_dynmask.modeling.layout import SequenceLayout, in_heads, packed
 from hf_dynmask.modeling.plan import MaskPlan
 from strategies import cases, examples, leaves
 
 BANDS = ["full", "causal", "backward", "diagonal", "window({i})", "window({i}, {i})"]
-KERNELS = "torch", "flash-attn"
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
@@ -32,128 +27,143 @@ needs_cuda = pytest.mark.skipif(
 
 
 def attend_varlen(plan, scaling, **options):
-    return lambda query, key, value: attend(query, key, value, plan, scaling=scaling, **options)[0]
+    return lambda *states: in_heads(attend(*map(packed, states), plan, scaling=scaling, **options)[0])
 
 
 # --- what the kernels are called with ----------------------------------------------------------------------------
 
 
-def documented_attention(packed, scaling, window):
-    """Attention of packed `(tokens, heads, size)`, one sequence at a time, as both kernels' documentation has it."""
-    q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k = packed
-    left, right = window
-    outputs = [q.new_empty(0, q.shape[1], v.shape[2])]
-    for cu_seq_lens in (cu_seq_lens_q, cu_seq_lens_k):
-        assert cu_seq_lens.dtype == torch.int32
-        assert cu_seq_lens[0] == 0
+def documented_attention(packed):
+    """Attention of packed `(tokens, heads, size)`, one sequence at a time, as the kernels' documentation has it."""
+    left, right = packed.band
+    outputs = [packed.query.new_empty(0, packed.query.shape[1], packed.value.shape[2])]
+    for ends, states in ((packed.ends, packed.query), (packed.key_ends, packed.key)):
+        assert ends.dtype == torch.int32
+        assert ends[0] == 0 and ends[-1] == len(states)
     for sequence in zip(
-        q.split(cu_seq_lens_q.diff().tolist()),
-        k.split(cu_seq_lens_k.diff().tolist()),
-        v.split(cu_seq_lens_k.diff().tolist()),
+        packed.query.split(packed.ends.diff().tolist()),
+        packed.key.split(packed.key_ends.diff().tolist()),
+        packed.value.split(packed.key_ends.diff().tolist()),
         strict=True,
     ):
         query, key, value = (states.transpose(0, 1) for states in sequence)
         queries, keys = query.shape[1], key.shape[1]
-        assert queries <= max_length_q < 2**31 > max_length_k >= keys
-        assert max(window) < 2**31
+        assert queries <= packed.longest and keys <= packed.key_longest
         i, j = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
-        allowed = ((j >= i - left) | (left < 0)) & ((j <= i + right) | (right < 0))
-        outputs.append(oracle.sequence_attention(query, key, value, allowed[None], scaling).transpose(0, 1))
+        allowed = torch.ones(queries, keys, dtype=torch.bool)
+        allowed &= True if left is None else j >= i - left
+        allowed &= True if right is None else j <= i + right
+        outputs.append(oracle.sequence_attention(query, key, value, allowed[None], packed.scaling).transpose(0, 1))
     return torch.cat(outputs)
 
 
 @contextmanager
-def kernel(name, dropouts=None):
-    """One of the kernels in a form for the CPU; it is called with what the real one takes."""
-
-    def of_torch(*packed, **options):
-        given = inspect.signature(varlen_attn).bind(*packed, **options)
-        assert packed[0].shape[1] == packed[1].shape[1] or options.items() >= GROUPED.items()
-        return documented_attention(packed, given.arguments["scale"], given.arguments["window_size"])
-
-    def of_flash_attn(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=0.0,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-    ):
-        if dropouts is not None:
-            dropouts.append(dropout_p)
-        packed = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        return documented_attention(packed, softmax_scale, (window_size[0], 0) if causal else window_size)
-
-    module = ModuleType("flash_attn")
-    module.__spec__ = ModuleSpec("flash_attn", None)
-    module.flash_attn_varlen_func = of_flash_attn  # type: ignore[attr-defined]
+def kernel(function=documented_attention):
+    """A kernel in a form for the CPU; it is called with what the real ones take."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_varlen, "varlen_attn", of_torch)
-        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: name == "torch")
-        if name == "flash-attn":
-            patch.setitem(sys.modules, "flash_attn", module)
+        patch.setattr(attention_varlen, "_kernel", lambda *_: (function, None))
         yield
 
 
 @examples(600)
-@given(cases(text=st.lists(leaves(BANDS), min_size=1, max_size=3).map(" & ".join)), st.sampled_from(KERNELS))
-def test_output_and_gradients_equal_the_oracle(case, name):
+@given(cases(text=st.lists(leaves(BANDS), min_size=1, max_size=3).map(" & ".join)))
+def test_output_and_gradients_equal_the_oracle(case):
     plan = case.plan()
     assume(attention_varlen._unsupported_mask(plan) is None)
     *inputs, grad = inputs_of(case, 4, 4)
     expected = with_gradients(oracle_attention(case, scaling=0.3), *inputs, grad=grad)
-    with kernel(name):
+    with kernel():
         found = with_gradients(attend_varlen(plan, 0.3), *inputs, grad=grad)
     check_close(found, expected, torch.float64)
 
 
-@pytest.mark.parametrize("text, window", [
-    ("full", (-1, -1)),
-    ("causal", (-1, 0)),
-    ("backward", (0, -1)),
-    ("causal & window(2, 5)", (2, 0)),
-    ("window(3) & window(9, 1)", (3, 1)),
-    (f"window({2**62}, 0)", (7, 0)),
+@pytest.mark.parametrize("places", [10, 11, 10 + TAIL_PIECE, 10 + 3 * TAIL_PIECE + 5])
+def test_a_tail_is_of_sequences_of_its_own(places, monkeypatch):
+    monkeypatch.setattr("hf_dynmask.modeling.layout.reads_are_free", lambda device: False)
+    layout = SequenceLayout.from_lengths(torch.tensor([7, 0, 3, 0, 0]), (1, places))
+    assert layout.num_tokens == places
+    packed = []
+    with kernel(lambda arguments: packed.append(arguments) or arguments.query):
+        inputs = random_inputs(layout, layout, (2, 2, 8, 8))[:3]
+        attend_varlen(MaskPlan("causal", layout), 0.5)(*inputs)
+    sizes = packed[0].ends.diff()
+    assert sizes[:5].tolist() == [7, 0, 3, 0, 0]
+    assert sizes.sum() == places and sizes[5:].max() <= TAIL_PIECE
+
+
+class Recorded(TorchDispatchMode):
+    """The calls of operators whose name holds `part`."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.calls = part, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.part in str(function):
+            self.calls.append((args, kwargs or {}))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("text, is_causal, window", [
+    ("full", False, (-1, -1)),
+    ("causal", True, (-1, 0)),
+    ("backward", False, (0, -1)),
+    ("causal & window(2, 5)", False, (2, 0)),
+    ("window(3) & window(9, 1)", False, (3, 1)),
+    (f"window({2**62}, 0)", False, (128, 0)),
 ])  # fmt: skip
-def test_window(text, window):
-    layout = SequenceLayout.from_lengths(torch.tensor([7, 3]))
-    inputs = random_inputs(layout, layout, (4, 2, 8, 8))[:3]
-    found = []
-
-    def record(*packed, scale, window_size, enable_gqa=False):
-        found.append((window_size, scale, packed[3] is packed[4]))  # one tensor says that queries and keys share it
-        return packed[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_varlen, "varlen_attn", record)
-        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-        attend_varlen(MaskPlan(text, layout), 0.5)(*inputs)
-    assert found == [(window, 0.5, True)]
+def test_what_flash_attention_is_given(text, is_causal, window):
+    layout = SequenceLayout.from_lengths(torch.tensor([7, 3]), (2, 7)).to("meta")
+    inputs = [x.to("meta") for x in random_inputs(layout, layout, (4, 2, 8, 8), torch.bfloat16)[:3]]
+    attend_varlen(MaskPlan(text, layout), 0.5)(*inputs)  # tried before
+    with Recorded("_flash_attention_forward") as recorded:
+        attend_varlen(MaskPlan(text, layout), 0.5, dropout=0.25)(*inputs)
+    ((arguments, options),) = recorded.calls
+    assert arguments[3] is arguments[4]  # one tensor says that queries and keys share it
+    assert arguments[7:9] == (0.25, is_causal)
+    assert (options["window_size_left"], options["window_size_right"]) == window and options["scale"] == 0.5
 
 
-def test_dropout_is_flash_attns():
-    layout, dropouts = SequenceLayout.from_lengths(torch.tensor([7, 3])), []
-    inputs = random_inputs(layout, layout, (2, 2, 8, 8))[:3]
-    with kernel("flash-attn", dropouts):
-        attend_varlen(MaskPlan("causal", layout), 0.5, dropout=0.25)(*inputs)
-    assert dropouts == [0.25]
+@pytest.mark.parametrize("text, mask_type", [("full", 0), ("causal", 1)])
+def test_what_memory_efficient_attention_is_given(text, mask_type):
+    layout = SequenceLayout.from_lengths(torch.tensor([7, 3]), (2, 7)).to("meta")
+    inputs = [x.to("meta") for x in random_inputs(layout, layout, (4, 2, 8, 8), torch.float32)[:3]]
+    attend_varlen(MaskPlan(text, layout), 0.5)(*inputs)  # tried before
+    with Recorded("_efficient_attention_forward") as recorded:
+        attend_varlen(MaskPlan(text, layout), 0.5, dropout=0.25)(*inputs)
+    ((arguments, _),) = recorded.calls
+    assert [x.shape for x in arguments[:3]] == [(1, 10, 4, 8)] * 3  # heads are repeated
+    assert arguments[8:10] == (0.25, mask_type)
 
 
-@pytest.mark.parametrize("text", ["full", "causal", "window(2, 1)"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("text", ["full", "causal"])
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_torch_takes_what_it_is_called_with(text, key_heads, monkeypatch):
-    """On tensors without storage, forward and backward: names, types and shapes are right."""
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+def test_torch_takes_what_it_is_called_with(text, key_heads, dtype):
+    """On tensors without values, forward and backward: names, types and shapes are right."""
     layout = SequenceLayout.from_lengths(torch.tensor([7, 3])).to("meta")
-    *inputs, grad = (x.to("meta") for x in random_inputs(layout, layout, (4, key_heads, 64, 64), torch.bfloat16))
+    *inputs, grad = (x.to("meta") for x in random_inputs(layout, layout, (4, key_heads, 64, 64), dtype))
     plan = MaskPlan(text, layout)
-    results = with_gradients(attend_varlen(plan, 0.5), *inputs, grad=grad)
+    results = with_gradients(attend_varlen(plan, 0.5, dropout=0.1), *inputs, grad=grad)
     assert [result.shape for result in results] == [grad.shape, *(x.shape for x in inputs)]
+
+
+def test_an_operator_that_is_gone_is_said(monkeypatch):
+    def missing(packed):
+        raise AttributeError("no such operator")
+
+    attention_varlen._tried.cache_clear()
+    monkeypatch.setattr(attention_varlen, "_flash", missing)
+    layout = SequenceLayout.from_lengths(torch.tensor([7, 3])).to("meta")
+    try:
+        states = torch.empty(10, 2, 64, device="meta", dtype=torch.bfloat16)
+        assert unsupported(MaskPlan("full", layout), states, states, states) is None  # the other one serves
+        found = unsupported(MaskPlan("window(2)", layout), states, states, states)
+        assert found is not None
+        assert "flash attention: PyTorch's operator does not work here: no such operator" in found
+        assert "memory-efficient attention: it serves `full` and `causal`; got the window (2, 2)" in found
+    finally:
+        attention_varlen._tried.cache_clear()
 
 
 @pytest.mark.parametrize("queries, keys", [([0], [0]), ([3, 0], [0, 0]), ([0, 0], [2, 4]), ([], [])])
@@ -173,6 +183,7 @@ def test_batches_without_a_pair(queries, keys):
 
 
 LAYOUT = SequenceLayout.from_lengths(torch.tensor([5, 4]), (2, 5))
+OTHER = SequenceLayout.from_lengths(torch.tensor([5, 4]), (2, 5))
 GAPS = LAYOUT.without(torch.tensor([[False, True, False, False, False], [False] * 5]))
 
 
@@ -183,47 +194,59 @@ def reason(
     device="cuda",
     dtype=torch.bfloat16,
     sizes=(64, 64),
-    dropout=0.0,
     needs_grad=False,
     capability=(8, 0),
-    flash_in_torch=True,
 ):
     with FakeTensorMode():
         query, key, value = (
-            torch.empty(1, 2, 9, sizes[place], device=device, dtype=dtype, requires_grad=needs_grad)
-            for place in (0, 0, 1)
+            torch.empty(9, 2, sizes[place], device=device, dtype=dtype, requires_grad=needs_grad) for place in (0, 0, 1)
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash_in_torch)
-        patch.setattr(attention_varlen, "find_spec", lambda name: None)
-        return unsupported(MaskPlan(text, layout, key_layout), query, key, value, dropout)
+        patch.setattr(attention_varlen, "_tried", lambda *_: None)
+        return unsupported(MaskPlan(text, layout, key_layout), query, key, value)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"text": "causal | prefix(2)"}, "it serves `full`, `causal` and windows; got 'causal | prefix(2)'"),
-        (
-            {"key_layout": LAYOUT.by_length()},
-            "between queries and keys of different layouts it serves `full`; got 'causal'",
-        ),
+        ({"key_layout": OTHER}, "between queries and keys of different layouts it serves `full`; got 'causal'"),
         (
             {"layout": GAPS, "text": "window(1, 0)"},
             "its windows count tokens, not positions, and tokens are missing; got 'window(1, 0)'",
         ),
         ({"device": "cpu"}, "it runs on CUDA devices; got 'cpu'"),
-        ({"dtype": torch.float32}, "it takes torch.float16 and torch.bfloat16; got torch.float32"),
-        ({"sizes": (64, 32)}, "it takes values of the head size of queries, 64; got 32"),
-        ({"sizes": (36, 36)}, "it takes head sizes that are multiples of 8 up to 256; got 36"),
-        ({"sizes": (264, 264)}, "it takes head sizes that are multiples of 8 up to 256; got 264"),
         (
-            {"sizes": (256, 256), "needs_grad": True},
-            "it takes head sizes that are multiples of 8 up to 192; got 256",
+            {"dtype": torch.float32, "text": "window(3, 0)"},
+            "flash attention: it takes torch.float16 and torch.bfloat16; got torch.float32; memory-efficient "
+            "attention: it serves `full` and `causal`; got the window (3, 0)",
         ),
-        ({"capability": (7, 5)}, "it takes GPUs of compute capability (8, 0) and later; got (7, 5)"),
-        ({"dropout": 0.1}, "its dropout is flash-attn's, not installed"),
-        ({"flash_in_torch": False}, "without flash attention in PyTorch it is flash-attn's, not installed"),
+        (
+            {"dtype": torch.float64},
+            "flash attention: it takes torch.float16 and torch.bfloat16; got torch.float64; memory-efficient "
+            "attention: it takes torch.float16, torch.bfloat16, torch.float32; got torch.float64",
+        ),
+        (
+            {"sizes": (64, 36)},
+            "flash attention: it takes values of the head size of queries, 64; got 36; memory-efficient attention: it "
+            "takes head sizes that are multiples of 8; got 64 and 36",
+        ),
+        (
+            {"sizes": (264, 264), "text": "backward"},
+            "flash attention: it takes head sizes that are multiples of 8 up to 256; got 264; memory-efficient "
+            "attention: it serves `full` and `causal`; got the window (0, None)",
+        ),
+        (
+            {"sizes": (256, 256), "needs_grad": True, "text": "backward"},
+            "flash attention: it takes head sizes that are multiples of 8 up to 192; got 256; memory-efficient "
+            "attention: it serves `full` and `causal`; got the window (0, None)",
+        ),
+        (
+            {"capability": (7, 5)},
+            "flash attention: it takes GPUs of compute capability (8, 0) and later; got (7, 5); memory-efficient "
+            "attention: it takes torch.bfloat16 on GPUs of compute capability (8, 0) and later",
+        ),
     ],
     ids=str,
 )
@@ -235,8 +258,11 @@ def test_what_they_cannot_serve(options, message):
     "options",
     [
         {"needs_grad": True, "sizes": (192, 192)},
+        {"needs_grad": True, "sizes": (256, 256)},  # memory-efficient
         {"text": "window(1, 0)", "dtype": torch.float16, "sizes": (256, 256)},
-        {"text": "full", "key_layout": LAYOUT.by_length()},
+        {"dtype": torch.float32, "sizes": (36, 64)},
+        {"dtype": torch.float16, "capability": (7, 5)},
+        {"text": "full", "key_layout": OTHER},
         {"text": "full", "layout": GAPS},
         {"text": "causal & window(0)", "layout": GAPS},
     ],
@@ -256,15 +282,17 @@ def test_what_they_can_serve(options):
 def test_output_and_gradients_are_no_worse_than_twice_the_eager_error(text, heads, dtype):
     layout = key_layout = SequenceLayout.from_lengths(torch.tensor([257, 0, 1, 100, 257])).to("cuda")
     if text == "cross":
-        text, key_layout = "full", SequenceLayout.from_lengths(torch.tensor([63, 5, 0, 300, 1])).by_length().to("cuda")
+        text, key_layout = "full", SequenceLayout.from_lengths(torch.tensor([63, 5, 0, 300, 1])).to("cuda")
     plan = MaskPlan(text, layout, key_layout)
     inputs = [x.cuda() for x in random_inputs(layout, key_layout, (*heads, 64, 64))]
-    query, key, value = (x.to(dtype) for x in inputs[:3])
+    query, key, value = (packed(x.to(dtype)) for x in inputs[:3])
     assert unsupported(plan, query, key, value) is None
 
     def results(implementation, dtype):
         *states, grad = (x.to(dtype) for x in inputs)
-        return with_gradients(lambda *states: implementation(*states, plan, scaling=0.125)[0], *states, grad=grad)
+        return with_gradients(
+            lambda *states: in_heads(implementation(*map(packed, states), plan, scaling=0.125)[0]), *states, grad=grad
+        )
 
     exact, eager = results(attend_reference, torch.float64), results(attend_reference, dtype)
     names = "output", "query gradient", "key gradient", "value gradient"

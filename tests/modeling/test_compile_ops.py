@@ -14,6 +14,9 @@ from graphs import CLOSE, LAYOUTS, LENGTHS, ROWS, WIDTH, assert_same, compiled, 
 from hf_dynmask import DynMaskModel
 from hf_dynmask.modeling import compile_ops, graph_attention, graph_layout
 from hf_dynmask.modeling.batch import layout_of_batch
+from hf_dynmask.modeling.modules import AttentionSettings
+
+SETTINGS = AttentionSettings("auto", "scores")
 
 
 @pytest.fixture(autouse=True)
@@ -127,12 +130,12 @@ def test_dropout_is_the_same_in_forward_and_backward(is_checkpointed):
 
     class Linear(nn.Module):
         def forward(self, values):
-            layout = layout_of_batch((ROWS, WIDTH), values.device, LENGTHS, None, in_graph=True)
+            layout = layout_of_batch((ROWS, WIDTH), values.device, LENGTHS, None)
             (plan,) = model._plans(layout, layout, None, {})
-            flat = layout.flatten(values)
+            flat = layout.flatten(values)[0]
             if is_checkpointed:
-                return layout.unflatten(checkpoint(attention, flat, plan, use_reentrant=False)[0])
-            return layout.unflatten(attention(flat, plan)[0])
+                return layout.unflatten(checkpoint(attention, flat, plan, SETTINGS, use_reentrant=False)[0][None])
+            return layout.unflatten(attention(flat, plan, SETTINGS)[0][None])
 
     attention.v_proj.bias.data.zero_()
     values = torch.randn(ROWS, WIDTH, 16, requires_grad=True)
@@ -164,7 +167,7 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(graph_layout.LAYOUT, ([ROWS, WIDTH], LENGTHS, None, None, None, True))
     layout = graph_layout.LAYOUT([ROWS, WIDTH], LENGTHS, None, torch.rand(ROWS, WIDTH) < 0.2, None, True)
     tokens = graph_layout.known(layout).layout.num_tokens
-    query, key, value = (torch.randn(1, heads, tokens, 4, requires_grad=True) for heads in (4, 2, 2))
+    query, key, value = (torch.randn(tokens, heads, 4, requires_grad=True) for heads in (4, 2, 2))
     spans = torch.randint(1, 3, (ROWS, 2, 2))
     for mask, names, fields in (("causal", "", []), ("visible", "hidden_spans", [spans])):
         tensors = query, key, value, None, None, layout, layout, fields
@@ -175,7 +178,7 @@ def test_a_layout_is_read_from_its_tensor_alone():
     described = graph_layout.LAYOUT([ROWS, WIDTH], None, with_gaps()["attention_mask"], None, None, False)
     known, read = (graph_layout.known(tensor).layout for tensor in (described, described.clone()))
     assert known is not read and known.shape == read.shape and known.sizes == read.sizes
-    for name in ("rank", "indices", "positions"):
+    for name in ("lengths", "indices", "positions", "sequence_ids"):
         assert torch.equal(getattr(known, name), getattr(read, name))
 
 

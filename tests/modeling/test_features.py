@@ -173,7 +173,7 @@ def test_the_layout_of_outputs_is_known_without_frames(subsampling, flat):
     _, expected = model.embed_features(inputs, LENGTHS, missing=missing)
     layout = model.output_layout(tuple(inputs.shape[:2]), inputs.device, LENGTHS, missing=missing)
     assert (layout.shape, layout.sizes) == (expected.shape, expected.sizes)
-    for name in ("rank", "indices", "positions"):
+    for name in ("lengths", "positions", "sequence_ids"):
         assert torch.equal(getattr(layout, name), getattr(expected, name))
     flat_states = model(inputs_embeds=model.embed_features(inputs, LENGTHS)[0], layout=expected).last_hidden_state
     assert flat_states.shape == (1, expected.num_tokens, 32)

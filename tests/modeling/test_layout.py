@@ -78,37 +78,23 @@ def test_flat_layouts_from_lengths_and_from_cu_seq_lens_agree(sizes):
 
 
 @examples(300)
-@given(attention_masks())
-def test_sorting_by_length_moves_sequences_and_nothing_else(mask):
-    layout = SequenceLayout.from_attention_mask(mask)
-    ordered = layout.by_length()
-    x = numbered(mask.shape)
-    assert ordered.lengths.tolist() == sorted(layout.lengths.tolist())
-    assert ordered.is_sorted
-    assert torch.equal(ordered.unflatten(ordered.flatten(x)), layout.unflatten(layout.flatten(x)))
-    rows = [x[b][mask[b].bool()] for b in ordered.rank.tolist()]
-    assert torch.equal(ordered.flatten(x)[0], torch.cat(rows))
-    assert torch.equal(ordered.first_tokens(ordered.flatten(x)), layout.first_tokens(layout.flatten(x)))
-
-
-@examples(300)
-@given(attention_masks(), st.integers(0, 2**32 - 1), st.booleans())
-def test_missing_tokens_leave_and_the_others_keep_their_positions(mask, seed, by_length):
+@given(attention_masks(), st.integers(0, 2**32 - 1))
+def test_missing_tokens_leave_and_the_others_keep_their_positions(mask, seed):
     missing = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
     whole = SequenceLayout.from_attention_mask(mask)
-    layout = (whole.by_length() if by_length else whole).without(missing)
+    layout = whole.without(missing)
     kept = mask.bool() & ~missing
-    rows = layout.rank.tolist()
+    rows = range(len(mask))
     x = numbered(mask.shape)
     assert layout.shape == tuple(mask.shape)
     assert layout.lengths.tolist() == [int(kept[b].sum()) for b in rows]
-    assert layout.cu_seq_lens.tolist() == [int(kept[rows[:s]].sum()) for s in range(len(rows) + 1)]
+    assert layout.cu_seq_lens.tolist() == [int(kept[:s].sum()) for s in range(len(rows) + 1)]
     assert torch.equal(layout.flatten(x)[0], torch.cat([x[b][kept[b]] for b in rows]))
     assert torch.equal(layout.unflatten(layout.flatten(x)), x * kept[..., None])
     positions = mask.bool().cumsum(1) - 1
     assert torch.equal(layout.positions, torch.cat([positions[b][kept[b]] for b in rows]))
     assert layout.num_positions == max((int(place) + 1 for place in layout.positions), default=0)
-    assert layout.has_gaps == any(
+    assert layout.has_gaps or not any(
         layout.positions[start:stop].tolist() != list(range(stop - start))
         for start, stop in itertools.pairwise(layout.cu_seq_lens.tolist())
     )
@@ -142,7 +128,6 @@ def test_groups_are_the_longest_runs_of_equal_lengths(sizes):
     layout = SequenceLayout.from_lengths(torch.tensor(sizes), (len(sizes), max(sizes)))
     assert [group.length for group in layout.groups for _ in range(group.count)] == sizes
     assert all(one.length != next_.length for one, next_ in itertools.pairwise(layout.groups))
-    assert len(layout.by_length().groups) == len(set(sizes))
 
 
 @examples(100)
@@ -214,8 +199,7 @@ def test_layouts_are_immutable():
         ([2, -1], None, r"`lengths` must not be negative; got -1"),
         ([2, 5], (2, 4), r"`lengths` must not be beyond the row width 4; got 5"),
         ([5], (1, 4), r"`lengths` must not be beyond the row width 4; got 5"),
-        ([2, 1], (1, 4), r"`lengths` of a flat batch must add up to its width 4; got a sum of 3"),
-        ([2, 3], (1, 4), r"`lengths` of a flat batch must add up to its width 4; got a sum of 5"),
+        ([2, 3], (1, 4), r"`lengths` of a flat batch must add up to at most its width 4; got a sum of 5"),
         ([1.0, 2.0], (2, 4), r"`lengths` must be integers; got dtype torch.float32"),
         ([True, False], (2, 4), r"`lengths` must be integers; got dtype torch.bool"),
     ],
@@ -284,7 +268,7 @@ def test_integers_of_any_size(dtype):
     for shape in (None, (4, 127)):
         found, right = (SequenceLayout.from_lengths(sizes, shape) for sizes in (lengths.to(dtype), lengths))
         assert found.sizes == right.sizes
-        assert torch.equal(found.indices, right.indices) and torch.equal(found.positions, right.positions)
+        assert torch.equal(found.places, right.places) and torch.equal(found.positions, right.positions)
     cu_seq_lens = torch.tensor([0, 100, 100, 120])
     assert SequenceLayout.from_cu_seq_lens(cu_seq_lens.to(dtype)).sizes == (100, 0, 20)
     with pytest.raises(ValueError, match=r"`cu_seq_lens` must start at 0 and never fall; got \[0, 120, 20\]"):

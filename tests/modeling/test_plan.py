@@ -45,10 +45,8 @@ def test_dense_form_in_the_layout_of_the_batch(case):
 @given(cases())
 def test_tiles_hold_every_allowed_pair_and_no_query_twice(case):
     plan, masks, heads = plan_of(case), case.oracle_masks, case.batch.heads
-    layout, key_layout = plan.arranged
-    assert layout.rank.tolist() == key_layout.rank.tolist()
     for run, part in plan.by_heads(heads):
-        sequences = iter(layout.rank.tolist())
+        sequences = iter(plan.order)
         for group in part.groups:
             pairs = np.zeros((group.count, run.stop - run.start, group.queries, group.keys), dtype=bool)
             for tile in group.tiles:

@@ -1,0 +1,87 @@
+"""Attention in windows by plain matrix products: each block of tokens against the blocks that its windows reach.
+
+All sizes follow from the mask and the number of tokens: nothing is read from a device, and dropout and gradients are
+PyTorch's own. It serves where no fused kernel does: windows in float32, on any device.
+
+Shape legend: N tokens in n blocks of L, H heads, D and Dv head sizes, K = keys that a block reaches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .masks import Band
+from .plan import MaskPlan
+from .softmax import softmax_attention, without_keys, without_poison
+
+SMALLEST_BLOCK = 64
+LARGEST = 2**28  # scores that are held at once
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, None]:
+    """Attention on packed `(N, H, D)` tensors; weights are not computed. See [`unsupported`]."""
+    tokens = plan.layout.num_tokens
+    if isinstance(tokens, int) and not tokens:
+        return without_keys(query, key, value), None
+    blocks = Blocks.of(plan.band, tokens)
+    query, key, value, poisoned = without_poison(query, key, value, plan.layout, plan.key_layout)
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    states = blocks.of_queries(query), blocks.of_keys(key), blocks.of_keys(value)
+    output, _ = softmax_attention(*states, plan.derived(_allowed), scaling, dropout)
+    output = output.transpose(1, 2).flatten(0, 1)[:tokens]
+    return output.masked_fill(poisoned, torch.nan), None
+
+
+def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> str | None:
+    """Why it cannot serve, or `None`: it can."""
+    band = plan.band
+    if band is None or None in band or plan.layout is not plan.key_layout:
+        return f"it serves windows between the tokens of one layout; got '{plan.mask}'"
+    blocks = Blocks.of(band, plan.layout.num_tokens)
+    scores = query.shape[1] * blocks.number * blocks.size * (blocks.before + blocks.size + blocks.behind)
+    if scores > LARGEST:
+        return f"it holds at most {LARGEST} scores at once; got {scores} with '{plan.mask}'"
+    return None
+
+
+class Blocks(NamedTuple):
+    """How tokens are cut: `number` blocks of `size`, each of which sees `before` and `behind` tokens beside its own."""
+
+    number: int
+    size: int
+    before: int
+    behind: int
+    missing: int  # places of the last block that no token takes
+
+    @classmethod
+    def of(cls, band: Band, tokens: int) -> Blocks:
+        """Of a window, and so many tokens."""
+        before, behind = (min(bound, tokens) for bound in band)
+        size = max(SMALLEST_BLOCK, before, behind)
+        number = -(-tokens // size)
+        return cls(number, size, before, behind, number * size - tokens)
+
+    def of_queries(self, states: Tensor, fill: float = 0) -> Tensor:
+        """`(H, N, D)` as `(n, H, L, D)`."""
+        padded = nn.functional.pad(states, (0, 0, 0, self.missing), value=fill)
+        return padded.unflatten(1, (self.number, self.size)).transpose(0, 1)
+
+    def of_keys(self, states: Tensor, fill: float = 0) -> Tensor:
+        """`(H, N, D)` as `(n, H, K, D)`."""
+        padded = nn.functional.pad(states, (0, 0, self.before, self.behind + self.missing), value=fill)
+        return padded.unfold(1, self.before + self.size + self.behind, self.size).permute(1, 0, 3, 2)
+
+
+def _allowed(plan: MaskPlan) -> Tensor:
+    """Bool `(n, 1, L, K)`: which query of a block may see which key that the block reaches."""
+    layout, (left, right) = plan.layout, plan.band
+    blocks = Blocks.of((left, right), layout.num_tokens)
+    ids, positions = (values[None, :, None] for values in (layout.sequence_ids, layout.positions))
+    distance = blocks.of_keys(positions, -1).mT - blocks.of_queries(positions, -1)
+    is_same = blocks.of_keys(ids, -1).mT == blocks.of_queries(ids, -1)
+    return is_same & (distance >= -left) & (distance <= right)

@@ -1,0 +1,142 @@
+"""What a GPU would be waited for: on the device `meta`, which takes the way of CUDA, every look at a value raises."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForSequenceClassification
+
+import hf_dynmask
+from hf_dynmask import DynMaskConfig, DynMaskSeq2SeqConfig, SequenceLayout
+from hf_dynmask.modeling.attention_flex import block_mask
+from hf_dynmask.modeling.plan import MaskPlan
+
+TOKENS, SLOTS, TARGETS = 48, 6, 32
+SIZES = {"vocab_size": 37, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"max_position_embeddings": 64}
+MASKS = ["full", "causal", "window(3)", "causal & window(5, 0)"]
+FLEX_MASKS = ["causal | prefix", "segments & causal", "visible", "shared_question", "global_tokens | window(3)"]
+FLEX_MASKS += ["select(full, causal)", "heads(full, causal | prefix(2))", "random(0.5, 3)", "dilated(3, 2)", "chunk(4)"]
+FLEX_MASKS += ["chunk_causal(4)", "~span(3, 2)", "global_tokens(2) | diagonal"]
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, and gives one number for every value that is read."""
+
+    def __init__(self, value=None):
+        super().__init__()
+        self.value, self.calls = value, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += 1
+        if self.value is not None and function is torch.ops.aten._local_scalar_dense.default:
+            return self.value
+        return function(*args, **kwargs or {})
+
+    @property
+    def reads(self):
+        return self.calls["aten._local_scalar_dense.default"]
+
+
+def zeros(*shape, dtype=torch.long):
+    return torch.zeros(*shape, dtype=dtype, device="meta")
+
+
+def flat():
+    return {"input_ids": zeros(1, TOKENS), "lengths": zeros(SLOTS)}
+
+
+LABELS = {
+    "DynMaskForSequenceClassification": lambda: {"labels": zeros(SLOTS)},
+    "DynMaskForTokenClassification": lambda: {"labels": zeros(1, TOKENS)},
+    "DynMaskForMaskedLM": lambda: {"labels": zeros(1, TOKENS)},
+    "DynMaskForCausalLM": lambda: {"labels": zeros(1, TOKENS)},
+    "DynMaskForQuestionAnswering": lambda: {"start_positions": zeros(SLOTS), "end_positions": zeros(SLOTS)},
+}
+
+
+def make(head, config, dtype=torch.bfloat16):
+    with torch.device("meta"):
+        return getattr(hf_dynmask, head)(config).to(dtype).train()
+
+
+def dropout(share):
+    return {"hidden_dropout_prob": share, "attention_probs_dropout_prob": share}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.1])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head", LABELS)
+def test_a_training_step_on_a_flat_row_reads_nothing(head, mask, share, dtype):
+    model = make(head, DynMaskConfig(**SIZES, mask=mask, **dropout(share)), dtype)
+    model(**flat(), **LABELS[head]()).loss.backward()
+    assert all(weight.grad is not None for weight in model.model.layers.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_an_encoder_decoder_reads_nothing(share, dtype):
+    sides = {
+        name: SIZES | dropout(share) | {"mask": mask} for name, mask in (("encoder", "full"), ("decoder", "causal"))
+    }
+    config = DynMaskSeq2SeqConfig(**sides, decoder_start_token_id=1, pad_token_id=0)
+    targets = {"labels": zeros(1, TARGETS), "decoder_lengths": zeros(SLOTS)}
+    make("DynMaskForConditionalGeneration", config, dtype)(**flat(), **targets).loss.backward()
+    make("DynMaskSeq2SeqForSequenceClassification", config, dtype)(**flat(), labels=zeros(SLOTS)).loss.backward()
+
+
+def test_frames_missing_values_and_packing_arguments_read_nothing():
+    frames = SIZES | {"num_features": 8, "conv_kernel": [3, 3], "conv_stride": [1, 2]}
+    model = make("DynMaskForSequenceClassification", DynMaskConfig(**frames))
+    features = zeros(1, TOKENS, 8, dtype=torch.bfloat16)
+    model(input_features=features, lengths=zeros(SLOTS), labels=zeros(SLOTS)).loss.backward()
+    model = make("DynMaskForTokenClassification", DynMaskConfig(**SIZES))
+    labels = {"labels": zeros(1, TOKENS)}
+    model(**flat(), **labels, missing=zeros(1, TOKENS, dtype=torch.bool)).loss.backward()
+    ends = {name: zeros(SLOTS + 1, dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    bounds = {"max_length_q": 9, "max_length_k": 9}
+    model(zeros(1, TOKENS), position_ids=zeros(1, TOKENS), **ends, **bounds, **labels).loss.backward()
+
+
+@pytest.mark.parametrize("mask", FLEX_MASKS)
+def test_plans_and_block_masks_read_nothing(mask):
+    fields = {"segment_ids": zeros(1, TOKENS), "prefix_lengths": zeros(SLOTS), "hidden_spans": zeros(SLOTS, 2, 2)}
+    fields |= {"global_tokens": zeros(1, TOKENS, dtype=torch.bool), "mask_choice": zeros(SLOTS)}
+    layout = SequenceLayout.from_lengths(zeros(SLOTS), (1, TOKENS))
+    assert block_mask(MaskPlan(mask, layout, fields=fields), 2).shape[2:] == (TOKENS, TOKENS)
+
+
+@pytest.mark.parametrize("head", LABELS)
+def test_rows_are_read_once(head):
+    model, width = make(head, DynMaskConfig(**SIZES)), TOKENS // SLOTS
+    labels = {name: zeros(SLOTS, width) if len(of.shape) > 1 else of for name, of in LABELS[head]().items()}
+    ids = {"input_ids": zeros(SLOTS, width)}
+    for inputs in (ids | {"lengths": zeros(SLOTS)}, ids | {"attention_mask": zeros(SLOTS, width)}):
+        with Operators(value=17) as operators:
+            model(**inputs, **labels).loss.backward()
+        assert operators.reads == 1
+
+
+def test_without_lengths_nothing_is_read():
+    with Operators() as operators:
+        make("DynMaskModel", DynMaskConfig(**SIZES))(zeros(SLOTS, 8)).last_hidden_state.sum().backward()
+    assert operators.reads == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_step_takes_no_more_operators_than_stock_berts(share):
+    """Of as many tokens, without padding."""
+    config = SIZES | {"num_hidden_layers": 12} | dropout(share)
+    head = "DynMaskForSequenceClassification"
+    model = make(head, DynMaskConfig(**config, type_vocab_size=2))
+    with Operators() as ours:
+        model(**flat(), **LABELS[head]()).loss.backward()
+    with torch.device("meta"):
+        stock = BertForSequenceClassification(BertConfig(**config, attn_implementation="sdpa")).bfloat16().train()
+    with Operators() as theirs:
+        stock(zeros(SLOTS, TOKENS // SLOTS), labels=zeros(SLOTS)).loss.backward()
+    assert ours.calls.total() <= theirs.calls.total()
