@@ -24,6 +24,7 @@ from .columns import (
     are_inputs,
     check_roles,
     check_sizes,
+    model_name,
     presence,
     read_columns,
     unknown_role,
@@ -67,18 +68,28 @@ class CollatorWithLengths(ABC):
     flat: bool
     label_pad_token_id: int
     column_roles: Mapping[str, str] | None
+    max_tokens: int | None
+    max_sequences: int | None
+    column_sizes: Mapping[str, int] | None
+
+    name_of_max_tokens: ClassVar[str] = "max_tokens"  # the user's argument
+    uneven: ClassVar[tuple[str, ...]] = ("hidden_spans",)  # columns of lists of an example that differ in length
 
     def __post_init__(self):
         check_roles(self.column_roles, [self.main])
+        sizes = {self.name_of_max_tokens: self.max_tokens, "max_sequences": self.max_sequences}
+        check_fixed_sizes(self.flat, sizes)
+        self._check_column_sizes()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         columns, roles = self._present(features)
         lengths = torch.tensor([len(tokens) for tokens in columns[self.main]])
         if "lengths" in columns:
             check_lengths(columns.pop("lengths"), lengths)
+        self._check_room(lengths)
         tokens = self._join(self.main, columns.pop(self.main))
         if self.flat:  # Accelerate takes the size of the first tensor for the number of examples
-            batch = {"lengths": lengths, self.main: tokens}
+            batch = {"lengths": _filled(lengths, self.max_sequences, 0), self.main: tokens}
         else:
             is_there = torch.arange(tokens.shape[1]) < lengths[:, None]
             batch = {self.main: tokens, "lengths": lengths, "attention_mask": is_there.long()}
@@ -152,25 +163,76 @@ class CollatorWithLengths(ABC):
     def _check_main(self, values: list[Tensor]) -> None:
         """Raise a `ValueError` where the main column of an example has a wrong shape or dtype."""
 
+    def _check_column_sizes(self) -> None:
+        for name, size in (self.column_sizes or {}).items():
+            if model_name(name) not in self.uneven:
+                known = " and ".join(f"`{each}`" for each in self.uneven)
+                raise ValueError(f"`column_sizes` must be of {known}, whose lists differ in length; got {name!r}")
+            check_count(f"column_sizes['{name}']", size, least=0)
+        if self.column_sizes and self.max_sequences is None:
+            raise ValueError(f"`column_sizes` must come with `max_sequences`; got {dict(self.column_sizes)} alone")
+
+    def _check_room(self, lengths: Tensor) -> None:
+        """Raise a `ValueError` where the examples do not fit into a row of fixed size."""
+        if self.max_tokens is None or self.max_sequences is None:
+            return
+        limit = f"`{self.name_of_max_tokens}`={self.max_tokens}"
+        remedy = "or make batches by `TokenBudgetBatchSampler`"
+        if int(lengths.max()) > self.max_tokens:
+            raise ValueError(
+                f"an example must have at most {limit} tokens; got {lengths.max()} in example {lengths.argmax()}. "
+                "Raise it, or truncate the example"
+            )
+        if len(lengths) > self.max_sequences:
+            raise ValueError(
+                f"a batch must have at most `max_sequences`={self.max_sequences} examples; got {len(lengths)}. "
+                f"Raise it, {remedy}"
+            )
+        ends = lengths.cumsum(0)
+        if int(ends[-1]) > self.max_tokens:
+            raise ValueError(
+                f"a batch must have at most {limit} tokens; got {ends[-1]} in {len(lengths)} examples, the first "
+                f"{int((ends <= self.max_tokens).sum())} of which fit. Raise it, {remedy}"
+            )
+
     def _join(self, name: str, values: list[Tensor]) -> Tensor:
         """A column per token as `(B, T, …)`, or with `flat` as `(1, N, …)`."""
         if self.flat:
-            return torch.cat(values)[None]
+            return _filled(torch.cat(values), self.max_tokens, self._padding(name))[None]
         if len({len(value) for value in values}) == 1:
             return torch.stack(values)
         return pad_sequence(values, batch_first=True, padding_value=self._padding(name))
 
     def _padding(self, name: str) -> int:
-        return self.label_pad_token_id if name in ("labels", "shift_labels") else 0
+        return self.label_pad_token_id if name in ("labels", "shift_labels", *ANSWER) else 0
 
     def _stack(self, name: str, values: list[Tensor]) -> Tensor:
-        """A column per example as `(B, …)`."""
+        """A column per example as `(B, …)`, or with `max_sequences` as `(max_sequences, …)`."""
         if name == "hidden_spans":
-            return pad_sequence([_spans(value) for value in values], batch_first=True)
+            values = self._even(name, [_spans(value) for value in values])
         shapes = [tuple(value.shape) for value in values]
         if len(set(shapes)) > 1:
             raise ValueError(f"column `{name}` must have the same shape in every example; got shapes {shapes}")
-        return torch.stack(values)
+        return _filled(torch.stack(values), self.max_sequences, self._padding(name))
+
+    def _even(self, name: str, values: list[Tensor]) -> list[Tensor]:
+        """Lists of a column per example, filled up to one length: the longest one's, or its entry in `column_sizes`."""
+        longest = max(map(len, values))
+        sizes = {model_name(column): size for column, size in (self.column_sizes or {}).items()}
+        size = sizes.get(name, longest if self.max_sequences is None else None)
+        if size is None:
+            raise ValueError(
+                f"column `{name}` must have one size in all batches, where `max_sequences` is set: say on the collator "
+                f"how many entries an example has at most, `column_sizes={{'{name}': …}}`; got up to {longest} in "
+                "this batch"
+            )
+        if longest > size:
+            place = max(range(len(values)), key=lambda index: len(values[index]))
+            raise ValueError(
+                f"column `{name}` must have at most `column_sizes['{name}']`={size} entries an example; got {longest} "
+                f"in example {place}"
+            )
+        return [_filled(value, size, self._padding(name)) for value in values]
 
 
 @dataclass
@@ -258,6 +320,9 @@ class DataCollatorWithLengths(CollatorWithLengths):
     return_position_ids: bool = False
     column_roles: Mapping[str, str] | None = None
     count_answers: bool = False
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+    column_sizes: Mapping[str, int] | None = None
 
     main: ClassVar[str] = "input_ids"
 
@@ -282,6 +347,8 @@ class DataCollatorWithLengths(CollatorWithLengths):
             return super()._padding(name)
         pad_token_id = self.tokenizer.pad_token_id
         if not isinstance(pad_token_id, int):
+            if self.flat:
+                return 0  # read by no one: what stands behind the last sequence is told by `lengths`
             raise ValueError(
                 f"`tokenizer.pad_token` must be set to pad rows of different lengths; got pad_token_id={pad_token_id}. "
                 "Set it, for example to `tokenizer.eos_token`, or collate with `flat=True`"
@@ -339,9 +406,13 @@ class DataCollatorForFeatures(CollatorWithLengths):
     flat: bool = False
     label_pad_token_id: int = -100
     column_roles: Mapping[str, str] | None = None
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+    column_sizes: Mapping[str, int] | None = None
 
     main: ClassVar[str] = "input_features"
     role_of_labels: ClassVar[str] = EXAMPLE
+    uneven: ClassVar[tuple[str, ...]] = ("hidden_spans", "labels")
 
     def _columns(self, features):
         columns = super()._columns(features)
@@ -358,7 +429,7 @@ class DataCollatorForFeatures(CollatorWithLengths):
 
     def _stack(self, name, values):
         if name == "labels" and all(value.ndim == 1 and value.dtype == torch.int64 for value in values):
-            return pad_sequence(values, batch_first=True, padding_value=self.label_pad_token_id)
+            values = self._even(name, values)
         return super()._stack(name, values)
 
 
@@ -420,9 +491,17 @@ class DataCollatorForSeq2SeqWithLengths:
     flat: bool = False
     label_pad_token_id: int = -100
     column_roles: Mapping[str, str] | None = None
+    max_tokens: int | None = None
+    max_target_tokens: int | None = None
+    max_sequences: int | None = None
+    column_sizes: Mapping[str, int] | None = None
 
     def __post_init__(self):
         check_roles(self.column_roles, [*LABELS, *MAIN_COLUMNS])
+        names = ("max_tokens", "max_target_tokens", "max_sequences")
+        check_fixed_sizes(self.flat, {name: getattr(self, name) for name in names})
+        self._source_collator(of_frames=False)
+        self._target_collator()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         sources = [_of_side(feature, target=False) for feature in features]
@@ -441,18 +520,32 @@ class DataCollatorForSeq2SeqWithLengths:
         return EXAMPLE if _of_target(name) else self._source_collator(name == "input_features").role(name, values)
 
     def _source_collator(self, of_frames: bool) -> CollatorWithLengths:
-        roles = _of_side(self.column_roles or {}, target=False)
+        settings: dict[str, Any] = {
+            "flat": self.flat,
+            "column_roles": _of_side(self.column_roles or {}, target=False),
+            "max_tokens": self.max_tokens,
+            "max_sequences": self.max_sequences,
+            "column_sizes": _of_side(self.column_sizes or {}, target=False),
+        }
         if of_frames:
-            return DataCollatorForFeatures(self.flat, column_roles=roles)
-        return DataCollatorWithLengths(self.tokenizer, self.flat, column_roles=roles)
+            return DataCollatorForFeatures(**settings)
+        return DataCollatorWithLengths(self.tokenizer, **settings)
+
+    def _target_collator(self) -> "_DataCollatorForTargets":
+        return _DataCollatorForTargets(
+            self.tokenizer,
+            self.flat,
+            self.label_pad_token_id,
+            column_roles={**_of_side(self.column_roles or {}, target=True), "labels": TOKEN},
+            max_tokens=self.max_target_tokens,
+            max_sequences=self.max_sequences,
+            column_sizes=_of_side(self.column_sizes or {}, target=True),
+            model=self.model,
+        )
 
     def _target(self, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        roles = {**_of_side(self.column_roles or {}, target=True), "labels": TOKEN}
-        collate = _DataCollatorForTargets(
-            self.tokenizer, self.flat, self.label_pad_token_id, column_roles=roles, model=self.model
-        )
         try:
-            batch = collate(targets)
+            batch = self._target_collator()(targets)
         except ValueError as error:
             raise ValueError(f"of the target: {error}") from error
         batch.pop("attention_mask", None)
@@ -466,6 +559,7 @@ class _DataCollatorForTargets(DataCollatorWithLengths):
     model: MakesDecoderInputs | None = None
 
     main: ClassVar[str] = "labels"
+    name_of_max_tokens: ClassVar[str] = "max_target_tokens"
 
     def _present(self, features):
         columns, roles = super()._present(features)
@@ -489,6 +583,41 @@ def _of_target(name: str) -> bool:
 def _of_side(columns: Mapping[str, Any], target: bool) -> dict[str, Any]:
     """The columns of a side, without `decoder_`."""
     return {name.removeprefix("decoder_"): columns[name] for name in columns if _of_target(name) == target}
+
+
+def check_fixed_sizes(flat: bool, sizes: Mapping[str, int | None]) -> None:
+    """
+    Check the numbers that give all flat batches one shape.
+
+    Args:
+        flat (`bool`): The collator's.
+        sizes (`Mapping[str, int | None]`): The collator's numbers by their names.
+
+    Raises:
+        ValueError: They come without `flat`, only some of them are given, or one is not an integer of at least 1.
+    """
+    given = {name: size for name, size in sizes.items() if size is not None}
+    names = " and ".join(f"`{name}`" for name in sizes)
+    values = ", ".join(f"{name}={size!r}" for name, size in sizes.items())
+    if given and not flat:
+        raise ValueError(f"{names} must come with `flat=True`, whose row they give a fixed size; got {values}")
+    if given and len(given) < len(sizes):
+        raise ValueError(f"{names} must be given together; got {values}")
+    for name, size in given.items():
+        check_count(name, size, least=1)
+
+
+def check_count(name: str, count: Any, least: int) -> None:
+    """Raise a `ValueError` where a setting is not an integer of at least so much."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}; got {count!r}")
+
+
+def _filled(values: Tensor, size: int | None, filler: int) -> Tensor:
+    """The values with as many behind them as make `size` of them; `None`: as they are."""
+    if size is None or len(values) == size:
+        return values
+    return torch.cat([values, values.new_full((size - len(values), *values.shape[1:]), filler)])
 
 
 def check_lengths(given: list[Tensor], *counted: Tensor) -> None:

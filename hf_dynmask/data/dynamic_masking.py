@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .collators import DataCollatorWithLengths
-from .columns import LABELS, check_roles
+from .columns import LABELS
 
 STRATEGIES = ("token", "whole_word", "span")
 COLUMNS = ("special_tokens_mask", "word_ids", "idx")  # what the collator reads besides what models read
@@ -130,6 +130,9 @@ class DataCollatorForDynamicMasking:
     seed: int = 0
     flat: bool = False
     column_roles: Mapping[str, str] | None = None
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+    column_sizes: Mapping[str, int] | None = None
 
     _vocabulary: "_Vocabulary" = field(init=False, repr=False, compare=False)
     _epoch: Tensor = field(init=False, repr=False, compare=False)
@@ -170,8 +173,7 @@ class DataCollatorForDynamicMasking:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         epoch = self._epoch_in_force()
-        collate = DataCollatorWithLengths(self.tokenizer, flat=self.flat, column_roles=self.column_roles)
-        batch = collate([_without_labels(each) for each in features])
+        batch = self._collator()([_without_labels(each) for each in features])
         columns = _columns(batch, features[0])
         ids = batch["input_ids"]
         batch["labels"] = torch.full_like(ids, -100)
@@ -185,6 +187,11 @@ class DataCollatorForDynamicMasking:
         for name, sequence in zip(names, sequences, strict=True):
             self._mask(epoch, name, *sequence)
         return batch
+
+    def _collator(self) -> DataCollatorWithLengths:
+        """What makes a batch in which no target is drawn yet."""
+        names = ("flat", "column_roles", "max_tokens", "max_sequences", "column_sizes")
+        return DataCollatorWithLengths(self.tokenizer, **{name: getattr(self, name) for name in names})
 
     def _epoch_in_force(self) -> int:
         epoch = int(self._epoch)
@@ -222,7 +229,7 @@ class DataCollatorForDynamicMasking:
     def _sequences(self, values: Tensor, lengths: Tensor) -> list[np.ndarray]:
         """Views of each sequence's entries."""
         if self.flat:
-            return np.split(values[0].numpy(), lengths.cumsum(0)[:-1].numpy())
+            return np.split(values[0].numpy(), lengths.cumsum(0).numpy())[:-1]  # without what stands behind the last
         return [row[:length] for row, length in zip(values.numpy(), lengths.tolist(), strict=True)]
 
     def _mask(self, epoch: int, name: int, ids, labels, may_be_target, words) -> None:
@@ -354,7 +361,7 @@ def _spans(count: int, probability: float, uniform: np.ndarray, at_least_one: bo
 
 
 def _check(collator: DataCollatorForDynamicMasking) -> None:
-    check_roles(collator.column_roles, ["input_ids"])
+    collator._collator()  # which checks what is its own
     if collator.tokenizer.mask_token_id is None:
         raise ValueError(
             f"`tokenizer.mask_token` must be set, to stand for the targets; got a {type(collator.tokenizer).__name__} "
