@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,17 @@ Step = list[list[int]]  # indices of the examples in the batch of each process
 # Lengths are multiplied by random numbers of up to this before they are sorted. The first that fits the budget is
 # taken, and 1, examples strictly by length, always does: the number of steps is chosen so.
 JITTERS = (1.25, 1.1, 1.0)
+FILLS = (0.998, 0.995, 0.99, 0.98, 0.97)  # of the full batches of a stream: the rest is left free, as room to pack in
+
+
+class _Room(NamedTuple):
+    """What a batch holds at most; `sequences=None`: as many as fit."""
+
+    tokens: int
+    sequences: int | None
+
+    def __str__(self):
+        return f"max_tokens={self.tokens}" + ("" if self.sequences is None else f", max_sequences={self.sequences}")
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
@@ -37,9 +48,9 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
       length, each into the batch with the fewest tokens so far (longest processing time first; Graham, 1969). The
       work of attention, the sum of L², is evened out over the processes of each step: batches that have the most alike
       sums of L² make a step.
-    - Shuffled, batches are made anew each epoch: lengths are sorted by up to a quarter off, less where that does not
-      fit the budget, and those of equal length stand in random order. Steps come in random order. All this is a pure
-      function of (`seed`, epoch).
+    - With `shuffle`, each epoch has other batches: lengths are multiplied by random numbers of up to 1.25 before they
+      are sorted (less where the examples would not fit the budget), and those of equal length stand in random order.
+      Steps come in random order. All of this is a pure function of (`seed`, epoch).
 
     With `rank=None` the batches of all processes come one after another, those of a step together. This is what
     Accelerate deals out to its processes: prepare the [`~torch.utils.data.DataLoader`], with
@@ -49,6 +60,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     Args:
         lengths (`Sequence[int]`): Tokens of each example of the dataset, in its order.
         max_tokens (`int`): The budget: most tokens in a batch of one process.
+        max_sequences (`int`, *optional*):
+            Most examples in a batch. `None`: as many as fit the budget. The attribute `max_sequences` is then a bound
+            that holds in all epochs. Both numbers together give the flat batches of [`DataCollatorWithLengths`] one
+            shape: `max_tokens=sampler.max_tokens, max_sequences=sampler.max_sequences`.
         num_replicas (`int`, *optional*, defaults to 1): Number of processes among which each step is divided.
         rank (`int`, *optional*): Yield the batches of this process alone. `None`: those of all, in turn.
         shuffle (`bool`, *optional*, defaults to `True`):
@@ -63,8 +78,9 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     Raises:
         ValueError: `lengths` are not whole numbers from 0, one for each of at least one example; `max_tokens`,
-            `num_replicas`, `rank` or `seed` is out of range; an example is longer than the budget; the examples cannot
-            make equally many batches on each process, as there are fewer than processes or too few fit into one batch.
+            `max_sequences`, `num_replicas`, `rank` or `seed` is out of range; an example is longer than the budget; the
+            examples cannot make equally many batches on each process: there are fewer of them than processes, or too
+            few fit into one batch.
 
     Example:
 
@@ -80,13 +96,14 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         lengths: Sequence[int] | np.ndarray | torch.Tensor,
         max_tokens: int,
         *,
+        max_sequences: int | None = None,
         num_replicas: int = 1,
         rank: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
         truncate: bool = False,
     ):
-        _check_positive(max_tokens=max_tokens, num_replicas=num_replicas)
+        _check_positive(max_tokens=max_tokens, max_sequences=max_sequences, num_replicas=num_replicas)
         if rank is not None and not 0 <= rank < num_replicas:
             raise ValueError(f"`rank` must be from 0 to num_replicas - 1 = {num_replicas - 1}, or None; got {rank}")
         self.lengths = _within(_checked(lengths), max_tokens, truncate)
@@ -97,13 +114,24 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.seed = _checked_seed(seed)
         self.epoch = 0
         self.sampler = self  # where Accelerate looks for `set_epoch`, however deep it wraps a batch sampler
-        self.num_steps = _num_steps(self.lengths, max_tokens, num_replicas)
+        room = _Room(max_tokens, max_sequences)
+        self.num_steps = _num_steps(self.lengths, room, num_replicas)
         if not self.num_steps:
             raise ValueError(
-                f"{len(self.lengths)} examples cannot make equally many batches of max_tokens={max_tokens} on each of "
+                f"{len(self.lengths)} examples cannot make equally many batches of {room} on each of "
                 f"num_replicas={num_replicas} processes, every example once and at least one a batch. Raise "
                 "`max_tokens`, so that more of them fit into one batch, or leave some out"
             )
+        self.max_sequences = max_sequences or self._bound(room)
+
+    def _bound(self, room: _Room) -> int:
+        """A few more examples than the batches of an epoch have: enough for those of any other."""
+        number = self.num_steps * self.num_replicas
+        batches = _batches(self.lengths, room, number, None)
+        if self.shuffle:
+            batches += _batches(self.lengths, room, number, np.random.default_rng(self.seed))
+        most = max(map(len, batches))
+        return min(len(self.lengths), most + 1 + most // 16)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is of: other batches in each."""
@@ -114,7 +142,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
-        for step in _steps(self.lengths, self.max_tokens, self.num_replicas, self.num_steps, generator):
+        room = _Room(self.max_tokens, self.max_sequences)
+        for step in _steps(self.lengths, room, self.num_replicas, self.num_steps, generator):
             yield from step if self.rank is None else [step[self.rank]]
 
 
@@ -134,6 +163,8 @@ class TokenBudgetIterableDataset(IterableDataset):
     Args:
         dataset (`Iterable[Mapping]`): The examples. Its `set_epoch`, where it has one, is called with ours.
         max_tokens (`int`): The budget: most tokens in a batch of one process.
+        max_sequences (`int`, *optional*):
+            Most examples in a batch. `None`: `max_tokens`, or `buffer_size` where that is less.
         num_replicas (`int`, *optional*, defaults to 1): Number of processes among which each step is divided.
         buffer_size (`int`, *optional*, defaults to 1000):
             Most examples that wait. More of them fill batches better and mix the stream more. The buffer should hold
@@ -155,13 +186,14 @@ class TokenBudgetIterableDataset(IterableDataset):
         dataset: Iterable[Mapping[str, Any]],
         max_tokens: int,
         *,
+        max_sequences: int | None = None,
         num_replicas: int = 1,
         buffer_size: int = 1000,
         length_column: str = "length",
         seed: int = 0,
         truncate: bool = False,
     ):
-        _check_positive(max_tokens=max_tokens, num_replicas=num_replicas)
+        _check_positive(max_tokens=max_tokens, max_sequences=max_sequences, num_replicas=num_replicas)
         if buffer_size < num_replicas:
             raise ValueError(
                 f"`buffer_size` must be at least num_replicas={num_replicas}, an example a process; got {buffer_size}"
@@ -170,6 +202,7 @@ class TokenBudgetIterableDataset(IterableDataset):
         self.max_tokens = max_tokens
         self.num_replicas = num_replicas
         self.buffer_size = buffer_size
+        self.max_sequences = min(buffer_size, max_sequences or max_tokens)
         self.length_column = length_column
         self.seed = _checked_seed(seed)
         self.truncate = truncate
@@ -208,19 +241,23 @@ class TokenBudgetIterableDataset(IterableDataset):
 
     def _full_steps(self, lengths: list[int], generator: np.random.Generator) -> list[Step]:
         """Steps of the oldest examples, as many as fill their budget all but a little; of all if these fill none."""
-        capacity = self.max_tokens * self.num_replicas
-        full = sum(lengths) // capacity
-        # 3 % are left free: room to pack in.
-        taken = int(np.searchsorted(np.cumsum(lengths), 0.97 * full * capacity, side="right")) if full else 0
+        room, capacity = _Room(self.max_tokens, self.max_sequences), self.max_tokens * self.num_replicas
+        full, taken = sum(lengths) // capacity, 0
+        for fill in FILLS if full else ():
+            taken = int(np.searchsorted(np.cumsum(lengths), fill * full * capacity, side="right"))
+            some, number = np.array(lengths[:taken]), full * self.num_replicas
+            if taken >= number and _pack(some, _order(some, 1.0, None), room, number) is not None:
+                return _steps(some, room, self.num_replicas, full, generator)
         return self._all_steps(lengths[:taken], generator) or self._all_steps(lengths, generator)
 
     def _all_steps(self, lengths: list[int], generator: np.random.Generator) -> list[Step]:
         """Steps of all examples, but for as many of the last as must be left out to have any; maybe none."""
+        room = _Room(self.max_tokens, self.max_sequences)
         for number in range(len(lengths), max(0, len(lengths) - self.num_replicas), -1):
             some = np.array(lengths[:number])
-            num_steps = _num_steps(some, self.max_tokens, self.num_replicas)
+            num_steps = _num_steps(some, room, self.num_replicas)
             if num_steps:
-                return _steps(some, self.max_tokens, self.num_replicas, num_steps, generator)
+                return _steps(some, room, self.num_replicas, num_steps, generator)
         return []
 
 
@@ -300,29 +337,34 @@ def example_lengths(dataset: Any, column: str = "length") -> list[int]:
 # --- Which examples go together ---------------------------------------------------------------------------------------
 
 
-def _num_steps(lengths: np.ndarray, max_tokens: int, num_replicas: int) -> int:
-    """The fewest steps, to 2 %, in which examples by falling length fit their batches; 0 if there are none."""
+def _num_steps(lengths: np.ndarray, room: _Room, num_replicas: int) -> int:
+    """The fewest steps, to a quarter of a percent, in which examples by falling length fit their batches; 0 if there
+    are none."""
     order = _order(lengths, 1.0, None)
-    steps = max(1, math.ceil(int(lengths.sum()) / (max_tokens * num_replicas)))
+    fewest = math.ceil(int(lengths.sum()) / (room.tokens * num_replicas))
+    if room.sequences is not None:
+        fewest = max(fewest, math.ceil(len(lengths) / (room.sequences * num_replicas)))
     most = len(lengths) // num_replicas  # a batch has an example at least
-    while steps <= most:
-        if _pack(lengths, order, max_tokens, steps * num_replicas):
-            return steps
-        more = steps + 1 + steps // 50
-        steps = min(more, most) if steps < most else more
-    return 0
+
+    def fit(steps: int) -> bool:
+        return _pack(lengths, order, room, steps * num_replicas) is not None
+
+    too_few, steps = 0, max(1, fewest)
+    while steps > most or not fit(steps):
+        if steps >= most:
+            return 0
+        too_few, steps = steps, min(most, steps + 1 + steps // 50)
+    while too_few and steps - too_few > 1 + steps // 400:
+        middle = (too_few + steps) // 2
+        too_few, steps = (too_few, middle) if fit(middle) else (middle, steps)
+    return steps
 
 
 def _steps(
-    lengths: np.ndarray, max_tokens: int, num_replicas: int, num_steps: int, generator: np.random.Generator | None
+    lengths: np.ndarray, room: _Room, num_replicas: int, num_steps: int, generator: np.random.Generator | None
 ) -> list[Step]:
     """All examples in `num_steps` steps; those with the most work first if no generator shuffles them."""
-    batches: Step | None = None
-    for jitter in JITTERS if generator is not None else JITTERS[-1:]:
-        batches = _pack(lengths, _order(lengths, jitter, generator), max_tokens, num_steps * num_replicas)
-        if batches is not None:
-            break
-    assert batches is not None, "`num_steps` is such that examples by falling length fit"
+    batches = _batches(lengths, room, num_steps * num_replicas, generator)
     batches.sort(key=lambda batch: int((lengths[batch] ** 2).sum()), reverse=True)
     steps = [batches[start : start + num_replicas] for start in range(0, len(batches), num_replicas)]
     if generator is not None:
@@ -330,6 +372,15 @@ def _steps(
         for step in steps:
             generator.shuffle(step)  # no process always has the most
     return steps
+
+
+def _batches(lengths: np.ndarray, room: _Room, number: int, generator: np.random.Generator | None) -> Step:
+    """All examples in a number of batches, in which, by falling length, they fit."""
+    for jitter in JITTERS if generator is not None else JITTERS[-1:]:
+        batches = _pack(lengths, _order(lengths, jitter, generator), room, number)
+        if batches is not None:
+            return batches
+    raise AssertionError("`number` is such that examples by falling length fit")
 
 
 def _order(lengths: np.ndarray, jitter: float, generator: np.random.Generator | None) -> list[int]:
@@ -340,26 +391,30 @@ def _order(lengths: np.ndarray, jitter: float, generator: np.random.Generator | 
     return np.lexsort((generator.random(len(lengths)), -keys)).tolist()
 
 
-def _pack(lengths: np.ndarray, order: list[int], max_tokens: int, number: int) -> Step | None:
-    """Examples into a number of batches, each into the one with the fewest tokens so far; `None` if they do not fit."""
+def _pack(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
+    """Examples into a number of batches, each into the one with the fewest tokens so far of those that have not all
+    their examples; `None` if they do not fit."""
     tokens = lengths.tolist()
     batches: Step = [[] for _ in range(number)]
     loads = [(0, 0, k) for k in range(number)]  # a heap: tokens, examples, which batch
     for example in order:
-        load, size, k = loads[0]
-        if load + tokens[example] > max_tokens:
+        if not loads or loads[0][0] + tokens[example] > room.tokens:
             return None
-        heapq.heapreplace(loads, (load + tokens[example], size + 1, k))
+        load, size, k = loads[0]
         batches[k].append(example)
+        if size + 1 == room.sequences:
+            heapq.heappop(loads)
+        else:
+            heapq.heapreplace(loads, (load + tokens[example], size + 1, k))
     return batches
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_positive(**numbers: int) -> None:
+def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"`{name}` must be at least 1; got {number}")
 
 
