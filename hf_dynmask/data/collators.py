@@ -1,5 +1,6 @@
 """Collators that describe a batch by the lengths of its sequences."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,8 +170,6 @@ class CollatorWithLengths(ABC):
                 known = " and ".join(f"`{each}`" for each in self.uneven)
                 raise ValueError(f"`column_sizes` must be of {known}, whose lists differ in length; got {name!r}")
             check_count(f"column_sizes['{name}']", size, least=0)
-        if self.column_sizes and self.max_sequences is None:
-            raise ValueError(f"`column_sizes` must come with `max_sequences`; got {dict(self.column_sizes)} alone")
 
     def _check_room(self, lengths: Tensor) -> None:
         """Raise a `ValueError` where the examples do not fit into a row of fixed size."""
@@ -496,6 +495,8 @@ class DataCollatorForSeq2SeqWithLengths:
     max_sequences: int | None = None
     column_sizes: Mapping[str, int] | None = None
 
+    uneven: ClassVar[tuple[str, ...]] = ("hidden_spans", "decoder_hidden_spans")
+
     def __post_init__(self):
         check_roles(self.column_roles, [*LABELS, *MAIN_COLUMNS])
         names = ("max_tokens", "max_target_tokens", "max_sequences")
@@ -583,6 +584,27 @@ def _of_target(name: str) -> bool:
 def _of_side(columns: Mapping[str, Any], target: bool) -> dict[str, Any]:
     """The columns of a side, without `decoder_`."""
     return {name.removeprefix("decoder_"): columns[name] for name in columns if _of_target(name) == target}
+
+
+def is_flat(collator: Any) -> bool:
+    """Whether a collator is one of ours that makes flat batches, and so can give them a fixed size."""
+    return hasattr(collator, "max_sequences") and collator.flat
+
+
+def with_settings(collator: Any, **settings: Any) -> Any:
+    """A copy of a collator with other settings. One that draws targets hears of the same epochs."""
+    collator = copy.copy(collator)
+    for name, value in settings.items():
+        setattr(collator, name, value)
+    return collator
+
+
+def in_rows(collator: Any) -> Any:
+    """A collator that makes the batches of a flat one with a row for each example; any other as it is."""
+    if not is_flat(collator):
+        return collator
+    sizes = {name: None for name in ("max_tokens", "max_target_tokens", "max_sequences") if hasattr(collator, name)}
+    return with_settings(collator, flat=False, **sizes)
 
 
 def check_fixed_sizes(flat: bool, sizes: Mapping[str, int | None]) -> None:

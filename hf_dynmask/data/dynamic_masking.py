@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -134,6 +134,7 @@ class DataCollatorForDynamicMasking:
     max_sequences: int | None = None
     column_sizes: Mapping[str, int] | None = None
 
+    uneven: ClassVar[tuple[str, ...]] = DataCollatorWithLengths.uneven
     _vocabulary: "_Vocabulary" = field(init=False, repr=False, compare=False)
     _epoch: Tensor = field(init=False, repr=False, compare=False)
 

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import DataCollatorForSeq2Seq
 
 from .collators import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
-from .columns import EXAMPLE, MAIN_COLUMNS, model_name, not_binary, read_columns
+from .columns import EXAMPLE, LABELS, MAIN_COLUMNS, model_name, not_binary, read_columns
 
 logger = getLogger(__name__)
 
@@ -324,14 +324,39 @@ def _present(mask: Any, number: int) -> np.ndarray:
 
 def example_lengths(dataset: Any, column: str = "length") -> list[int]:
     """Tokens of each example of a map-style dataset; see [`example_length`]."""
-    names = getattr(dataset, "column_names", [])
-    names = [name for name in (column, "lengths") if name in names][:1] or [
-        name for name in (*MAIN_COLUMNS, "attention_mask") if name in names
-    ]
-    examples = dataset.select_columns(names) if names else dataset  # of a `datasets.Dataset`, no more than it takes
-    if not hasattr(examples, "__iter__"):
-        examples = (dataset[number] for number in range(len(dataset)))
+    names = [name for name in (column, "lengths") if name in getattr(dataset, "column_names", [])][:1]
+    examples = _examples(dataset, names or [*MAIN_COLUMNS, "attention_mask"])
     return [example_length(example, column, number) for number, example in enumerate(examples)]
+
+
+def pair_lengths(dataset: Any) -> np.ndarray:
+    """Tokens of the source and of the target, `(examples, 2)`, of each example of a map-style dataset."""
+    source = {name: name for name in (*MAIN_COLUMNS, "attention_mask")}
+    target = {**dict.fromkeys(LABELS, "input_ids"), "decoder_attention_mask": "attention_mask"}
+    pairs = []
+    for number, example in enumerate(_examples(dataset, [*source, *target])):
+        sides = ({names[name]: example[name] for name in names if name in example} for names in (source, target))
+        pairs.append([example_length(side, "", number) if side else 0 for side in sides])
+    return np.array(pairs).reshape(-1, 2)
+
+
+def list_sizes(dataset: Any, names: Sequence[str]) -> dict[str, int]:
+    """Entries of the longest list in each of some columns of a map-style dataset, as far as it has them."""
+    wanted = {name for name in (*names, *LABELS) if model_name(name) in names}
+    wanted &= set(getattr(dataset, "column_names", dataset[0] if len(dataset) else ()))
+    sizes: dict[str, int] = {}
+    for example in _examples(dataset, sorted(wanted)) if wanted else ():
+        for name in wanted:
+            if hasattr(example[name], "__len__"):
+                sizes[model_name(name)] = max(sizes.get(model_name(name), 0), len(example[name]))
+    return sizes
+
+
+def _examples(dataset: Any, names: Sequence[str]) -> Iterable[Any]:
+    """Examples of a map-style dataset; of a `datasets.Dataset` no more than some of its columns."""
+    names = [name for name in names if name in getattr(dataset, "column_names", [])]
+    examples = dataset.select_columns(names) if names else dataset
+    return examples if hasattr(examples, "__iter__") else (dataset[number] for number in range(len(dataset)))
 
 
 # --- Which examples go together ---------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from ..data.dynamic_masking import COLUMNS, SETTINGS_OF_TARGETS, DataCollatorForDynamicMasking
+from .collating import collating_with
 from .resuming import ResumingMixin
 
 
@@ -53,23 +53,20 @@ class DynamicMaskingMixin(ResumingMixin):
         self.add_callback(_Epochs(self.data_collator))
 
     def get_eval_dataloader(self, *args, **kwargs):
-        return self._for_evaluation(super().get_eval_dataloader, *args, **kwargs)
+        with collating_with(self, self._collator_for_evaluation()):
+            return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args, **kwargs):
-        return self._for_evaluation(super().get_test_dataloader, *args, **kwargs)
+        with collating_with(self, self._collator_for_evaluation()):
+            return super().get_test_dataloader(*args, **kwargs)
 
     def _target_settings(self) -> dict[str, Any]:
         collator: Any = self.data_collator
         return super()._target_settings() | {name: getattr(collator, name) for name in SETTINGS_OF_TARGETS}
 
-    def _for_evaluation(self, get_dataloader: Callable[..., Any], *args, **kwargs):
-        """A data loader with the collator's form for evaluation. A Trainer has one collator for all its loaders."""
+    def _collator_for_evaluation(self) -> DataCollatorForDynamicMasking:
         collator: Any = self.data_collator
-        self.data_collator = collator.for_evaluation()
-        try:
-            return get_dataloader(*args, **kwargs)
-        finally:
-            self.data_collator = collator
+        return collator.for_evaluation()
 
     def _set_signature_columns_if_needed(self):
         is_needed = self._signature_columns is None

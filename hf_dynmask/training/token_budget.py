@@ -13,18 +13,23 @@ import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..data.collators import counted_answers
+from ..data.collators import counted_answers, in_rows, is_flat, with_settings
 from ..data.token_budget import (
     CollatorWithinBudget,
     TokenBudgetBatchSampler,
     TokenBudgetIterableDataset,
     example_lengths,
+    list_sizes,
+    pair_lengths,
 )
 from ..modeling.modeling_dynmask import DynMaskForQuestionAnswering
+from .collating import collating_with
 from .resuming import DATA, ResumingMixin
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+Batches = TokenBudgetBatchSampler | TokenBudgetIterableDataset
 
 # What a data loader of ours has of the Trainer's own.
 SETTINGS = ["num_workers", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor"]
@@ -98,24 +103,75 @@ class TokenBudgetMixin(ResumingMixin):
         """The Trainer's own data loader, its batches replaced."""
         _check(self.args)
         if isinstance(self.train_dataset, IterableDataset):
-            if self.max_tokens is None:
-                raise ValueError("`max_tokens` must be given for a stream, whose mean length is not known; got None")
             self._batch_sampler = None
-            return self._loader_of_stream(self._stock_loader(self.max_tokens), self.train_dataset, self.max_tokens)
+            stream = self._make_stream(self.train_dataset)
+            stock = self._stock_loader(stream)
+            # Accelerate deals out what a stream yields by `batch_size`: one batch of ours to each process.
+            return self._prepare(stock, stream, collate_fn=partial(_collate_only, stock.collate_fn), batch_size=1)
         self._batch_sampler = self._make_batch_sampler(self.train_dataset)
-        stock = self._stock_loader(self._batch_sampler.max_tokens)
+        stock = self._stock_loader(self._batch_sampler)
         loader = self._prepare(stock, stock.dataset, collate_fn=stock.collate_fn, batch_sampler=self._batch_sampler)
         loader.set_sampler(self._batch_sampler)  # so that `set_epoch` reaches it behind skipped batches, too
         return loader
 
-    def _stock_loader(self, max_tokens: int) -> DataLoader:
-        """The Trainer's own, which takes columns that no model reads away before they reach the collator."""
-        collator = self.data_collator
-        self.data_collator = CollatorWithinBudget(collator, max_tokens, self.truncate, self.args.length_column_name)
-        try:
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The Trainer's own, with a row an example."""
+        with collating_with(self, in_rows(self.data_collator)):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The Trainer's own, with a row an example."""
+        with collating_with(self, in_rows(self.data_collator)):
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def _stock_loader(self, batches: Batches) -> DataLoader:
+        """The Trainer's own, which removes columns that no model reads before they reach the collator."""
+        collator = self._collator_of_one_shape(batches)
+        collator = CollatorWithinBudget(collator, batches.max_tokens, self.truncate, self.args.length_column_name)
+        with collating_with(self, collator):
             return super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
+
+    def _collator_of_one_shape(self, batches: Batches) -> Any:
+        """The Trainer's collator. If it is flat, its rows have a fixed size, which all batches fit into."""
+        collator: Any = self.data_collator
+        if not is_flat(collator):
+            return collator
+        has_pairs = hasattr(collator, "max_target_tokens")
+        if collator.max_sequences is not None:
+            if not has_pairs and collator.max_tokens < batches.max_tokens:
+                raise ValueError(
+                    f"`max_tokens` of the collator must be at least the budget of a batch, {batches.max_tokens}; got "
+                    f"{collator.max_tokens}. Leave out the collator's own sizes, or set `max_tokens` of the Trainer"
+                )
+            return collator
+        sizes: dict[str, Any] = {"max_tokens": batches.max_tokens, "max_sequences": batches.max_sequences}
+        if has_pairs:
+            sizes |= self._sizes_of_sides(batches)
+        if isinstance(batches, TokenBudgetBatchSampler):
+            found = list_sizes(self.train_dataset, collator.uneven)
+            sizes["column_sizes"] = found | dict(collator.column_sizes or {})
+        return with_settings(collator, **sizes)
+
+    def _sizes_of_sides(self, batches: Batches) -> dict[str, int]:
+        """Most tokens of sources and of targets in a batch of this training. Of a stream, no more is known of each than
+        of both."""
+        if not isinstance(batches, TokenBudgetBatchSampler):
+            return {"max_target_tokens": batches.max_tokens}
+        pairs = pair_lengths(self.train_dataset)
+        if self.truncate:
+            pairs[:, 0] = pairs[:, 0].clip(max=batches.max_tokens)
+        most = np.ones(2, dtype=np.int64)
+        for epoch in range(self._num_epochs(batches)):
+            batches.set_epoch(epoch)
+            for batch in batches:
+                most = np.maximum(most, pairs[batch].sum(0))
+        batches.set_epoch(0)
+        return dict(zip(("max_tokens", "max_target_tokens"), most.tolist(), strict=True))
+
+    def _num_epochs(self, batches: TokenBudgetBatchSampler) -> int:
+        if self.args.max_steps > 0:
+            return math.ceil(self.args.max_steps / math.ceil(batches.num_steps / self.args.gradient_accumulation_steps))
+        return math.ceil(self.args.num_train_epochs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """What a batch weighs in an optimizer step: batches of a budget have unlike numbers of answers, too."""
@@ -146,21 +202,32 @@ class TokenBudgetMixin(ResumingMixin):
             of_batch = math.ceil(sum(lengths) * self._train_batch_size / max(1, len(lengths)))
             max_tokens = max(1, of_batch, max(lengths, default=0))
         return TokenBudgetBatchSampler(
-            lengths, max_tokens, num_replicas=self._num_replicas, seed=self._data_seed, truncate=self.truncate
+            lengths,
+            max_tokens,
+            max_sequences=self._max_sequences,
+            num_replicas=self._num_replicas,
+            seed=self._data_seed,
+            truncate=self.truncate,
         )
 
-    def _loader_of_stream(self, stock: DataLoader, dataset: IterableDataset, max_tokens: int) -> DataLoader:
-        batches = TokenBudgetIterableDataset(
+    def _make_stream(self, dataset: IterableDataset) -> TokenBudgetIterableDataset:
+        if self.max_tokens is None:
+            raise ValueError("`max_tokens` must be given for a stream, whose mean length is not known; got None")
+        return TokenBudgetIterableDataset(
             dataset,
-            max_tokens,
+            self.max_tokens,
+            max_sequences=self._max_sequences,
             num_replicas=self._num_replicas,
             buffer_size=self.buffer_size,
             length_column=self.args.length_column_name,
             seed=self._data_seed,
             truncate=self.truncate,
         )
-        # Accelerate deals out what a stream yields by `batch_size`: one batch of ours to each process.
-        return self._prepare(stock, batches, collate_fn=partial(_collate_only, stock.collate_fn), batch_size=1)
+
+    @property
+    def _max_sequences(self) -> int | None:
+        """The collator's own, if it has one."""
+        return self.data_collator.max_sequences if is_flat(self.data_collator) else None
 
     def _prepare(self, stock: DataLoader, dataset: Any, **arguments: Any) -> Any:
         settings = {name: getattr(stock, name) for name in SETTINGS}
