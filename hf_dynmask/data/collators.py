@@ -263,13 +263,19 @@ class DataCollatorWithLengths(CollatorWithLengths):
     [`~transformers.Trainer`] would count it as a target. `labels` of which each is the next token's therefore become
     -100 there. Without a role in `column_roles` they are taken for such where all that are not -100 equal `input_ids`.
 
+    **Flat batches of one shape.** With `max_tokens` and `max_sequences`, all flat batches have the same shape, whatever
+    they hold, as a compiled model or a CUDA graph needs it. The examples stand at the front; the places behind them are
+    absent, and `lengths` end in zeros. [`TokenBudgetBatchSampler`] makes batches that leave few places empty, and
+    [`TokenBudgetMixin`] sets both numbers itself. Such batches are for training: metrics of an evaluation would count
+    the absent sequences, so evaluate with `flat=False`.
+
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
         flat (`bool`, *optional*, defaults to `False`):
             Put all sequences end to end in one row, without padding. Such a batch is for one device: `dispatch_batches`
             of Accelerate and [`~torch.nn.DataParallel`] cannot split it.
         label_pad_token_id (`int`, *optional*, defaults to -100):
-            Label of the absent tokens of a row; losses in PyTorch ignore -100.
+            Label where no token or no sequence is; losses in PyTorch ignore -100.
         return_position_ids (`bool`, *optional*, defaults to `False`):
             Give `position_ids` too, from 0 on in each sequence. The models count for themselves; TRL's `SFTTrainer`
             wants to see them.
@@ -282,25 +288,42 @@ class DataCollatorWithLengths(CollatorWithLengths):
             the answers of all batches of a step, of which some may have more than others. [`TokenBudgetMixin`] does so
             by itself. Not for `label_smoothing_factor`, which smooths all `labels`, nor for stock models, whose loss
             does not know the count.
+        max_tokens (`int`, *optional*): Places of a flat row. `None`: as many as its tokens.
+        max_sequences (`int`, *optional*): Entries of `lengths` with a flat row. `None`: as many as its sequences.
+        column_sizes (`Mapping[str, int]`, *optional*):
+            Most entries of an example in `hidden_spans`. `None`: as many as in the batch; with `max_sequences` they
+            must be given, so that all batches have as many.
 
     Returns:
-        `dict[str, Tensor]`:
+        `dict[str, Tensor]`: B examples of N tokens in all, T in the longest of them.
 
-        - `input_ids`, int64 `(B, T)`: from the left edge, whatever the tokenizer's `padding_side`; T is the longest
-          sequence of the batch. With `flat`: `(1, N)`.
+        - `input_ids`, int64 `(B, T)`: from the left edge, whatever the tokenizer's `padding_side`. With `flat`:
+          `(1, N)`.
         - `lengths`, int64 `(B,)`: tokens of each sequence.
-        - `attention_mask`, int64 `(B, T)`: the same for code that asks for it, such as the Trainer's
-          `include_num_input_tokens_seen`; 1 where a token is. With `flat`: none.
+        - `attention_mask`, int64 `(B, T)`: 1 where a token is, for code that asks for it, such as the Trainer's
+          `include_num_input_tokens_seen`. With `flat`: none.
         - columns per token: `(B, T, …)`, 0 (labels: `label_pad_token_id`) where no token is. With `flat`: `(1, N, …)`.
-        - columns per example: `(B, …)`.
+        - columns per example: `(B, …)`; `hidden_spans`: `(B, K, 2)`.
         - `labels`, with `count_answers`: int64 `(B,)`, `start_positions`, or -100 where the answer is not inside the
           sequence.
 
+        With `max_tokens` and `max_sequences`:
+
+        - `input_ids`, int64 `(1, max_tokens)`: the pad id behind the last token (0 if the tokenizer has none).
+        - `lengths`, int64 `(max_sequences,)`: 0 behind the last sequence.
+        - columns per token: `(1, max_tokens, …)`, 0 or `False` (labels: `label_pad_token_id`) behind the last token.
+        - columns per example: `(max_sequences, …)`, behind the last sequence 0, and `label_pad_token_id` in `labels`
+          (of floats, too), `start_positions` and `end_positions`; `hidden_spans`: `(max_sequences, K, 2)`, K from
+          `column_sizes`.
+
     Raises:
-        ValueError: `column_roles` has an unknown role, or one that does not fit the column. When called: there are no
+        ValueError: `column_roles` has an unknown role, or one that does not fit the column; `max_tokens` and
+            `max_sequences` come without `flat` or one without the other, or are not positive integers; `column_sizes`
+            has another column, or not an integer of at least 0. When called: there are no
             examples; `input_ids` is missing or not a list of integers; the role of a column is not known; a column does
             not have the shape of its role, is missing in some examples, or does not hold numbers or text; labels are
-            text; `lengths` is wrong; rows must be padded and the tokenizer has no pad token.
+            text; `lengths` is wrong; rows must be padded and the tokenizer has no pad token; there are more examples or
+            tokens than `max_sequences` and `max_tokens`, or more spans than in `column_sizes`, or these are missing.
 
     Example:
 
@@ -367,23 +390,26 @@ class DataCollatorForFeatures(CollatorWithLengths):
 
     Args:
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
-        label_pad_token_id (`int`, *optional*, defaults to -100): Label behind a target, and of a row's absent frames.
+        label_pad_token_id (`int`, *optional*, defaults to -100): Label behind a target, and where no frame is.
         column_roles (`Mapping[str, str]`, *optional*): As there.
+        max_tokens, max_sequences (`int`, *optional*): As there, frames for tokens.
+        column_sizes (`Mapping[str, int]`, *optional*): As there, and most `labels` of an example.
 
     Returns:
-        `dict[str, Tensor]`:
+        `dict[str, Tensor]`: B examples of N frames in all, T in the longest of them.
 
-        - `input_features`, float32 `(B, T, F)`: from the left edge; T is the longest sequence of the batch, and 0
-          stands where no frame is. With `flat`: `(1, N, F)`.
+        - `input_features`, float32 `(B, T, F)`: from the left edge, 0 where no frame is. With `flat`: `(1, N, F)`.
         - `lengths`, int64 `(B,)`: frames of each sequence.
         - `attention_mask`, int64 `(B, T)`: 1 where a frame is. With `flat`: none.
-        - `labels` of targets: int64 `(B, L)`, with `flat` as well.
+        - `labels` of targets: int64 `(B, L)`, with `flat` as well; `label_pad_token_id` behind each target.
         - other columns as there.
 
+        With `max_tokens` and `max_sequences`: `input_features (1, max_tokens, F)`, 0 behind the last frame; `lengths
+        (max_sequences,)`, 0 behind the last sequence; `labels (max_sequences, L)`, L from `column_sizes`.
+
     Raises:
-        ValueError: `column_roles` has an unknown role, or one that does not fit the column. When called: there are no
-            examples; `input_features` is missing or not frames of numbers, as many in each; another column is refused
-            as there.
+        ValueError: An argument is wrong as there. When called: there are no examples; `input_features` is missing or
+            not frames of numbers, as many in each; another column is wrong as there; examples do not fit the sizes.
 
     Example:
 
@@ -455,8 +481,12 @@ class DataCollatorForSeq2SeqWithLengths:
             the [`~transformers.Trainer`] takes the labels away from the model: with `label_smoothing_factor` or
             `compute_loss_func`. `None`: there are none, and a model makes its own of the labels.
         flat (`bool`, *optional*, defaults to `False`): Put all sequences of a side end to end, without padding.
-        label_pad_token_id (`int`, *optional*, defaults to -100): Label of the absent tokens of a row.
+        label_pad_token_id (`int`, *optional*, defaults to -100): Label where no token is.
         column_roles (`Mapping[str, str]`, *optional*): As there, by full names.
+        max_tokens, max_target_tokens (`int`, *optional*):
+            Places of the flat row of sources, and of that of targets. They come together with `max_sequences`.
+        max_sequences (`int`, *optional*): Entries of `lengths` and `decoder_lengths` with flat rows.
+        column_sizes (`Mapping[str, int]`, *optional*): As there, of `hidden_spans` and `decoder_hidden_spans`.
 
     Returns:
         `dict[str, Tensor]`:
@@ -467,10 +497,13 @@ class DataCollatorForSeq2SeqWithLengths:
         - `decoder_lengths`, int64 `(B,)`: tokens of each target.
         - `decoder_input_ids`, int64, with `model`: of the shape of `labels`.
 
+        With fixed sizes: `input_ids (1, max_tokens)` and `lengths (max_sequences,)`; `labels (1, max_target_tokens)`,
+        `decoder_lengths (max_sequences,)` and `decoder_input_ids (1, max_target_tokens)`, filled as there.
+
         Examples without a target give the source alone.
 
     Raises:
-        ValueError: A role is refused as there. When called: a side is refused as there; a target has columns, but no
+        ValueError: An argument is wrong as there. When called: a side is wrong as there; a target has columns, but no
             `labels`, or these are not a list of integers; `lengths` counts neither the source nor both sides.
 
     Example:

@@ -82,6 +82,8 @@ class DataCollatorForDynamicMasking:
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
         column_roles (`Mapping[str, str]`, *optional*):
             Roles of columns whose names do not tell them, as in [`DataCollatorWithLengths`].
+        max_tokens, max_sequences (`int`, *optional*): Give all flat batches one shape, as there.
+        column_sizes (`Mapping[str, int]`, *optional*): As there.
 
     The examples may have these columns, which the batch has not:
 

@@ -44,8 +44,9 @@ class ThroughputCallback(TrainerCallback):
     and with it the progress bar and every tracker in `report_to`, gets:
 
     - `real_tokens_per_second`: tokens, or frames of `input_features`, of both sides of an encoder-decoder; no padding;
-    - `padding_avoided`: share of the places in padded rows that nothing was computed for. 0 for a stock model on padded
-      rows, 1 minus the share of real tokens for a DynMask model with `lengths` or `attention_mask`, or a flat batch;
+    - `padding_avoided`: of the places that the batches have, or would have, as padded rows, the share that nothing was
+      computed for. 0 for a stock model on padded rows; 1 minus the share of real tokens for a DynMask model with
+      `lengths` or `attention_mask`, and for a flat batch, where empty places of a row of fixed size count as computed;
     - `real_flops_per_second`: floating-point operations that real tokens need,
       `6 * weights * tokens + 12 * layers * H * D * pairs` (see [`hf_dynmask.training.flops`]), whatever else was
       computed; pairs are those that the mask allows;
@@ -189,12 +190,14 @@ class _Side(NamedTuple):
         in_layers (`Tensor`): As many as go through the layers: fewer where convolutions subsample.
         shape (`tuple[int, int]`): Rows and columns of the batch.
         is_flat (`bool`): Whether a row holds several sequences.
+        computes_all (`bool`): Whether layers work on all places, those without a token included.
     """
 
     lengths: Tensor
     in_layers: Tensor
     shape: tuple[int, int]
     is_flat: bool
+    computes_all: bool
 
 
 class _Held(NamedTuple):
@@ -271,7 +274,7 @@ class _Batches:
                 rows, width = side.shape
                 in_rows = len(lengths) * max(lengths, default=0) if side.is_flat else rows * width
                 tokens, places = tokens + sum(lengths), places + in_rows
-                computed += sum(lengths) if side.is_flat or isinstance(self.model, OURS) else rows * width
+                computed += rows * width if side.computes_all else sum(lengths)
             sizes = zip(*(side.in_layers.tolist() for side in sides), strict=True)
             batch = [of_example for of_example in sizes if any(of_example)]
             examples += batch
@@ -300,7 +303,9 @@ class _Batches:
             self._hold(given, prefix, shape, lengths)
         in_layers = self.model.output_lengths(lengths) if has_frames else lengths
         rows = math.prod(shape[:-1])
-        return _Side(lengths, in_layers, (rows, shape[-1]), lengths.numel() != rows)
+        is_flat = lengths.numel() != rows
+        computes_all = not isinstance(self.model, OURS) or (is_flat and f"{prefix}missing" not in given)
+        return _Side(lengths, in_layers, (rows, shape[-1]), is_flat, computes_all)
 
     def _inputs(self, given: dict[str, Any], prefix: str) -> tuple[str, tuple[int, ...]]:
         """The name of what a side is given, and the shape of its rows of tokens."""

@@ -227,7 +227,8 @@ class TokenBudgetMixin(ResumingMixin):
     @property
     def _max_sequences(self) -> int | None:
         """The collator's own, if it has one."""
-        return self.data_collator.max_sequences if is_flat(self.data_collator) else None
+        collator: Any = self.data_collator
+        return collator.max_sequences if is_flat(collator) else None
 
     def _prepare(self, stock: DataLoader, dataset: Any, **arguments: Any) -> Any:
         settings = {name: getattr(stock, name) for name in SETTINGS}
