@@ -652,7 +652,8 @@ def check_fixed_sizes(flat: bool, sizes: Mapping[str, int | None]) -> None:
         ValueError: They come without `flat`, only some of them are given, or one is not an integer of at least 1.
     """
     given = {name: size for name, size in sizes.items() if size is not None}
-    names = " and ".join(f"`{name}`" for name in sizes)
+    *first, last = (f"`{name}`" for name in sizes)
+    names = f"{', '.join(first)} and {last}"
     values = ", ".join(f"{name}={size!r}" for name, size in sizes.items())
     if given and not flat:
         raise ValueError(f"{names} must come with `flat=True`, whose row they give a fixed size; got {values}")

@@ -325,7 +325,10 @@ def _present(mask: Any, number: int) -> np.ndarray:
 def example_lengths(dataset: Any, column: str = "length") -> list[int]:
     """Tokens of each example of a map-style dataset; see [`example_length`]."""
     names = [name for name in (column, "lengths") if name in getattr(dataset, "column_names", [])][:1]
-    examples = _examples(dataset, names or [*MAIN_COLUMNS, "attention_mask"])
+    if names:
+        examples = dataset.select_columns(names).with_format(None)  # as they are stored, without a transform
+    else:
+        examples = _examples(dataset, [*MAIN_COLUMNS, "attention_mask"])
     return [example_length(example, column, number) for number, example in enumerate(examples)]
 
 
@@ -341,22 +344,22 @@ def pair_lengths(dataset: Any) -> np.ndarray:
 
 
 def list_sizes(dataset: Any, names: Sequence[str]) -> dict[str, int]:
-    """Entries of the longest list in each of some columns of a map-style dataset, as far as it has them."""
-    wanted = {name for name in (*names, *LABELS) if model_name(name) in names}
-    wanted &= set(getattr(dataset, "column_names", dataset[0] if len(dataset) else ()))
-    sizes: dict[str, int] = {}
-    for example in _examples(dataset, sorted(wanted)) if wanted else ():
+    """Entries of the longest list in each of some columns of a map-style dataset, as far as it has lists there."""
+    first = dataset[0] if len(dataset) else {}
+    wanted = [name for name in first if model_name(name) in names and hasattr(first[name], "__len__")]
+    sizes = dict.fromkeys(map(model_name, wanted), 0)
+    for example in _examples(dataset, wanted) if wanted else ():
         for name in wanted:
-            if hasattr(example[name], "__len__"):
-                sizes[model_name(name)] = max(sizes.get(model_name(name), 0), len(example[name]))
+            sizes[model_name(name)] = max(sizes[model_name(name)], len(example[name]))
     return sizes
 
 
 def _examples(dataset: Any, names: Sequence[str]) -> Iterable[Any]:
-    """Examples of a map-style dataset; of a `datasets.Dataset` no more than some of its columns."""
+    """Examples of a map-style dataset; of a `datasets.Dataset` only some columns, unless a transform makes them."""
     names = [name for name in names if name in getattr(dataset, "column_names", [])]
-    examples = dataset.select_columns(names) if names else dataset
-    return examples if hasattr(examples, "__iter__") else (dataset[number] for number in range(len(dataset)))
+    if names and dataset.format["type"] != "custom":
+        dataset = dataset.select_columns(names)
+    return dataset if hasattr(dataset, "__iter__") else (dataset[number] for number in range(len(dataset)))
 
 
 # --- Which examples go together ---------------------------------------------------------------------------------------
