@@ -13,7 +13,8 @@ import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..data.collators import counted_answers, in_rows, is_flat, with_settings
+from ..data.collators import counted_answers
+from ..data.flat import in_rows, is_flat, with_settings
 from ..data.token_budget import (
     CollatorWithinBudget,
     TokenBudgetBatchSampler,

@@ -110,7 +110,7 @@ def test_pickle():
         ([{"input_features": [1.0, 2.0]}], r"`input_features` .* shape \(frames, features\).*got shapes \[\(2,\)\]"),
         (
             [{"input_features": [[1.0]]}, {"input_features": [[1.0, 2.0]]}],
-            r"with as many features in all; got shapes \[\(1, 1\), \(1, 2\)\]",
+            r"with the same number of features; got shapes \[\(1, 1\), \(1, 2\)\]",
         ),
         ([{"input_features": [[1.0], [2.0, 3.0]]}], r"`input_features` must hold numbers, even lists of numbers"),
         (

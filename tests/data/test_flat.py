@@ -19,7 +19,7 @@ from hf_dynmask import (
     DataCollatorWithLengths,
     TokenBudgetBatchSampler,
 )
-from hf_dynmask.data.collators import in_rows, with_settings
+from hf_dynmask.data.flat import in_rows, with_settings
 from masked_lm_examples import CLS, SEP, make_tokenizer, texts
 from strategies import examples
 
@@ -348,7 +348,7 @@ def test_a_copy_hears_of_epochs():
             ids([1] * 4, [2] * 2, [], [3] * 3),
             "at most `max_tokens`=6 tokens; got 9 in 4 examples, the first 3 of which fit. Raise it, or make batches",
         ),
-        (ids(*[[1]] * 5), "a batch must have at most `max_sequences`=4 examples; got 5. Raise it, or make batches by"),
+        (ids(*[[1]] * 5), "a batch must have at most `max_sequences`=4 examples; got 5. Raise it, or make batches"),
         (
             ids([1], [2], hidden_spans=[[[0, 1]], [[0, 1], [1, 1]]]),
             r"column `hidden_spans` must have one size .*`column_sizes=\{'hidden_spans': …\}`; got up to 2 in this",
@@ -362,7 +362,9 @@ def test_what_does_not_fit(features, message):
 
 def test_targets_that_do_not_fit():
     collate = DataCollatorForFeatures(**SIZES, column_sizes={"labels": 1})
-    with pytest.raises(ValueError, match=r"`labels` .* at most `column_sizes\['labels'\]`=1 entries an example; got 2"):
+    with pytest.raises(
+        ValueError, match=r"`labels` .* at most `column_sizes\['labels'\]`=1 entries per example; got 2"
+    ):
         collate(frames([7], [8, 9]))
     with pytest.raises(ValueError, match=r"column `labels` must have one size in all batches"):
         DataCollatorForFeatures(**SIZES)(frames([7], [8]))
@@ -398,7 +400,7 @@ NAMES = "`max_tokens` and `max_sequences`"
         ({"flat": True, "max_tokens": 8, "max_sequences": -1}, "`max_sequences` must be an integer .* 1; got -1"),
         ({"flat": True, "max_tokens": 8.0, "max_sequences": 2}, "`max_tokens` must be an integer .*; got 8.0"),
         ({"flat": True, "max_tokens": True, "max_sequences": 2}, "`max_tokens` must be an integer .*; got True"),
-        ({"column_sizes": {"spans": 2}}, "`column_sizes` must be of `hidden_spans`.* differ in length; got 'spans'"),
+        ({"column_sizes": {"spans": 2}}, "`column_sizes` must have keys among `hidden_spans`.*; got 'spans'"),
         (
             {"column_sizes": {"hidden_spans": -1}},
             r"`column_sizes\['hidden_spans'\]` must be an integer of at least 0; got -1",
@@ -419,7 +421,10 @@ def test_settings_that_do_not_go_together(make, settings, message):
         ),
         ({"max_target_tokens": 8}, "must come with `flat=True`, .*; got max_tokens=None, max_target_tokens=8, max_seq"),
         ({**PAIR_SIZES, "max_target_tokens": 0}, "`max_target_tokens` must be an integer of at least 1; got 0"),
-        ({**PAIR_SIZES, "column_sizes": {"labels": 3}}, "`column_sizes` must be of `hidden_spans`, .*; got 'labels'"),
+        (
+            {**PAIR_SIZES, "column_sizes": {"labels": 3}},
+            "`column_sizes` must have keys among `hidden_spans`; got 'labels'",
+        ),
     ],
 )
 def test_settings_of_pairs(settings, message):
