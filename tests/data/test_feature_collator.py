@@ -112,10 +112,13 @@ def test_pickle():
             [{"input_features": [[1.0]]}, {"input_features": [[1.0, 2.0]]}],
             r"with the same number of features; got shapes \[\(1, 1\), \(1, 2\)\]",
         ),
-        ([{"input_features": [[1.0], [2.0, 3.0]]}], r"`input_features` must hold numbers, even lists of numbers"),
+        (
+            [{"input_features": [[1.0], [2.0, 3.0]]}],
+            r"`input_features` must hold numbers, lists of them of equal length",
+        ),
         (
             [{"input_features": [[1.0]], "attention_mask": [1, 0]}],
-            r"`attention_mask` of an example must hold 0 or 1 a token, shape \(1,\); got shape \(2,\)",
+            r"`attention_mask` of an example must hold 0 or 1 per token, shape \(1,\); got shape \(2,\)",
         ),
         (
             [{"input_features": [[1.0]], "lengths": 2}],

@@ -286,9 +286,9 @@ def test_pickle():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"lengths": []}, r"`lengths` must be whole numbers from 0, .*; got float64 of shape \(0,\)"),
-        ({"lengths": [1.5, 2]}, r"`lengths` must be whole numbers from 0, .*; got float64 of shape \(2,\) from 1.5"),
-        ({"lengths": [3, -1]}, r"`lengths` must be whole numbers from 0, .*; got int64 of shape \(2,\) from -1"),
+        ({"lengths": []}, r"`lengths` must be integers of at least 0, .*; got float64 of shape \(0,\)"),
+        ({"lengths": [1.5, 2]}, r"`lengths` must be integers of at least 0, .*; got float64 of shape \(2,\) from 1.5"),
+        ({"lengths": [3, -1]}, r"`lengths` must be integers of at least 0, .*; got int64 of shape \(2,\) from -1"),
         ({"lengths": [[1], [2]]}, r"one for each of at least one example; got int64 of shape \(2, 1\)"),
         ({"max_tokens": 0}, "`max_tokens` must be at least 1; got 0"),
         ({"max_sequences": 0}, "`max_sequences` must be at least 1; got 0"),
@@ -426,8 +426,8 @@ def first_batch(rows, **settings):
         ([], {"seed": -1}, "`seed` must be at least 0; got -1"),
         ([{"length": 1}, {"text": "a"}], {}, "must have a column `length` or `lengths` .*; got text in example 1"),
         ([{}], {"length_column": "n"}, "must have a column `n` or `lengths` .*; got no columns in example 0"),
-        ([{"length": "5"}], {}, "column `length` must hold .* a whole number from 0; got '5' in example 0"),
-        ([{"lengths": -5}], {}, "column `lengths` must hold .* a whole number from 0; got -5 in example 0"),
+        ([{"length": "5"}], {}, "column `length` must hold .* an integer of at least 0; got '5' in example 0"),
+        ([{"lengths": -5}], {}, "column `lengths` must hold .* an integer of at least 0; got -5 in example 0"),
         ([{"length": 1}, {"length": 11}], {}, "got max_tokens=10, and example 1 has 11 tokens"),
     ],
 )
@@ -560,7 +560,7 @@ def test_truncation_knows_the_roles_of_the_collator():
         collator = DataCollatorWithLengths(TOKENIZER, column_roles={"x": role})
         batch = CollatorWithinBudget(collator, 2, truncate=True)(features)
         assert batch["x"].tolist() == expected and batch["labels"].tolist() == [[0.5, 1.0, 0.5]]
-    with pytest.raises(ValueError, match=r"whether column `x` .* set `column_roles=\{'x': 'token'\}`"):
+    with pytest.raises(ValueError, match=r"column `x` .* set `column_roles=\{'x': 'token'\}`"):
         CollatorWithinBudget(DataCollatorWithLengths(TOKENIZER), 2, truncate=True)(features)
 
 
