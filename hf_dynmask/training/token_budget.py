@@ -55,9 +55,9 @@ class TokenBudgetMixin(ResumingMixin):
 
     **Flat batches have one shape.** If the collator is one of ours with `flat=True`, this mixin sets its `max_tokens`
     to the budget and its `max_sequences` to the most examples that a batch can have, so that all training batches have
-    the same shape. For pairs, `max_tokens` and `max_target_tokens` are the most tokens that the batches of this training
-    have on each side (with a stream: the budget). `column_sizes` are those of the dataset; a stream needs them on the
-    collator. Sizes that the collator already has are kept.
+    the same shape. For pairs, `max_tokens` and `max_target_tokens` are the most tokens that the batches of this
+    training have on each side (with a stream: the budget). `column_sizes` are those of the dataset; a stream needs them
+    on the collator. Sizes that the collator already has are kept.
 
     Batches with answers (`start_positions`, `end_positions`) are weighted by their number of answers, as those with
     `labels` are weighted by their number of labels.

@@ -67,7 +67,7 @@ def test_labels_of_frames():
 def test_labels_as_many_as_frames_some_of_which_are_absent(labels):
     """They may be of the frames, and lose one, or be a target."""
     features = [{"input_features": FRAMES[0], "attention_mask": [1, 0, 1], "labels": labels}]
-    with pytest.raises(ValueError, match=r"`labels` has an entry for each .* set `column_roles=\{'labels': 'token'\}`"):
+    with pytest.raises(ValueError, match=r"`labels` must have a role: set `column_roles=\{'labels': 'token'\}`"):
         DataCollatorForFeatures()(features)
     for role, expected in ("token", [[5, 7]]), ("example", [labels]):
         assert DataCollatorForFeatures(column_roles={"labels": role})(features)["labels"].tolist() == expected
