@@ -30,7 +30,7 @@ def log(state: TrainerState, control: TrainerControl, logs: dict[str, Any]) -> N
 
 
 def _calling_trainer() -> Trainer | None:
-    """The Trainer that called back. It hands its callbacks everything but itself, and trackers hear only its `log`."""
+    """The Trainer that calls the callback. It does not pass itself, but trackers get only what its `log` writes."""
     from transformers import Trainer  # heavy; here it is loaded already
 
     frame = inspect.currentframe()

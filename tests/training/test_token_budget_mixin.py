@@ -272,6 +272,14 @@ def test_sizes_of_the_collator_itself_that_are_too_small(tmp_path):
         loader_of(tmp_path, rows(), collator)
 
 
+def test_truncated_examples_fit(tmp_path):
+    settings = {"max_tokens": 6, "truncate": True, "max_steps": 3}
+    data = rows(labels=lambda row: row["input_ids"])
+    for some in data, data.to_iterable_dataset():
+        for batch in loader_of(tmp_path, some, DataCollatorWithLengths(TOKENIZER, flat=True), **settings):
+            assert batch["input_ids"].shape == batch["labels"].shape == (1, 6)
+
+
 @pytest.mark.parametrize("column_sizes, expected", [(None, 2), ({"hidden_spans": 4}, 4)])
 def test_lists_of_examples_have_one_size(column_sizes, expected, tmp_path):
     data = rows(hidden_spans=lambda row: [[0, 1]] * (row["input_ids"][0] % 3))
@@ -331,7 +339,8 @@ class OtherWayRound(TokenBudgetMixin, DynamicMaskingMixin, Trainer):
 def test_targets_drawn_in_every_epoch(trainer_class, tmp_path):
     """The collator of the training, which hears of epochs, and that of the evaluation, whose targets never change."""
     collator = DataCollatorForDynamicMasking(make_tokenizer(), flat=True, at_least_one=True)
-    data = Dataset.from_list(texts(30, 4, 12))
+    examples = texts(30, 4, 12)
+    data = Dataset.from_list(examples)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=5)
     trainer = trainer_class(make_model(), arguments, collator, data, data.select(range(5)), max_tokens=40)
     loader = trainer.get_train_dataloader()
@@ -343,7 +352,7 @@ def test_targets_drawn_in_every_epoch(trainer_class, tmp_path):
     assert [batch["input_ids"].tolist() for batch in first] != [batch["input_ids"].tolist() for batch in second]
     (batch,) = trainer.get_eval_dataloader()
     expected = DataCollatorForDynamicMasking(make_tokenizer(), at_least_one=True).for_evaluation()
-    assert_equal(batch, **expected(list(data.select(range(5)))))
+    assert_equal(batch, **expected(examples[:5]))
 
 
 # --- What batches weigh ----------------------------------------------------------------------------------------------
