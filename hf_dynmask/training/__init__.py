@@ -1,5 +1,5 @@
-"""What joins a Trainer: changing masks, targets drawn anew in every epoch, batches of a budget of tokens, a log of how
-fast it is."""
+"""Extensions of a Trainer: masks that change during training, targets drawn again in every epoch, batches with a budget
+of tokens, and a log of the throughput."""
 
 from .dynamic_masking import DynamicMaskingMixin
 from .mask_schedule import MaskSchedule

@@ -1,4 +1,4 @@
-"""What our callbacks share: how they find the model, and how they write to the Trainer's log."""
+"""Shared by our callbacks: how to find the model, and how to write to the Trainer's log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def log(state: TrainerState, control: TrainerControl, logs: dict[str, Any]) -> N
 
 
 def _calling_trainer() -> Trainer | None:
-    """The Trainer that called back. It hands its callbacks everything but itself, and trackers hear only its `log`."""
+    """The Trainer that calls the callback. It does not pass itself, but trackers get only what its `log` writes."""
     from transformers import Trainer  # heavy; here it is loaded already
 
     frame = inspect.currentframe()

@@ -43,6 +43,7 @@ COLLATORS: dict[str, Any] = {
     "stock": DataCollatorForTokenClassification(TOKENIZER, return_tensors="pt"),
     "rows": DataCollatorWithLengths(TOKENIZER),
     "flat": DataCollatorWithLengths(TOKENIZER, flat=True),
+    "flat, of one shape": DataCollatorWithLengths(TOKENIZER, flat=True, max_tokens=24, max_sequences=6),
 }
 
 
@@ -108,10 +109,13 @@ def of_process(folder: Path) -> None:
         trainer.train()
         found["flat", name] = {"training": seen.training}
     torch.save(found, folder / f"{rank}.pt")
-    trainer, _ = make_trainer("flat", SETTINGS["dispatched and split"], folder)
-    with pytest.raises(ValueError) as error:
-        trainer.train()
-    (folder / f"{rank}.json").write_text(json.dumps(str(error.value)))
+    messages = []
+    for kind in ("flat", "flat, of one shape"):
+        trainer, _ = make_trainer(kind, SETTINGS["dispatched and split"], folder)
+        with pytest.raises(ValueError) as error:
+            trainer.train()
+        messages.append(str(error.value))
+    (folder / f"{rank}.json").write_text(json.dumps(messages))
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +155,10 @@ def test_flat_batches_that_each_process_collates(name, of_ranks):
 
 
 def test_flat_batches_are_not_dispatched(ranks):
-    wrong = "`lengths` of a flat batch must be whole; got 2 of them"
     for rank in range(2):
-        message = json.loads((ranks / f"{rank}.json").read_text())
-        assert wrong in message
-        assert "`dispatch_batches=False`" in message
+        for message in json.loads((ranks / f"{rank}.json").read_text()):
+            assert "`lengths` of a flat batch must be whole; got 2 of them" in message
+            assert "`dispatch_batches=False`" in message
 
 
 PAIRS = [{"input_ids": [5, 6, 7], "labels": [8]}, {"input_ids": [9], "labels": [4, 5]}]
@@ -166,6 +169,7 @@ FRAMES = [{"input_features": [[0.5], [1.0]]}, {"input_features": [[2.0]]}]
     "collator, examples, name",
     [
         (COLLATORS["flat"], ROWS[:2], "input_ids"),
+        (COLLATORS["flat, of one shape"], ROWS[:2], "input_ids"),
         (DataCollatorForSeq2SeqWithLengths(TOKENIZER, flat=True), PAIRS, "input_ids"),
         (DataCollatorForFeatures(flat=True), FRAMES, "input_features"),
     ],
