@@ -1,11 +1,12 @@
 """What the recipes share: arguments, data and models."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import DatasetDict
 from transformers import (
     AutoConfig,
     HfArgumentParser,
@@ -15,6 +16,9 @@ from transformers import (
 
 from hf_dynmask import DynMaskConfig, from_transformers
 from support.samples import resolve_dataset
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 IGNORED = -100  # the label of what is no target
 
