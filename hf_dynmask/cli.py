@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
@@ -303,10 +304,12 @@ CASES = {
 
 @app.command()
 def env() -> None:
-    """Say which implementation of attention runs here for which mask, and why not another."""
+    """Say what computes attention here for which mask, and why not another; on a CPU, how threads wait."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     typer.echo(f"torch {torch.__version__}, transformers {transformers.__version__}; device: {device.type}{name}")
+    if device.type == "cpu":
+        typer.echo(f"{torch.get_num_threads()} threads; {_wait_policy()}")
     typer.echo(f"What runs with attn_implementation='dynmask', for heads of size {HEAD_SIZE}:")
     table = Table("mask", "for", "runs", "why not another")
     for text in KINDS_OF_MASKS:
@@ -317,6 +320,18 @@ def env() -> None:
             table.add_row(text, "all" if len(cases) == len(CASES) else "\n".join(cases), runs, why)
         table.add_section()
     Console(highlight=False).print(table)
+
+
+def _wait_policy() -> str:
+    """What `OMP_WAIT_POLICY` says, and what follows from it."""
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    if (policy or "").strip().lower() == "passive":
+        return "OMP_WAIT_POLICY=passive: threads that wait leave their cores to others"
+    return (
+        f"OMP_WAIT_POLICY={policy or 'unset'}: threads that wait keep their cores busy. Where other processes run, "
+        "such as workers of a data loader, a step can take two to three times as long as with OMP_WAIT_POLICY=passive, "
+        "which must be in the environment when Python starts"
+    )
 
 
 def _runs_here(text: str, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[str, str]:

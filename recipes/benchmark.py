@@ -32,6 +32,8 @@ On a CUDA device it times training steps instead, of larger models in bfloat16, 
     python recipes/benchmark.py --quick --output outputs/gpu.json       # what matters most, in five minutes
 """
 
+import support.threads  # noqa: F401
+
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

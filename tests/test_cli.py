@@ -217,6 +217,21 @@ def test_env_without_an_accelerator(monkeypatch):
     assert rows_of_table(result.output) == rows
 
 
+@pytest.mark.parametrize("policy", [None, "", "ACTIVE", "passive", " PASSIVE"])
+def test_env_says_how_threads_wait(policy, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    output = run("env").output
+    assert f"\n{torch.get_num_threads()} threads; OMP_WAIT_POLICY=" in output
+    if "passive" in str(policy).lower():
+        assert "OMP_WAIT_POLICY=passive: threads that wait leave their cores to others" in output
+    else:
+        assert f"OMP_WAIT_POLICY={policy or 'unset'}: threads that wait keep their cores busy." in output
+        assert "with OMP_WAIT_POLICY=passive" in output
+
+
 def without_values(make):
     """`make` whose tensors hold no values and may be on any device."""
 
@@ -238,6 +253,7 @@ def test_env_on_cuda(monkeypatch):
     monkeypatch.setattr(torch, "empty", without_values(torch.empty))
     result = run("env", width=200)
     assert "; device: cuda (A GPU)\n" in result.output
+    assert "OMP_WAIT_POLICY" not in result.output
     rows = rows_of_table(result.output)
     single = "varlen: it takes torch.float16 and torch.bfloat16; got torch.float32"
     assert rows[:4] == [

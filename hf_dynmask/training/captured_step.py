@@ -188,11 +188,10 @@ class CapturedStep:
             self._num_eager += 1
             return self._device.run(lambda: self._step(dict(batch)))
         for name, values in batch.items():
-            if isinstance(values, Tensor):
-                held = self._batch.setdefault(name, torch.empty_like(values, memory_format=torch.contiguous_format))
-                held.copy_(values, non_blocking=True)
+            if name in self._batch and isinstance(values, Tensor):
+                self._batch[name].copy_(values, non_blocking=True)
             else:
-                self._batch[name] = values
+                self._batch[name] = values.clone() if isinstance(values, Tensor) else values
         adds = self._are_written(self._current_gradients())
         if adds not in self._graphs:
             self._graphs[adds] = self._device.capture(lambda: self._step(dict(self._batch)))
@@ -248,12 +247,13 @@ class _CudaGraphs:
 
     def capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """A graph of the step, which has not run yet; what it returns is its loss, overwritten by the next one."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads may pin memory for the next batches meanwhile.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 loss = step()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # which a capture that fails does not
             cause: BaseException = error
             while cause.__context__ is not None:
                 cause = cause.__context__

@@ -501,6 +501,9 @@ def _measure(
         except Exception as error:  # whatever goes wrong with one way, the others are measured
             message = " ".join(str(error).split())
             yield name, f"FAILED: {type(error).__name__}: {message[:300]}"
+            if clock.is_cuda:  # a capture that fails leaves random numbers in its state
+                fresh = torch.Generator(clock.device).graphsafe_get_state()
+                torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
         gc.collect()
         if clock.is_cuda:
             torch.cuda.empty_cache()

@@ -62,6 +62,7 @@ def test_steps_of_a_trainer(workload, tiny, monkeypatch):
     assert all(record["real_tokens_per_second"] > 0 < record["speedup"] for record in records)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers(tiny, monkeypatch):
     monkeypatch.setitem(WAYS, "eagerly", training_steps.Way("stock", "padded", {"backend": "eager"}))
     monkeypatch.setitem(WAYS, "whole", training_steps.Way("stock", "padded", {"backend": "eager"}, whole=True))

@@ -490,6 +490,8 @@ def test_captured_training_is_that_of_eager_steps(settings, expected, kind, real
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile's
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["stock", "ours"])
 def test_compiled_and_captured(kind, real_captures, tmp_path):
     compare_on_cuda(tmp_path, kind, torch_compile=True)
