@@ -53,7 +53,7 @@ class CapturedStepMixin(Trainer):
             random, a mode of `torch_compile` that captures graphs itself, an optimizer that steps in the backward
             pass, `torch_empty_cache_steps` or `auto_find_batch_size`. In training: a batch has another shape, or
             other tensors, than the first.
-        RuntimeError: In training: the model cannot be captured, for example since it reads a value on the host.
+        RuntimeError: In training: the model cannot be captured, as it waits for a value on the device, for example.
 
     Example:
 
@@ -79,7 +79,7 @@ class CapturedStepMixin(Trainer):
         finally:
             self._captured = None
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         inner = unwrapped(model)
         parameters = list(inner.parameters())
         settings = masks_of_config(getattr(inner, "config", None)), [each.requires_grad for each in parameters]
@@ -94,8 +94,9 @@ class CapturedStepMixin(Trainer):
         if step.is_ready():  # what the Trainer and hooks on the model do in Python does not come with the graph
             if not model.training:
                 model.train()
-            if hasattr(self.optimizer, "train"):
-                self.optimizer.train()
+            optimizer: Any = self.optimizer
+            if hasattr(optimizer, "train"):
+                optimizer.train()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ThroughputCallback):
                     callback.see(inputs)
@@ -124,7 +125,7 @@ def why_not_captured(trainer: Any) -> str | None:
     reasons = [
         (args.device.type != "cuda", f"it needs a CUDA device; got {args.device.type!r}"),
         (accelerator.use_distributed, f"it needs one process; got {args.world_size}, {kind}"),
-        (args.n_gpu > 1 or trainer.is_model_parallel, "it needs one device; the model is on several"),
+        (args.n_gpu > 1 or trainer.is_model_parallel, "it needs one device; the model is on several GPUs"),
         (accelerator.scaler is not None, "fp16=True scales gradients by numbers of the host; use bf16=True"),
         (checkpoints, "gradient checkpointing reads the state of random numbers on the host"),
         (bool(dropped), f"{' and '.join(dropped)} of the model has Python choose the layers that run; set it to 0"),
@@ -254,11 +255,12 @@ class _CudaGraphs:
                 loss = step()
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # which a capture that fails does not
-            cause: BaseException = error
-            while cause.__context__ is not None:
-                cause = cause.__context__
+            is_second = error.__context__ is not None and error.__cause__ is None  # what ends the capture fails, too
+            first: Any = error.__context__ if is_second else error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise RuntimeError(
-                f"the step cannot be captured as a CUDA graph: {cause}. A captured step waits for no value on the "
+                f"the step cannot be captured as a CUDA graph: {first}. A captured step waits for no value on the "
                 "device; `torch.cuda.set_sync_debug_mode('error')` shows where the step without the mixin does"
             ) from error
 

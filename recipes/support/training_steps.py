@@ -392,6 +392,7 @@ def measure_in_trainer(way: Way, models: Models, batches: Batches, rounds: int, 
     """Steps of a Trainer with everything that it does by default, but for waiting to look at each loss."""
     given, lengths = batches[way.batches]()
     first = 3 * len(given)
+    dataset: Any = given * (3 + rounds)
     clocked = _FromThenOn(first, clock)
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -411,7 +412,7 @@ def measure_in_trainer(way: Way, models: Models, batches: Batches, rounds: int, 
             dataloader_pin_memory=clock.is_cuda,
         )
         trainer = (_Captured if way.captured else Trainer)(
-            models.make(way), arguments, _only, train_dataset=given * (3 + rounds), callbacks=[clocked]
+            models.make(way), arguments, _only, train_dataset=dataset, callbacks=[clocked]
         )
         peak = clock.peak_mib(trainer.train)
     work = flops(models.stock.config, [(length,) for length in lengths], training=True)

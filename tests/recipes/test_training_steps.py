@@ -1,6 +1,7 @@
 """Training steps on a GPU, as far as a CPU runs them: batches of each kind, ways that are not captured, what fails."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import benchmark
 from support import training_steps
 from support.training_steps import BASELINE, WAYS, WORKLOADS, Section, Workload, make_batches, run, sections
 
-SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 SIZES |= {"vocab_size": 100}
 CPU = torch.device("cpu")
 CAPTURED = [name for name in WAYS if "captured" in name]

@@ -205,8 +205,12 @@ def test_training_again(captures, tmp_path):
 
 
 def test_a_mask_that_changes_is_captured_once(captures, tmp_path):
-    schedule = {0: "window(1)", 5: "causal", 10: "full"}
-    compare(tmp_path, rows(20), callbacks=lambda: [MaskSchedule(schedule)], max_steps=15)
+    compare(
+        tmp_path,
+        rows(20),
+        callbacks=lambda: [MaskSchedule({0: "window(1)", 5: "causal", 10: "full"})],
+        max_steps=15,
+    )
     assert captures == [False, False, False]
 
 
@@ -229,7 +233,7 @@ class InnerMaskChange(TrainerCallback):
 
 
 def test_a_mask_that_changes_within_an_optimizer_step(captures, tmp_path):
-    settings = {"gradient_accumulation_steps": 3, "max_steps": 8}
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 3, "max_steps": 8}
     compare(tmp_path, rows(60), callbacks=lambda: [InnerMaskChange()], **settings)
     assert captures == [False, True, False, True]
 
@@ -242,6 +246,64 @@ def test_throughput_counts_all_batches(captures, tmp_path, monkeypatch):
     assert tokens[0] == sum(LENGTHS) * 2
     assert captures == [False]
     assert tokens == [tokens[0], tokens[0]]
+
+
+# --- fixed flat rows -------------------------------------------------------------------------------------------------
+
+MOST, SEQUENCES = 40, 6  # of a fixed flat row
+
+
+def flat_rows(number):
+    """Batches of a fixed flat row each, with places behind the last sequence that are absent."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for k in range(number):
+        lengths = torch.tensor([LENGTHS[(k + place) % len(LENGTHS)] for place in range(SEQUENCES - k % 2)])
+        lengths = nn.functional.pad(lengths, (0, SEQUENCES - len(lengths)))
+        is_there = torch.arange(MOST) < lengths.sum()
+        ids = torch.randint(1, 50, (MOST,), generator=generator) * is_there
+        batches.append({"input_ids": ids, "lengths": lengths, "labels": (ids % 2).masked_fill(~is_there, -100)})
+    return batches
+
+
+def collate_flat(batches):
+    (batch,) = batches
+    return {name: values if name == "lengths" else values[None] for name, values in batch.items()}
+
+
+class FlatTrainer(Trainer):
+    def __init__(self, model, args, data_collator, **kwargs):
+        args.per_device_train_batch_size = args.per_device_eval_batch_size = 1
+        super().__init__(model, args, collate_flat, **kwargs)
+
+
+class CapturedFlatTrainer(CapturedStepMixin, FlatTrainer):
+    pass
+
+
+def trainers_of(kind, number):
+    """Without and with capture, and so many batches: of ours fixed flat rows, of stock BERT rows of one width."""
+    if kind == "ours":
+        return (FlatTrainer, CapturedFlatTrainer), flat_rows(number)
+    return (Trainer, CapturedTrainer), rows(2 * number, ["attention_mask"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 3}, {"eval_strategy": "epoch"}], ids=str)
+def test_fixed_flat_rows(settings, captures, tmp_path):
+    classes, data = trainers_of("ours", 8)
+    plain, captured = (
+        train(of, tmp_path / of.__name__, make_model(dropout=0.2), data, max_steps=12, **settings) for of in classes
+    )
+    check_same_training(captured, plain, rtol=0, atol=0)
+    assert captures == ([False, True] if "gradient_accumulation_steps" in settings else [False])
+
+
+def test_a_flat_row_of_another_size(captures, tmp_path):
+    data = flat_rows(6)
+    data[4] = {name: values[:-1] for name, values in data[4].items()}
+    message = r"`(lengths|input_ids|labels)` of a captured step must be .*max_tokens=..., max_sequences=..."
+    with pytest.raises(ValueError, match=message):
+        train(CapturedFlatTrainer, tmp_path, make_model(), data)
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -356,9 +418,14 @@ def stub(model=None, accelerator=None, parallel=False, **settings):
 
 
 def checkpointing():
-    model = make_model("stock")
+    model: Any = make_model("stock")
     model.base_model.encoder.gradient_checkpointing = True
     return model
+
+
+def dropping_layers(probability):
+    settings = {**SIZES, "layerdrop": probability}
+    return BertForTokenClassification(BertConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -373,7 +440,7 @@ def checkpointing():
         ({"gradient_checkpointing": True}, "gradient checkpointing reads"),
         ({"activation_checkpointing": True}, "gradient checkpointing reads"),
         ({"model": checkpointing()}, "gradient checkpointing reads"),
-        ({"model": BertForTokenClassification(BertConfig(**SIZES, layerdrop=0.1))}, "^layerdrop of the model"),
+        ({"model": dropping_layers(0.1)}, "^layerdrop of the model"),
         ({"torch_compile": True, "torch_compile_mode": "reduce-overhead"}, "torch_compile_mode='reduce-overhead'"),
         ({"torch_compile": True, "torch_compile_mode": "max-autotune"}, "torch_compile_mode='max-autotune' captures"),
         ({"optim": "adalomo"}, "optim='adalomo' steps in the backward pass"),
@@ -396,7 +463,7 @@ def test_why_a_step_is_not_captured(given, reason):
         {"torch_compile": True},
         {"torch_compile_mode": "reduce-overhead"},
         {"torch_compile": True, "torch_compile_mode": "max-autotune-no-cudagraphs"},
-        {"model": BertForTokenClassification(BertConfig(**SIZES, layerdrop=0.0))},
+        {"model": dropping_layers(0.0)},
         {"model": nn.Linear(1, 1)},
         {"optim": "adafactor"},
     ],
@@ -412,37 +479,49 @@ def test_a_training_without_cuda_does_not_begin(tmp_path):
         train(CapturedTrainer, tmp_path, make_model(), rows(4))
 
 
+class Failing:
+    """A capture that ends in an error once something in it has failed, as torch's does."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    "error, kind, message",
+    [
+        (
+            RuntimeError("a value was read"),
+            RuntimeError,
+            "cannot be captured as a CUDA graph: a value was read. A capt",
+        ),
+        (ValueError("a wrong value"), RuntimeError, "cannot be captured as a CUDA graph: a wrong value. A captured st"),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "^no memory$"),
+    ],
+    ids=str,
+)
+def test_what_a_capture_that_fails_says(error, kind, message, monkeypatch):
+    streams = []
+    for name in ("Stream", "graph_pool_handle", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: name)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+
+    def step():
+        raise error
+
+    with pytest.raises(kind, match=message):
+        captured_step._CudaGraphs().capture(step)
+    assert streams == ["current_stream"]
+
+
 # --- CUDA ------------------------------------------------------------------------------------------------------------
-
-MOST, SEQUENCES = 40, 6  # of a fixed flat row
-
-
-def flat_rows(number):
-    """Batches of a fixed flat row each, with places behind the last sequence that are absent."""
-    generator = torch.Generator().manual_seed(1)
-    batches = []
-    for k in range(number):
-        lengths = torch.tensor([LENGTHS[(k + place) % len(LENGTHS)] for place in range(SEQUENCES - k % 2)])
-        lengths = nn.functional.pad(lengths, (0, SEQUENCES - len(lengths)))
-        is_there = torch.arange(MOST) < lengths.sum()
-        ids = torch.randint(1, 50, (MOST,), generator=generator) * is_there
-        batches.append({"input_ids": ids, "lengths": lengths, "labels": (ids % 2).masked_fill(~is_there, -100)})
-    return batches
-
-
-def collate_flat(batches):
-    (batch,) = batches
-    return {name: values if name == "lengths" else values[None] for name, values in batch.items()}
-
-
-class FlatTrainer(Trainer):
-    def __init__(self, model, args, data_collator, **kwargs):
-        args.per_device_train_batch_size = args.per_device_eval_batch_size = 1
-        super().__init__(model, args, collate_flat, **kwargs)
-
-
-class CapturedFlatTrainer(CapturedStepMixin, FlatTrainer):
-    pass
 
 
 @pytest.fixture
@@ -455,19 +534,17 @@ def real_captures(monkeypatch):
     return found
 
 
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # kernels add up in any order, twenty optimizer steps long
+CLOSE = {"rtol": 2e-3, "atol": 2e-3}  # kernels add up in any order
 
 
-def compare_on_cuda(folder, kind, *, callbacks=lambda: (), dropout=0.0, **settings):
-    """Twenty steps of ours on fixed flat rows, or of stock BERT on rows of one width."""
-    settings = {"max_steps": 20, "learning_rate": 1e-3, **settings}
-    trainers = (FlatTrainer, CapturedFlatTrainer) if kind == "ours" else (Trainer, CapturedTrainer)
-    data = flat_rows(20) if kind == "ours" else rows(40, ["attention_mask"])
+def compare_on_cuda(folder, kind, *, callbacks=lambda: (), dropout=0.0, close=CLOSE, **settings):
+    """Twenty steps; of an optimizer that does not blow up the least gradients, unless the settings say otherwise."""
+    settings = {"max_steps": 20, "optim": "sgd", "learning_rate": 0.1, **settings}
+    classes, data = trainers_of(kind, 20)
     plain, captured = (
-        train(of, folder / of.__name__, make_model(kind, dropout), data, *callbacks(), **settings) for of in trainers
+        train(of, folder / of.__name__, make_model(kind, dropout), data, *callbacks(), **settings) for of in classes
     )
-    check_same_training(captured, plain, **CLOSE)
-    return plain, captured
+    check_same_training(captured, plain, **close)
 
 
 @pytest.mark.cuda
@@ -478,7 +555,8 @@ def compare_on_cuda(folder, kind, *, callbacks=lambda: (), dropout=0.0, **settin
         ({}, 1),
         ({"gradient_accumulation_steps": 3}, 2),
         ({"max_grad_norm": 0.05}, 1),
-        ({"bf16": True}, 1),
+        ({"bf16": True, "close": {"rtol": 2e-2, "atol": 2e-2}}, 1),
+        ({"optim": "adamw_torch_fused", "learning_rate": 1e-3, "adam_epsilon": 1e-3}, 1),
         ({"eval_strategy": "steps", "eval_steps": 7}, 1),
         ({"logging_nan_inf_filter": False}, 1),
     ],
@@ -502,7 +580,7 @@ def test_compiled_and_captured(kind, real_captures, tmp_path):
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["stock", "ours"])
 def test_dropout_draws_in_replays_what_it_draws_in_eager_steps(kind, real_captures, tmp_path):
-    plain, captured = compare_on_cuda(tmp_path, kind, dropout=0.5)
+    compare_on_cuda(tmp_path, kind, dropout=0.5)
     assert len(real_captures) == 1
 
 
@@ -520,14 +598,14 @@ def test_dropout_differs_between_replays():
 
 @pytest.mark.cuda
 def test_a_mask_that_changes_on_cuda(real_captures, tmp_path):
-    schedule = {0: "window(1)", 8: "causal"}
-    compare_on_cuda(tmp_path, "ours", callbacks=lambda: [MaskSchedule(schedule)])
+    compare_on_cuda(tmp_path, "ours", callbacks=lambda: [MaskSchedule({0: "window(1)", 8: "causal"})])
     assert len(real_captures) == 2
 
 
 @pytest.mark.cuda
 def test_resuming_on_cuda(real_captures, tmp_path):
-    data, settings = flat_rows(20), {"max_steps": 20, "save_strategy": "steps", "save_steps": 12}
+    data = flat_rows(20)
+    settings: dict[str, Any] = {"max_steps": 20, "save_strategy": "steps", "save_steps": 12, "optim": "sgd"}
     unbroken = train(CapturedFlatTrainer, tmp_path, make_model(dropout=0.1), data, **settings)
     checkpoint = str(tmp_path / "checkpoint-12")
     resumed = train(CapturedFlatTrainer, tmp_path, make_model(dropout=0.1), data, resume=checkpoint, **settings)
