@@ -103,7 +103,7 @@ class BenchmarkArguments:
     )
     batch_size: int = field(default=32, metadata={"help": "Sequences in a batch."})
     batches: int = field(default=2, metadata={"help": "Batches in a run."})
-    repeats: int = field(default=3, metadata={"help": "Timed runs, after one that warms up; on CUDA times three."})
+    repeats: int = field(default=3, metadata={"help": "Timed runs, after one that warms up."})
     quick: bool = field(default=False, metadata={"help": "On CUDA: what matters most, in five minutes."})
     output: str = field(
         default="outputs/benchmark.json", metadata={"help": "Where to write the results; a figure of them lies beside."}
@@ -125,7 +125,7 @@ def time_training_steps(options: BenchmarkArguments, device: torch.device) -> No
     """What a GPU is measured by."""
     environment = describe_environment(device)
     print(environment, flush=True)
-    records, all_well = training_steps.run(options.quick, 3 * options.repeats, device)
+    records, all_well = training_steps.run(options.quick, options.repeats, device, options.batches)
     write_json(Path(options.output), {"environment": environment, "options": asdict(options), "steps": records})
     if not all_well:
         raise SystemExit(1)

@@ -2,7 +2,7 @@
 Training steps on a GPU, in each way to compute texts of different lengths, against the stock model on padded rows.
 
 Each way takes turns with the stock model: a pass over some batches, forward and backward, and the gradients are
-dropped; a time is the median over the passes. Then some ways again as whole steps of a Trainer with fused AdamW.
+dropped; a time is the median over the passes, at least so many as are asked for. Then some ways again as whole steps of a Trainer with fused AdamW.
 Batches are drawn from texts enough for samplers that group by length. Rates count real tokens, and the work that these
 need (see `recipes/benchmark.py`), so ways with batches of their own compare.
 """
@@ -42,7 +42,7 @@ POOL = (
     200  # batches of texts to choose from: as many as `group_by_length` sorts at a time, and the smallest number of it
 )
 STARTED = time.monotonic()
-QUICK_SECONDS = 230  # after which nothing new begins, so that all of it takes five minutes
+QUICK_SECONDS = 240  # after which nothing new begins, so that all of it takes five minutes
 
 # --- What is measured ------------------------------------------------------------------------------------------------
 
@@ -109,6 +109,7 @@ class Way(NamedTuple):
 
 STATIC: dict[str, Any] = {"dynamic": False}
 BASELINE = "stock, padded"
+WHOLE = "ours, fixed flat, compiled whole, captured"
 WAYS = {
     BASELINE: Way("stock", "padded"),
     "stock, one width, compiled, captured": Way("stock", "one width", STATIC, captured=True),
@@ -122,13 +123,14 @@ WAYS = {
     "floor: no padding": Way("stock", "equal rows"),
     "stock, padded, compiled": Way("stock", "padded", {"dynamic": True}),
     "stock, one width, captured": Way("stock", "one width", captured=True),
+    WHOLE: Way("ours", "fixed flat", STATIC, whole=True, captured=True),
     "ours, fixed flat, reduce-overhead": Way("ours", "fixed flat", {"mode": "reduce-overhead", **STATIC}, whole=True),
 }
 SHORT = [BASELINE, "stock, one width, compiled, captured", "ours, fixed flat", "ours, fixed flat, captured"]
 SHORT += ["ours, fixed flat, compiled, captured"]
 IN_TRAINER = [BASELINE, "stock, one width, compiled, captured", "ours, fixed flat"]
 IN_TRAINER += ["ours, fixed flat, captured", "ours, fixed flat, compiled, captured"]
-SLOW = ["stock, padded, compiled", "ours, fixed flat, reduce-overhead"]  # to compile
+SLOW = ["stock, padded, compiled", WHOLE, "ours, fixed flat, reduce-overhead"]  # to compile
 
 
 class Section(NamedTuple):
@@ -143,16 +145,17 @@ class Section(NamedTuple):
 def sections(quick: bool) -> list[Section]:
     """What is measured, what matters most first."""
     names = list(WORKLOADS)
-    most = [name for name in WAYS if name not in SLOW]
     if not quick:
         in_turns = [Section(name, dropout, list(WAYS)) for dropout in (0.1, 0.0) for name in names]
         return in_turns + [Section(name, 0.1, IN_TRAINER, in_trainer=True) for name in names]
-    without_one = [name for name in most if name != "stock, one width, captured"]
+    *base, large = names[:3]
+    most = [name for name in WAYS if name not in (*SLOW, "stock, one width, captured")]
     return [
-        *(Section(name, 0.1, without_one) for name in names[:3]),
-        *(Section(name, 0.1, IN_TRAINER, in_trainer=True) for name in names[:3]),
-        *(Section(name, 0.0, SHORT) for name in names[:3]),
-        *(Section(name, 0.1, [BASELINE, *SLOW]) for name in names[:2]),
+        *(Section(name, 0.1, most) for name in (*base, large)),
+        *(Section(name, 0.1, IN_TRAINER, in_trainer=True) for name in base),
+        *(Section(name, 0.0, SHORT) for name in (*base, large)),
+        Section(large, 0.1, IN_TRAINER, in_trainer=True),
+        *(Section(name, 0.1, [BASELINE, *SLOW]) for name in base),
     ]
 
 
@@ -357,7 +360,8 @@ def measure_in_turns(way: Way, models: Models, batches: Batches, repeats: int, c
     model = models.make(way)
     run = make_pass(model, way, [to_device(batch, clock.device) for batch in given])
     peak = clock.peak_mib(lambda: [run() for _ in range(3)])  # compiles and captures, too
-    times = [(clock.seconds(baseline), clock.seconds(run)) for _ in range(1 + repeats)][1:]
+    turn = clock.seconds(baseline) + clock.seconds(run)
+    times = [(clock.seconds(baseline), clock.seconds(run)) for _ in range(max(repeats, min(20, int(0.5 / turn))))]
     theirs, ours = (median(each) for each in zip(*times, strict=True))
     work = flops(models.stock.config, [(length,) for length in lengths], training=True)
     return Measured(ours, sum(lengths), work, peak, sum(lengths_of_padded) / theirs)
@@ -388,10 +392,10 @@ def _only(batches: list[Batch]) -> Batch:
     return batch
 
 
-def measure_in_trainer(way: Way, models: Models, batches: Batches, rounds: int, clock: Clock) -> Measured:
+def measure_in_trainer(way: Way, models: Models, batches: Batches, repeats: int, clock: Clock) -> Measured:
     """Steps of a Trainer with everything that it does by default, but for waiting to look at each loss."""
     given, lengths = batches[way.batches]()
-    first = 3 * len(given)
+    first, rounds = 3 * len(given), max(repeats, 10)
     dataset: Any = given * (3 + rounds)
     clocked = _FromThenOn(first, clock)
     with TemporaryDirectory() as folder:
@@ -422,15 +426,15 @@ def measure_in_trainer(way: Way, models: Models, batches: Batches, rounds: int, 
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
-def run(quick: bool, repeats: int, device: torch.device, number: int = 4) -> tuple[list[Results], bool]:
+def run(quick: bool, repeats: int, device: torch.device, number: int) -> tuple[list[Results], bool]:
     """
     Measures and prints everything, line by line.
 
     Args:
         quick (`bool`): Only what matters most, in five minutes.
-        repeats (`int`): Timed passes.
+        repeats (`int`): Timed passes; more where these are short.
         device (`torch.device`): A CUDA device. On a CPU, ways that are captured are left out.
-        number (`int`, *optional*, defaults to 4): Batches in a pass.
+        number (`int`): Batches in a pass.
 
     Returns:
         `tuple[list[dict[str, Any]], bool]`: A record of each way, and whether all could be measured.
@@ -491,7 +495,7 @@ def _measure(
         if way.captured and not clock.is_cuda:
             yield name, f"not measured: a step is captured on CUDA, not on {clock.device.type!r}"
             continue
-        if quick and time.monotonic() - STARTED > QUICK_SECONDS:
+        if quick and time.monotonic() - STARTED > QUICK_SECONDS:  # what is under way may take a minute
             yield name, f"not measured: {QUICK_SECONDS} seconds are over"
             continue
         try:

@@ -15,7 +15,6 @@ SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 16, "num_attenti
 SIZES |= {"vocab_size": 100}
 CPU = torch.device("cpu")
 CAPTURED = [name for name in WAYS if "captured" in name]
-COMPILED = ["stock, padded, compiled", "ours, fixed flat, reduce-overhead"]
 
 
 def short(count):
@@ -41,7 +40,7 @@ def measured(monkeypatch, *parts):
 
 @pytest.mark.parametrize("workload", TINY)
 def test_each_way(workload, tiny, monkeypatch, capsys):
-    ways = [name for name in WAYS if name not in COMPILED]
+    ways = [name for name in WAYS if name not in training_steps.SLOW]
     records, all_well = measured(monkeypatch, Section(workload, 0.1, ways))
     printed = capsys.readouterr().out
     assert all_well, printed
@@ -90,7 +89,7 @@ def test_a_quick_run_ends_in_time(tiny, monkeypatch):
     monkeypatch.setattr(training_steps, "sections", lambda quick: [Section("BERT", 0.0, [BASELINE])])
     records, all_well = run(True, 1, CPU, 2)
     assert all_well
-    assert records[0]["error"] == "not measured: 230 seconds are over"
+    assert records[0]["error"] == f"not measured: {training_steps.QUICK_SECONDS} seconds are over"
 
 
 @pytest.mark.parametrize("quick", [True, False])
