@@ -2,9 +2,9 @@
 Training steps on a GPU, in each way to compute texts of different lengths, against the stock model on padded rows.
 
 Each way takes turns with the stock model: a pass over some batches, forward and backward, and the gradients are
-dropped; a time is the median over the passes, at least so many as are asked for. Then some ways again as whole steps of a Trainer with fused AdamW.
-Batches are drawn from texts enough for samplers that group by length. Rates count real tokens, and the work that these
-need (see `recipes/benchmark.py`), so ways with batches of their own compare.
+dropped. A time is the median over the passes, at least so many as are asked for. Then some ways again as whole steps of
+a Trainer with fused AdamW. Batches are drawn from texts enough for samplers that group by length. Rates count real
+tokens, and the work that these need (see `recipes/benchmark.py`), so ways with batches of their own compare.
 """
 
 from __future__ import annotations
