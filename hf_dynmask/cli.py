@@ -326,10 +326,10 @@ def _wait_policy() -> str:
     """What `OMP_WAIT_POLICY` says, and what follows from it."""
     policy = os.environ.get("OMP_WAIT_POLICY")
     if (policy or "").strip().lower() == "passive":
-        return "OMP_WAIT_POLICY=passive: threads that wait leave their cores to others"
+        return "OMP_WAIT_POLICY=passive: waiting threads leave their cores to others"
     return (
-        f"OMP_WAIT_POLICY={policy or 'unset'}: threads that wait keep their cores busy. Where other processes run, "
-        "such as workers of a data loader, a step can take two to three times as long as with OMP_WAIT_POLICY=passive, "
+        f"OMP_WAIT_POLICY={policy or 'unset'}: waiting threads keep their cores busy. If other processes run, such "
+        "as the workers of a data loader, a step can take two to three times as long as with OMP_WAIT_POLICY=passive, "
         "which must be in the environment when Python starts"
     )
 

@@ -226,9 +226,9 @@ def test_env_says_how_threads_wait(policy, monkeypatch):
     output = run("env").output
     assert f"\n{torch.get_num_threads()} threads; OMP_WAIT_POLICY=" in output
     if "passive" in str(policy).lower():
-        assert "OMP_WAIT_POLICY=passive: threads that wait leave their cores to others" in output
+        assert "OMP_WAIT_POLICY=passive: waiting threads leave their cores to others" in output
     else:
-        assert f"OMP_WAIT_POLICY={policy or 'unset'}: threads that wait keep their cores busy." in output
+        assert f"OMP_WAIT_POLICY={policy or 'unset'}: waiting threads keep their cores busy." in output
         assert "with OMP_WAIT_POLICY=passive" in output
 
 

@@ -24,61 +24,44 @@ from .columns import (
     are_inputs,
     check_roles,
     check_sizes,
+    model_name,
     presence,
     read_columns,
     unknown_role,
     without_absent,
 )
-
-
-class FlatBatch(dict[str, Any]):
-    """A batch whose sequences stand end to end in one row, which cannot be split. Accelerate makes parts of it, by its
-    class, where one process collates for all."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        lengths = self.get("lengths")
-        if isinstance(lengths, Tensor) and _is_cut(lengths):
-            self._refuse(f"`lengths` of a flat batch must be whole; got {lengths.numel()} of them")
-        for name in MAIN_COLUMNS:
-            rows = self[name].shape[0] if isinstance(self.get(name), Tensor) else 1
-            if rows != 1:
-                self._refuse(f"`{name}` of a flat batch must have 1 row, which cannot be split or joined; got {rows}")
-
-    @staticmethod
-    def _refuse(message: str) -> None:
-        raise ValueError(
-            f"{message}. Collate with `flat=False`, or let each process collate its own batches: "
-            "`dispatch_batches=False` in `accelerator_config`"
-        )
-
-
-def _is_cut(lengths: Tensor) -> bool:
-    """Whether this process has got a part of them. (One process alone gets all; Accelerate takes a part beside.)"""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    is_part = lengths.untyped_storage().nbytes() > lengths.nbytes
-    return is_part and several and torch.distributed.get_world_size() > 1
+from .flat import FlatBatch, check_count, check_fixed_sizes, filled
 
 
 class CollatorWithLengths(ABC):
-    """What collators with `lengths` share. The column `main` says how many tokens or frames an example has."""
+    """What collators with `lengths` share. An example has as many tokens as entries in the column `main`."""
 
     main: ClassVar[str]
     flat: bool
     label_pad_token_id: int
     column_roles: Mapping[str, str] | None
+    max_tokens: int | None
+    max_sequences: int | None
+    column_sizes: Mapping[str, int] | None
+
+    name_of_max_tokens: ClassVar[str] = "max_tokens"  # as the user sets it
+    uneven: ClassVar[tuple[str, ...]] = ("hidden_spans",)  # columns per example whose lists may differ in length
 
     def __post_init__(self):
         check_roles(self.column_roles, [self.main])
+        sizes = {self.name_of_max_tokens: self.max_tokens, "max_sequences": self.max_sequences}
+        check_fixed_sizes(self.flat, sizes)
+        self._check_column_sizes()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         columns, roles = self._present(features)
         lengths = torch.tensor([len(tokens) for tokens in columns[self.main]])
         if "lengths" in columns:
             check_lengths(columns.pop("lengths"), lengths)
+        self._check_room(lengths)
         tokens = self._join(self.main, columns.pop(self.main))
-        if self.flat:  # Accelerate takes the size of the first tensor for the number of examples
-            batch = {"lengths": lengths, self.main: tokens}
+        if self.flat:  # Accelerate reads the number of examples off the first tensor
+            batch = {"lengths": filled(lengths, self.max_sequences, 0), self.main: tokens}
         else:
             is_there = torch.arange(tokens.shape[1]) < lengths[:, None]
             batch = {self.main: tokens, "lengths": lengths, "attention_mask": is_there.long()}
@@ -88,12 +71,11 @@ class CollatorWithLengths(ABC):
 
     def role(self, name: str, values: list[Tensor]) -> str:
         """
-        The role of a column, `"token"` or `"example"`: by `column_roles`, else by its name.
+        The role of a column, `"token"` or `"example"`: from `column_roles`, or else from its name.
 
         Args:
-            name (`str`): As models call it.
-            values (`list[Tensor]`): Of each example. Numbers alone are of the example, and so are labels that are
-                floats.
+            name (`str`): The name that models give the column.
+            values (`list[Tensor]`): A tensor for each example. Scalars are per example, and so are labels of floats.
 
         Raises:
             ValueError: The name is unknown.
@@ -107,10 +89,10 @@ class CollatorWithLengths(ABC):
             raise unknown_role(name)
         return EXAMPLE if values[0].is_floating_point() else self.role_of_labels
 
-    role_of_labels: ClassVar[str] = TOKEN  # where they are lists of integers
+    role_of_labels: ClassVar[str] = TOKEN  # if they are lists of integers
 
     def _present(self, features: Sequence[Mapping[str, Any]]) -> tuple[Columns, dict[str, str]]:
-        """The tokens that are there, in all columns, and the role of each column."""
+        """The columns without absent tokens, and the role of each column."""
         columns = self._columns(features)
         roles = {name: self.role(name, values) for name, values in columns.items()}
         keep = presence(columns, self.main)
@@ -124,8 +106,8 @@ class CollatorWithLengths(ABC):
         return columns, roles
 
     def _settle_labels(self, columns: Columns, roles: dict[str, str], keep: list[Tensor] | None) -> None:
-        """Find labels that are the next tokens, and raise a `ValueError` where absent tokens leave open whose they are:
-        a token that is not there has no label, and a list that goes with the whole example has one at every place."""
+        """Recognize labels that are the next tokens, and raise a `ValueError` if labels of absent tokens contradict the
+        role: a label per token is -100 there, while a list per example has an entry at every place."""
         labels = columns.get("labels", [])
         if "labels" in check_roles(self.column_roles, [self.main]) or not any(label.ndim for label in labels):
             return
@@ -152,25 +134,73 @@ class CollatorWithLengths(ABC):
     def _check_main(self, values: list[Tensor]) -> None:
         """Raise a `ValueError` where the main column of an example has a wrong shape or dtype."""
 
+    def _check_column_sizes(self) -> None:
+        for name, size in (self.column_sizes or {}).items():
+            if model_name(name) not in self.uneven:
+                known = " and ".join(f"`{each}`" for each in self.uneven)
+                raise ValueError(f"`column_sizes` must have keys among {known}; got {name!r}")
+            check_count(f"column_sizes['{name}']", size, least=0)
+
+    def _check_room(self, lengths: Tensor) -> None:
+        """Raise a `ValueError` if the examples do not fit a row of fixed size."""
+        if self.max_tokens is None or self.max_sequences is None:
+            return
+        limit = f"`{self.name_of_max_tokens}`={self.max_tokens}"
+        remedy = "or make batches with `TokenBudgetBatchSampler`"
+        if int(lengths.max()) > self.max_tokens:
+            raise ValueError(
+                f"an example must have at most {limit} tokens; got {lengths.max()} in example {lengths.argmax()}. "
+                "Raise it, or truncate the example"
+            )
+        if len(lengths) > self.max_sequences:
+            raise ValueError(
+                f"a batch must have at most `max_sequences`={self.max_sequences} examples; got {len(lengths)}. "
+                f"Raise it, {remedy}"
+            )
+        ends = lengths.cumsum(0)
+        if int(ends[-1]) > self.max_tokens:
+            raise ValueError(
+                f"a batch must have at most {limit} tokens; got {ends[-1]} in {len(lengths)} examples, the first "
+                f"{int((ends <= self.max_tokens).sum())} of which fit. Raise it, {remedy}"
+            )
+
     def _join(self, name: str, values: list[Tensor]) -> Tensor:
         """A column per token as `(B, T, …)`, or with `flat` as `(1, N, …)`."""
         if self.flat:
-            return torch.cat(values)[None]
+            return filled(torch.cat(values), self.max_tokens, self._padding(name))[None]
         if len({len(value) for value in values}) == 1:
             return torch.stack(values)
         return pad_sequence(values, batch_first=True, padding_value=self._padding(name))
 
     def _padding(self, name: str) -> int:
-        return self.label_pad_token_id if name in ("labels", "shift_labels") else 0
+        return self.label_pad_token_id if name in ("labels", "shift_labels", *ANSWER) else 0
 
     def _stack(self, name: str, values: list[Tensor]) -> Tensor:
-        """A column per example as `(B, …)`."""
+        """A column per example as `(B, …)`, or with `max_sequences` as `(max_sequences, …)`."""
         if name == "hidden_spans":
-            return pad_sequence([_spans(value) for value in values], batch_first=True)
+            values = self._even(name, [_spans(value) for value in values])
         shapes = [tuple(value.shape) for value in values]
         if len(set(shapes)) > 1:
             raise ValueError(f"column `{name}` must have the same shape in every example; got shapes {shapes}")
-        return torch.stack(values)
+        return filled(torch.stack(values), self.max_sequences, self._padding(name))
+
+    def _even(self, name: str, values: list[Tensor]) -> list[Tensor]:
+        """Lists of a column per example, padded to the column's entry in `column_sizes`, or else to the longest."""
+        longest = max(map(len, values))
+        sizes = {model_name(column): size for column, size in (self.column_sizes or {}).items()}
+        size = sizes.get(name, longest if self.max_sequences is None else None)
+        if size is None:
+            raise ValueError(
+                f"column `{name}` must have one size in all batches if `max_sequences` is set: give the collator the "
+                f"most entries of an example, `column_sizes={{'{name}': …}}`; got up to {longest} in this batch"
+            )
+        if longest > size:
+            place = max(range(len(values)), key=lambda index: len(values[index]))
+            raise ValueError(
+                f"column `{name}` must have at most `column_sizes['{name}']`={size} entries per example; got {longest} "
+                f"in example {place}"
+            )
+        return [filled(value, size, self._padding(name)) for value in values]
 
 
 @dataclass
@@ -180,66 +210,89 @@ class DataCollatorWithLengths(CollatorWithLengths):
 
     Each column of the examples has a role, by its name:
 
-    - **per token**: an example has one entry for each of its tokens: `token_type_ids`, `position_ids`,
+    - **per token**, one entry for each token of the example: `token_type_ids`, `position_ids`,
       `special_tokens_mask`, `offset_mapping`, `word_ids`, `segment_ids`, `global_tokens`, `missing`, `inputs_embeds`,
       `shift_labels`, and `labels` that are lists of integers. These are padded, or flattened, along with `input_ids`.
     - **per example**: `start_positions`, `end_positions`, `prefix_lengths`, `mask_choice`, `hidden_spans`, `idx`,
-      `labels` that are floats (targets of a regression, or of several labels), and all columns of one number an
-      example. These are stacked, so they must have the same shape in all examples; but examples with fewer
-      `hidden_spans` get spans of length 0.
+      `labels` of floats (for regression, or for several labels at once), and every column with a single number per
+      example. These are stacked, so they must have the same shape in all examples. `hidden_spans` may differ in number:
+      examples with fewer of them get spans of length 0.
 
-    A list under any other name needs its role in `column_roles`.
+    A list under any other name needs a role in `column_roles`.
 
-    Integers, and booleans that are labels, become int64, floats float32; other booleans stay. `label` and `label_ids`
-    become `labels`, and text is left out, as in [`~transformers.default_data_collator`]. `None` in `word_ids`, for a
-    token that is in no word, becomes -1.
+    Integers become int64 and floats float32; booleans stay, except in labels, where they become int64. `label` and
+    `label_ids` are renamed to `labels`, and text is left out, as in [`~transformers.default_data_collator`]. `None` in
+    `word_ids`, for a token that is in no word, becomes -1.
 
-    Examples that come padded (`attention_mask` with zeros) lose their absent tokens first, wherever these stand;
-    `start_positions` and `end_positions` move along. A column `lengths`, as a budget of tokens may read it, must hold
-    the number of tokens that are there.
+    If the examples are padded (`attention_mask` with zeros), their absent tokens are removed first, wherever they are;
+    `start_positions` and `end_positions` move along. A column `lengths`, which a budget of tokens may read, must hold
+    the number of real tokens.
 
-    **Flat batches of a causal model.** Nothing predicts the first token of a sequence, but in a row of several the
-    [`~transformers.Trainer`] would count it as a target. `labels` of which each is the next token's therefore become
-    -100 there. Without a role in `column_roles` they are taken for such where all that are not -100 equal `input_ids`.
+    **Flat batches for a causal model.** Nothing predicts the first token of a sequence, but in a row of several
+    sequences the [`~transformers.Trainer`] would count it as a target. If `labels` are next tokens, the first one of
+    each sequence is therefore set to -100. Labels count as next tokens if `column_roles` says so, or if it gives them
+    no role and all that are not -100 equal `input_ids`.
+
+    **Flat batches of one shape.** With `max_tokens` and `max_sequences`, all flat batches have the same shape, whatever
+    they hold, as a compiled model or a CUDA graph needs. The examples come first, the places behind them are absent,
+    and `lengths` ends in zeros. [`TokenBudgetBatchSampler`] makes batches that leave few places empty, and
+    [`TokenBudgetMixin`] sets both numbers itself. Such batches are for training. Metrics of an evaluation would count
+    the absent sequences, so evaluate with `flat=False`.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its pad token fills the rows.
         flat (`bool`, *optional*, defaults to `False`):
-            Put all sequences end to end in one row, without padding. Such a batch is for one device: `dispatch_batches`
-            of Accelerate and [`~torch.nn.DataParallel`] cannot split it.
+            Put all sequences end to end in one row, without padding. Such a batch is for one device: Accelerate's
+            `dispatch_batches` and [`~torch.nn.DataParallel`] cannot split it.
         label_pad_token_id (`int`, *optional*, defaults to -100):
-            Label of the absent tokens of a row; losses in PyTorch ignore -100.
+            The label where there is no token or no sequence; losses in PyTorch ignore -100.
         return_position_ids (`bool`, *optional*, defaults to `False`):
-            Give `position_ids` too, from 0 on in each sequence. The models count for themselves; TRL's `SFTTrainer`
-            wants to see them.
+            Add `position_ids`, counted from 0 in each sequence. The models do not need them; TRL's `SFTTrainer` expects
+            them.
         column_roles (`Mapping[str, str]`, *optional*):
-            Roles of columns, in place of those by name: `"token"` or `"example"`; of labels also `"next_token"`, one a
-            token, which is predicted from the tokens before it.
+            Roles of columns that override those from their names: `"token"` or `"example"`. Labels can also be
+            `"next_token"`: one per token, predicted from the tokens before it.
         count_answers (`bool`, *optional*, defaults to `False`):
-            Give answers (`start_positions`, `end_positions`) `labels` too, if examples have none. A
-            [`DynMaskForQuestionAnswering`] does not read these; the Trainer counts them, and so averages the loss over
-            the answers of all batches of a step, of which some may have more than others. [`TokenBudgetMixin`] does so
-            by itself. Not for `label_smoothing_factor`, which smooths all `labels`, nor for stock models, whose loss
-            does not know the count.
+            Add `labels` to examples with answers (`start_positions`, `end_positions`) that have none. A
+            [`DynMaskForQuestionAnswering`] does not read them; the Trainer counts them, and so averages the loss over
+            the answers of all batches of a step, which may have different numbers of them. [`TokenBudgetMixin`] does
+            this by itself. Do not combine it with `label_smoothing_factor`, which smooths all `labels`, or with stock
+            models, whose loss does not use the count.
+        max_tokens (`int`, *optional*): Size of a flat row. `None`: the number of its tokens.
+        max_sequences (`int`, *optional*): Size of `lengths` with a flat row. `None`: the number of its sequences.
+        column_sizes (`Mapping[str, int]`, *optional*):
+            The most `hidden_spans` of an example, `{"hidden_spans": K}`. `None`: the most in the batch. Required with
+            `max_sequences` if there are such columns, since all batches must have the same K.
 
     Returns:
-        `dict[str, Tensor]`:
+        `dict[str, Tensor]`: For B examples of N tokens in total, the longest of which has T:
 
-        - `input_ids`, int64 `(B, T)`: from the left edge, whatever the tokenizer's `padding_side`; T is the longest
-          sequence of the batch. With `flat`: `(1, N)`.
+        - `input_ids`, int64 `(B, T)`: from the left edge, whatever the tokenizer's `padding_side`, then the pad id.
+          With `flat`: `(1, N)`.
         - `lengths`, int64 `(B,)`: tokens of each sequence.
-        - `attention_mask`, int64 `(B, T)`: the same for code that asks for it, such as the Trainer's
-          `include_num_input_tokens_seen`; 1 where a token is. With `flat`: none.
-        - columns per token: `(B, T, …)`, 0 (labels: `label_pad_token_id`) where no token is. With `flat`: `(1, N, …)`.
-        - columns per example: `(B, …)`.
-        - `labels`, with `count_answers`: int64 `(B,)`, `start_positions`, or -100 where the answer is not inside the
+        - `attention_mask`, int64 `(B, T)`: 1 for tokens and 0 for padding; for code that asks for it, such as the
+          Trainer's `include_num_input_tokens_seen`. With `flat`: none.
+        - columns per token: `(B, T, …)`, then 0 (labels: `label_pad_token_id`). With `flat`: `(1, N, …)`.
+        - columns per example: `(B, …)`; `hidden_spans`: `(B, K, 2)`.
+        - `labels`, with `count_answers`: int64 `(B,)`, the `start_positions`, or -100 if the answer is not inside the
           sequence.
 
+        With `max_tokens` and `max_sequences`:
+
+        - `input_ids`, int64 `(1, max_tokens)`: the tokens, then the pad id (0 if the tokenizer has none).
+        - `lengths`, int64 `(max_sequences,)`: tokens of each sequence, then 0.
+        - columns per token: `(1, max_tokens, …)`, then 0 or `False` (labels: `label_pad_token_id`).
+        - columns per example: `(max_sequences, …)`, then 0, or `label_pad_token_id` in `labels` (also of floats),
+          `start_positions` and `end_positions`; `hidden_spans`: `(max_sequences, K, 2)`.
+
     Raises:
-        ValueError: `column_roles` has an unknown role, or one that does not fit the column. When called: there are no
-            examples; `input_ids` is missing or not a list of integers; the role of a column is not known; a column does
-            not have the shape of its role, is missing in some examples, or does not hold numbers or text; labels are
-            text; `lengths` is wrong; rows must be padded and the tokenizer has no pad token.
+        ValueError: `column_roles` has an unknown role, or one that does not fit the column. `max_tokens` and
+            `max_sequences` come without `flat`, only one of them is given, or one is not a positive integer.
+            `column_sizes` has an unknown column or a negative size. When called: there are no examples; `input_ids` is
+            missing or not a list of integers; the role of a column is not known; a column does not have the shape of
+            its role, is missing in some examples, or does not hold numbers or text; labels are text; `lengths` is
+            wrong; rows need padding and the tokenizer has no pad token; the examples do not fit `max_tokens`,
+            `max_sequences` or `column_sizes`, or a size in `column_sizes` is missing.
 
     Example:
 
@@ -258,6 +311,9 @@ class DataCollatorWithLengths(CollatorWithLengths):
     return_position_ids: bool = False
     column_roles: Mapping[str, str] | None = None
     count_answers: bool = False
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+    column_sizes: Mapping[str, int] | None = None
 
     main: ClassVar[str] = "input_ids"
 
@@ -282,6 +338,8 @@ class DataCollatorWithLengths(CollatorWithLengths):
             return super()._padding(name)
         pad_token_id = self.tokenizer.pad_token_id
         if not isinstance(pad_token_id, int):
+            if self.flat:
+                return 0  # no model reads it, since `lengths` tells where the last sequence ends
             raise ValueError(
                 f"`tokenizer.pad_token` must be set to pad rows of different lengths; got pad_token_id={pad_token_id}. "
                 "Set it, for example to `tokenizer.eos_token`, or collate with `flat=True`"
@@ -292,32 +350,42 @@ class DataCollatorWithLengths(CollatorWithLengths):
 @dataclass
 class DataCollatorForFeatures(CollatorWithLengths):
     """
-    Collates examples of frames (of speech, of an image's patches, of a time series) into a batch that carries
-    `lengths`.
+    Collates examples of frames (speech, patches of an image, time series) into a batch that carries `lengths`.
 
-    Columns have their roles as in [`DataCollatorWithLengths`], with frames for tokens, but for one: `labels` that are
-    lists of integers are targets of the examples, as for [`DynMaskForCTC`], and are padded. Labels of frames need
+    Columns have the roles of [`DataCollatorWithLengths`], with frames as tokens. The one difference: `labels` that are
+    lists of integers are per example, such as the targets of a [`DynMaskForCTC`], and are padded. Labels per frame need
     `column_roles={"labels": "token"}`.
 
     Args:
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
-        label_pad_token_id (`int`, *optional*, defaults to -100): Label behind a target, and of a row's absent frames.
-        column_roles (`Mapping[str, str]`, *optional*): As there.
+        label_pad_token_id (`int`, *optional*, defaults to -100):
+            Pads lists of labels; the label where there is no frame or no sequence.
+        column_roles (`Mapping[str, str]`, *optional*): As in [`DataCollatorWithLengths`].
+        max_tokens (`int`, *optional*): Size of a flat row, in frames. `None`: the number of its frames.
+        max_sequences (`int`, *optional*): Size of `lengths` with a flat row. `None`: the number of its sequences.
+        column_sizes (`Mapping[str, int]`, *optional*):
+            The most labels of an example, `{"labels": L}`, and the most `hidden_spans`. `None`: the most in the batch.
+            Required with `max_sequences` if there are such columns, since all batches must have the same L.
 
     Returns:
-        `dict[str, Tensor]`:
+        `dict[str, Tensor]`: For B examples of N frames in total, the longest of which has T:
 
-        - `input_features`, float32 `(B, T, F)`: from the left edge; T is the longest sequence of the batch, and 0
-          stands where no frame is. With `flat`: `(1, N, F)`.
+        - `input_features`, float32 `(B, T, F)`: from the left edge, then 0. With `flat`: `(1, N, F)`.
         - `lengths`, int64 `(B,)`: frames of each sequence.
-        - `attention_mask`, int64 `(B, T)`: 1 where a frame is. With `flat`: none.
-        - `labels` of targets: int64 `(B, L)`, with `flat` as well.
-        - other columns as there.
+        - `attention_mask`, int64 `(B, T)`: 1 for frames and 0 for padding. With `flat`: none.
+        - `labels` that are lists of integers: int64 `(B, L)`, each list followed by `label_pad_token_id`.
+        - other columns as in [`DataCollatorWithLengths`].
+
+        With `max_tokens` and `max_sequences`:
+
+        - `input_features`, float32 `(1, max_tokens, F)`: the frames, then 0.
+        - `lengths`, int64 `(max_sequences,)`: frames of each sequence, then 0.
+        - `labels` that are lists of integers: int64 `(max_sequences, L)`, then `label_pad_token_id`.
 
     Raises:
-        ValueError: `column_roles` has an unknown role, or one that does not fit the column. When called: there are no
-            examples; `input_features` is missing or not frames of numbers, as many in each; another column is refused
-            as there.
+        ValueError: An argument is wrong as in [`DataCollatorWithLengths`]. When called: there are no examples;
+            `input_features` is missing, not a list of frames, or has frames of different sizes; another column is wrong
+            as there; the examples do not fit `max_tokens`, `max_sequences` or `column_sizes`, or a size is missing.
 
     Example:
 
@@ -339,9 +407,13 @@ class DataCollatorForFeatures(CollatorWithLengths):
     flat: bool = False
     label_pad_token_id: int = -100
     column_roles: Mapping[str, str] | None = None
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+    column_sizes: Mapping[str, int] | None = None
 
     main: ClassVar[str] = "input_features"
     role_of_labels: ClassVar[str] = EXAMPLE
+    uneven: ClassVar[tuple[str, ...]] = ("hidden_spans", "labels")
 
     def _columns(self, features):
         columns = super()._columns(features)
@@ -352,18 +424,18 @@ class DataCollatorForFeatures(CollatorWithLengths):
         shapes = [tuple(frames.shape) for frames in values]
         if any(len(shape) != 2 for shape in shapes) or len({features for _, features in shapes}) > 1:
             raise ValueError(
-                "`input_features` of an example must have shape (frames, features), with as many features in all; "
+                "`input_features` of an example must have shape (frames, features), with the same number of features; "
                 f"got shapes {shapes}"
             )
 
     def _stack(self, name, values):
         if name == "labels" and all(value.ndim == 1 and value.dtype == torch.int64 for value in values):
-            return pad_sequence(values, batch_first=True, padding_value=self.label_pad_token_id)
+            values = self._even(name, values)
         return super()._stack(name, values)
 
 
 class MakesDecoderInputs(Protocol):
-    """An encoder-decoder, of this package or a stock one."""
+    """An encoder-decoder of this package or of transformers."""
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor: ...
 
@@ -373,35 +445,49 @@ class DataCollatorForSeq2SeqWithLengths:
     """
     Collates pairs of a source and a target into a batch that carries the lengths of both.
 
-    The target are the columns `labels` and those whose names begin with `decoder_`; all others are the source. Columns
-    of a side have their roles as in [`DataCollatorWithLengths`], under their names without `decoder_`; the target's
-    tokens are `labels`. A source of frames, `input_features`, is collated as by [`DataCollatorForFeatures`]. A column
-    `lengths` may count the tokens of the source, or of both sides.
+    The target consists of `labels` and the columns whose names begin with `decoder_`; all others are the source. The
+    columns of each side have the roles of [`DataCollatorWithLengths`], without `decoder_` in their names; `labels` are
+    the tokens of the target. A source of frames, `input_features`, is collated as in [`DataCollatorForFeatures`]. A
+    column `lengths` may count the tokens of the source, or of both sides.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the id that rows are padded with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its pad token fills the rows.
         model ([`DynMaskForConditionalGeneration`] or a stock model, *optional*):
-            Makes decoder inputs of the labels, by its `prepare_decoder_input_ids_from_labels`. They are needed where
-            the [`~transformers.Trainer`] takes the labels away from the model: with `label_smoothing_factor` or
-            `compute_loss_func`. `None`: there are none, and a model makes its own of the labels.
+            Makes decoder inputs from the labels with its `prepare_decoder_input_ids_from_labels`. They are needed if
+            the [`~transformers.Trainer`] does not pass the labels to the model: with `label_smoothing_factor` or
+            `compute_loss_func`. `None`: the batch has none, and the model makes its own from the labels.
         flat (`bool`, *optional*, defaults to `False`): Put all sequences of a side end to end, without padding.
-        label_pad_token_id (`int`, *optional*, defaults to -100): Label of the absent tokens of a row.
-        column_roles (`Mapping[str, str]`, *optional*): As there, by full names.
+        label_pad_token_id (`int`, *optional*, defaults to -100): The label where there is no token.
+        column_roles (`Mapping[str, str]`, *optional*): As in [`DataCollatorWithLengths`], with the columns' full names.
+        max_tokens (`int`, *optional*): Size of the flat row of sources. `None`: the number of its tokens.
+        max_target_tokens (`int`, *optional*): Size of the flat row of targets, given if and only if `max_tokens` is.
+        max_sequences (`int`, *optional*): Size of `lengths` and `decoder_lengths` with flat rows.
+        column_sizes (`Mapping[str, int]`, *optional*):
+            As in [`DataCollatorWithLengths`], for `hidden_spans` and `decoder_hidden_spans`.
 
     Returns:
-        `dict[str, Tensor]`:
+        `dict[str, Tensor]`: For B pairs, the longest target of which has U tokens, and all targets together M:
 
-        - `input_ids (B, T)`, or `input_features (B, T, F)`, `lengths (B,)` and `attention_mask (B, T)`, with the
-          source's other columns: as from the collator of that side alone. With `flat`: `(1, N, …)`, and no mask.
-        - `labels`, int64 `(B, U)`: `label_pad_token_id` behind each target. With `flat`: `(1, M)`.
+        - `input_ids (B, T)` or `input_features (B, T, F)`, `lengths (B,)`, `attention_mask (B, T)` and the other
+          columns of the source: as from the collator for that side alone.
+        - `labels`, int64 `(B, U)`: the targets, then `label_pad_token_id`. With `flat`: `(1, M)`.
         - `decoder_lengths`, int64 `(B,)`: tokens of each target.
         - `decoder_input_ids`, int64, with `model`: of the shape of `labels`.
+        - the other columns of the target, named `decoder_…`.
 
-        Examples without a target give the source alone.
+        With `max_tokens`, `max_target_tokens` and `max_sequences`:
+
+        - `input_ids (1, max_tokens)` or `input_features (1, max_tokens, F)`, `lengths (max_sequences,)`: as there.
+        - `labels`, int64 `(1, max_target_tokens)`: the targets, then `label_pad_token_id`.
+        - `decoder_lengths`, int64 `(max_sequences,)`: tokens of each target, then 0.
+        - `decoder_input_ids`, int64 `(1, max_target_tokens)`, with `model`: then the pad id.
+
+        Examples without a target give the columns of the source only.
 
     Raises:
-        ValueError: A role is refused as there. When called: a side is refused as there; a target has columns, but no
-            `labels`, or these are not a list of integers; `lengths` counts neither the source nor both sides.
+        ValueError: An argument is wrong as in [`DataCollatorWithLengths`]. When called: a side is wrong as there; there
+            are columns of a target but no `labels`, or these are not a list of integers; `lengths` counts neither the
+            source nor both sides.
 
     Example:
 
@@ -420,9 +506,19 @@ class DataCollatorForSeq2SeqWithLengths:
     flat: bool = False
     label_pad_token_id: int = -100
     column_roles: Mapping[str, str] | None = None
+    max_tokens: int | None = None
+    max_target_tokens: int | None = None
+    max_sequences: int | None = None
+    column_sizes: Mapping[str, int] | None = None
+
+    uneven: ClassVar[tuple[str, ...]] = ("hidden_spans", "decoder_hidden_spans")
 
     def __post_init__(self):
         check_roles(self.column_roles, [*LABELS, *MAIN_COLUMNS])
+        names = ("max_tokens", "max_target_tokens", "max_sequences")
+        check_fixed_sizes(self.flat, {name: getattr(self, name) for name in names})
+        self._source_collator(of_frames=False)
+        self._target_collator()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         sources = [_of_side(feature, target=False) for feature in features]
@@ -437,22 +533,37 @@ class DataCollatorForSeq2SeqWithLengths:
         return batch
 
     def role(self, name: str, values: list[Tensor]) -> str:
-        """The role of a column for the source's tokens, see [`DataCollatorWithLengths.role`]; a target's has none."""
+        """The role of a column in relation to the source's tokens, see [`DataCollatorWithLengths.role`]. Columns of the
+        target are per example."""
         return EXAMPLE if _of_target(name) else self._source_collator(name == "input_features").role(name, values)
 
     def _source_collator(self, of_frames: bool) -> CollatorWithLengths:
-        roles = _of_side(self.column_roles or {}, target=False)
+        settings: dict[str, Any] = {
+            "flat": self.flat,
+            "column_roles": _of_side(self.column_roles or {}, target=False),
+            "max_tokens": self.max_tokens,
+            "max_sequences": self.max_sequences,
+            "column_sizes": _of_side(self.column_sizes or {}, target=False),
+        }
         if of_frames:
-            return DataCollatorForFeatures(self.flat, column_roles=roles)
-        return DataCollatorWithLengths(self.tokenizer, self.flat, column_roles=roles)
+            return DataCollatorForFeatures(**settings)
+        return DataCollatorWithLengths(self.tokenizer, **settings)
+
+    def _target_collator(self) -> "_DataCollatorForTargets":
+        return _DataCollatorForTargets(
+            self.tokenizer,
+            self.flat,
+            self.label_pad_token_id,
+            column_roles={**_of_side(self.column_roles or {}, target=True), "labels": TOKEN},
+            max_tokens=self.max_target_tokens,
+            max_sequences=self.max_sequences,
+            column_sizes=_of_side(self.column_sizes or {}, target=True),
+            model=self.model,
+        )
 
     def _target(self, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        roles = {**_of_side(self.column_roles or {}, target=True), "labels": TOKEN}
-        collate = _DataCollatorForTargets(
-            self.tokenizer, self.flat, self.label_pad_token_id, column_roles=roles, model=self.model
-        )
         try:
-            batch = collate(targets)
+            batch = self._target_collator()(targets)
         except ValueError as error:
             raise ValueError(f"of the target: {error}") from error
         batch.pop("attention_mask", None)
@@ -461,11 +572,12 @@ class DataCollatorForSeq2SeqWithLengths:
 
 @dataclass
 class _DataCollatorForTargets(DataCollatorWithLengths):
-    """A target alone, its columns without `decoder_`."""
+    """Collates the target, whose columns come without `decoder_`."""
 
     model: MakesDecoderInputs | None = None
 
     main: ClassVar[str] = "labels"
+    name_of_max_tokens: ClassVar[str] = "max_target_tokens"
 
     def _present(self, features):
         columns, roles = super()._present(features)
@@ -475,7 +587,7 @@ class _DataCollatorForTargets(DataCollatorWithLengths):
         return columns, roles
 
     def _decoder_inputs(self, model: MakesDecoderInputs, targets: list[Tensor]) -> list[Tensor]:
-        """What a model makes of labels in rows, the one form that all models know."""
+        """What a model makes from labels in rows, which every model can read."""
         width = max(1, *map(len, targets))
         rows = torch.stack([pad(labels, (0, width - len(labels)), value=IGNORE_INDEX) for labels in targets])
         inputs = model.prepare_decoder_input_ids_from_labels(labels=rows)
@@ -492,7 +604,7 @@ def _of_side(columns: Mapping[str, Any], target: bool) -> dict[str, Any]:
 
 
 def check_lengths(given: list[Tensor], *counted: Tensor) -> None:
-    """Raise a `ValueError` where a column `lengths` says something else of an example than what is counted."""
+    """Raise a `ValueError` if a column `lengths` differs from all of the counts of an example's tokens."""
     for index, length in enumerate(given):
         known = [int(count[index]) for count in counted]
         if length.ndim or length.is_floating_point() or length.dtype == torch.bool or int(length) not in known:
@@ -503,15 +615,14 @@ def check_lengths(given: list[Tensor], *counted: Tensor) -> None:
 
 
 def _without_first(labels: Tensor) -> Tensor:
-    """Labels for a row of several sequences, in which nothing predicts the first token of one."""
+    """The next tokens of a sequence, without its first one, which nothing predicts."""
     labels = labels.clone()
     labels[:1] = IGNORE_INDEX
     return labels
 
 
 def counted_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`labels (B,)` of a batch with answers and none of its own: -100 where an answer is not inside its sequence and so
-    is no target."""
+    """`labels (B,)` for a batch with answers but without labels: -100 if an answer is not inside its sequence."""
     if "labels" in batch or not all(name in batch for name in ("lengths", *ANSWER)):
         return {}
     start, end = (batch[name].flatten() for name in ANSWER)

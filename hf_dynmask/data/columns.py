@@ -1,4 +1,4 @@
-"""Columns of examples: the numbers they hold, and whether these are of tokens or of the example as a whole."""
+"""Columns of examples: which numbers they hold, and whether they have an entry per token or one per example."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ..modeling.layout import IGNORE_INDEX, NUMBERED
 
-Columns = dict[str, list[Tensor]]  # one tensor an example
+Columns = dict[str, list[Tensor]]  # one tensor per example
 LABELS = ("label", "label_ids", "labels")
 ANSWER = ("start_positions", "end_positions")
 MAIN_COLUMNS = ("input_ids", "input_features")
@@ -30,8 +30,8 @@ ROLES: Mapping[str, str] = {
 
 def read_columns(features: Sequence[Mapping[str, Any]]) -> Columns:
     """
-    The numbers in the examples under the names that models give them. Text is left out, and so is what is `None` in
-    all examples, or under an unknown name empty in all.
+    The numbers in the examples, under the names that models give them. Columns of text are left out, and so are columns
+    that are `None` in all examples, or that have an unknown name and are empty in all.
 
     Raises:
         ValueError: There are no examples; a column is missing in some, or does not hold numbers or text; labels are
@@ -57,24 +57,24 @@ def read_columns(features: Sequence[Mapping[str, Any]]) -> Columns:
             raise ValueError(f"examples must have one column of labels; got `{name}` next to another")
         tensors = [_tensor(name, value, index) for index, value in enumerate(values)]
         if target not in (*ROLES, "labels") and not any(tensor.numel() for tensor in tensors):
-            continue  # lists of text, for all one can see
+            continue  # these may be lists of text
         columns[target] = _alike(tensors, is_label=target == "labels")
     return columns
 
 
 def model_name(name: str) -> str:
-    """What models call the column."""
+    """The name that models give the column."""
     return "labels" if name in LABELS else name
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is text, or lists of it, however uneven."""
+    """Whether it is text, or a list of texts, nested to any depth."""
     if isinstance(value, str | bytes):
         return True
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "US" or (value.dtype.kind == "O" and any(map(_is_text, value.flat)))
     if not isinstance(value, list | tuple) or (value and isinstance(value[0], int | float | np.number | Tensor)):
-        return False  # by its first entry, as lists of tokens are long
+        return False  # decided by the first entry, since lists of tokens are long
     return any(map(_is_text, value))
 
 
@@ -94,17 +94,17 @@ def _tensor(name: str, value: Any, index: int) -> Tensor:
 def _array(name: str, value: Any) -> Tensor:
     try:
         array = np.array(value)
-        if array.dtype == object:  # data sets in NumPy format give lists in lists, or `None` among numbers
+        if array.dtype == object:  # datasets in NumPy format give nested lists, or `None` among numbers
             array = np.array(array.tolist(), dtype=float if name == "word_ids" else None)
-    except (ValueError, TypeError):  # NumPy's words for a ragged list, and for what is no number
+    except (ValueError, TypeError):  # raised by NumPy for ragged lists and for what is not a number
         array = np.array(None)
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"column `{name}` must hold numbers, even lists of numbers, or text; got {value!r}")
+        raise ValueError(f"column `{name}` must hold numbers, lists of them of equal length, or text; got {value!r}")
     return torch.as_tensor(array)
 
 
 def _whole(words: Tensor) -> Tensor:
-    """Numbers of words as integers, where a token that is in no word, `None` or NaN, has -1."""
+    """Word numbers as integers; -1 for a token that is in no word, which comes as `None` or NaN."""
     if not words.is_floating_point():
         return words
     whole = words.nan_to_num(nan=-1).long()
@@ -112,7 +112,7 @@ def _whole(words: Tensor) -> Tensor:
 
 
 def _alike(tensors: list[Tensor], is_label: bool) -> list[Tensor]:
-    """The tensors in one dtype. An empty list has none of its own, nor a shape beyond its length."""
+    """The tensors in one dtype. That of an empty list does not count, and its trailing shape follows the others."""
     filled = [tensor for tensor in tensors if tensor.numel()]
     if any(tensor.is_floating_point() for tensor in filled):
         dtype = torch.float32
@@ -129,14 +129,14 @@ def _alike(tensors: list[Tensor], is_label: bool) -> list[Tensor]:
 
 def check_roles(given: Mapping[str, str] | None, main: Sequence[str]) -> dict[str, str]:
     """
-    `column_roles` of a collator, under the names that models give the columns.
+    The `column_roles` of a collator, checked, under the names that models give the columns.
 
     Args:
         given (`Mapping[str, str]`, *optional*): The argument.
         main (`Sequence[str]`): Columns whose entries are the tokens.
 
     Raises:
-        ValueError: A role is unknown, or does not fit the column.
+        ValueError: A role is unknown or does not fit the column.
     """
     for name, role in (given or {}).items():
         known = (TOKEN, EXAMPLE, NEXT_TOKEN) if name in LABELS else (TOKEN, EXAMPLE)
@@ -148,16 +148,16 @@ def check_roles(given: Mapping[str, str] | None, main: Sequence[str]) -> dict[st
 
 
 def unknown_role(name: str) -> ValueError:
-    """An error for a column whose values leave open whose they are."""
+    """An error for a column whose role neither its name nor its values tell."""
     return ValueError(
-        f"whether column `{name}` has an entry for each token must be known: set `column_roles={{'{name}': 'token'}}` "
-        f"on the collator if it has, or `column_roles={{'{name}': 'example'}}` if it is of the example as a whole"
+        f"column `{name}` must have a role: set `column_roles={{'{name}': 'token'}}` on the collator if it has one "
+        f"entry per token, or `column_roles={{'{name}': 'example'}}` if it describes the example as a whole"
     )
 
 
 def check_sizes(columns: Columns, roles: Mapping[str, str], main: str) -> None:
-    """Raise a `ValueError` where a column has not one entry a token, or not one shape in all examples, as its role
-    says."""
+    """Raise a `ValueError` if a column per token does not have one entry for each token, or entries of different
+    shapes."""
     for name, values in columns.items():
         if roles[name] == EXAMPLE:
             continue
@@ -172,11 +172,11 @@ def check_sizes(columns: Columns, roles: Mapping[str, str], main: str) -> None:
             raise ValueError(f"column `{name}` must have entries of one shape; got shapes {shapes}")
 
 
-_OTHERWISE = ". Labels of the example as a whole are floats, or need `column_roles={{'{}': 'example'}}` on the collator"
+_OTHERWISE = ". Labels per example must be floats, or need `column_roles={{'{}': 'example'}}` on the collator"
 
 
 def are_inputs(labels: list[Tensor], ids: list[Tensor]) -> bool:
-    """Whether the labels are the tokens themselves, but for ignored ones: those of a model that predicts the next."""
+    """Whether the labels, apart from ignored ones, are the tokens themselves, as for next-token prediction."""
     known = [label != IGNORE_INDEX for label in labels]
     pairs = list(zip(labels, ids, known, strict=True))
     same = all(label.shape == own.shape and torch.equal(label[kept], own[kept]) for label, own, kept in pairs)
@@ -187,7 +187,7 @@ def are_inputs(labels: list[Tensor], ids: list[Tensor]) -> bool:
 
 
 def presence(columns: Columns, main: str) -> list[Tensor] | None:
-    """Which tokens are there, by `attention_mask`, or `None`: all are.
+    """Which tokens are real according to `attention_mask`; `None` if all are.
 
     Raises:
         ValueError: It does not hold 0 or 1 for each token.
@@ -195,7 +195,7 @@ def presence(columns: Columns, main: str) -> list[Tensor] | None:
     for index, (mask, tokens) in enumerate(zip(columns.get("attention_mask", ()), columns[main], strict=False)):
         if mask.shape != tokens.shape[:1]:
             raise ValueError(
-                f"`attention_mask` of an example must hold 0 or 1 a token, shape {tuple(tokens.shape[:1])}; "
+                f"`attention_mask` of an example must hold 0 or 1 per token, shape {tuple(tokens.shape[:1])}; "
                 f"got shape {tuple(mask.shape)}"
             )
         if ((mask != 0) & (mask != 1)).any():
@@ -205,14 +205,14 @@ def presence(columns: Columns, main: str) -> list[Tensor] | None:
 
 
 def not_binary(mask: Tensor | np.ndarray, index: int) -> ValueError:
-    """An error for a mask of an example that does not say which tokens are there, but, it may be, of which document."""
+    """An error for a mask of an example with other numbers than 0 and 1, which may be those of documents."""
     return ValueError(
         f"`attention_mask` of an example must hold 0 or 1; got {mask.tolist()} in example {index} ({NUMBERED})"
     )
 
 
 def without_absent(columns: Columns, roles: Mapping[str, str], keep: list[Tensor]) -> Columns:
-    """The columns without the tokens that are not there."""
+    """The columns without absent tokens."""
     shortened = {}
     for name, column in columns.items():
         values = zip(column, keep, strict=True)
@@ -226,7 +226,7 @@ def without_absent(columns: Columns, roles: Mapping[str, str], keep: list[Tensor
 
 
 def _moved(position: Tensor, kept: Tensor) -> Tensor:
-    """Where a token stands once the absent ones are gone. Positions outside the example say "no answer" and stay."""
+    """A token's position once absent ones are removed. Positions outside the example mean "no answer" and stay."""
     inside = (position >= 0) & (position < len(kept))
     before = pad(kept.cumsum(0), (1, 0))
     return torch.where(inside, before[position.clamp(0, len(kept))], position)

@@ -1,4 +1,4 @@
-"""Targets of masked language models that are drawn anew in every epoch."""
+"""Targets of masked language models, drawn again in every epoch."""
 
 import copy
 import hashlib
@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,99 +14,106 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .collators import DataCollatorWithLengths
-from .columns import LABELS, check_roles
+from .columns import LABELS
 
 STRATEGIES = ("token", "whole_word", "span")
-COLUMNS = ("special_tokens_mask", "word_ids", "idx")  # what the collator reads besides what models read
+COLUMNS = ("special_tokens_mask", "word_ids", "idx")  # read by the collator, not by models
 SETTINGS_OF_TARGETS = ("mlm_probability", "strategy", "mask_replace_prob", "random_replace_prob", "at_least_one")
 SETTINGS_OF_TARGETS += ("dynamic", "copies", "seed")
 
-# In place of an epoch.
+# Values that stand in for an epoch.
 UNKNOWN = -2
 EVALUATION = -1
 
-# Lengths of spans in words, 1 to 10: the geometric distribution of SpanBERT (arXiv:1907.10529), whose mean is 3.8.
+# Lengths of spans in words, 1 to 10: the geometric distribution of SpanBERT (arXiv:1907.10529) with a mean of 3.8.
 SPAN_LENGTHS = 0.2 * 0.8 ** np.arange(10)
 SPAN_LENGTHS /= SPAN_LENGTHS.sum()
 SPAN_MEAN = float(SPAN_LENGTHS @ np.arange(1, 11))
-SPAN_SHARE = SPAN_MEAN / (SPAN_MEAN + 1)  # of spans with a word between each two
-# What is left of a span at a word in its inside, which more often is that of a long span.
+SPAN_SHARE = SPAN_MEAN / (SPAN_MEAN + 1)  # the share of words in spans if one word separates each two spans
+# Remaining length of the span at a random word inside a span; long spans contain more words.
 REST_LENGTHS = SPAN_LENGTHS[::-1].cumsum()[::-1] / SPAN_MEAN
 
 
 @dataclass
 class DataCollatorForDynamicMasking:
     """
-    Collates tokenized examples for masked language modeling into a batch that carries `lengths`, with targets drawn
-    anew in every epoch as in RoBERTa (arXiv:1907.11692), or once as in BERT (arXiv:1810.04805).
+    Collates tokenized examples for masked language modeling into a batch that carries `lengths`. Targets are drawn in
+    every epoch again as in RoBERTa (arXiv:1907.11692), or once as in BERT (arXiv:1810.04805).
 
-    The targets of an example follow from `seed`, the epoch and the example alone. They are the same for any number of
-    workers and processes, any batch size, order and company, and in a run that resumes from a checkpoint. They are
-    others in the next epoch.
+    The targets of an example are a function of `seed`, the epoch and the example. They do not depend on the number of
+    workers and processes, the batch size, the order of examples or the rest of the batch, and a run that resumes from a
+    checkpoint draws the same ones. The next epoch has different targets.
 
-    **Who tells the epoch.** A [`~transformers.Trainer`] with [`DynamicMaskingMixin`] does. In a loop of your own, call
-    [`~DataCollatorForDynamicMasking.set_epoch`] before you iterate over the data loader; the workers that it has by
-    then, persistent ones, hear of it too. A collator that nobody told the epoch refuses to work.
+    **Setting the epoch.** A [`~transformers.Trainer`] with [`DynamicMaskingMixin`] does it. In your own loop, call
+    [`~DataCollatorForDynamicMasking.set_epoch`] before you iterate over the data loader; persistent workers see the new
+    epoch too. The collator raises an error if the epoch was never set.
 
-    **Evaluation** takes the collator that [`~DataCollatorForDynamicMasking.for_evaluation`] returns: its targets are
-    always the same, and none of the training's.
+    **Evaluation.** Use the collator that [`~DataCollatorForDynamicMasking.for_evaluation`] returns: its targets are
+    always the same, and differ from those of training.
 
-    **What an example is.** Its `input_ids`, without absent tokens. Copies of one text in a data set thus have the same
-    targets in an epoch, unless a column `idx` tells them apart.
+    **Identity of an example.** Its `input_ids` without absent tokens. Copies of one text in a dataset therefore have
+    the same targets in an epoch, unless a column `idx` distinguishes them.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Gives the mask token, the special tokens, which are never targets, the ordinary ones to replace targets by,
-            and the id that rows are padded with.
+            Provides the mask token, the special tokens (which are never targets), the ordinary tokens that replace some
+            of the targets, and the pad token.
         mlm_probability (`float` or `dict[int, float]`, *optional*, defaults to 0.15):
-            The probability of each token to be a target, above 0 and at most 1 (`"span"`: below 0.79). Or such
-            probabilities by the epoch from which they are in force, in rising order; the first is 0. Evaluation has
-            the last one.
+            The probability that a token is a target, above 0 and at most 1 (`"span"`: below 0.79). Or a schedule: the
+            first epoch of each probability, in increasing order from 0. Evaluation uses the last one.
         strategy (`str`, *optional*, defaults to `"token"`):
-            - `"token"`: each token is a target or not, whatever the others are.
-            - `"whole_word"`: all tokens of a word are targets, or none.
-            - `"span"`: runs of whole words, of 1 to 10 words, as long as in SpanBERT (geometric with 0.2; 3.8 in the
-              mean). SpanBERT draws spans until a share of the example is reached; here each word has the probability
-              to be in one. An end of the example may cut a span.
-        mask_replace_prob (`float`, *optional*, defaults to 0.8): The share of targets that the mask token replaces.
+            - `"token"`: tokens are drawn independently.
+            - `"whole_word"`: words are drawn independently; all tokens of a word are targets, or none.
+            - `"span"`: spans of 1 to 10 whole words, whose length is distributed as in SpanBERT (geometric with 0.2,
+              mean 3.8). SpanBERT draws spans until a share of the example is reached; here each word is in a span with
+              the given probability. A span may be cut at the start or end of the example.
+        mask_replace_prob (`float`, *optional*, defaults to 0.8): The share of targets replaced with the mask token.
         random_replace_prob (`float`, *optional*, defaults to 0.1):
-            The share of targets that any ordinary token of the vocabulary replaces. The rest stays as it is. With
-            `"span"`, all targets of a span share one fate, as in SpanBERT.
+            The share of targets replaced with a random ordinary token of the vocabulary. The rest is left unchanged.
+            With `"span"`, all targets of a span are treated the same way, as in SpanBERT.
         at_least_one (`bool`, *optional*, defaults to `False`):
-            Whether an example that got no target gets one after all: a token, word or span. With a probability of
-            0.15, one example in 25 gets none if it has 20 tokens, or with `"span"` 64 words.
+            Whether to give an example without a target one after all: a token, word or span. With a probability of
+            0.15, one in 25 examples of 20 tokens has none, or, with `"span"`, of 64 words.
         dynamic (`bool`, *optional*, defaults to `True`): Whether each epoch has its own targets.
         copies (`int`, *optional*, defaults to 1):
-            Without `dynamic`, how many times targets are drawn; the epochs take turns. BERT has 10.
-        seed (`int`, *optional*, defaults to 0): What the targets are drawn with.
+            Without `dynamic`, the number of sets of targets, which the epochs use in turn. BERT has 10.
+        seed (`int`, *optional*, defaults to 0): The seed of the targets.
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
-        column_roles (`Mapping[str, str]`, *optional*):
-            Roles of columns whose names do not tell them, as in [`DataCollatorWithLengths`].
+        column_roles (`Mapping[str, str]`, *optional*): As in [`DataCollatorWithLengths`].
+        max_tokens, max_sequences (`int`, *optional*): Give all flat batches one shape, as in
+            [`DataCollatorWithLengths`].
+        column_sizes (`Mapping[str, int]`, *optional*): As in [`DataCollatorWithLengths`].
 
-    The examples may have these columns, which the batch has not:
+    The examples may have these columns, which are not in the batch:
 
-    - `special_tokens_mask`, integers, per token: 1 where no target may be, besides the special tokens.
-    - `word_ids`, integers, per token: its word, as from [`~transformers.BatchEncoding.word_ids`]; `None`, or NaN, as
-      data sets in NumPy or PyTorch format have it for `None`, is in no word. Without it, words begin where the
-      tokenizer's vocabulary marks it, by `"Ġ"` or `"▁"`, or by `"##"` where they go on.
+    - `special_tokens_mask`, integers, per token: 1 for tokens that must not be targets, besides the special tokens.
+    - `word_ids`, integers, per token: the word it belongs to, as from [`~transformers.BatchEncoding.word_ids`]. `None`,
+      or NaN in datasets in NumPy or PyTorch format, is in no word. Without this column, the tokenizer's vocabulary must
+      mark the beginnings of words with `"Ġ"` or `"▁"`, or their continuations with `"##"`.
     - `idx`, an integer or text, per example: see above.
 
-    A stock Trainer drops them before the collator sees them; one with [`DynamicMaskingMixin`] does not.
+    A stock Trainer removes them before the collator sees them; one with [`DynamicMaskingMixin`] does not.
 
     Returns:
-        `dict[str, Tensor]`:
+        `dict[str, Tensor]`: For B examples of N tokens in total, the longest of which has T:
 
-        - `input_ids`, int64 `(B, T)`, with `flat` `(1, N)`: most of the targets replaced.
-        - `labels`, int64, same shape: the tokens that were at the targets, -100 elsewhere. They take the place of any
-          labels that the examples have.
+        - `input_ids`, int64 `(B, T)`: most of the targets are replaced. With `flat`: `(1, N)`.
+        - `labels`, int64, of the same shape: the original tokens at the targets, -100 elsewhere. Any labels of the
+          examples are dropped.
         - `lengths`, int64 `(B,)`, `attention_mask` and other columns: as from [`DataCollatorWithLengths`].
 
+        With `max_tokens` and `max_sequences`:
+
+        - `input_ids`, int64 `(1, max_tokens)`: the tokens, then the pad id.
+        - `labels`, int64 `(1, max_tokens)`: as above, then -100.
+        - `lengths`, int64 `(max_sequences,)`: tokens of each sequence, then 0.
+
     Raises:
-        ValueError: The tokenizer has no mask token; the strategy is unknown; a probability is out of range, or
-            `mask_replace_prob` and `random_replace_prob` exceed 1 in sum; `mlm_probability` is no schedule of epochs,
-            or is one without `dynamic`; `copies` is no count, or is given with `dynamic`; `seed` is no integer of at
-            least 0; `column_roles` has an unknown role. When called: nobody told the epoch; a column has a wrong type
-            or shape; nothing says where words begin; the examples are refused as there.
+        ValueError: The tokenizer has no mask token; the strategy is unknown; a probability is out of range, or the sum
+            of `mask_replace_prob` and `random_replace_prob` exceeds 1; `mlm_probability` is not a valid schedule, or is
+            a schedule without `dynamic`; `copies` is not a positive integer, or is given with `dynamic`; `seed` is
+            negative; an argument is wrong as in [`DataCollatorWithLengths`]. When called: the epoch was never set; a
+            column has a wrong type or shape; the beginnings of words are not known; the examples are wrong as there.
 
     Example:
 
@@ -130,7 +137,11 @@ class DataCollatorForDynamicMasking:
     seed: int = 0
     flat: bool = False
     column_roles: Mapping[str, str] | None = None
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+    column_sizes: Mapping[str, int] | None = None
 
+    uneven: ClassVar[tuple[str, ...]] = DataCollatorWithLengths.uneven
     _vocabulary: "_Vocabulary" = field(init=False, repr=False, compare=False)
     _epoch: Tensor = field(init=False, repr=False, compare=False)
 
@@ -141,37 +152,36 @@ class DataCollatorForDynamicMasking:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._epoch.share_memory_()  # a copy has its own epoch, and may have its own workers
+        self._epoch.share_memory_()  # an unpickled collator has its own epoch, which its workers must see change
 
     def set_epoch(self, epoch: int) -> None:
         """
-        Say which epoch comes. Worker processes hear of it too.
+        Set the epoch, also for worker processes.
 
         Args:
-            epoch (`int`): From 0.
+            epoch (`int`): The epoch, counted from 0.
 
         Raises:
-            ValueError: `epoch` is no integer of at least 0; the collator is one for evaluation.
+            ValueError: `epoch` is not an integer of at least 0; the collator is one for evaluation.
         """
         if not _is_int(epoch, 0):
             raise ValueError(f"`epoch` must be an integer of at least 0; got {epoch!r}")
         if self._epoch == EVALUATION:
             raise ValueError(
-                "`set_epoch` must be called on the collator of the training; got the one for evaluation, whose targets "
+                "`set_epoch` must be called on the collator for training; got the one for evaluation, whose targets "
                 "never change"
             )
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> "DataCollatorForDynamicMasking":
-        """A collator of the same settings with targets that never change, whatever epoch the training is in."""
+        """A collator with the same settings whose targets never change, whatever the epoch of the training."""
         collator = copy.copy(self)
         collator._epoch = _shared(EVALUATION)
         return collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        epoch = self._epoch_in_force()
-        collate = DataCollatorWithLengths(self.tokenizer, flat=self.flat, column_roles=self.column_roles)
-        batch = collate([_without_labels(each) for each in features])
+        epoch = self._epoch_of_targets()
+        batch = self._collator()([_without_labels(each) for each in features])
         columns = _columns(batch, features[0])
         ids = batch["input_ids"]
         batch["labels"] = torch.full_like(ids, -100)
@@ -186,7 +196,12 @@ class DataCollatorForDynamicMasking:
             self._mask(epoch, name, *sequence)
         return batch
 
-    def _epoch_in_force(self) -> int:
+    def _collator(self) -> DataCollatorWithLengths:
+        """Makes the batch that targets are then drawn in."""
+        names = ("flat", "column_roles", "max_tokens", "max_sequences", "column_sizes")
+        return DataCollatorWithLengths(self.tokenizer, **{name: getattr(self, name) for name in names})
+
+    def _epoch_of_targets(self) -> int:
         epoch = int(self._epoch)
         if epoch == EVALUATION:
             return epoch
@@ -194,7 +209,7 @@ class DataCollatorForDynamicMasking:
             return 0
         if epoch == UNKNOWN:
             raise ValueError(
-                "the epoch must be known, for each has its own targets; got none. Train with a Trainer that has "
+                "the epoch must be known, since each has its own targets; got none. Train with a Trainer that has "
                 "`DynamicMaskingMixin`, or call `set_epoch` before each epoch; for evaluation, collate with "
                 "`for_evaluation()`"
             )
@@ -207,7 +222,7 @@ class DataCollatorForDynamicMasking:
         return probabilities[-1 if epoch == EVALUATION else bisect_right(list(self.mlm_probability), epoch) - 1]
 
     def _words(self, ids: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        """A number a token, which changes where a word begins. As words go, `"token"` has one a token."""
+        """A number per token that changes where a word begins. With `"token"`, each token counts as a word."""
         if self.strategy == "token":
             return torch.arange(ids.shape[1]).expand_as(ids)
         if "word_ids" in columns:
@@ -215,18 +230,18 @@ class DataCollatorForDynamicMasking:
         if not self._vocabulary.marks_words:
             raise ValueError(
                 f"strategy {self.strategy!r} must know where words begin, from a tokenizer whose vocabulary marks it "
-                f"by `##`, `Ġ` or `▁`, or from a column `word_ids`; got a {type(self.tokenizer).__name__} and none"
+                f"by `##`, `Ġ` or `▁`, or from a column `word_ids`; got a {type(self.tokenizer).__name__} without marks"
             )
         return self._vocabulary.begins_word(ids).cumsum(1)
 
     def _sequences(self, values: Tensor, lengths: Tensor) -> list[np.ndarray]:
-        """Views of each sequence's entries."""
+        """A view of the entries of each sequence."""
         if self.flat:
-            return np.split(values[0].numpy(), lengths.cumsum(0)[:-1].numpy())
+            return np.split(values[0].numpy(), lengths.cumsum(0).numpy())[:-1]  # without the places behind the last
         return [row[:length] for row, length in zip(values.numpy(), lengths.tolist(), strict=True)]
 
     def _mask(self, epoch: int, name: int, ids, labels, may_be_target, words) -> None:
-        """Draw the targets of one example; `ids` and `labels` change in place."""
+        """Draw the targets of one example. Changes `ids` and `labels` in place."""
         places = np.flatnonzero(may_be_target)
         if not len(places):
             return
@@ -238,14 +253,14 @@ class DataCollatorForDynamicMasking:
         places = places[targets]
         labels[places] = ids[places]
 
-        # A target shares the fate of its span. The others have one each.
+        # What happens to a target is drawn per span, or else per target.
         fate = uniform[2][span[word] if self.strategy == "span" else np.arange(len(word))][targets]
         other = self._vocabulary.ordinary(uniform[3][:-1][targets])
         other_or_kept = np.where(fate < self.mask_replace_prob + self.random_replace_prob, other, ids[places])
         ids[places] = np.where(fate < self.mask_replace_prob, self._vocabulary.mask_id, other_or_kept)
 
     def _choose(self, count: int, probability: float, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each of the words, its span, or the one to come, and whether it is a target."""
+        """For each word, the number of its span, or of the next one, and whether it is a target."""
         if self.strategy == "span":
             return _spans(count, probability, uniform, self.at_least_one)
         draws = uniform[0, :count]
@@ -256,7 +271,7 @@ class DataCollatorForDynamicMasking:
 
 
 class _Vocabulary:
-    """What the tokens of a tokenizer are, in tables by their ids."""
+    """Properties of a tokenizer's tokens, in tables by their ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         ids = tokenizer.get_vocab()
@@ -266,7 +281,7 @@ class _Vocabulary:
         first = [ids[token] for token in ids if token.startswith(("Ġ", "▁"))]
         later = [ids[token] for token in ids if token.startswith("##")]
         self.marks_words = bool(first or later)
-        # A vocabulary that marks the first token of a word may well have some of number signs, for headings.
+        # A vocabulary that marks the first token of a word may also have tokens of number signs, for headings.
         goes_on = len(later) > len(first)
         self._begins_word = torch.full((max(ids.values()) + 1,), goes_on)
         self._begins_word[later if goes_on else first] = not goes_on
@@ -283,17 +298,17 @@ class _Vocabulary:
         return self._begins_word[ids]
 
     def ordinary(self, uniform: np.ndarray) -> np.ndarray:
-        """Ids of tokens that are not special, for numbers from 0 to below 1."""
+        """Ids of tokens that are not special, chosen by numbers in [0, 1)."""
         return self._ordinary[(uniform * len(self._ordinary)).astype(np.int64)]
 
 
 def _shared(epoch: int) -> Tensor:
-    """An epoch that worker processes see change."""
+    """An epoch in shared memory, so that worker processes see it change."""
     return torch.tensor(epoch).share_memory_()
 
 
 def _without_labels(feature: Mapping[str, Any]) -> dict[str, Any]:
-    """An example without labels. An `idx` of text becomes a number."""
+    """The example without labels, and with an `idx` of text as a number."""
     kept = {name: value for name, value in feature.items() if name not in LABELS}
     if isinstance(kept.get("idx"), str):
         digest = hashlib.blake2b(kept["idx"].encode(), digest_size=8)
@@ -302,7 +317,7 @@ def _without_labels(feature: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _columns(batch: dict[str, Tensor], feature: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Take the collator's own columns out of the batch. `feature` is the first example."""
+    """Remove the columns that only the collator reads from the batch. `feature` is the first example."""
     columns = {}
     for name in COLUMNS:
         values = batch.pop(name, None)
@@ -316,7 +331,7 @@ def _columns(batch: dict[str, Tensor], feature: Mapping[str, Any]) -> dict[str, 
 
 
 def _uniform(rows: int, columns: int, seed: int, epoch: int, name: int, ids: np.ndarray) -> np.ndarray:
-    """Numbers from 0 to below 1 that follow from the arguments alone, on any machine and with any release of NumPy."""
+    """Numbers in [0, 1) that are a function of the arguments, on any machine and with any release of NumPy."""
     identity = np.concatenate([[seed, epoch, name], ids]).astype("<i8").tobytes()
     key = hashlib.blake2b(identity, digest_size=16)
     bits = np.random.Philox(key=int.from_bytes(key.digest(), "little")).random_raw(rows * columns)
@@ -325,14 +340,14 @@ def _uniform(rows: int, columns: int, seed: int, epoch: int, name: int, ids: np.
 
 def _spans(count: int, probability: float, uniform: np.ndarray, at_least_one: bool) -> tuple[np.ndarray, np.ndarray]:
     """
-    For each of `count` words the number of its span, or of the next one, and whether it is in it.
+    For each of `count` words the number of its span, or of the next one, and whether it is in that span.
 
-    Gaps and spans take turns. Gaps, of at least one word, are geometric, so that the share of spans is `probability`.
-    What stands at the first word is drawn from what stands at any word of an endless text: each word of the example
-    then has the same probability.
+    Gaps and spans alternate. Gaps of at least one word have a geometric length, such that the share of spans is
+    `probability`. The state at the first word (in a gap or in a span, and how much of it remains) is drawn as at a
+    random word of an endless text, so that every word of the example has the same probability.
 
     Args:
-        uniform (`np.ndarray` of shape `(2, n)`, n > count): Numbers from 0 to below 1.
+        uniform (`np.ndarray` of shape `(2, n)`, n > count): Numbers in [0, 1).
     """
     for_gaps, for_lengths = uniform[0].copy(), uniform[1]
     begins_inside = for_gaps[0] < probability
@@ -354,10 +369,10 @@ def _spans(count: int, probability: float, uniform: np.ndarray, at_least_one: bo
 
 
 def _check(collator: DataCollatorForDynamicMasking) -> None:
-    check_roles(collator.column_roles, ["input_ids"])
+    collator._collator()  # checks its own arguments
     if collator.tokenizer.mask_token_id is None:
         raise ValueError(
-            f"`tokenizer.mask_token` must be set, to stand for the targets; got a {type(collator.tokenizer).__name__} "
+            f"`tokenizer.mask_token` must be set, since it replaces targets; got a {type(collator.tokenizer).__name__} "
             "without one"
         )
     if collator.strategy not in STRATEGIES:
@@ -368,13 +383,13 @@ def _check(collator: DataCollatorForDynamicMasking) -> None:
             raise ValueError(f"`{name}` must be a number from 0 to 1; got {value!r}")
     if collator.mask_replace_prob + collator.random_replace_prob > 1:
         raise ValueError(
-            "`mask_replace_prob` and `random_replace_prob` must be at most 1 in sum; "
+            "the sum of `mask_replace_prob` and `random_replace_prob` must be at most 1; "
             f"got {collator.mask_replace_prob} and {collator.random_replace_prob}"
         )
     if not _is_int(collator.copies, 1):
         raise ValueError(f"`copies` must be an integer of at least 1; got {collator.copies!r}")
     if collator.dynamic and collator.copies > 1:
-        raise ValueError(f"`copies` must be left at 1 unless `dynamic=False`; got {collator.copies}")
+        raise ValueError(f"`copies` must be 1 unless `dynamic=False`; got {collator.copies}")
     if not _is_int(collator.seed, 0) or collator.seed >= 2**63:
         raise ValueError(f"`seed` must be an integer of at least 0, below 2**63; got {collator.seed!r}")
 
@@ -385,11 +400,11 @@ def _check_probabilities(collator: DataCollatorForDynamicMasking) -> None:
         epochs = list(given)
         if not (epochs and all(_is_int(epoch, 0) for epoch in epochs) and epochs[0] == 0):
             raise ValueError(
-                f"a schedule of `mlm_probability` must have epochs for keys, the first of them 0; got {given}"
+                f"a schedule of `mlm_probability` must have epochs as keys, the first of them 0; got {given}"
             )
         for before, after in pairwise(epochs):
             if after < before:
-                raise ValueError(f"epochs of `mlm_probability` must rise; got {after} after {before}")
+                raise ValueError(f"epochs of `mlm_probability` must be increasing; got {after} after {before}")
         if not collator.dynamic:
             raise ValueError(f"`mlm_probability` must be one number with `dynamic=False`; got {given}")
     span = collator.strategy == "span"

@@ -1,4 +1,4 @@
-"""Images as sequences of patches: of their own size each, without resizing."""
+"""Images of any size as sequences of patches, without resizing."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,19 @@ from torch.nn.functional import pad
 
 def patches(image: Tensor, size: int) -> Tensor:
     """
-    Cuts an image into square patches, from the top left in reading order.
+    Cuts an image into square patches, in reading order from the top left.
 
     Args:
-        image (`Tensor` of shape `(channels, height, width)`): Pixels, of any dtype. Where a side is no multiple of
-            `size`, the patches at its end are filled up with 0.
-        size (`int`): Pixels of a patch's side.
+        image (`Tensor` of shape `(channels, height, width)`):
+            Pixels of any dtype. If a side is not a multiple of `size`, the patches at its end are padded with 0.
+        size (`int`): Side length of a patch in pixels.
 
     Returns:
         `Tensor` of shape `(patches, channels * size * size)`: the `input_features` of one example for
-        [`DataCollatorForFeatures`]. A patch holds its pixels channel by channel, as a weight of `nn.Conv2d` does.
+        [`DataCollatorForFeatures`]. A patch holds its pixels channel by channel, like a weight of `nn.Conv2d`.
 
     Raises:
-        ValueError: `image` has another number of dimensions, or `size` is below 1.
+        ValueError: `image` does not have three dimensions, or `size` is below 1.
 
     Example:
 
@@ -37,19 +37,19 @@ def patches(image: Tensor, size: int) -> Tensor:
 
 def patch_positions(image: Tensor, size: int, columns: int) -> Tensor:
     """
-    Places of an image's patches on a grid that all images share, so that equal positions are equal places.
+    Positions of an image's patches on a grid that all images share: the same position means the same place.
 
     Args:
         image (`Tensor` of shape `(channels, height, width)`): As in [`patches`].
-        size (`int`): As there.
-        columns (`int`): Columns of the grid: the most patches that a row of any image has.
+        size (`int`): Side length of a patch in pixels.
+        columns (`int`): Columns of the grid: the most patches in a row of any image.
 
     Returns:
-        int64 `Tensor` of shape `(patches,)`: `row * columns + column`, the `position_ids` of one example. A model with
-        `max_position_embeddings` of the grid's cells, and no subsampling, then learns a position for each cell.
+        int64 `Tensor` of shape `(patches,)`: `row * columns + column`, the `position_ids` of one example. A model
+        without subsampling, whose `max_position_embeddings` is the number of cells, learns a position for each cell.
 
     Raises:
-        ValueError: The image is wider than the grid.
+        ValueError: The image is wider than the grid; `image` or `size` is wrong as in [`patches`].
     """
     rows, own_columns = _grid(image, size)
     if own_columns > columns:
@@ -58,7 +58,7 @@ def patch_positions(image: Tensor, size: int, columns: int) -> Tensor:
 
 
 def _grid(image: Tensor, size: int) -> tuple[int, int]:
-    """Rows and columns of patches."""
+    """The numbers of rows and columns of patches."""
     if image.dim() != 3:
         raise ValueError(f"`image` must have shape (channels, height, width); got {tuple(image.shape)}")
     if size < 1:

@@ -1,4 +1,4 @@
-"""Batches by a budget of tokens: as many examples as fit, in place of a fixed number."""
+"""Batches by a budget of tokens: as many examples as fit, instead of a fixed number."""
 
 import heapq
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,57 +14,74 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import DataCollatorForSeq2Seq
 
 from .collators import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
-from .columns import EXAMPLE, MAIN_COLUMNS, model_name, not_binary, read_columns
+from .columns import EXAMPLE, LABELS, MAIN_COLUMNS, model_name, not_binary, read_columns
 
 logger = getLogger(__name__)
 
 Step = list[list[int]]  # indices of the examples in the batch of each process
 
-# Lengths are multiplied by random numbers of up to this before they are sorted. The first that fits the budget is
-# taken, and 1, examples strictly by length, always does: the number of steps is chosen so.
+# Lengths are multiplied by random numbers from 1 to this before they are sorted. The first value for which the examples
+# fit is used. With 1 the order is strictly by length, for which the number of steps is chosen, so they always fit.
 JITTERS = (1.25, 1.1, 1.0)
+# Shares of the full batches of a stream to fill with the oldest examples. The first for which they fit is used.
+FILLS = (0.998, 0.995, 0.99, 0.98, 0.97)
+
+
+class _Room(NamedTuple):
+    """The most that a batch can hold. With `sequences=None`, any number of sequences."""
+
+    tokens: int
+    sequences: int | None
+
+    def __str__(self):
+        return f"max_tokens={self.tokens}" + ("" if self.sequences is None else f", max_sequences={self.sequences}")
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
     """
-    Batches of examples whose lengths sum up to a budget of tokens at most.
+    Batches of examples with at most a given number of tokens in total.
 
     Models that take `lengths` do no work on padding, so the budget counts real tokens, not rows times their width.
 
-    - An epoch has every example exactly once, in equally many steps on each process, `num_steps`. These are the same
-      in every epoch, as the [`~transformers.Trainer`] and learning rate schedules expect.
-    - The work of linear layers, the sum of lengths L, is evened out over all batches: examples are taken by falling
-      length, each into the batch with the fewest tokens so far (longest processing time first; Graham, 1969). The
-      work of attention, the sum of L², is evened out over the processes of each step: batches that have the most alike
-      sums of L² make a step.
-    - Shuffled, batches are made anew each epoch: lengths are sorted by up to a quarter off, less where that does not
-      fit the budget, and those of equal length stand in random order. Steps come in random order. All this is a pure
-      function of (`seed`, epoch).
+    - An epoch has every example exactly once, and the same number of steps, `num_steps`, on each process. It is the
+      same in every epoch, as the [`~transformers.Trainer`] and learning rate schedules expect.
+    - The work of linear layers, proportional to the sum of lengths L, is balanced over all batches: examples are taken
+      in order of decreasing length, each into the batch with the fewest tokens so far (longest processing time first;
+      Graham, 1969). The work of attention, proportional to the sum of L², is balanced over the processes of each step:
+      a step consists of batches with similar sums of L².
+    - With `shuffle`, each epoch has different batches: lengths are multiplied by random numbers from 1 to 1.25 before
+      they are sorted (less if the examples would not fit the budget), ties are broken at random, and the steps are
+      shuffled. All of this is a pure function of (`seed`, epoch).
 
-    With `rank=None` the batches of all processes come one after another, those of a step together. This is what
-    Accelerate deals out to its processes: prepare the [`~torch.utils.data.DataLoader`], with
+    With `rank=None` the sampler yields the batches of all processes in turn, step after step. This is what Accelerate
+    distributes over its processes: prepare the [`~torch.utils.data.DataLoader`], with
     `DataLoaderConfiguration(even_batches=False)` on older releases. It calls [`set_epoch`] itself, and
-    [`~accelerate.skip_first_batches`] resumes in mid-epoch. [`TokenBudgetMixin`] does all of it for a Trainer.
+    [`~accelerate.skip_first_batches`] resumes in mid-epoch. [`TokenBudgetMixin`] does all of this for a Trainer.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each example of the dataset, in its order.
-        max_tokens (`int`): The budget: most tokens in a batch of one process.
-        num_replicas (`int`, *optional*, defaults to 1): Number of processes among which each step is divided.
-        rank (`int`, *optional*): Yield the batches of this process alone. `None`: those of all, in turn.
+        max_tokens (`int`): The budget: the most tokens in a batch of one process.
+        max_sequences (`int`, *optional*):
+            The most examples in a batch. `None`: as many as fit the budget; the attribute `max_sequences` is then a
+            bound that holds in all epochs. Both numbers give the flat batches of [`DataCollatorWithLengths`] one shape:
+            `max_tokens=sampler.max_tokens, max_sequences=sampler.max_sequences`.
+        num_replicas (`int`, *optional*, defaults to 1): Number of processes that share each step.
+        rank (`int`, *optional*): Yield only the batches of this process. `None`: those of all processes, in turn.
         shuffle (`bool`, *optional*, defaults to `True`):
-            `False`: the same batches every epoch, those with the longest examples first.
-        seed (`int`, *optional*, defaults to 0): Seed of the shuffling; the same on all processes.
+            `False`: the same batches in every epoch, those with the longest examples first.
+        seed (`int`, *optional*, defaults to 0): Seed of the shuffling; must be the same on all processes.
         truncate (`bool`, *optional*, defaults to `False`):
-            Count an example beyond the budget as `max_tokens` long, in place of refusing it. The examples themselves
-            are for the collator to cut.
+            Count an example longer than the budget as `max_tokens` tokens instead of raising an error. The collator has
+            to truncate the examples themselves.
 
     Yields:
         `list[int]`: indices of the examples of a batch; at least one.
 
     Raises:
-        ValueError: `lengths` are not whole numbers from 0, one for each of at least one example; `max_tokens`,
+        ValueError: `lengths` is empty or does not hold integers of at least 0; `max_tokens`, `max_sequences`,
             `num_replicas`, `rank` or `seed` is out of range; an example is longer than the budget; the examples cannot
-            make equally many batches on each process, as there are fewer than processes or too few fit into one batch.
+            make the same number of batches on each process: there are fewer of them than processes, or too few fit into
+            one batch.
 
     Example:
 
@@ -80,13 +97,14 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         lengths: Sequence[int] | np.ndarray | torch.Tensor,
         max_tokens: int,
         *,
+        max_sequences: int | None = None,
         num_replicas: int = 1,
         rank: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
         truncate: bool = False,
     ):
-        _check_positive(max_tokens=max_tokens, num_replicas=num_replicas)
+        _check_positive(max_tokens=max_tokens, max_sequences=max_sequences, num_replicas=num_replicas)
         if rank is not None and not 0 <= rank < num_replicas:
             raise ValueError(f"`rank` must be from 0 to num_replicas - 1 = {num_replicas - 1}, or None; got {rank}")
         self.lengths = _within(_checked(lengths), max_tokens, truncate)
@@ -96,17 +114,28 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = _checked_seed(seed)
         self.epoch = 0
-        self.sampler = self  # where Accelerate looks for `set_epoch`, however deep it wraps a batch sampler
-        self.num_steps = _num_steps(self.lengths, max_tokens, num_replicas)
+        self.sampler = self  # Accelerate looks for `set_epoch` here, however deeply it wraps a batch sampler
+        room = _Room(max_tokens, max_sequences)
+        self.num_steps = _num_steps(self.lengths, room, num_replicas)
         if not self.num_steps:
             raise ValueError(
-                f"{len(self.lengths)} examples cannot make equally many batches of max_tokens={max_tokens} on each of "
-                f"num_replicas={num_replicas} processes, every example once and at least one a batch. Raise "
+                f"{len(self.lengths)} examples cannot make equally many batches of {room} on each of "
+                f"num_replicas={num_replicas} processes, with every example once and at least one per batch. Raise "
                 "`max_tokens`, so that more of them fit into one batch, or leave some out"
             )
+        self.max_sequences = max_sequences or self._bound(room)
+
+    def _bound(self, room: _Room) -> int:
+        """A few more examples than any batch of one epoch has, so that other epochs can be packed as well."""
+        number = self.num_steps * self.num_replicas
+        batches = _batches(self.lengths, room, number, None)
+        if self.shuffle:
+            batches += _batches(self.lengths, room, number, np.random.default_rng(self.seed))
+        most = max(map(len, batches))
+        return min(len(self.lengths), most + 1 + most // 16)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is of: other batches in each."""
+        """Set the epoch of the next iteration. Each has different batches."""
         self.epoch = epoch
 
     def __len__(self):
@@ -114,40 +143,43 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
-        for step in _steps(self.lengths, self.max_tokens, self.num_replicas, self.num_steps, generator):
+        room = _Room(self.max_tokens, self.max_sequences)
+        for step in _steps(self.lengths, room, self.num_replicas, self.num_steps, generator):
             yield from step if self.rank is None else [step[self.rank]]
 
 
 class TokenBudgetIterableDataset(IterableDataset):
     """
-    A stream of examples as a stream of batches of a budget of tokens.
+    Turns a stream of examples into a stream of batches with at most a given number of tokens.
 
-    Examples wait in a buffer. Whenever it is full, they make batches as in [`TokenBudgetBatchSampler`]; half of these
-    are handed out, the examples of the others wait on. So every example comes exactly once, except that at the end of
-    the stream up to `num_replicas - 1` examples may be too few for a batch on each process; these are left out, with a
-    warning.
+    Examples are collected in a buffer. Whenever it is full, they are made into batches as in
+    [`TokenBudgetBatchSampler`]. Half of these batches are yielded; the examples of the others stay in the buffer. So
+    every example comes exactly once, except at the end of the stream: if up to `num_replicas - 1` examples are too few
+    for a batch on each process, they are left out, with a warning.
 
-    Each process has to read the same stream. The batches of all processes come one after another, those of a step
-    together, as [`~accelerate.data_loader.IterableDatasetShard`] with `batch_size=1` deals them out. With several
-    workers in a data loader the stream has to divide itself among them, as those of `datasets` do.
+    Each process has to read the same stream. The batches of all processes come in turn, step after step, as
+    [`~accelerate.data_loader.IterableDatasetShard`] with `batch_size=1` distributes them. With several workers in a
+    data loader the stream has to divide itself among them, as those of `datasets` do.
 
     Args:
-        dataset (`Iterable[Mapping]`): The examples. Its `set_epoch`, where it has one, is called with ours.
-        max_tokens (`int`): The budget: most tokens in a batch of one process.
-        num_replicas (`int`, *optional*, defaults to 1): Number of processes among which each step is divided.
+        dataset (`Iterable[Mapping]`): The examples. If it has a `set_epoch`, it is called with every new epoch.
+        max_tokens (`int`): The budget: the most tokens in a batch of one process.
+        max_sequences (`int`, *optional*):
+            The most examples in a batch. `None`: `max_tokens`, or `buffer_size` if that is smaller.
+        num_replicas (`int`, *optional*, defaults to 1): Number of processes that share each step.
         buffer_size (`int`, *optional*, defaults to 1000):
-            Most examples that wait. More of them fill batches better and mix the stream more. The buffer should hold
-            several steps.
+            Size of the buffer in examples. A larger one fills batches better and shuffles the stream more. It should
+            hold several steps.
         length_column (`str`, *optional*, defaults to `"length"`): See [`example_length`].
-        seed (`int`, *optional*, defaults to 0): Seed of the shuffling; the same on all processes.
+        seed (`int`, *optional*, defaults to 0): Seed of the shuffling; must be the same on all processes.
         truncate (`bool`, *optional*, defaults to `False`):
-            Count an example beyond the budget as `max_tokens` long, in place of refusing it.
+            Count an example longer than the budget as `max_tokens` tokens instead of raising an error.
 
     Yields:
         `list[Mapping]`: the examples of a batch; at least one.
 
     Raises:
-        ValueError: A number is out of range. While iterating: an example has no length, or one beyond the budget.
+        ValueError: A number is out of range. While iterating: an example has no length or is longer than the budget.
     """
 
     def __init__(
@@ -155,28 +187,30 @@ class TokenBudgetIterableDataset(IterableDataset):
         dataset: Iterable[Mapping[str, Any]],
         max_tokens: int,
         *,
+        max_sequences: int | None = None,
         num_replicas: int = 1,
         buffer_size: int = 1000,
         length_column: str = "length",
         seed: int = 0,
         truncate: bool = False,
     ):
-        _check_positive(max_tokens=max_tokens, num_replicas=num_replicas)
+        _check_positive(max_tokens=max_tokens, max_sequences=max_sequences, num_replicas=num_replicas)
         if buffer_size < num_replicas:
             raise ValueError(
-                f"`buffer_size` must be at least num_replicas={num_replicas}, an example a process; got {buffer_size}"
+                f"`buffer_size` must be at least num_replicas={num_replicas}, an example per process; got {buffer_size}"
             )
         self.dataset = dataset
         self.max_tokens = max_tokens
         self.num_replicas = num_replicas
         self.buffer_size = buffer_size
+        self.max_sequences = min(buffer_size, max_sequences or max_tokens)
         self.length_column = length_column
         self.seed = _checked_seed(seed)
         self.truncate = truncate
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is of: other batches in each."""
+        """Set the epoch of the next iteration. Each has different batches."""
         self._epoch.fill_(epoch)
         set_epoch = getattr(self.dataset, "set_epoch", None)
         if set_epoch is not None:
@@ -207,27 +241,31 @@ class TokenBudgetIterableDataset(IterableDataset):
             )
 
     def _full_steps(self, lengths: list[int], generator: np.random.Generator) -> list[Step]:
-        """Steps of the oldest examples, as many as fill their budget all but a little; of all if these fill none."""
-        capacity = self.max_tokens * self.num_replicas
-        full = sum(lengths) // capacity
-        # 3 % are left free: room to pack in.
-        taken = int(np.searchsorted(np.cumsum(lengths), 0.97 * full * capacity, side="right")) if full else 0
+        """Steps of the oldest examples, almost all of them full; of all examples if they do not fill a step."""
+        room, capacity = _Room(self.max_tokens, self.max_sequences), self.max_tokens * self.num_replicas
+        full, taken = sum(lengths) // capacity, 0
+        for fill in FILLS if full else ():
+            taken = int(np.searchsorted(np.cumsum(lengths), fill * full * capacity, side="right"))
+            some, number = np.array(lengths[:taken]), full * self.num_replicas
+            if taken >= number and _pack(some, _order(some, 1.0, None), room, number) is not None:
+                return _steps(some, room, self.num_replicas, full, generator)
         return self._all_steps(lengths[:taken], generator) or self._all_steps(lengths, generator)
 
     def _all_steps(self, lengths: list[int], generator: np.random.Generator) -> list[Step]:
-        """Steps of all examples, but for as many of the last as must be left out to have any; maybe none."""
+        """Steps of all examples, or without some of the last ones if there are none otherwise; possibly none at all."""
+        room = _Room(self.max_tokens, self.max_sequences)
         for number in range(len(lengths), max(0, len(lengths) - self.num_replicas), -1):
             some = np.array(lengths[:number])
-            num_steps = _num_steps(some, self.max_tokens, self.num_replicas)
+            num_steps = _num_steps(some, room, self.num_replicas)
             if num_steps:
-                return _steps(some, self.max_tokens, self.num_replicas, num_steps, generator)
+                return _steps(some, room, self.num_replicas, num_steps, generator)
         return []
 
 
 @dataclass
 class CollatorWithinBudget:
-    """A collator whose examples, cut to the budget if asked, and whose batches stay within a budget of tokens. The
-    column that the budget is counted by is left out, but for `lengths`, which a collator may check."""
+    """Wraps a collator: truncates examples to a budget of tokens if asked to, and raises a `ValueError` if a batch
+    exceeds it. The collator does not see the column of lengths, unless that is `lengths`, which it may check."""
 
     collator: Callable[[list[Any]], Any]
     max_tokens: int
@@ -243,8 +281,8 @@ class CollatorWithinBudget:
         tokens = int(batch["lengths"].sum()) if "lengths" in batch else 0
         if tokens > self.max_tokens:
             raise ValueError(
-                f"a batch has {tokens} tokens, more than the budget `max_tokens`={self.max_tokens}: the lengths it was "
-                "made by do not fit the dataset"
+                f"a batch has {tokens} tokens, more than the budget `max_tokens`={self.max_tokens}: the lengths "
+                "that it was made from do not fit the dataset"
             )
         return batch
 
@@ -255,12 +293,12 @@ def _without(feature: Any, name: str) -> Any:
 
 def example_length(example: Mapping[str, Any], column: str = "length", number: int = 0) -> int:
     """
-    Tokens of an example: what its column says, or else `lengths`, or else the entries of `input_ids` or
-    `input_features`, those alone that are 1 in `attention_mask` where it has one.
+    The number of tokens of an example: from the given column, or else `lengths`, or else the number of entries of
+    `input_ids` or `input_features`, without those that are 0 in `attention_mask`.
 
     Raises:
-        ValueError: The example, called by its `number`, has none of these; the column is no whole number from 0, or
-            `input_ids` no list; or the mask holds something else than 0 and 1.
+        ValueError: The example has none of these columns; the length is not an integer of at least 0; `input_ids` is
+            not a list; or the mask holds other values than 0 and 1. The message names the example by its `number`.
     """
     for name in (column, "lengths"):
         if name in example:
@@ -278,7 +316,7 @@ def example_length(example: Mapping[str, Any], column: str = "length", number: i
 
 
 def _present(mask: Any, number: int) -> np.ndarray:
-    """Which tokens of an example are there, as its `attention_mask` has it."""
+    """Which tokens of an example are real, according to its `attention_mask`."""
     mask = np.asarray(mask)
     if ((mask != 0) & (mask != 1)).any():
         raise not_binary(mask, number)
@@ -286,80 +324,126 @@ def _present(mask: Any, number: int) -> np.ndarray:
 
 
 def example_lengths(dataset: Any, column: str = "length") -> list[int]:
-    """Tokens of each example of a map-style dataset; see [`example_length`]."""
-    names = getattr(dataset, "column_names", [])
-    names = [name for name in (column, "lengths") if name in names][:1] or [
-        name for name in (*MAIN_COLUMNS, "attention_mask") if name in names
-    ]
-    examples = dataset.select_columns(names) if names else dataset  # of a `datasets.Dataset`, no more than it takes
-    if not hasattr(examples, "__iter__"):
-        examples = (dataset[number] for number in range(len(dataset)))
+    """The number of tokens of each example of a map-style dataset; see [`example_length`]."""
+    names = [name for name in (column, "lengths") if name in getattr(dataset, "column_names", [])][:1]
+    if names:
+        examples = dataset.select_columns(names).with_format(None)  # as they are stored, without a transform
+    else:
+        examples = _examples(dataset, [*MAIN_COLUMNS, "attention_mask"])
     return [example_length(example, column, number) for number, example in enumerate(examples)]
+
+
+def pair_lengths(dataset: Any) -> np.ndarray:
+    """The numbers of tokens of the source and the target of each example of a map-style dataset, `(examples, 2)`."""
+    source = {name: name for name in (*MAIN_COLUMNS, "attention_mask")}
+    target = {**dict.fromkeys(LABELS, "input_ids"), "decoder_attention_mask": "attention_mask"}
+    pairs = []
+    for number, example in enumerate(_examples(dataset, [*source, *target])):
+        sides = ({names[name]: example[name] for name in names if name in example} for names in (source, target))
+        pairs.append([example_length(side, "", number) if side else 0 for side in sides])
+    return np.array(pairs).reshape(-1, 2)
+
+
+def list_sizes(dataset: Any, names: Sequence[str]) -> dict[str, int]:
+    """The size of the longest list in each of the given columns of a map-style dataset that hold lists."""
+    first = dataset[0] if len(dataset) else {}
+    wanted = [name for name in first if model_name(name) in names and hasattr(first[name], "__len__")]
+    sizes = dict.fromkeys(map(model_name, wanted), 0)
+    for example in _examples(dataset, wanted) if wanted else ():
+        for name in wanted:
+            sizes[model_name(name)] = max(sizes[model_name(name)], len(example[name]))
+    return sizes
+
+
+def _examples(dataset: Any, names: Sequence[str]) -> Iterable[Any]:
+    """The examples of a map-style dataset. A `datasets.Dataset` without a transform reads only the given columns."""
+    names = [name for name in names if name in getattr(dataset, "column_names", [])]
+    if names and dataset.format["type"] != "custom":
+        dataset = dataset.select_columns(names)
+    return dataset if hasattr(dataset, "__iter__") else (dataset[number] for number in range(len(dataset)))
 
 
 # --- Which examples go together ---------------------------------------------------------------------------------------
 
 
-def _num_steps(lengths: np.ndarray, max_tokens: int, num_replicas: int) -> int:
-    """The fewest steps, to 2 %, in which examples by falling length fit their batches; 0 if there are none."""
+def _num_steps(lengths: np.ndarray, room: _Room, num_replicas: int) -> int:
+    """The fewest steps, to a quarter of a percent, for which examples in order of decreasing length can be packed; 0 if
+    there is no such number."""
     order = _order(lengths, 1.0, None)
-    steps = max(1, math.ceil(int(lengths.sum()) / (max_tokens * num_replicas)))
-    most = len(lengths) // num_replicas  # a batch has an example at least
-    while steps <= most:
-        if _pack(lengths, order, max_tokens, steps * num_replicas):
-            return steps
-        more = steps + 1 + steps // 50
-        steps = min(more, most) if steps < most else more
-    return 0
+    fewest = math.ceil(int(lengths.sum()) / (room.tokens * num_replicas))
+    if room.sequences is not None:
+        fewest = max(fewest, math.ceil(len(lengths) / (room.sequences * num_replicas)))
+    most = len(lengths) // num_replicas  # a batch has at least one example
+
+    def fit(steps: int) -> bool:
+        return _pack(lengths, order, room, steps * num_replicas) is not None
+
+    too_few, steps = 0, max(1, fewest)
+    while steps > most or not fit(steps):
+        if steps >= most:
+            return 0
+        too_few, steps = steps, min(most, steps + 1 + steps // 50)
+    while too_few and steps - too_few > 1 + steps // 400:
+        middle = (too_few + steps) // 2
+        too_few, steps = (too_few, middle) if fit(middle) else (middle, steps)
+    return steps
 
 
 def _steps(
-    lengths: np.ndarray, max_tokens: int, num_replicas: int, num_steps: int, generator: np.random.Generator | None
+    lengths: np.ndarray, room: _Room, num_replicas: int, num_steps: int, generator: np.random.Generator | None
 ) -> list[Step]:
-    """All examples in `num_steps` steps; those with the most work first if no generator shuffles them."""
-    batches: Step | None = None
-    for jitter in JITTERS if generator is not None else JITTERS[-1:]:
-        batches = _pack(lengths, _order(lengths, jitter, generator), max_tokens, num_steps * num_replicas)
-        if batches is not None:
-            break
-    assert batches is not None, "`num_steps` is such that examples by falling length fit"
+    """All examples in `num_steps` steps, shuffled by the generator, or else those with the most work first."""
+    batches = _batches(lengths, room, num_steps * num_replicas, generator)
     batches.sort(key=lambda batch: int((lengths[batch] ** 2).sum()), reverse=True)
     steps = [batches[start : start + num_replicas] for start in range(0, len(batches), num_replicas)]
     if generator is not None:
         generator.shuffle(steps)
         for step in steps:
-            generator.shuffle(step)  # no process always has the most
+            generator.shuffle(step)  # so that no process always has the most work
     return steps
 
 
+def _batches(lengths: np.ndarray, room: _Room, number: int, generator: np.random.Generator | None) -> Step:
+    """All examples in `number` batches, which must be enough to pack them in order of decreasing length."""
+    for jitter in JITTERS if generator is not None else JITTERS[-1:]:
+        batches = _pack(lengths, _order(lengths, jitter, generator), room, number)
+        if batches is not None:
+            return batches
+    raise AssertionError(f"examples in order of decreasing length do not fit {number} batches")
+
+
 def _order(lengths: np.ndarray, jitter: float, generator: np.random.Generator | None) -> list[int]:
-    """Indices by falling length, give or take; those of equal length in random order."""
+    """Indices in order of decreasing length: exactly without a generator, else up to `jitter`, ties in random order."""
     if generator is None:
         return np.argsort(-lengths, kind="stable").tolist()
     keys = lengths * generator.uniform(1, jitter, len(lengths))
     return np.lexsort((generator.random(len(lengths)), -keys)).tolist()
 
 
-def _pack(lengths: np.ndarray, order: list[int], max_tokens: int, number: int) -> Step | None:
-    """Examples into a number of batches, each into the one with the fewest tokens so far; `None` if they do not fit."""
+def _pack(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
+    """Examples in `number` batches, each put into the one with the fewest tokens so far that has room for another
+    sequence; `None` if they do not fit."""
     tokens = lengths.tolist()
     batches: Step = [[] for _ in range(number)]
     loads = [(0, 0, k) for k in range(number)]  # a heap: tokens, examples, which batch
     for example in order:
-        load, size, k = loads[0]
-        if load + tokens[example] > max_tokens:
+        if not loads or loads[0][0] + tokens[example] > room.tokens:
             return None
-        heapq.heapreplace(loads, (load + tokens[example], size + 1, k))
+        load, size, k = loads[0]
         batches[k].append(example)
+        if size + 1 == room.sequences:
+            heapq.heappop(loads)
+        else:
+            heapq.heapreplace(loads, (load + tokens[example], size + 1, k))
     return batches
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_positive(**numbers: int) -> None:
+def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"`{name}` must be at least 1; got {number}")
 
 
@@ -373,14 +457,15 @@ def _checked(lengths: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
     values = np.asarray(lengths)
     if values.ndim != 1 or not len(values) or values.dtype.kind not in "iu" or values.min() < 0:
         raise ValueError(
-            "`lengths` must be whole numbers from 0, one for each of at least one example; "
+            "`lengths` must be integers of at least 0, one for each of at least one example; "
             f"got {values.dtype} of shape {values.shape}" + (f" from {values.min()}" if values.size else "")
         )
     return values.astype(np.int64)
 
 
 def _within(lengths: np.ndarray, max_tokens: int, truncate: bool, first: int = 0) -> np.ndarray:
-    """The lengths, cut to the budget or none beyond it. `first` is the number of the first example."""
+    """The lengths, limited to the budget; a `ValueError` if one exceeds it and `truncate` is not set. `first` is the
+    number of the first example."""
     if not truncate and lengths.max() > max_tokens:
         raise ValueError(
             f"`max_tokens` must be at least the longest example's length; got max_tokens={max_tokens}, and example "
@@ -396,7 +481,7 @@ def _whole(value: Any, column: str, number: int) -> int:
         length = -1
     if length < 0:
         raise ValueError(
-            f"column `{column}` must hold the tokens of an example, a whole number from 0; "
+            f"column `{column}` must hold the number of tokens of an example, an integer of at least 0; "
             f"got {value!r} in example {number}"
         )
     return length
@@ -406,7 +491,7 @@ def _whole(value: Any, column: str, number: int) -> int:
 
 
 def _role(collator: Any) -> Callable[[str, list[torch.Tensor]], str]:
-    """How the collator tells columns of tokens from others. Stock ones know theirs by the same names."""
+    """How the collator tells columns per token from others. Stock collators use the same names."""
     if hasattr(collator, "role"):
         return collator.role
     like: Any = DataCollatorWithLengths
@@ -416,7 +501,7 @@ def _role(collator: Any) -> Callable[[str, list[torch.Tensor]], str]:
 
 
 def _truncated(features: list[Any], max_tokens: int, role: Callable[[str, list[torch.Tensor]], str]) -> list[Any]:
-    """The examples with the first `max_tokens` tokens each, in all columns that have an entry a token."""
+    """The first `max_tokens` tokens of each example, in all columns per token."""
     main = next((name for name in MAIN_COLUMNS if features and name in features[0]), None)
     if main is None or all(len(feature[main]) <= max_tokens for feature in features):
         return features

@@ -1,5 +1,5 @@
-"""What joins a Trainer: changing masks, targets drawn anew in every epoch, batches of a budget of tokens, a log of how
-fast it is, steps that run as one CUDA graph."""
+"""Extensions of a Trainer: masks that change during training, targets drawn again in every epoch, batches with a budget
+of tokens, training steps captured as a CUDA graph, and a log of the throughput."""
 
 from .captured_step import CapturedStep, CapturedStepMixin
 from .dynamic_masking import DynamicMaskingMixin

@@ -1,4 +1,4 @@
-"""What our callbacks share: how they find the model, and how they write to the Trainer's log."""
+"""Shared by our callbacks: how to find the model, and how to write to the Trainer's log."""
 
 from __future__ import annotations
 

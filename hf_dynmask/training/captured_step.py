@@ -1,4 +1,4 @@
-"""Training steps that run as one CUDA graph, for batches of one shape."""
+"""Training steps captured as one CUDA graph, for batches of one shape."""
 
 from __future__ import annotations
 
@@ -19,41 +19,43 @@ else:
 Batch = Mapping[str, Any]
 Gradients = list[Tensor | None]
 
-WARM_UP = 3  # steps before a capture, as torch's notes on CUDA graphs have it; kernels are compiled and chosen in them
-GRAPHS_OF_THEIR_OWN = ("reduce-overhead", "max-autotune")  # modes of torch.compile
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # in transformers before 5.24, and since
+WARM_UP = 3  # eager steps before a capture, as in torch's notes on CUDA graphs
+MODES_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
+CHECKPOINTING = (
+    "gradient_checkpointing",
+    "activation_checkpointing",
+)  # the name before transformers 5.24, and since then
 ITEMS, ACCUMULATED = "num_items_in_batch", "current_gradient_accumulation_steps"
 
 
 class CapturedStepMixin(Trainer):
     """
-    Makes a [`~transformers.Trainer`] run the forward and backward pass of training as one CUDA graph, so that the host
-    has one thing to launch in place of a thousand. It pays where a step is short: small models, small batches.
+    Makes a [`~transformers.Trainer`] capture the forward and backward pass of its training step as one CUDA graph and
+    replay it for every batch. The CPU then launches one graph instead of a thousand kernels, which pays off for steps
+    that are limited by the CPU: small models and small batches.
 
-    Batches must have one shape: fixed flat rows, `DataCollatorWithLengths(tokenizer, flat=True, max_tokens=...,
-    max_sequences=...)`, or rows padded to one width. The first steps run as ever, on a stream of their own, with what
-    compiles and chooses kernels; the next is captured, and from then on replayed with each batch copied into the
-    captured tensors. Gradients of the first batch of an optimizer step are written, those of others are added, by a
-    second graph. Everything else is the Trainer's own: gradient accumulation, `num_items_in_batch`, clipping, the
-    optimizer, logging, checkpoints and resuming, evaluation (which is not captured). Dropout draws from the same
-    generator, and goes on with it.
+    All batches must have the same shape: flat rows of a fixed size (`DataCollatorWithLengths(tokenizer, flat=True,
+    max_tokens=..., max_sequences=...)`), or rows padded to a fixed width. The first three steps run eagerly, so that
+    kernels are compiled and chosen; the next one is captured. The rest of the Trainer is unchanged: gradient
+    accumulation, `num_items_in_batch`, gradient clipping, the optimizer, logging, checkpoints, resuming, and evaluation,
+    which is not captured. Dropout draws different numbers in every replay, the same as in eager steps.
 
-    With `TrainingArguments(torch_compile=True)` the graph has the compiled kernels. `optim="adamw_torch_fused"` (the
-    default) and `logging_nan_inf_filter=False` (by default each step waits for its loss) keep the rest short, too.
-
-    What Python decides in a forward pass is decided when the step is captured. It is captured again when the mask
-    changes, as [`MaskSchedule`] has it, or which weights are trained. Memory of the graph stays with it while training.
+    - `TrainingArguments(torch_compile=True)` compiles the model before it is captured.
+    - `TrainingArguments(logging_nan_inf_filter=False)` saves a synchronization in each step.
+    - A graph repeats the decisions that Python made when it was captured. The step is captured again when the model's
+      mask changes ([`MaskSchedule`]), or when parameters are frozen or unfrozen.
+    - The memory of the graph stays allocated until training ends.
 
     Args:
-        args, kwargs: The Trainer's own.
+        args, kwargs: The arguments of the Trainer.
 
     Raises:
-        ValueError: When training begins: the step cannot be captured, as there is no CUDA device, or since there are
-            several processes or devices, float16 with a scaler of gradients, gradient checkpointing, layers dropped at
-            random, a mode of `torch_compile` that captures graphs itself, an optimizer that steps in the backward
-            pass, `torch_empty_cache_steps` or `auto_find_batch_size`. In training: a batch has another shape, or
-            other tensors, than the first.
-        RuntimeError: In training: the model cannot be captured, as it waits for a value on the device, for example.
+        ValueError: When training begins, if the step cannot be captured: there is no CUDA device; there are several
+            processes or devices; float16 with gradient scaling; gradient checkpointing; LayerDrop; a mode of
+            `torch_compile` that captures CUDA graphs itself; an optimizer that steps during the backward pass;
+            `torch_empty_cache_steps`; `auto_find_batch_size`. During training, if a batch does not have the names,
+            shapes and dtypes of the first one.
+        RuntimeError: During training, if the capture fails, for example because the model synchronizes with the device.
 
     Example:
 
@@ -68,7 +70,7 @@ class CapturedStepMixin(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._captured: tuple[Any, CapturedStep] | None = None  # and what the model was like then
+        self._captured: tuple[Any, CapturedStep] | None = None  # and the settings it was made for
 
     def train(self, *args: Any, **kwargs: Any):
         if reason := why_not_captured(self):
@@ -84,14 +86,14 @@ class CapturedStepMixin(Trainer):
         parameters = list(inner.parameters())
         settings = masks_of_config(getattr(inner, "config", None)), [each.requires_grad for each in parameters]
         if self._captured is None or self._captured[0] != settings:
-            self._captured = None  # the next one may have its memory
+            self._captured = None  # frees its memory before the next one is made
             self._captured = settings, CapturedStep(lambda batch: self._step(model, batch), parameters)
         step, device = self._captured[1], self.args.device
         batch = dict(self._prepare_inputs(inputs))
         batch[ACCUMULATED] = torch.full((), float(self.current_gradient_accumulation_steps), device=device)
         if num_items_in_batch is not None:
             batch[ITEMS] = torch.as_tensor(num_items_in_batch, device=device)
-        if step.is_ready():  # what the Trainer and hooks on the model do in Python does not come with the graph
+        if step.is_ready():  # a replay runs no Python code: what is needed of it is done here
             if not model.training:
                 model.train()
             optimizer: Any = self.optimizer
@@ -103,7 +105,7 @@ class CapturedStepMixin(Trainer):
         return step(batch)
 
     def _step(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The Trainer's own, which gets as tensors what may be another number in each step."""
+        """The Trainer's step. Numbers that differ from step to step are tensors, which the graph reads again."""
         number = self.current_gradient_accumulation_steps
         self.current_gradient_accumulation_steps = batch.pop(ACCUMULATED)
         try:
@@ -113,42 +115,45 @@ class CapturedStepMixin(Trainer):
 
 
 def why_not_captured(trainer: Any) -> str | None:
-    """What keeps the steps of a Trainer from being captured, if anything does."""
+    """The reason why a Trainer's step cannot be captured, or `None`."""
     args, accelerator, model = trainer.args, trainer.accelerator, unwrapped(trainer.model)
     config = getattr(model, "config", None)
     dropped = [name for name in getattr(config, "__dict__", ()) if name.endswith("layerdrop") and getattr(config, name)]
     checkpoints = any(getattr(args, name, False) for name in CHECKPOINTING)
     checkpoints = checkpoints or any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    captures_itself = args.torch_compile and args.torch_compile_mode in GRAPHS_OF_THEIR_OWN
+    captures_itself = args.torch_compile and args.torch_compile_mode in MODES_WITH_CUDA_GRAPHS
     steps_in_backward = any(part in str(args.optim) for part in ("lomo", "layerwise"))
     kind = accelerator.distributed_type.value
     reasons = [
         (args.device.type != "cuda", f"it needs a CUDA device; got {args.device.type!r}"),
         (accelerator.use_distributed, f"it needs one process; got {args.world_size}, {kind}"),
-        (args.n_gpu > 1 or trainer.is_model_parallel, "it needs one device; the model is on several GPUs"),
-        (accelerator.scaler is not None, "fp16=True scales gradients by numbers of the host; use bf16=True"),
-        (checkpoints, "gradient checkpointing reads the state of random numbers on the host"),
-        (bool(dropped), f"{' and '.join(dropped)} of the model has Python choose the layers that run; set it to 0"),
-        (captures_itself, f"torch_compile_mode={args.torch_compile_mode!r} captures graphs of its own; leave it out"),
-        (steps_in_backward, f"optim={str(args.optim)!r} steps in the backward pass"),
-        (args.torch_empty_cache_steps is not None, "torch_empty_cache_steps frees memory in the midst of a step"),
-        (args.auto_find_batch_size, "auto_find_batch_size changes the shape of batches"),
+        (args.n_gpu > 1 or trainer.is_model_parallel, "it needs one device; the model uses several"),
+        (accelerator.scaler is not None, "fp16=True needs a gradient scaler; use bf16=True"),
+        (checkpoints, "gradient checkpointing reads the random number generator's state; turn it off"),
+        (bool(dropped), f"{' and '.join(dropped)} chooses layers at random in Python; set it to 0"),
+        (captures_itself, f"torch_compile_mode={args.torch_compile_mode!r} captures CUDA graphs itself; leave it out"),
+        (steps_in_backward, f"optim={str(args.optim)!r} steps during the backward pass"),
+        (args.torch_empty_cache_steps is not None, "torch_empty_cache_steps frees memory within a step; leave it out"),
+        (args.auto_find_batch_size, "auto_find_batch_size changes the shape of the batches; leave it out"),
     ]
     return next((reason for holds, reason in reasons if holds), None)
 
 
 class CapturedStep:
     """
-    A function that computes a loss and adds its gradients, run as one CUDA graph on batches of one shape.
+    A function that computes a loss and its gradients, captured as a CUDA graph and replayed for batches of one shape.
+
+    If `grad` of the parameters is `None`, a replay writes the gradients; if it holds those of the last replay, they are
+    added to, by a second graph. With other gradients the step runs eagerly.
 
     Args:
         step (`Callable[[dict[str, Any]], Tensor]`):
-            Gives the loss of a batch, after its backward pass. It waits for no value on the device.
-        parameters (`Iterable[Parameter]`): Whose gradients it adds to `grad`.
+            Returns the loss of a batch after its backward pass. It must not synchronize with the device.
+        parameters (`Iterable[Parameter]`): The parameters that it computes gradients of.
 
     Raises:
-        ValueError: A batch is not as the first one was.
-        RuntimeError: The step cannot be captured.
+        ValueError: A batch does not have the names, shapes and dtypes of the first one.
+        RuntimeError: The capture fails.
 
     Example:
 
@@ -162,7 +167,7 @@ class CapturedStep:
     >>> for batch in batches:
     ...     loss = captured(batch)
     ...     optimizer.step()
-    ...     optimizer.zero_grad()  # sets them to None, by which the next step knows to write and not to add
+    ...     optimizer.zero_grad()  # to None
     ```
     """
 
@@ -170,20 +175,20 @@ class CapturedStep:
         self._step = step
         self._parameters = list(parameters)
         self._device = _CudaGraphs()
-        self._batch: dict[str, Any] = {}  # what the graphs read
+        self._batch: dict[str, Any] = {}  # the inputs of the graphs
         self._signature: dict[str, Any] = {}
-        self._gradients: Gradients = []  # what they write
+        self._gradients: Gradients = []  # the outputs of the graphs
         self._num_eager = 0
-        self._graphs: dict[bool, Callable[[], Tensor]] = {}  # by whether they add gradients
+        self._graphs: dict[bool, Callable[[], Tensor]] = {}  # by whether they add to the gradients
 
     def is_ready(self) -> bool:
-        """Whether the next step is a replay, and no step of Python."""
+        """Whether the next step is a replay."""
         gradients = self._current_gradients()
         is_first = all(gradient is None for gradient in gradients)
         return self._num_eager >= WARM_UP and (is_first or self._are_written(gradients))
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The loss, a tensor of its own."""
+        """Returns the loss of the batch, a copy that later replays do not overwrite."""
         self._check(batch)
         if not self.is_ready():
             self._num_eager += 1
@@ -206,7 +211,7 @@ class CapturedStep:
         return [parameter.grad for parameter in self._parameters]
 
     def _are_written(self, gradients: Gradients) -> bool:
-        """Whether these are what the graphs have written."""
+        """Whether these are the outputs of the graphs."""
         return bool(self._graphs) and all(a is b for a, b in zip(gradients, self._gradients, strict=True))
 
     def _check(self, batch: Batch) -> None:
@@ -214,12 +219,12 @@ class CapturedStep:
         known = self._signature or signature
         if known.keys() != signature.keys():
             raise ValueError(
-                f"batches of a captured step must all have {', '.join(known)}, as the first one; got {', '.join(batch)}"
+                f"all batches of a captured step must have {', '.join(known)}, like the first one; got {', '.join(batch)}"
             )
         for name, found in signature.items():
             if found != known[name]:
                 raise ValueError(
-                    f"`{name}` of a captured step must be {known[name]} in each batch, as in the first one; got "
+                    f"`{name}` of a captured step must be {known[name]} in every batch, as in the first one; got "
                     f"{found}. DataCollatorWithLengths(tokenizer, flat=True, max_tokens=..., max_sequences=...) gives "
                     "all batches one shape"
                 )
@@ -231,14 +236,14 @@ def _signature(values: Any) -> str:
 
 
 class _CudaGraphs:
-    """Runs and captures on one stream, with one pool of memory."""
+    """Runs and captures steps on one stream, with one memory pool."""
 
     def __init__(self):
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, step: Callable[[], Tensor]) -> Tensor:
-        """As ever, on the stream of the captures: what is made for a stream at its first use is there then."""
+        """Runs the step eagerly, on the stream of the captures: some state of the libraries is made once per stream."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -247,21 +252,21 @@ class _CudaGraphs:
         return loss
 
     def capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A graph of the step, which has not run yet; what it returns is its loss, overwritten by the next one."""
+        """Captures the step, which does not run it. The function returned replays it; its loss is always the same tensor."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # Other threads may pin memory for the next batches meanwhile.
+            # "thread_local": a data loader's thread may pin memory meanwhile.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 loss = step()
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # which a capture that fails does not
-            is_second = error.__context__ is not None and error.__cause__ is None  # what ends the capture fails, too
+            torch.cuda.set_stream(current)  # a failed capture does not restore it
+            is_second = error.__context__ is not None and error.__cause__ is None  # ending the capture fails, too
             first: Any = error.__context__ if is_second else error
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
             raise RuntimeError(
-                f"the step cannot be captured as a CUDA graph: {first}. A captured step waits for no value on the "
-                "device; `torch.cuda.set_sync_debug_mode('error')` shows where the step without the mixin does"
+                f"the step cannot be captured as a CUDA graph: {first}. A captured step must not synchronize "
+                "with the device; `torch.cuda.set_sync_debug_mode('error')` shows where an eager step does"
             ) from error
 
         def replay() -> Tensor:

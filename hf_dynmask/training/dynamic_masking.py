@@ -1,36 +1,37 @@
-"""A Trainer whose collator draws targets anew in every epoch."""
+"""A Trainer whose collator draws targets again in every epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from ..data.dynamic_masking import COLUMNS, SETTINGS_OF_TARGETS, DataCollatorForDynamicMasking
+from .collating import collating_with
 from .resuming import ResumingMixin
 
 
 class DynamicMaskingMixin(ResumingMixin):
     """
-    Makes a [`~transformers.Trainer`] serve [`DataCollatorForDynamicMasking`]:
+    Makes a [`~transformers.Trainer`] work with [`DataCollatorForDynamicMasking`]:
 
-    - training hears of each epoch before its first batch is drawn, in worker processes too. A run that resumes goes on
-      with the epoch that it was stopped in;
-    - evaluation and prediction collate with targets that never change, also in the midst of an epoch;
-    - the columns that the collator alone reads, `special_tokens_mask`, `word_ids` and `idx`, reach it;
-    - a run that resumes with another batch size, seed, number of processes, gradient accumulation or data set says so
-      before the first step: in mid-epoch with an error, unless `ignore_data_skip=True` has the epoch begin again; at
-      the end of an epoch with a warning. Where settings of the collator draw other targets, it warns.
+    - the collator, also in worker processes, gets each epoch before the first batch is drawn. A run that resumes
+      continues with the epoch in which it was stopped;
+    - evaluation and prediction use targets that never change, also in the middle of an epoch;
+    - the columns that only the collator reads, `special_tokens_mask`, `word_ids` and `idx`, are not removed;
+    - if a run resumes with another batch size, seed, number of processes, gradient accumulation or dataset, it raises
+      an error in mid-epoch, unless `ignore_data_skip=True` restarts the epoch, and warns at the end of an epoch. If the
+      collator has other settings for its targets, it warns.
 
     Everything else stays as it is.
 
     Args:
-        data_collator ([`DataCollatorForDynamicMasking`]): The collator of the training. Everything else as there.
+        data_collator ([`DataCollatorForDynamicMasking`]): The collator for training.
+        args, kwargs: The other arguments of the Trainer.
 
     Raises:
-        ValueError: `data_collator` is another one. When training begins: the run resumes in mid-epoch and
-            makes other batches.
+        ValueError: `data_collator` is of another class. When training begins: the run resumes in mid-epoch and makes
+            other batches.
 
     Example:
 
@@ -53,23 +54,20 @@ class DynamicMaskingMixin(ResumingMixin):
         self.add_callback(_Epochs(self.data_collator))
 
     def get_eval_dataloader(self, *args, **kwargs):
-        return self._for_evaluation(super().get_eval_dataloader, *args, **kwargs)
+        with collating_with(self, self._collator_for_evaluation()):
+            return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args, **kwargs):
-        return self._for_evaluation(super().get_test_dataloader, *args, **kwargs)
+        with collating_with(self, self._collator_for_evaluation()):
+            return super().get_test_dataloader(*args, **kwargs)
 
     def _target_settings(self) -> dict[str, Any]:
         collator: Any = self.data_collator
         return super()._target_settings() | {name: getattr(collator, name) for name in SETTINGS_OF_TARGETS}
 
-    def _for_evaluation(self, get_dataloader: Callable[..., Any], *args, **kwargs):
-        """A data loader with the collator's form for evaluation. A Trainer has one collator for all its loaders."""
+    def _collator_for_evaluation(self) -> DataCollatorForDynamicMasking:
         collator: Any = self.data_collator
-        self.data_collator = collator.for_evaluation()
-        try:
-            return get_dataloader(*args, **kwargs)
-        finally:
-            self.data_collator = collator
+        return collator.for_evaluation()
 
     def _set_signature_columns_if_needed(self):
         is_needed = self._signature_columns is None
@@ -79,16 +77,16 @@ class DynamicMaskingMixin(ResumingMixin):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the collator each epoch, at the one time when no worker has anything of the last or the next one to do."""
+    """Sets the collator's epoch at the one time when no worker is busy with batches of the last or the next epoch."""
 
     def __init__(self, collator: DataCollatorForDynamicMasking):
         self.collator = collator
         self.next_epoch = 0
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs):
-        self.next_epoch = int(state.epoch or 0)  # of a run that resumes, the passes that it has completed
+        self.next_epoch = int(state.epoch or 0)  # if the run resumes, the number of completed epochs
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # Counted, since the fraction in `state.epoch` is no more than an estimate where a stream has no length.
+        # Counted here, since `state.epoch` is only an estimate for a stream, which has no length.
         self.collator.set_epoch(self.next_epoch)
         self.next_epoch += 1

@@ -1,6 +1,6 @@
-"""The work that a model does for real tokens, in floating-point operations, worked out from its sizes.
+"""The floating-point operations that a model needs for real tokens, computed from its sizes.
 
-Shape legend: H heads, D and Dv sizes of a head's queries and keys, and of its values.
+Shape legend: H heads, D the head size of queries and keys, Dv that of values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SOURCE, TARGET = 0, 1
 CROSS_ATTENTION = re.compile(r"cross_?attention|encoder_attn|EncDecAttention", re.IGNORECASE)
 KEYS_AND_VALUES = re.compile(r"\.(k|v|key|value)(_proj)?\.weight$")
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
-Sizes = tuple[int, ...]  # of an example: its tokens, and of an encoder-decoder those of its target
+Sizes = tuple[int, ...]  # tokens of an example; for an encoder-decoder also those of its target
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class AttentionFlops:
     """Attention in all layers and heads that follow one mask.
 
     Attributes:
-        mask (`Mask`): The mask; a `topk` counts all the keys that it chooses from, since it needs their scores.
-        queries, keys (`int`): Whose tokens these are: `SOURCE` or `TARGET`.
+        mask (`Mask`): The mask. For `topk` all the keys that it chooses from count, since it needs their scores.
+        queries, keys (`int`): The side of the queries and of the keys: `SOURCE` or `TARGET`.
     """
 
     mask: Mask
@@ -49,7 +49,7 @@ class AttentionFlops:
     keys: int = SOURCE
 
     def most_pairs(self, examples: Mapping[Sizes, int]) -> int:
-        """Pairs that are allowed in examples of some sizes, so many of each; all pairs, where the mask reads fields."""
+        """Allowed pairs in examples, given as `{sizes: number of examples}`. All pairs if the mask reads fields."""
         mask = Full() if self.mask.fields else self.mask
         sizes = torch.tensor([(each[self.queries], each[self.keys]) for each in examples]).view(-1, 2)
         return count_pairs(mask, sizes, counts=torch.tensor(list(examples.values())))
@@ -58,15 +58,15 @@ class AttentionFlops:
 @dataclass(frozen=True)
 class ModelFlops:
     """
-    What a model computes for each token and for each pair of tokens. Make it with [`model_flops`].
+    The work of a model per token and per pair of tokens. Make it with [`model_flops`].
 
     Attributes:
         weights (`tuple[int, ...]`):
-            Weights in the matrices of the layers that a token goes through, and of an encoder-decoder those of a token
-            of the target. The encoder's tokens go through the keys and values of cross-attention, too.
-        output_weights (`int`): Weights of a language model's output embedding.
+            The number of weights in the matrices that a token is multiplied with; for an encoder-decoder, of a token of
+            the source and of one of the target. Keys and values of cross-attention count for the source.
+        output_weights (`int`): The number of weights of a language model's output embedding.
         attention (`dict[AttentionFlops, int]`):
-            Of each mask the sum of `(D + Dv) / 2` over the heads and layers that follow it.
+            For each mask, the sum of `(D + Dv) / 2` over the heads and layers that follow it.
     """
 
     weights: tuple[int, ...]
@@ -81,15 +81,16 @@ class ModelFlops:
     ) -> int:
         """
         Floating-point operations of a forward pass: `2 * weights * tokens + 4 * H * D * pairs`, summed over layers.
-        Training takes three times as many (backward twice; arXiv:2001.08361, section 2.1). Norms, embeddings and
-        everything else that is not a matrix multiplication inside the layers is left out.
+        Training takes three times as many, since the backward pass takes two (arXiv:2001.08361, section 2.1). Norms,
+        embeddings and everything else that is not a matrix multiplication inside the layers are left out.
 
         Args:
-            examples (`Iterable[tuple[int, ...]]`): Tokens of each, and of an encoder-decoder those of its target.
-            targets (`int`, *optional*): Tokens that logits of a language model are for. `None`: all of the last side.
+            examples (`Iterable[tuple[int, ...]]`): Tokens of each; for an encoder-decoder also those of its target.
+            targets (`int`, *optional*):
+                The number of tokens for which a language model computes logits. `None`: all of the last side.
             pairs (`dict[AttentionFlops, int]`, *optional*):
-                Allowed pairs of all examples, where they are known from the batches. Others are worked out from the
-                sizes, with masks that read fields counted as if they allowed all pairs.
+                Allowed pairs in all examples, if they are known from the batches. Others are computed from the sizes;
+                masks that read fields then count as if they allowed all pairs.
         """
         counts = Counter(examples)
         tokens = [sum(sizes[side] * count for sizes, count in counts.items()) for side in range(len(self.weights))]
@@ -105,7 +106,7 @@ class ModelFlops:
 
 def model_flops(model: PreTrainedModel) -> ModelFlops:
     """
-    Reads a model's sizes off its modules. Its weights may be sharded, or on the meta device.
+    Reads a model's sizes from its modules. Its weights may be sharded, or on the meta device.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A DynMask model, or a stock model of dense layers.
@@ -128,8 +129,8 @@ def model_flops(model: PreTrainedModel) -> ModelFlops:
 
 
 def config_work(config: PreTrainedConfig) -> ModelFlops:
-    """[`model_flops`] of the model that a configuration describes, which is not made: a language model's logits count
-    where it is causal or has an encoder and a decoder."""
+    """[`model_flops`] of the model that a configuration describes, without allocating it. Logits of a language model
+    count if it is causal or an encoder-decoder."""
     is_causal = any(name.endswith(CAUSAL_LM) for name in config.architectures or ())
     auto_class = AutoModelForCausalLM if is_causal else AutoModel
     with torch.device("meta"):
@@ -137,7 +138,7 @@ def config_work(config: PreTrainedConfig) -> ModelFlops:
 
 
 def _outline(model: Any) -> PreTrainedModel:
-    """The model without its weights, and without whatever was wrapped around its parts."""
+    """The model without its weights, and without wrappers around its parts."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.device("meta"):
         return type(base)(base.config)
@@ -148,17 +149,17 @@ def _sides(model: PreTrainedModel) -> list[Any]:
 
 
 def _is_in_a_layer(name: str) -> bool:
-    """Layers stand in lists, by number."""
+    """Whether a parameter belongs to a layer: layers are in lists, so its name has a number."""
     return any(part.isdigit() for part in name.split("."))
 
 
 def _tokens_through(name: str, side: int) -> int:
-    """Whose tokens a matrix is multiplied with."""
+    """The side whose tokens a matrix is multiplied with."""
     return SOURCE if CROSS_ATTENTION.search(name) and KEYS_AND_VALUES.search(name) else side
 
 
 def _attention(part: Any, side: int) -> Counter[AttentionFlops]:
-    """Numbers of each mask in the layers of one side."""
+    """[`ModelFlops.attention`] of the layers of one side."""
     config = part.config
     widths: Counter[AttentionFlops] = Counter()
     if hasattr(config, "masks"):
@@ -177,7 +178,7 @@ def _attention(part: Any, side: int) -> Counter[AttentionFlops]:
 
 
 def _stock_attention(part: nn.Module, side: int) -> Iterator[AttentionFlops]:
-    """Attention layers of a stock model: transformers' know whether they are causal."""
+    """Attention layers of a stock model. Those of transformers have an attribute `is_causal`."""
     chosen = getattr(part.config, CONFIG_ENTRY, None)
     for name, module in part.named_modules():
         if not hasattr(module, "is_causal") or isinstance(module, PreTrainedModel):
@@ -196,12 +197,12 @@ def _stock_attention(part: nn.Module, side: int) -> Iterator[AttentionFlops]:
 
 
 def allowed_pairs(mask: Mask, queries: int, keys: int) -> int:
-    """Pairs that a mask without fields allows in one sequence; see [`count_pairs`]."""
+    """The number of pairs that a mask without fields allows in one sequence; see [`count_pairs`]."""
     return count_pairs(mask, torch.tensor([(queries, keys)]))
 
 
 def plan_pairs(*plans: MaskPlan) -> int:
-    """Pairs that plans of one mask allow in all; see [`count_pairs`]. They are counted on the CPU."""
+    """The number of pairs that plans of one mask allow together; see [`count_pairs`]. Counts on the CPU."""
     layouts = [[side.to("cpu") for side in (plan.layout, plan.key_layout)] for plan in plans]
     fields = {name: _joined([plan.fields.tables[name].cpu() for plan in plans]) for name in plans[0].fields.tables}
     sizes = [_joined([side.lengths[side.rank.argsort()] for side in sides]) for sides in zip(*layouts, strict=True)]
@@ -212,13 +213,13 @@ def plan_pairs(*plans: MaskPlan) -> int:
 
 
 def _positions(layout: SequenceLayout) -> Tensor:
-    """Positions `(S, P)` of the tokens that each of the batch's sequences has."""
+    """Positions `(S, P)` of the tokens of each of the batch's sequences."""
     return pad_sequence(list(layout.positions.split(layout.sizes)), batch_first=True)[layout.rank.argsort()]
 
 
 def _joined(tables: list[Tensor]) -> Tensor:
-    """Tables of several batches, `(S, ...)` each, as one of the largest sizes. One entry stands for any number, such as
-    heads; in other places that no sequence has there are zeros."""
+    """Tables `(S, ...)` of several batches as one, padded with zeros to the largest sizes. Dimensions of size 1, such
+    as heads, are expanded instead."""
     sizes = [max(of_tables) for of_tables in zip(*(table.shape[1:] for table in tables), strict=True)]
     wide = []
     for table in tables:

@@ -1,4 +1,4 @@
-"""Masks that change in the course of training."""
+"""Masks that change during training."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ logger = getLogger(__name__)
 
 class MaskSchedule(TrainerCallback):
     """
-    A [`~transformers.TrainerCallback`] that changes the model's mask in the course of training.
+    A [`~transformers.TrainerCallback`] that changes the model's mask during training.
 
-    The mask in force follows from the number of optimizer steps done, `state.global_step`, alone: a run that resumes
-    from a checkpoint goes on with the mask that an unbroken run has there. A change comes right after the step that
-    completes the count, so the evaluation and the checkpoint of that step have the new mask. Every change is logged,
-    as is the mask that a run starts or resumes with: `mask` (its text) and, for trackers that take numbers alone,
-    `mask_stage` (its place in the schedule, from 0). When training ends, the last mask stays on the model, or with
-    `load_best_model_at_end` the mask that the best checkpoint was saved and evaluated with. A run that resumes warns if
-    the checkpoint was trained with another mask than the schedule has at its step.
+    The mask depends only on the number of completed optimizer steps, `state.global_step`: a run that resumes from a
+    checkpoint continues with the mask that an uninterrupted run has there. The mask changes right after the step in its
+    key, so the evaluation and the checkpoint of that step already have the new mask. Every change is logged, and so is
+    the mask that a run starts or resumes with: `mask` (its text) and, for trackers that take only numbers, `mask_stage`
+    (its index in the schedule). When training ends, the last mask stays on the model, or, with
+    `load_best_model_at_end`, the mask that the best checkpoint was evaluated and saved with. A run that resumes warns
+    if the checkpoint was trained with another mask than the schedule has at its step.
 
     Args:
         masks (`dict[int | float, str]`):
-            Mask expressions (see [`hf_dynmask.masks`]) by the point from which they are in force, in rising order:
+            Mask expressions (see [`hf_dynmask.masks`]) by the point at which they begin, in increasing order:
 
             - an `int` counts optimizer steps: `1` is after the first step;
-            - a `float` from 0 to 1 is a fraction of the training's steps, rounded up to a whole step: `1.0` is after
-              the last one, for the final evaluation and the model that is kept.
+            - a `float` from 0 to 1 is a fraction of all steps, rounded up to a whole step: `1.0` is after the last one,
+              for the final evaluation and the model that is kept.
 
             The two kinds may be mixed. The first key must be 0. Steps beyond the end of training are not reached.
 
     Raises:
-        ValueError: `masks` is empty or no mapping; a key is neither a step nor a fraction, or does not rise; the first
-            key is not 0; a mask does not parse. When training begins: keys of the two kinds do not rise together; the
-            model does not take one of the masks.
+        ValueError: `masks` is empty or not a mapping; a key is neither a step nor a fraction, or keys are not
+            increasing; the first key is not 0; a mask does not parse. When training begins: keys of the two kinds
+            together are not increasing; the model does not accept one of the masks.
 
     Example:
 
@@ -65,14 +65,14 @@ class MaskSchedule(TrainerCallback):
     def on_train_begin(self, args, state: TrainerState, control, *, model: nn.Module, **kwargs):
         self._starts = _starts(self.masks, state.max_steps)
         self._stage = self._logged = None
-        for mask in self.masks.values():  # one that the model refuses is found now, not when its turn comes
+        for mask in self.masks.values():  # so that one that the model does not accept raises now
             set_mask(unwrapped(model), mask)
         self._follow(state.global_step, model)
         before = next((entry["mask"] for entry in reversed(state.log_history) if "mask" in entry), None)
         if state.global_step and state.is_world_process_zero and not _is_same(before, self._mask):
             logger.warning(
                 f"the checkpoint of step {state.global_step} was trained with the mask {before!r}; the run that "
-                f"resumes from it has {self._mask!r} there, and follows its own schedule from here on"
+                f"resumes from it has {self._mask!r} there and continues with its own schedule"
             )
 
     def on_step_begin(self, args, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs):
@@ -117,7 +117,7 @@ def _check(masks: Mapping[int | float, str]) -> None:
     for kind in (int, float):
         for before, after in pairwise(key for key in masks if isinstance(key, kind)):
             if after < before:
-                raise ValueError(f"keys of `masks` must rise; got {after!r} after {before!r}")
+                raise ValueError(f"keys of `masks` must be increasing; got {after!r} after {before!r}")
 
 
 def _check_key(key: object) -> None:
@@ -131,21 +131,21 @@ def _check_key(key: object) -> None:
 
 
 def _is_same(before: Any, mask: str) -> bool:
-    """Whether a mask that was logged, if any was, is this one."""
+    """Whether the mask that was logged, if any, is this one."""
     try:
         return before is None or parse(before) == parse(mask)
-    except ValueError:  # it was a custom mask, say, that nobody has registered here
+    except ValueError:  # for example a custom mask that is not registered here
         return False
 
 
 def _starts(masks: Mapping[int | float, str], max_steps: int) -> list[int]:
-    """The step after which each mask is in force, of a training of `max_steps`."""
-    # As a decimal: 0.1 of 30 steps are 3, where floats make a little more of it.
+    """The step after which each mask begins, in a training of `max_steps`."""
+    # Computed with decimals: 0.1 of 30 steps is 3, but a little more with floats.
     starts = {key: key if isinstance(key, int) else math.ceil(Fraction(str(key)) * max_steps) for key in masks}
     for before, after in pairwise(starts):
         if starts[after] < starts[before]:
             raise ValueError(
-                f"keys of `masks` must rise; got {after!r}, which is step {starts[after]} of {max_steps}, "
+                f"keys of `masks` must be increasing; got {after!r}, which is step {starts[after]} of {max_steps}, "
                 f"after {before!r}, which is step {starts[before]}"
             )
     return list(starts.values())

@@ -1,8 +1,8 @@
-"""How many pairs a mask allows, worked out from blocks in a time that does not grow with the number of pairs.
+"""How many pairs a mask allows, computed from blocks in a time that does not grow with the number of pairs.
 
-The attention matrix of a sequence is one block at first. A block of which the mask says *always* or *never* is counted
-at once; so is one in which the mask depends on `i - j` alone. Others are divided in four, down to small ones, whose
-pairs are looked at one by one. Where too many are left, as with `random`, some are drawn to stand for all.
+The attention matrix of a sequence begins as one block. A block for which the mask answers *always* or *never* is
+counted at once, and so is one in which the mask depends only on `i - j`. Others are split in four, down to small ones,
+whose pairs are checked one by one. If too many blocks are left, as with `random`, a sample of them represents all.
 
 Shape legend: S sequences, n blocks, P positions of the longest sequence. Pairs are (query, key).
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 from ..modeling.fields import Fields
 from ..modeling.masks import Full, Mask, Select
 
-SMALLEST = 8  # queries and keys of a block that is not divided
-FEW_CELLS = 2**17  # of blocks that are not worth dividing
-MOST_BLOCKS = 2**15  # of one size that are looked into
-MOST_RULES = 16  # of `i - j` alone that the blocks of one size are counted by
-AT_ONCE = 2**18  # cells whose pairs are looked at in one go
+SMALLEST = 8  # queries and keys of a block that is not split
+FEW_CELLS = 2**17  # blocks with fewer cells in total are not worth splitting
+MOST_BLOCKS = 2**15  # blocks of one size that are examined
+MOST_RULES = 16  # different rules of `i - j` among the blocks of one size
+AT_ONCE = 2**18  # cells that are checked at once
 
 
 def count_pairs(
@@ -33,27 +33,28 @@ def count_pairs(
     counts: Tensor | None = None,
 ) -> int:
     """
-    Pairs that a mask allows in all of some sequences, in one head. Where an explicit mask differs by head, the mean.
+    The number of pairs that a mask allows in some sequences together, in one head. If an explicit mask differs by head,
+    the mean over heads.
 
-    The number is exact unless more than 32,768 blocks of one size are left to look into. One sequence of 1,448 tokens
-    has as many of 8 queries and 8 keys; in a longer one they follow the borders of areas, which those of `chunk`,
-    `prefix`, `segments` and the like are, while borders that follow the diagonal need none. Of more blocks so many are
-    drawn, the same ones each time, and the number is an estimate, mostly off by less than one percent of the pairs in
-    the blocks.
+    The number is exact unless more than 32,768 blocks of one size have to be examined. A sequence of 1,448 tokens has
+    that many blocks of 8 queries and 8 keys. Longer sequences need blocks only along the borders of the areas that
+    `chunk`, `prefix`, `segments` and similar masks have, and none along borders parallel to the diagonal. If there are
+    more blocks, the number is an estimate from a fixed sample of 32,768 of them, usually off by less than one percent
+    of the pairs in the blocks.
 
     Args:
-        mask (`Mask`): The mask, the same for all heads. A `topk` counts all the keys that it chooses from.
+        mask (`Mask`): The mask, the same for all heads. For `topk`, all the keys that it chooses from count.
         sizes (`Tensor` of shape `(S, 2)`, int64): Queries and keys of each sequence.
-        fields (`dict[str, Tensor]`, *optional*): What the mask reads, by sequence and position; checked before.
+        fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, by sequence and position; not checked.
         positions (`Sequence[Tensor]` of shapes `(S, P)`, int64, *optional*):
-            Positions of the queries and keys of each sequence, where some are missing. `None`: 0, 1, 2, …
-        counts (`Tensor` of shape `(S,)`, *optional*): How many times each sequence counts. `None`: once.
+            Positions of the queries and keys of each sequence, if some are missing. `None`: 0, 1, 2, …
+        counts (`Tensor` of shape `(S,)`, *optional*): How often each sequence counts. `None`: once.
 
     Raises:
         ValueError: The mask differs by head.
     """
     sequences = _Sequences(sizes, positions, Fields(fields))
-    with torch.device("cpu"):  # whatever the default is
+    with torch.device("cpu"):  # whatever the default device is
         return round(sum(_counted(mask.without_choice(), sequences, counts)))
 
 
@@ -62,8 +63,8 @@ class _Blocks(NamedTuple):
 
     Attributes:
         row (`Tensor` of shape `(n,)`): The sequence.
-        first, stop (`Tensor` of shape `(n, 2)`): The first query and key, and those behind the last.
-        weight (`Tensor` of shape `(n,)`, float64): How many blocks each stands for.
+        first, stop (`Tensor` of shape `(n, 2)`): The first query and key, and the ones after the last.
+        weight (`Tensor` of shape `(n,)`, float64): How many blocks each represents.
     """
 
     row: Tensor
@@ -72,7 +73,7 @@ class _Blocks(NamedTuple):
     weight: Tensor
 
     def where(self, chosen: Tensor) -> _Blocks:
-        """The blocks that are `chosen (n,)`."""
+        """The blocks where `chosen (n,)` is true."""
         return self.at(chosen.nonzero().squeeze(1))
 
     def at(self, places: Tensor) -> _Blocks:
@@ -83,7 +84,7 @@ class _Blocks(NamedTuple):
 
 
 class _Sequences(NamedTuple):
-    """What blocks are parts of, as [`count_pairs`] is given them."""
+    """The sequences that blocks are parts of, as passed to [`count_pairs`]."""
 
     sizes: Tensor
     positions: Sequence[Tensor] | None
@@ -97,12 +98,12 @@ class _Sequences(NamedTuple):
         return places if self.positions is None else self.positions[side][row, places]
 
     def blocks(self, row: Tensor, first: Tensor, weight: Tensor, size: int) -> _Blocks:
-        """Blocks of a size, cut off where their sequences end; those behind are left out."""
+        """Blocks of one size, cut off at the ends of their sequences; those beyond the end are left out."""
         ends = self.sizes[row]
         return _Blocks(row, first, ends.minimum(first + size), weight).where((first < ends).all(1))
 
     def divided(self, blocks: _Blocks, size: int) -> _Blocks:
-        """The quarters of the blocks, of this size."""
+        """The quarters of the blocks, which have this size."""
         quarters = torch.tensor([(0, 0), (0, 1), (1, 0), (1, 1)])
         first = (blocks.first + size * quarters[:, None]).flatten(0, 1)
         return self.blocks(blocks.row.repeat(4), first, blocks.weight.repeat(4), size)
@@ -118,7 +119,7 @@ class _Sequences(NamedTuple):
         return always.flatten(), never.flatten()
 
     def allowed(self, mask: Mask, blocks: _Blocks, size: int) -> Tensor:
-        """Pairs `(n,)` of each block of a size, looked at one by one."""
+        """The number of pairs `(n,)` in each block of one size, checked one by one."""
         sides = []
         for side in (0, 1):
             places, last = blocks.first[:, side, None] + torch.arange(size), blocks.stop[:, side, None] - 1
@@ -155,7 +156,7 @@ def _sum(blocks: _Blocks, pairs: Tensor) -> float:
 
 
 def _drawn(blocks: _Blocks, generator: torch.Generator) -> _Blocks:
-    """As many of the blocks as are looked into, in place of all."""
+    """All blocks, or a sample if there are too many."""
     number = len(blocks.row)
     if number <= MOST_BLOCKS:
         return blocks
@@ -167,7 +168,7 @@ def _drawn(blocks: _Blocks, generator: torch.Generator) -> _Blocks:
 
 
 class _Rules:
-    """What is left of a mask in blocks where all its leaves but those of `i - j` alone say *always* or *never*."""
+    """The rules of `i - j` that remain of a mask in blocks where all its other leaves answer *always* or *never*."""
 
     def __init__(self, mask: Mask, sequences: _Sequences):
         self.mask = mask
@@ -177,7 +178,7 @@ class _Rules:
         self.sums: dict[tuple[bool, ...], Tensor] = {}
 
     def pairs(self, blocks: _Blocks) -> tuple[Tensor, Tensor]:
-        """Which blocks `(n,)` have such a rule, and how many pairs it allows in each of them; 0 in the others."""
+        """Which blocks `(n,)` have such a rule, and how many pairs it allows in each; 0 for the others."""
         has_rule = torch.full_like(blocks.row, self.sequences.positions is None, dtype=torch.bool)
         answers, pairs = [has_rule], torch.zeros_like(blocks.row)
         for other in self.others:
@@ -199,7 +200,7 @@ class _Rules:
         return (below[0] - above[0]) - (below[1] - above[1])
 
     def _sums(self, of_others: tuple[bool, ...]) -> Tensor:
-        """The allowed distances `d = i - j`, summed up twice: at `x + longest` the sum of `x - d` over all below x."""
+        """The allowed distances `d = i - j`, summed up twice: at `x + longest` the sum of `x - d` over all `d < x`."""
         if of_others not in self.sums:
             rule = _with(self.mask, dict(zip(self.others, of_others, strict=True)))
             distances = torch.arange(-self.longest, self.longest).view(1, 1, -1, 1)
@@ -209,7 +210,7 @@ class _Rules:
 
 
 def _not_relative(mask: Mask) -> Iterator[Mask]:
-    """Parts of a mask whose rules are not of `i - j` alone: leaves, and choices by sequence."""
+    """Parts of a mask whose rules do not depend only on `i - j`: leaves, and choices by sequence."""
     if mask.is_relative:
         return
     parts: Sequence[Mask] = () if isinstance(mask, Select) else mask.parts
@@ -220,7 +221,7 @@ def _not_relative(mask: Mask) -> Iterator[Mask]:
 
 
 def _with(mask: Mask, answers: Mapping[Mask, bool]) -> Mask:
-    """The mask with one answer for all pairs in place of some of its parts."""
+    """The mask, with some of its parts replaced by one answer for all pairs."""
     if mask in answers:
         return Full() if answers[mask] else ~Full()
     return mask.with_parts(tuple(_with(part, answers) for part in mask.parts))

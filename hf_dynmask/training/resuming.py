@@ -1,4 +1,4 @@
-"""A Trainer that says before its first step what does not fit the checkpoint that it resumes from."""
+"""A Trainer that reports before its first step what does not match the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ..data.columns import MAIN_COLUMNS
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
-    Trainer = object  # heavy to import, and there already in any class that mixes this in
+    Trainer = object  # slow to import, and not needed: classes that use the mixin have imported it
 
 logger = getLogger(__name__)
 
-KEY = "hf_dynmask"  # of the record in `trainer_state.json`, among those of callbacks
-SAMPLED = 64  # examples that a data set is told by
+KEY = "hf_dynmask"  # of our record among those of callbacks in `trainer_state.json`
+SAMPLED = 64  # examples in the fingerprint of a dataset
 DATA = "data set"
 
 
 class ResumingMixin(Trainer):
     """
-    Makes a [`~transformers.Trainer`] compare the settings that its batches follow from with those of the run whose
-    checkpoint it resumes from. They are saved with each checkpoint, in `trainer_state.json`.
+    Makes a [`~transformers.Trainer`] that resumes compare the settings that determine its batches with those of the
+    checkpoint. They are saved with each checkpoint, in `trainer_state.json`.
 
-    A run that resumes skips as many batches as the epoch has had. Where these are others than it was trained on, some
-    examples would come twice and others never: this is an error, unless `ignore_data_skip=True` has the epoch begin
-    again. At the end of an epoch, and for settings that targets follow from, it is a warning. A checkpoint of a former
-    release, or of another Trainer, does not say how its batches were made: in mid-epoch that is a warning, too.
+    A run that resumes skips the batches that the epoch has already had. If its batches differ from those of the
+    checkpoint, some examples would come twice and others never: this raises an error, unless `ignore_data_skip=True`
+    restarts the epoch. At the end of an epoch, and for settings that determine targets, it is a warning. A checkpoint
+    of an earlier release or of another Trainer has no record of its batches: in mid-epoch this is a warning too.
 
-    The examples of a data set are told by their number, by up to 64 of them (of a list or `datasets.Dataset`, by
-    `input_ids` or `input_features`), and, with a budget of tokens, by the lengths of all. Those of a stream are not.
+    Datasets are compared by their number of examples, by up to 64 examples (the `input_ids` or `input_features` in a
+    list or `datasets.Dataset`), and, with a budget of tokens, by all lengths. Streams are not compared.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -46,7 +46,7 @@ class ResumingMixin(Trainer):
         self.add_callback(_Record(self))
 
     def _batch_settings(self) -> dict[str, Any]:
-        """What the batches of an epoch follow from."""
+        """The settings that determine the batches of an epoch."""
         dataset: Any = self.train_dataset
         settings = {
             "seed": self._data_seed,
@@ -59,12 +59,12 @@ class ResumingMixin(Trainer):
         return settings
 
     def _target_settings(self) -> dict[str, Any]:
-        """What the targets of the examples follow from."""
+        """The settings that determine the targets of the examples."""
         return {}
 
     @property
     def _num_replicas(self) -> int:
-        """Processes that have batches of their own, unlike those which share the work on one batch."""
+        """The number of processes with batches of their own; some processes may share the work on one batch."""
         total = super().get_total_train_batch_size(self.args)
         return total // (self._train_batch_size * self.args.gradient_accumulation_steps)
 
@@ -74,14 +74,14 @@ class ResumingMixin(Trainer):
 
     def _load_callback_state(self) -> None:
         states: Any = self.state.stateful_callbacks
-        record = states.pop(KEY, None)  # which is no callback to restore
+        record = states.pop(KEY, None)  # it does not belong to a callback
         super()._load_callback_state()
         if record is not None:
             states[KEY] = record
 
 
 class _Record(TrainerCallback):
-    """Reads the record of the checkpoint that a run resumes from, and leaves its own for the next ones."""
+    """Compares the record of the checkpoint with this run, and stores the record of this run for later checkpoints."""
 
     def __init__(self, trainer: ResumingMixin):
         self.trainer = trainer
@@ -89,7 +89,7 @@ class _Record(TrainerCallback):
     def on_train_begin(self, args, state: TrainerState, control, *, train_dataloader: Any = None, **kwargs):
         steps = _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
         found = {"batches": self.trainer._batch_settings(), "targets": self.trainer._target_settings(), "steps": steps}
-        found = json.loads(json.dumps(found))  # as it comes back
+        found = json.loads(json.dumps(found))  # in the form that it is read back in
         states: Any = state.stateful_callbacks
         if state.global_step:
             _compare(args, state, states.get(KEY, {}).get("attributes"), found)
@@ -102,15 +102,14 @@ def _compare(args: Any, state: TrainerState, saved: Any, found: dict[str, Any]) 
         if steps is None or step % steps:
             _warn(
                 state,
-                f"the checkpoint of step {step} does not say how its batches were made. Unless they were made as in "
-                "this run, some examples of the epoch under way come twice and others never",
+                f"the checkpoint of step {step} has no record of its batches. Unless they were made as in this run, "
+                "some examples of the current epoch come twice and others never",
             )
         return
     if changed := _changes(saved["targets"], found["targets"]):
         _warn(
             state,
-            f"the run that resumes from the checkpoint of step {step} draws other targets: {changed}. Those of the "
-            "steps before do not come again",
+            f"the run that resumes from the checkpoint of step {step} draws other targets than before: {changed}",
         )
     if not (changed := _changes(saved["batches"], found["batches"])):
         return
@@ -118,11 +117,11 @@ def _compare(args: Any, state: TrainerState, saved: Any, found: dict[str, Any]) 
     if steps is not None and steps == saved["steps"] and step % steps == 0:
         _warn(state, f"{differs}The checkpoint ends an epoch, so no example comes twice in one; the next epochs differ")
     elif args.ignore_data_skip:
-        _warn(state, f"{differs}The epoch under way begins again: what it has had comes twice")
+        _warn(state, f"{differs}The current epoch starts again, so examples that it has had come twice")
     else:
         raise ValueError(
             f"{differs}The batches to skip are not those that it was trained on: some examples of the epoch would come "
-            "twice, others never. Resume with the settings of the checkpoint, or begin the epoch again with "
+            "twice, others never. Resume with the settings of the checkpoint, or restart the epoch with "
             "`ignore_data_skip=True`"
         )
 
@@ -133,7 +132,7 @@ def _changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     for name in dict.fromkeys([*found, *saved]):
         one, other = saved.get(name), found.get(name)
         if one != other and name == DATA:
-            changes.append("another data set, or another order")
+            changes.append("another dataset, or another order")
         elif one != other:
             changes.append(f"{name} was {one!r} and is {other!r}")
     return ", ".join(changes)
@@ -145,7 +144,7 @@ def _warn(state: TrainerState, message: str) -> None:
 
 
 def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
-    """Optimizer steps; `None` of a stream."""
+    """The number of optimizer steps; `None` for a stream."""
     try:
         return math.ceil(len(loader) / accumulation)
     except TypeError:
@@ -153,11 +152,11 @@ def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
 
 
 def _fingerprint(dataset: Any) -> str:
-    """A hash of some of the examples, in their order, as far as they can be had as they are."""
+    """A hash of some of the examples, in their order, if they can be read as they are stored."""
     digest = hashlib.blake2b(digest_size=8)
     if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
         names = [name for name in MAIN_COLUMNS if name in dataset.column_names]
-        dataset = dataset.select_columns(names).with_format(None)  # no transform, which may draw random numbers
+        dataset = dataset.select_columns(names).with_format(None)  # without a transform, which may draw random numbers
     elif not isinstance(dataset, list | tuple):
         return digest.hexdigest()
     for place in dict.fromkeys(np.linspace(0, len(dataset) - 1, SAMPLED).astype(int).tolist() if len(dataset) else []):

@@ -1,4 +1,4 @@
-"""How fast a training is, by the real tokens that it learns from."""
+"""The throughput of training, measured in real tokens."""
 
 from __future__ import annotations
 
@@ -31,41 +31,42 @@ from .flops import AttentionFlops, ModelFlops, Sizes, model_flops, plan_pairs
 
 OURS = (DynMaskPreTrainedModel, DynMaskRecurrentPreTrainedModel)
 INPUTS = ("input_ids", "inputs_embeds", "input_features")
-PREFIXES = ("", "decoder_")  # of the arguments for each side
-PASSES = 3  # of training, in units of the forward pass: backward takes two
-MOST_BATCHES = 1024  # that are counted in one go
-MOST_HELD = 2**26  # bytes of fields that wait to be counted
+PREFIXES = ("", "decoder_")  # of the names of each side's arguments
+PASSES = 3  # work of a training step in forward passes: the backward pass takes two
+MOST_BATCHES = 1024  # batches that are kept before they are counted
+MOST_HELD = 2**26  # bytes of fields that are kept before they are counted
 
 
 class ThroughputCallback(TrainerCallback):
     """
-    A [`~transformers.TrainerCallback`] that logs how fast a training is, counted by real tokens.
+    A [`~transformers.TrainerCallback`] that logs the throughput of training, measured in real tokens.
 
-    Whenever the Trainer logs its loss, and of the whole training at its end (with `train_` before each name), the log,
-    and with it the progress bar and every tracker in `report_to`, gets:
+    Whenever the Trainer logs its loss, and once for the whole training at its end (with `train_` before each name), the
+    log, and with it the progress bar and every tracker in `report_to`, gets:
 
-    - `real_tokens_per_second`: tokens, or frames of `input_features`, of both sides of an encoder-decoder; no padding;
-    - `padding_avoided`: share of the places in padded rows that nothing was computed for. 0 for a stock model on padded
-      rows, 1 minus the share of real tokens for a DynMask model with `lengths` or `attention_mask`, or a flat batch;
-    - `real_flops_per_second`: floating-point operations that real tokens need,
-      `6 * weights * tokens + 12 * layers * H * D * pairs` (see [`hf_dynmask.training.flops`]), whatever else was
-      computed; pairs are those that the mask allows;
-    - `share_of_matmul_peak`: of the rate at which the devices multiplied large matrices before training began, in the
-      dtype of the training;
-    - `peak_memory_gib`: the most memory that a process has held: of its accelerator, since the start or the last
-      `torch.accelerator.reset_peak_memory_stats`; on the CPU, resident, where the system tells.
+    - `real_tokens_per_second`: tokens, or frames of `input_features`, on both sides of an encoder-decoder; no padding;
+    - `padding_avoided`: of the places that the batches have, or would have, as padded rows, the share that nothing was
+      computed for. 0 for a stock model on padded rows; 1 minus the share of real tokens for a DynMask model with
+      `lengths` or `attention_mask`, and for a flat batch. Empty places of a flat row of fixed size count as computed;
+    - `real_flops_per_second`: floating-point operations that the real tokens need,
+      `6 * weights * tokens + 12 * layers * H * D * pairs` (see [`hf_dynmask.training.flops`]), regardless of what was
+      actually computed; pairs are those that the mask allows;
+    - `share_of_matmul_peak`: the same as a share of the rate at which the devices multiplied large matrices before
+      training began, in the dtype of the training;
+    - `peak_memory_gib`: the peak memory of a process: on an accelerator since the start or the last
+      `torch.accelerator.reset_peak_memory_stats`; on the CPU its resident memory, if the system reports it.
 
-    Everything is of all processes together, memory of the one with the most. Evaluation, saving and counting do not
-    count, nor does their time. `train_real_tokens` and `train_real_flops` are the sums of a `train()` call.
+    All figures are for all processes together, except memory, which is that of the process with the most. Evaluation,
+    saving and counting are left out, and so is their time. `train_real_tokens` and `train_real_flops` are the sums of a
+    `train()` call.
 
-    Batches are seen as the model is given them, in a hook on its forward pass; their lengths, and the fields that masks
-    read, stay on the device until something is logged, or until they are of 1,024 batches or 64 MiB. Only then pairs
-    are counted (in cross-attention, and behind convolutions, all pairs, where a mask reads fields); see
-    [`hf_dynmask.training.pairs.count_pairs`].
+    A hook on the model's forward pass reads the batches. Their lengths, and the fields that masks read, stay on the
+    device until something is logged, or until there are 1,024 batches or 64 MiB of them. Only then are pairs counted;
+    see [`hf_dynmask.training.pairs.count_pairs`]. If a mask reads fields, all pairs count in cross-attention and behind
+    convolutions.
 
     Raises:
-        ValueError: In training: the model is given no tokens, embeddings or frames that it could count, or a stock
-            model frames.
+        ValueError: In training: the model gets no tokens, embeddings or frames to count, or a stock model gets frames.
 
     Example:
 
@@ -82,7 +83,7 @@ class ThroughputCallback(TrainerCallback):
         self._remove_hook()
         self._batches = _Batches(inner)
         self._hook = inner.register_forward_pre_hook(_seen_by(self._batches), with_kwargs=True)
-        finalize(self, self._hook.remove)  # a training that is interrupted has no end
+        finalize(self, self._hook.remove)  # an interrupted training does not call `on_train_end`
         self._peak = matmul_peak(args.device, _dtype(args, inner))
         self._total = _Measured()
         self._seconds = 0.0
@@ -90,7 +91,7 @@ class ThroughputCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
         if control.should_log:
-            synchronize(args.device)  # the step is over when the device is done with it
+            synchronize(args.device)  # the step ends when the device has finished it
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now
@@ -103,7 +104,7 @@ class ThroughputCallback(TrainerCallback):
             _log_rates(state, control, self._measured(args, counted))
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self._since = time.perf_counter()  # what came since the last step was no training
+        self._since = time.perf_counter()  # the time since the last step was not training
 
     on_save = on_evaluate
 
@@ -118,10 +119,10 @@ class ThroughputCallback(TrainerCallback):
         log(state, control, {f"train_{name}": value for name, value in logs.items()})
 
     def see(self, batch: Mapping[str, Any]) -> None:
-        """Count a batch of training that the model learns from without its forward pass, in a replay of a CUDA graph.
+        """Count a training batch that the hook does not see, because a CUDA graph is replayed for it.
 
         Args:
-            batch (`dict[str, Any]`): What the forward pass would be given.
+            batch (`dict[str, Any]`): The arguments of the forward pass.
         """
         self._batches.see(self._batches.model, (), batch)
 
@@ -131,7 +132,7 @@ class ThroughputCallback(TrainerCallback):
             self._hook = None
 
     def _measured(self, args: TrainingArguments, counted: _Counted) -> _Measured:
-        """What all processes have measured since the last time; also added to the total."""
+        """What all processes have measured since the last call. It is also added to the total."""
         of_process = [*counted, self._seconds, self._peak, peak_memory(args.device) or 0]
         self._seconds = 0.0
         device = args.device if args.world_size > 1 else "cpu"
@@ -153,7 +154,7 @@ def _log_rates(state: TrainerState, control: TrainerControl, measured: _Measured
 
 
 class _Counted(NamedTuple):
-    """What batches held: real tokens, places of padded rows, places that were computed, operations."""
+    """Counts of batches: real tokens, places in padded rows, computed places, floating-point operations."""
 
     tokens: float = 0
     places: float = 0
@@ -162,7 +163,7 @@ class _Counted(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """What the batches of all processes held, seconds, operations in a second at most, bytes."""
+    """Of all processes: counts of batches, seconds, peak operations per second, bytes of memory."""
 
     counted: _Counted = _Counted()
     seconds: float = 0
@@ -174,7 +175,7 @@ class _Measured(NamedTuple):
         return _Measured(counted, self.seconds + later.seconds, later.peak, max(self.memory, later.memory))
 
     def rates(self) -> dict[str, float]:
-        """The figures under their names in the log; none that nothing was measured for."""
+        """The figures under their names in the log; empty if nothing was measured."""
         tokens, places, computed, flops = self.counted
         if not (tokens and self.seconds):
             return {}
@@ -191,23 +192,25 @@ class _Measured(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Lengths `(S,)` of the sequences of a batch, of rows or flat, and what the layers have to do with.
+    """One side of a batch of S sequences, in rows or flat.
 
     Attributes:
-        lengths (`Tensor`): Tokens of each sequence, or frames.
-        in_layers (`Tensor`): As many as go through the layers: fewer where convolutions subsample.
+        lengths (`Tensor` of shape `(S,)`): Tokens or frames of each sequence.
+        in_layers (`Tensor` of shape `(S,)`): Tokens in the layers: fewer if convolutions subsample.
         shape (`tuple[int, int]`): Rows and columns of the batch.
         is_flat (`bool`): Whether a row holds several sequences.
+        computes_all (`bool`): Whether layers compute all places, including those without a token.
     """
 
     lengths: Tensor
     in_layers: Tensor
     shape: tuple[int, int]
     is_flat: bool
+    computes_all: bool
 
 
 class _Held(NamedTuple):
-    """What the pairs of a batch are counted from, for masks of one side that read fields.
+    """What is needed to count the pairs of a batch, for masks of one side that read fields.
 
     Attributes:
         shape (`tuple[int, int]`): Rows and columns of the batch.
@@ -232,11 +235,11 @@ class _Held(NamedTuple):
 
 @dataclass
 class _Batches:
-    """What a model in training was given since this was last asked for."""
+    """The batches that a model in training got since they were last counted."""
 
     model: Any
     masks: list[Any] = field(default_factory=list)
-    before: _Counted = _Counted()  # under other masks, or when there was no more room
+    before: _Counted = _Counted()  # counted when the masks changed, or when there were too many
     seen: list[tuple[list[_Side], Tensor | None]] = field(default_factory=list)  # sides, number of targets
     held: dict[int, list[_Held]] = field(default_factory=dict)  # of each side
     bytes: int = 0  # that are held
@@ -245,7 +248,7 @@ class _Batches:
         self._follow_masks()
 
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Nothing in it waits for the device, unless tokens are missing or there is no more room."""
+        """Reads a batch. It waits for the device only if tokens are missing or batches have to be counted."""
         if not (module.training and torch.is_grad_enabled()):
             return
         self._follow_masks()
@@ -262,7 +265,7 @@ class _Batches:
         self.seen.append((sides, None if labels is None else (labels != IGNORE_INDEX).sum()))
 
     def _follow_masks(self) -> None:
-        """What was seen so far is counted by the masks that it met, should others be on the model now."""
+        """If the model's masks have changed, counts the batches so far with the masks that they had."""
         masks = masks_of_config(self.model.config)
         if masks != self.masks:
             if self.seen:
@@ -271,7 +274,7 @@ class _Batches:
             self.masks = masks
 
     def counted(self) -> _Counted:
-        """The sums; the device is waited for."""
+        """The counts. Waits for the device."""
         tokens = places = computed = targets = 0
         examples: list[Sizes] = []
         for sides, of_labels in self.seen:
@@ -280,7 +283,7 @@ class _Batches:
                 rows, width = side.shape
                 in_rows = len(lengths) * max(lengths, default=0) if side.is_flat else rows * width
                 tokens, places = tokens + sum(lengths), places + in_rows
-                computed += sum(lengths) if side.is_flat or isinstance(self.model, OURS) else rows * width
+                computed += rows * width if side.computes_all else sum(lengths)
             sizes = zip(*(side.in_layers.tolist() for side in sides), strict=True)
             batch = [of_example for of_example in sizes if any(of_example)]
             examples += batch
@@ -294,7 +297,7 @@ class _Batches:
         return counted
 
     def _pairs(self) -> dict[AttentionFlops, int]:
-        """The pairs that self-attention allows by fields of the batches."""
+        """The pairs allowed in self-attention by masks that read fields."""
         pairs = {}
         for work in self.work.attention:
             if work.mask.fields and work.queries == work.keys and work.queries in self.held:
@@ -302,20 +305,22 @@ class _Batches:
         return pairs
 
     def _side(self, given: dict[str, Any], prefix: str, name: str, shape: tuple[int, ...]) -> _Side:
-        """Where the tokens of a side sit."""
+        """The tokens of a side."""
         lengths = self._lengths(given, prefix, shape)
         has_frames = name == "input_features"
         if len(shape) == 2 and not has_frames:
             self._hold(given, prefix, shape, lengths)
         in_layers = self.model.output_lengths(lengths) if has_frames else lengths
         rows = math.prod(shape[:-1])
-        return _Side(lengths, in_layers, (rows, shape[-1]), lengths.numel() != rows)
+        is_flat = lengths.numel() != rows
+        computes_all = not isinstance(self.model, OURS) or (is_flat and f"{prefix}missing" not in given)
+        return _Side(lengths, in_layers, (rows, shape[-1]), is_flat, computes_all)
 
     def _inputs(self, given: dict[str, Any], prefix: str) -> tuple[str, tuple[int, ...]]:
-        """The name of what a side is given, and the shape of its rows of tokens."""
+        """The name of a side's input, and the shape of its rows of tokens."""
         names = [f"{prefix}input_ids", f"{prefix}inputs_embeds", *(["labels", *INPUTS] if prefix else INPUTS[2:])]
         if not isinstance(self.model, OURS):
-            names = [name for name in names if name != "input_features"]  # each stock model has frames of its own
+            names = [name for name in names if name != "input_features"]  # stock models differ in what their frames are
         for name in names:
             if name in given and (name != "labels" or given[name].dim() > 1):
                 shape = tuple(given[name].shape)
@@ -326,7 +331,7 @@ class _Batches:
         )
 
     def _lengths(self, given: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> Tensor:
-        """Tokens of each sequence. Their values are not looked at, unless some are missing."""
+        """Tokens of each sequence. Waits for the device only if tokens are missing."""
         lengths, mask, missing = _presence(given, prefix, shape)
         if missing is not None:
             layout = layout_of_batch((shape[0], shape[1]), missing.device, lengths, mask, missing)
@@ -334,7 +339,7 @@ class _Batches:
         if lengths is not None:
             return lengths.flatten()
         if mask is not None:
-            return (mask != 0).sum(-1).flatten()  # models of transformers take any number for a token
+            return (mask != 0).sum(-1).flatten()  # for models of transformers, any number but 0 is a token
         labels, positions = given.get("labels"), given.get("position_ids")
         if prefix and labels is not None and tuple(labels.shape) == shape:
             return (labels != IGNORE_INDEX).sum(-1)
@@ -343,7 +348,7 @@ class _Batches:
         return torch.full((math.prod(shape[:-1]),), shape[-1])
 
     def _hold(self, given: dict[str, Any], prefix: str, shape: tuple[int, ...], lengths: Tensor) -> None:
-        """Keep what the pairs of a side are counted from, if its masks read fields."""
+        """Keep what is needed to count the pairs of a side, if its masks read fields."""
         side = PREFIXES.index(prefix)
         names = {name for work in self.work.attention if work.queries == work.keys == side for name in work.mask.fields}
         if names:
@@ -356,27 +361,27 @@ class _Batches:
 
 
 def _seen_by(batches: _Batches) -> Callable:
-    """The hook, which does not keep what it has seen alive."""
+    """The hook, which does not keep `batches` alive."""
     reference = ref(batches)
 
     @eager_only
     def see(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         batches = reference()
-        if batches is not None and not is_cuda_stream_capturing():  # a capture computes nothing
+        if batches is not None and not is_cuda_stream_capturing():  # a capture does not compute
             batches.see(module, args, kwargs)
 
     return see
 
 
 def masks_of_config(config: Any) -> list[Any]:
-    """All that a configuration, and those of its sides, say of masks."""
+    """All masks in a configuration and in those of its sides."""
     sides = [config, *(getattr(config, side) for side in getattr(config, "sub_configs", {}))]
     names = ("mask", "layer_masks", "cross_mask", CONFIG_ENTRY)
     return [getattr(side, name, None) for side in sides for name in names]
 
 
 def _presence(given: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:
-    """What a batch says of its tokens: `lengths`, a 0/1 mask of them, and `missing`."""
+    """The arguments that tell which tokens are there: `lengths`, a 0/1 mask, and `missing`."""
     lengths, mask, missing = (given.get(f"{prefix}{name}") for name in ("lengths", "attention_mask", "missing"))
     if lengths is None and not prefix and "cu_seq_lens_q" in given:
         lengths = given["cu_seq_lens_q"].diff()
@@ -384,7 +389,7 @@ def _presence(given: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> tup
 
 
 def _lengths_of_runs(position_ids: Tensor) -> Tensor:
-    """Lengths of the sequences of one row, whose positions `(T,)` begin anew; 0 behind the last: as many as tokens."""
+    """Lengths `(T,)` of the sequences of a row, in which positions `(T,)` restart; 0 behind the last sequence."""
     run = (position_ids.diff() != 1).cumsum(0)
     run = nn.functional.pad(run, (1, 0))
     return torch.zeros_like(run).scatter_add(0, run, torch.ones_like(run))
@@ -398,14 +403,14 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     The rate at which a device multiplies large square matrices, in floating-point operations per second.
 
     Args:
-        device (`torch.device`): The device. Matrices have 8,192 rows there, and on a CPU 1,024.
-        dtype (`torch.dtype`): Of the matrices.
+        device (`torch.device`): The device. Matrices have 8,192 rows, or 1,024 on a CPU.
+        dtype (`torch.dtype`): The dtype of the matrices.
 
     Returns:
-        `float`: Of five runs the fastest, after one that warms up.
+        `float`: The fastest of five runs, after one to warm up.
     """
     size = 1024 if device.type == "cpu" else 8192
-    matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)  # leaves random numbers alone
+    matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)  # draws no random numbers
     seconds = []
     with torch.no_grad():
         for _ in range(6):
@@ -418,19 +423,19 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done its work; a CPU always has."""
+    """Wait until a device has finished its work, which a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def _dtype(args: TrainingArguments, model: Any) -> torch.dtype:
-    """What a training multiplies matrices in."""
+    """The dtype of matrix products in training."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes of the most memory that was held: of an accelerator by its tensors, or else by this process; `None` where
-    the system does not tell (it does on Linux: `VmHWM` in proc(5))."""
+    """Peak memory in bytes: that of tensors on an accelerator, or else of this process; `None` if the system does not
+    report it (Linux does: `VmHWM` in proc(5))."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     status = Path("/proc/self/status")

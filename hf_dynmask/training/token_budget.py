@@ -1,4 +1,4 @@
-"""A Trainer whose batches follow a budget of tokens."""
+"""A Trainer whose batches have a budget of tokens."""
 
 from __future__ import annotations
 
@@ -14,66 +14,80 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..data.collators import counted_answers
+from ..data.flat import in_rows, is_flat, with_settings
 from ..data.token_budget import (
     CollatorWithinBudget,
     TokenBudgetBatchSampler,
     TokenBudgetIterableDataset,
     example_lengths,
+    list_sizes,
+    pair_lengths,
 )
 from ..modeling.modeling_dynmask import DynMaskForQuestionAnswering
+from .collating import collating_with
 from .resuming import DATA, ResumingMixin
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What a data loader of ours has of the Trainer's own.
+Batches = TokenBudgetBatchSampler | TokenBudgetIterableDataset
+
+# Settings that our data loader takes over from the Trainer's.
 SETTINGS = ["num_workers", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor"]
 SETTINGS += ["persistent_workers", "in_order"]
 
 
 class TokenBudgetMixin(ResumingMixin):
     """
-    Trains on batches of a budget of tokens, see [`TokenBudgetBatchSampler`], in any [`~transformers.Trainer`] class.
+    Trains on batches with a budget of tokens, see [`TokenBudgetBatchSampler`], in any [`~transformers.Trainer`] class.
 
-    Evaluation and prediction are the Trainer's own. So are the training loop, the loss, checkpoints, and resuming:
-    in mid-epoch as well, with `ignore_data_skip=False`. Batches are drawn with `data_seed`, or else `seed`.
+    The training loop, the loss, checkpoints and resuming are the Trainer's own; it resumes in mid-epoch as well, with
+    `ignore_data_skip=False`. Batches are shuffled with `data_seed`, or else `seed`. Evaluation and prediction are the
+    Trainer's own too, always with one row per example: if the collator is flat, they use it with `flat=False`.
 
-    A run that resumes with another budget, seed, number of processes, gradient accumulation or data set would skip
-    other examples than it was trained on. It says so before the first step: in mid-epoch with an error, unless
-    `ignore_data_skip=True` has the epoch begin again; at the end of an epoch with a warning.
+    If a run resumes with another budget, seed, number of processes, gradient accumulation or dataset, it would skip
+    other examples than it was trained on. It raises an error in mid-epoch, unless `ignore_data_skip=True` restarts the
+    epoch, and warns at the end of an epoch.
 
-    Lengths come from the column `length_column_name` of the training arguments (`"length"`), or else `lengths`, or
-    else are counted in `input_ids` or `input_features` when training begins. For an encoder-decoder, give a column
-    that counts source and target. The collator does not see the column, except `lengths`, which it checks.
+    Lengths come from the column `length_column_name` of the training arguments (`"length"`), or else `lengths`, or else
+    are counted in `input_ids` or `input_features` when training begins. For an encoder-decoder, provide a column that
+    counts source and target. The collator does not see the column, except `lengths`, which it checks.
 
-    Batches with answers (`start_positions`, `end_positions`) weigh as many as they have of them, as those with `labels`
-    weigh as many as they have of these.
+    **Flat batches have one shape.** If the collator is one of ours with `flat=True`, this mixin sets its `max_tokens`
+    to the budget and its `max_sequences` to the most examples that a batch can have, so that all training batches have
+    the same shape. For pairs, `max_tokens` and `max_target_tokens` are the most tokens that the batches of this
+    training have on each side (with a stream: the budget). `column_sizes` are those of the dataset; a stream needs them
+    on the collator. Sizes that the collator already has are kept.
+
+    Batches with answers (`start_positions`, `end_positions`) are weighted by their number of answers, as those with
+    `labels` are weighted by their number of labels.
 
     - **`max_tokens`** is the budget of a batch, on one process, in one forward pass.
-    - **`per_device_train_batch_size`**: with `max_tokens=None`, the examples of a batch on average. The budget is the
-      tokens that so many examples of mean length have (the longest example's, if that is more), so an epoch has as many
-      steps as with the Trainer's own batches. With `max_tokens` it is not used, and neither is `auto_find_batch_size`.
-    - **`gradient_accumulation_steps`** is the number of such batches before an optimizer step, as ever. With G of them
-      on P processes, an optimizer step sees up to G * P * `max_tokens` tokens.
-    - `dataloader_drop_last` has no meaning: no batch is incomplete.
+    - **`per_device_train_batch_size`**: with `max_tokens=None`, the average number of examples in a batch. The budget
+      is this number times the mean length, or the longest example if that is more, so an epoch has as many steps as
+      with the Trainer's own batches. With `max_tokens` it is not used, and neither is `auto_find_batch_size`.
+    - **`gradient_accumulation_steps`** is the number of such batches per optimizer step, as usual. With G of them on P
+      processes, an optimizer step sees up to G * P * `max_tokens` tokens.
+    - `dataloader_drop_last` has no effect: no batch is incomplete.
 
-    A stream (a [`~torch.utils.data.IterableDataset`]) needs `max_tokens` and, as ever, `max_steps`; every process reads
-    all of it. See [`TokenBudgetIterableDataset`].
+    A stream (a [`~torch.utils.data.IterableDataset`]) needs `max_tokens` and, as usual, `max_steps`; every process
+    reads all of it. See [`TokenBudgetIterableDataset`].
 
     Args:
         max_tokens (`int`, *optional*): The budget.
         truncate (`bool`, *optional*, defaults to `False`):
-            Cut examples that are longer than the budget to their first `max_tokens` tokens, in all columns with an
-            entry a token; a token that ends a sequence goes with the rest. `False`: refuse them.
-        buffer_size (`int`, *optional*, defaults to 1000): Examples of a stream among which batches are made.
+            Truncate examples longer than the budget to their first `max_tokens` tokens, in all columns per token. A
+            token that marks the end of a sequence is cut off with the rest. `False`: raise an error.
+        buffer_size (`int`, *optional*, defaults to 1000): Size of the buffer of a stream, in examples.
         args, kwargs: The Trainer's own.
 
     Raises:
         ValueError: When training begins: `max_tokens` is smaller than the longest example, or missing for a stream; an
-            example has no length; the examples cannot make equally many batches on each process; there are several
-            devices in this process; `train_sampling_strategy` is not `"random"`; `split_batches` or `dispatch_batches`
-            is set; the run resumes in mid-epoch and makes other batches. In training: a batch has more tokens than the
-            budget, since its column of lengths is wrong.
+            example has no length; the examples cannot make the same number of batches on each process; there are
+            several devices in this process; `train_sampling_strategy` is not `"random"`; `split_batches` or
+            `dispatch_batches` is set; the collator's own `max_tokens` is smaller than the budget; the run resumes in
+            mid-epoch and makes other batches. In training: a batch has more tokens than the budget, since its column of
+            lengths is wrong.
 
     Example:
 
@@ -95,37 +109,87 @@ class TokenBudgetMixin(ResumingMixin):
         super().__init__(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own data loader, its batches replaced."""
+        """The Trainer's own data loader, with batches of the budget."""
         _check(self.args)
         if isinstance(self.train_dataset, IterableDataset):
-            if self.max_tokens is None:
-                raise ValueError("`max_tokens` must be given for a stream, whose mean length is not known; got None")
             self._batch_sampler = None
-            return self._loader_of_stream(self._stock_loader(self.max_tokens), self.train_dataset, self.max_tokens)
+            stream = self._make_stream(self.train_dataset)
+            stock = self._stock_loader(stream)
+            # Accelerate distributes the items of a stream by `batch_size`: one of our batches to each process.
+            return self._prepare(stock, stream, collate_fn=partial(_collate_only, stock.collate_fn), batch_size=1)
         self._batch_sampler = self._make_batch_sampler(self.train_dataset)
-        stock = self._stock_loader(self._batch_sampler.max_tokens)
+        stock = self._stock_loader(self._batch_sampler)
         loader = self._prepare(stock, stock.dataset, collate_fn=stock.collate_fn, batch_sampler=self._batch_sampler)
-        loader.set_sampler(self._batch_sampler)  # so that `set_epoch` reaches it behind skipped batches, too
+        loader.set_sampler(self._batch_sampler)  # so that `set_epoch` reaches it also if batches are skipped
         return loader
 
-    def _stock_loader(self, max_tokens: int) -> DataLoader:
-        """The Trainer's own, which takes columns that no model reads away before they reach the collator."""
-        collator = self.data_collator
-        self.data_collator = CollatorWithinBudget(collator, max_tokens, self.truncate, self.args.length_column_name)
-        try:
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The Trainer's own data loader, with one row per example."""
+        with collating_with(self, in_rows(self.data_collator)):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The Trainer's own data loader, with one row per example."""
+        with collating_with(self, in_rows(self.data_collator)):
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def _stock_loader(self, batches: Batches) -> DataLoader:
+        """The Trainer's own, which removes columns that no model reads before they reach the collator."""
+        collator = self._collator_of_one_shape(batches)
+        collator = CollatorWithinBudget(collator, batches.max_tokens, self.truncate, self.args.length_column_name)
+        with collating_with(self, collator):
             return super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
+
+    def _collator_of_one_shape(self, batches: Batches) -> Any:
+        """The Trainer's collator. If it is flat, its batches get the sizes that all of them fit into."""
+        collator: Any = self.data_collator
+        if not is_flat(collator):
+            return collator
+        has_pairs = hasattr(collator, "max_target_tokens")
+        if collator.max_sequences is not None:
+            if not has_pairs and collator.max_tokens < batches.max_tokens:
+                raise ValueError(
+                    f"`max_tokens` of the collator must be at least the budget of a batch, {batches.max_tokens}; got "
+                    f"{collator.max_tokens}. Remove the collator's sizes, or change `max_tokens` of the Trainer"
+                )
+            return collator
+        sizes: dict[str, Any] = {"max_tokens": batches.max_tokens, "max_sequences": batches.max_sequences}
+        if has_pairs:
+            sizes |= self._sizes_of_sides(batches)
+        if isinstance(batches, TokenBudgetBatchSampler):
+            found = list_sizes(self.train_dataset, collator.uneven)
+            sizes["column_sizes"] = found | dict(collator.column_sizes or {})
+        return with_settings(collator, **sizes)
+
+    def _sizes_of_sides(self, batches: Batches) -> dict[str, int]:
+        """The most tokens on each side of a batch of pairs in this training. For a stream only the budget is known."""
+        if not isinstance(batches, TokenBudgetBatchSampler):
+            return {"max_target_tokens": batches.max_tokens}
+        pairs = pair_lengths(self.train_dataset)
+        if self.truncate:
+            pairs[:, 0] = pairs[:, 0].clip(max=batches.max_tokens)
+        most = np.ones(2, dtype=np.int64)
+        for epoch in range(self._num_epochs(batches)):
+            batches.set_epoch(epoch)
+            for batch in batches:
+                most = np.maximum(most, pairs[batch].sum(0))
+        batches.set_epoch(0)
+        return dict(zip(("max_tokens", "max_target_tokens"), most.tolist(), strict=True))
+
+    def _num_epochs(self, batches: TokenBudgetBatchSampler) -> int:
+        if self.args.max_steps > 0:
+            return math.ceil(self.args.max_steps / math.ceil(batches.num_steps / self.args.gradient_accumulation_steps))
+        return math.ceil(self.args.num_train_epochs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        """What a batch weighs in an optimizer step: batches of a budget have unlike numbers of answers, too."""
-        assert self.model is not None  # there by now, says its annotation with less certainty
+        """Counts answers as well, since batches with a budget of tokens have different numbers of them."""
+        assert self.model is not None  # its annotation is optional
         if any(isinstance(module, DynMaskForQuestionAnswering) for module in self.model.modules()):
             batch_samples = [{**batch, **counted_answers(batch)} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Examples of an optimizer step on all processes, on average."""
+        """The average number of examples in an optimizer step, on all processes."""
         sampler = self._batch_sampler
         if sampler is None:
             return super().get_total_train_batch_size(args)
@@ -133,7 +197,7 @@ class TokenBudgetMixin(ResumingMixin):
 
     def _batch_settings(self) -> dict[str, Any]:
         settings = super()._batch_settings() | {"max_tokens": self.max_tokens, "truncate": self.truncate}
-        del settings["batch size"]  # which the budget stands in for
+        del settings["batch size"]  # the budget replaces it
         if self._batch_sampler is None:
             return settings | {"buffer_size": self.buffer_size}
         return settings | {"max_tokens": self._batch_sampler.max_tokens, DATA: [settings[DATA], self._lengths]}
@@ -146,21 +210,33 @@ class TokenBudgetMixin(ResumingMixin):
             of_batch = math.ceil(sum(lengths) * self._train_batch_size / max(1, len(lengths)))
             max_tokens = max(1, of_batch, max(lengths, default=0))
         return TokenBudgetBatchSampler(
-            lengths, max_tokens, num_replicas=self._num_replicas, seed=self._data_seed, truncate=self.truncate
+            lengths,
+            max_tokens,
+            max_sequences=self._max_sequences,
+            num_replicas=self._num_replicas,
+            seed=self._data_seed,
+            truncate=self.truncate,
         )
 
-    def _loader_of_stream(self, stock: DataLoader, dataset: IterableDataset, max_tokens: int) -> DataLoader:
-        batches = TokenBudgetIterableDataset(
+    def _make_stream(self, dataset: IterableDataset) -> TokenBudgetIterableDataset:
+        if self.max_tokens is None:
+            raise ValueError("`max_tokens` must be given for a stream, whose mean length is not known; got None")
+        return TokenBudgetIterableDataset(
             dataset,
-            max_tokens,
+            self.max_tokens,
+            max_sequences=self._max_sequences,
             num_replicas=self._num_replicas,
             buffer_size=self.buffer_size,
             length_column=self.args.length_column_name,
             seed=self._data_seed,
             truncate=self.truncate,
         )
-        # Accelerate deals out what a stream yields by `batch_size`: one batch of ours to each process.
-        return self._prepare(stock, batches, collate_fn=partial(_collate_only, stock.collate_fn), batch_size=1)
+
+    @property
+    def _max_sequences(self) -> int | None:
+        """That of a flat collator which already has one."""
+        collator: Any = self.data_collator
+        return collator.max_sequences if is_flat(collator) else None
 
     def _prepare(self, stock: DataLoader, dataset: Any, **arguments: Any) -> Any:
         settings = {name: getattr(stock, name) for name in SETTINGS}
@@ -171,25 +247,25 @@ class TokenBudgetMixin(ResumingMixin):
 def _check(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ValueError(
-            f"a budget of tokens is that of one device, but this process has {args.n_gpu}: start one process a device, "
+            f"a budget of tokens is for one device, but this process has {args.n_gpu}: start one process per device "
             "with `accelerate launch` or `torchrun`"
         )
     if args.train_sampling_strategy != "random":
         raise ValueError(
-            "`train_sampling_strategy` must be 'random' with TokenBudgetMixin, which makes batches by length itself; "
+            "`train_sampling_strategy` must be 'random' with TokenBudgetMixin, which groups examples by length itself; "
             f"got {args.train_sampling_strategy!r}"
         )
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name):
             raise ValueError(
-                f"`accelerator_config.{name}` must not be set with TokenBudgetMixin, whose batches are made for one "
-                "process each; got True"
+                f"`accelerator_config.{name}` must not be set with TokenBudgetMixin, whose batches are for one process "
+                "each; got True"
             )
 
 
 @contextmanager
 def _batches_as_they_are(accelerator: Accelerator) -> Iterator[None]:
-    """Accelerate hands each process whole batches in turn: it evens out none, and takes none apart."""
+    """In this context Accelerate gives each process whole batches in turn, without splitting or adding any."""
     config = accelerator.dataloader_config
     given = config.even_batches, config.dispatch_batches
     config.even_batches = config.dispatch_batches = False

@@ -353,7 +353,7 @@ def test_trainer(form, request, tmp_path):
         ),
         (
             [{"input_ids": [1], "x": [[1], [2, 3]]}],
-            r"`x` must hold numbers, even lists of numbers, or text; got \[\[1\], \[2, 3\]\]",
+            r"`x` must hold numbers, lists of them of equal length, or text; got \[\[1\], \[2, 3\]\]",
         ),
         ([{"input_ids": [1], "answers": {"text": "a"}}], r"`answers` must hold numbers, .*; got \{'text': 'a'\}"),
         ([{"input_ids": [1], "x": [None]}], r"`x` must hold numbers, .*; got \[None\]"),
@@ -375,11 +375,11 @@ def test_trainer(form, request, tmp_path):
         ),
         (
             [{"input_ids": [1, 2], "attention_mask": [1]}],
-            r"`attention_mask` of an example must hold 0 or 1 a token, shape \(2,\); got shape \(1,\)",
+            r"`attention_mask` of an example must hold 0 or 1 per token, shape \(2,\); got shape \(1,\)",
         ),
         (
             [{"input_ids": [1, 2], "attention_mask": [[1, 0], [1, 1]]}],
-            r"`attention_mask` of an example must hold 0 or 1 a token, shape \(2,\); got shape \(2, 2\)",
+            r"`attention_mask` of an example must hold 0 or 1 per token, shape \(2,\); got shape \(2, 2\)",
         ),
         (
             [{"input_ids": [1, 2], "attention_mask": [1, 2]}],

@@ -46,7 +46,9 @@ def with_roles(flat=False, **roles):
 )
 def test_a_list_of_an_unknown_name(flat, values):
     """Whatever its size, and whatever else is in the batch."""
-    message = r"whether column `x` .* set `column_roles=\{'x': 'token'\}` on .* or `column_roles=\{'x': 'example'\}`"
+    message = (
+        r"column `x` must have a role: set `column_roles=\{'x': 'token'\}` on .* or `column_roles=\{'x': 'example'\}`"
+    )
     for batch in (examples(x=values), examples(x=values)[:1], examples(x=values)[1:]):
         with pytest.raises(ValueError, match=message):
             DataCollatorWithLengths(TOKENIZER, flat=flat)(batch)
@@ -103,7 +105,7 @@ def test_what_is_empty_in_all_examples_is_left_out_under_an_unknown_name():
 
 MULTI_HOT = [[0, 1, 1], [0, 0, 1]]
 PADDED = {"ids": [[5, 0, 0], [5, 6, 0]], "attention_mask": [[1, 0, 0], [1, 1, 0]]}
-NEEDED = re.escape("whether column `labels` has an entry for each token must be known: set `column_roles={'labels': ")
+NEEDED = re.escape("column `labels` must have a role: set `column_roles={'labels': ")
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -221,14 +223,14 @@ def test_roles_of_pairs():
     found = collator(batch)
     assert found["x"].tolist() == [[1, 2, 3, 4]] and found["decoder_x"].tolist() == [[1, 2]]
     assert found["y"].tolist() == [[1, 2], [1, 2]] and found["decoder_y"].tolist() == [[3], [3]]
-    with pytest.raises(ValueError, match="of the target: whether column `x`"):
+    with pytest.raises(ValueError, match="of the target: column `x`"):
         DataCollatorForSeq2SeqWithLengths(TOKENIZER)(examples(labels=IDS, decoder_x=IDS))
 
 
 def test_roles_of_frames_and_of_masking():
     frames = [{"input_features": [[0.5], [1.0]], "x": [1, 2]}] * 2
     assert DataCollatorForFeatures(True, column_roles={"x": "token"})(frames)["x"].tolist() == [[1, 2, 1, 2]]
-    with pytest.raises(ValueError, match="whether column `x`"):
+    with pytest.raises(ValueError, match="column `x`"):
         DataCollatorForFeatures()(frames)
     masking = DataCollatorForDynamicMasking(TOKENIZER, dynamic=False, flat=True, column_roles={"x": "token"})
     assert masking(examples(x=IDS))["x"].tolist() == [[5, 6, 7, 8]]

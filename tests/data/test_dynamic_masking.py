@@ -145,7 +145,7 @@ def test_what_a_spawned_worker_gets_hears_of_the_epoch():
 
 
 def test_nobody_told_the_epoch():
-    message = "the epoch must be known, for each has its own targets; got none. Train with .*`DynamicMaskingMixin`"
+    message = "the epoch must be known, since each has its own targets; got none. Train with .*`DynamicMaskingMixin`"
     with pytest.raises(ValueError, match=message):
         make(None)(EXAMPLES)
     with pytest.raises(ValueError, match=message):
@@ -387,7 +387,7 @@ def test_spans():
 def test_a_tokenizer_that_does_not_mark_words():
     collator = DataCollatorForDynamicMasking(make_tokenizer("w{}", "p{}"), strategy="span")
     collator.set_epoch(0)
-    message = "strategy 'span' must know where words begin, .* from a column `word_ids`; got a .* and none"
+    message = "strategy 'span' must know where words begin, .* from a column `word_ids`; got a .* without marks"
     with pytest.raises(ValueError, match=message):
         collator(EXAMPLES)
     assert collator([{**EXAMPLES[0], "word_ids": range(len(EXAMPLES[0]["input_ids"]))}])
@@ -429,10 +429,13 @@ def test_the_examples_stay_as_they_are():
             "`mlm_probability` must be a number above 0 and below 0.792 for spans; got 0.8",
         ),
         ({"mlm_probability": {0: 0.3, 2: 2}}, "`mlm_probability` must be a number above 0 and at most 1; got 2"),
-        ({"mlm_probability": {}}, r"must have epochs for keys, the first of them 0; got \{\}"),
-        ({"mlm_probability": {1: 0.3}}, r"must have epochs for keys, the first of them 0; got \{1: 0.3\}"),
-        ({"mlm_probability": {0: 0.3, 0.5: 0.2}}, "must have epochs for keys, .* got .*0.5"),
-        ({"mlm_probability": {0: 0.3, 5: 0.2, 2: 0.1}}, "epochs of `mlm_probability` must rise; got 2 after 5"),
+        ({"mlm_probability": {}}, r"must have epochs as keys, the first of them 0; got \{\}"),
+        ({"mlm_probability": {1: 0.3}}, r"must have epochs as keys, the first of them 0; got \{1: 0.3\}"),
+        ({"mlm_probability": {0: 0.3, 0.5: 0.2}}, "must have epochs as keys, .* got .*0.5"),
+        (
+            {"mlm_probability": {0: 0.3, 5: 0.2, 2: 0.1}},
+            "epochs of `mlm_probability` must be increasing; got 2 after 5",
+        ),
         (
             {"mlm_probability": {0: 0.3}, "dynamic": False},
             r"`mlm_probability` must be one number with `dynamic=False`; got \{0: 0.3\}",
@@ -441,10 +444,10 @@ def test_the_examples_stay_as_they_are():
         ({"random_replace_prob": None}, "`random_replace_prob` must be a number from 0 to 1; got None"),
         (
             {"random_replace_prob": 0.3},
-            "`mask_replace_prob` and `random_replace_prob` must be at most 1 in sum; got 0.8 and 0.3",
+            "the sum of `mask_replace_prob` and `random_replace_prob` must be at most 1; got 0.8 and 0.3",
         ),
         ({"dynamic": False, "copies": 0}, "`copies` must be an integer of at least 1; got 0"),
-        ({"copies": 10}, "`copies` must be left at 1 unless `dynamic=False`; got 10"),
+        ({"copies": 10}, "`copies` must be 1 unless `dynamic=False`; got 10"),
         ({"seed": -1}, "`seed` must be an integer of at least 0, below .*; got -1"),
         ({"seed": None}, "`seed` must be an integer of at least 0, below .*; got None"),
     ],
@@ -455,7 +458,7 @@ def test_bad_settings(settings, message):
 
 
 def test_a_tokenizer_without_a_mask_token():
-    message = "`tokenizer.mask_token` must be set, to stand for the targets; got a .* without one"
+    message = "`tokenizer.mask_token` must be set, since it replaces targets; got a .* without one"
     with pytest.raises(ValueError, match=message):
         DataCollatorForDynamicMasking(make_tokenizer(mask_token=None))
 
@@ -467,7 +470,7 @@ def test_bad_epochs(epoch):
 
 
 def test_evaluation_has_no_epochs():
-    with pytest.raises(ValueError, match="`set_epoch` must be called on the collator of the training; got the one for"):
+    with pytest.raises(ValueError, match="`set_epoch` must be called on the collator for training; got the one for"):
         make().for_evaluation().set_epoch(1)
 
 

@@ -67,7 +67,7 @@ def test_labels_of_frames():
 def test_labels_as_many_as_frames_some_of_which_are_absent(labels):
     """They may be of the frames, and lose one, or be a target."""
     features = [{"input_features": FRAMES[0], "attention_mask": [1, 0, 1], "labels": labels}]
-    with pytest.raises(ValueError, match=r"`labels` has an entry for each .* set `column_roles=\{'labels': 'token'\}`"):
+    with pytest.raises(ValueError, match=r"`labels` must have a role: set `column_roles=\{'labels': 'token'\}`"):
         DataCollatorForFeatures()(features)
     for role, expected in ("token", [[5, 7]]), ("example", [labels]):
         assert DataCollatorForFeatures(column_roles={"labels": role})(features)["labels"].tolist() == expected
@@ -110,12 +110,15 @@ def test_pickle():
         ([{"input_features": [1.0, 2.0]}], r"`input_features` .* shape \(frames, features\).*got shapes \[\(2,\)\]"),
         (
             [{"input_features": [[1.0]]}, {"input_features": [[1.0, 2.0]]}],
-            r"with as many features in all; got shapes \[\(1, 1\), \(1, 2\)\]",
+            r"with the same number of features; got shapes \[\(1, 1\), \(1, 2\)\]",
         ),
-        ([{"input_features": [[1.0], [2.0, 3.0]]}], r"`input_features` must hold numbers, even lists of numbers"),
+        (
+            [{"input_features": [[1.0], [2.0, 3.0]]}],
+            r"`input_features` must hold numbers, lists of them of equal length",
+        ),
         (
             [{"input_features": [[1.0]], "attention_mask": [1, 0]}],
-            r"`attention_mask` of an example must hold 0 or 1 a token, shape \(1,\); got shape \(2,\)",
+            r"`attention_mask` of an example must hold 0 or 1 per token, shape \(1,\); got shape \(2,\)",
         ),
         (
             [{"input_features": [[1.0]], "lengths": 2}],

@@ -28,7 +28,7 @@ from hf_dynmask import (
     TokenBudgetBatchSampler,
     TokenBudgetIterableDataset,
 )
-from hf_dynmask.data.token_budget import CollatorWithinBudget, example_lengths
+from hf_dynmask.data.token_budget import CollatorWithinBudget, example_lengths, list_sizes, pair_lengths
 from strategies import examples
 
 
@@ -113,12 +113,80 @@ def test_an_epoch_has_every_example_once_within_the_budget_and_as_many_steps_on_
         ([0, 0, 0], 5, 3, 1),
         ([7], 7, 1, 1),
         (reviews(), 1024, 2, 52),  # the fewest: 51.4 by tokens
-        (heavy_tailed(), 512, 4, 132),  # 126.8 by tokens
+        (heavy_tailed(), 512, 4, 131),  # 126.8 by tokens
     ],
 )
 def test_few_steps(lengths, max_tokens, num_replicas, steps):
     sampler = TokenBudgetBatchSampler(lengths, max_tokens, num_replicas=num_replicas)
     assert sampler.num_steps == steps
+
+
+@pytest.mark.parametrize("max_tokens", [512, 1024, 2048, 4096])
+def test_batches_are_full(max_tokens):
+    """As full as whole batches can be, but for half a percent."""
+    lengths = reviews()
+    whole = -(-lengths.sum() // max_tokens)
+    assert len(TokenBudgetBatchSampler(lengths, max_tokens)) <= whole + 1 + whole // 200
+    batches = list(TokenBudgetIterableDataset(stream_of(lengths), max_tokens))
+    assert len(batches) <= whole + 1 + whole // 200
+
+
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=60),
+    st.integers(12, 60),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.booleans(),
+)
+@examples(200)
+def test_no_batch_has_more_examples_than_are_asked_for(lengths, max_tokens, max_sequences, num_replicas, shuffle):
+    settings: dict[str, Any] = {"max_sequences": max_sequences, "num_replicas": num_replicas}
+    try:
+        sampler = TokenBudgetBatchSampler(lengths, max_tokens, shuffle=shuffle, **settings)
+    except ValueError as error:
+        # With room for two examples in every batch, all find a place.
+        assert f"of max_tokens={max_tokens}, max_sequences={max_sequences} on" in str(error)
+        assert len(lengths) < num_replicas or max_sequences == 1 or max_tokens < 2 * max(lengths)
+        return
+    assert sampler.max_sequences == max_sequences
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert indices(batches) == list(range(len(lengths)))
+        assert all(0 < len(batch) <= max_sequences for batch in batches)
+        assert all(sampler.lengths[batch].sum() <= max_tokens for batch in batches)
+
+
+@pytest.mark.parametrize("lengths", [reviews(), heavy_tailed(), [0] * 50 + [1] * 50, [600] * 10, [7]])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_most_examples_of_a_batch_are_known(lengths, shuffle):
+    """Closely, and for all epochs."""
+    sampler = TokenBudgetBatchSampler(lengths, 1024, shuffle=shuffle)
+    most = 0
+    for epoch in range(8):
+        sampler.set_epoch(epoch)
+        most = max(most, *map(len, sampler))
+    assert most <= sampler.max_sequences <= min(len(lengths), 1 + 1.2 * most)
+
+
+@pytest.mark.parametrize("max_sequences, most", [(None, 8), (3, 3), (20, 20)])
+def test_most_examples_of_a_batch_of_a_stream(max_sequences, most):
+    """Without a number of its own, no more than tokens, nor than wait: examples may be empty."""
+    lengths = [0] * 30 + [1] * 30
+    stream = TokenBudgetIterableDataset(stream_of(lengths), 8, max_sequences=max_sequences, buffer_size=20)
+    batches = list(stream)
+    assert sum(map(len, batches)) == len(lengths)
+    assert max(map(len, batches)) <= most
+    assert stream.max_sequences == (max_sequences or 8)
+    assert TokenBudgetIterableDataset([], 100, buffer_size=20).max_sequences == 20
+
+
+def test_a_stream_of_examples_as_long_as_the_budget():
+    assert [len(batch) for batch in TokenBudgetIterableDataset(stream_of([8] * 30), 8, buffer_size=10)] == [1] * 30
+
+
+def stream_of(lengths):
+    return [{"length": int(length)} for length in lengths]
 
 
 def imbalance(work, ranks):
@@ -218,11 +286,12 @@ def test_pickle():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"lengths": []}, r"`lengths` must be whole numbers from 0, .*; got float64 of shape \(0,\)"),
-        ({"lengths": [1.5, 2]}, r"`lengths` must be whole numbers from 0, .*; got float64 of shape \(2,\) from 1.5"),
-        ({"lengths": [3, -1]}, r"`lengths` must be whole numbers from 0, .*; got int64 of shape \(2,\) from -1"),
+        ({"lengths": []}, r"`lengths` must be integers of at least 0, .*; got float64 of shape \(0,\)"),
+        ({"lengths": [1.5, 2]}, r"`lengths` must be integers of at least 0, .*; got float64 of shape \(2,\) from 1.5"),
+        ({"lengths": [3, -1]}, r"`lengths` must be integers of at least 0, .*; got int64 of shape \(2,\) from -1"),
         ({"lengths": [[1], [2]]}, r"one for each of at least one example; got int64 of shape \(2, 1\)"),
         ({"max_tokens": 0}, "`max_tokens` must be at least 1; got 0"),
+        ({"max_sequences": 0}, "`max_sequences` must be at least 1; got 0"),
         (
             {"max_tokens": 4},
             r"longest example's length; got max_tokens=4, and example 1 has 5 tokens. .*`truncate=True`",
@@ -352,12 +421,13 @@ def first_batch(rows, **settings):
     "rows, settings, message",
     [
         ([], {"max_tokens": 0}, "`max_tokens` must be at least 1; got 0"),
+        ([], {"max_sequences": -1}, "`max_sequences` must be at least 1; got -1"),
         ([], {"num_replicas": 3, "buffer_size": 2}, "`buffer_size` must be at least num_replicas=3.*; got 2"),
         ([], {"seed": -1}, "`seed` must be at least 0; got -1"),
         ([{"length": 1}, {"text": "a"}], {}, "must have a column `length` or `lengths` .*; got text in example 1"),
         ([{}], {"length_column": "n"}, "must have a column `n` or `lengths` .*; got no columns in example 0"),
-        ([{"length": "5"}], {}, "column `length` must hold .* a whole number from 0; got '5' in example 0"),
-        ([{"lengths": -5}], {}, "column `lengths` must hold .* a whole number from 0; got -5 in example 0"),
+        ([{"length": "5"}], {}, "column `length` must hold .* an integer of at least 0; got '5' in example 0"),
+        ([{"lengths": -5}], {}, "column `lengths` must hold .* an integer of at least 0; got -5 in example 0"),
         ([{"length": 1}, {"length": 11}], {}, "got max_tokens=10, and example 1 has 11 tokens"),
     ],
 )
@@ -407,6 +477,47 @@ def test_lengths_of_examples_tokenized_when_read():
     assert example_lengths(dataset) == [3, 1]
 
 
+def test_lengths_beside_a_transform():
+    """The column is read as it is stored; a transform that needs other columns is not called for it."""
+    dataset = Dataset.from_dict({"text": ["a b c", "d"], "length": [7, 8]})
+    dataset.set_transform(lambda rows: {"input_ids": [text.split() for text in rows["text"]]})
+    assert example_lengths(dataset) == [7, 8]
+
+
+PAIRS = [
+    {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": [7], "lengths": 3, "decoder_attention_mask": [1]},
+    {"input_ids": [], "attention_mask": [], "labels": [4, 5, 0], "lengths": 2, "decoder_attention_mask": [1, 1, 0]},
+]
+
+
+@pytest.mark.parametrize("make", [list, Rows, Dataset.from_list])
+def test_lengths_of_pairs(make):
+    assert pair_lengths(make(PAIRS)).tolist() == [[2, 1], [0, 2]]
+    frames = [{"input_features": [[0.5], [1.0]], "label_ids": [4, 5, 6]}]
+    assert pair_lengths(make(frames)).tolist() == [[2, 3]]
+    assert pair_lengths(make([{"input_ids": [4]}])).tolist() == [[1, 0]]
+    assert pair_lengths([]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("make", [list, Rows, Dataset.from_list])
+def test_sizes_of_lists(make):
+    rows = [
+        {"label_ids": [1], "hidden_spans": [[0, 1], [2, 1]], "idx": 4},
+        {"label_ids": [1, 2, 3], "hidden_spans": []},
+    ]
+    rows = [{"idx": 5, **row} for row in rows]
+    names = ("hidden_spans", "labels", "decoder_hidden_spans")
+    assert list_sizes(make(rows), names) == {"hidden_spans": 2, "labels": 3}
+    assert list_sizes(make(rows), ("labels",)) == {"labels": 3}
+    assert list_sizes(make([{"label": 5}]), names) == list_sizes([], names) == {}
+
+
+def test_sizes_of_lists_that_a_transform_makes():
+    dataset = Dataset.from_dict({"text": ["a b c", "d"], "labels": [0, 1]})
+    dataset.set_transform(lambda rows: {"labels": [text.split() for text in rows["text"]]})
+    assert list_sizes(dataset, ("labels",)) == {"labels": 3}
+
+
 # --- The collator ----------------------------------------------------------------------------------------------------
 
 
@@ -449,7 +560,7 @@ def test_truncation_knows_the_roles_of_the_collator():
         collator = DataCollatorWithLengths(TOKENIZER, column_roles={"x": role})
         batch = CollatorWithinBudget(collator, 2, truncate=True)(features)
         assert batch["x"].tolist() == expected and batch["labels"].tolist() == [[0.5, 1.0, 0.5]]
-    with pytest.raises(ValueError, match=r"whether column `x` .* set `column_roles=\{'x': 'token'\}`"):
+    with pytest.raises(ValueError, match=r"column `x` .* set `column_roles=\{'x': 'token'\}`"):
         CollatorWithinBudget(DataCollatorWithLengths(TOKENIZER), 2, truncate=True)(features)
 
 

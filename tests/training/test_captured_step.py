@@ -361,18 +361,18 @@ def test_gradients_of_others_are_added_to(captures):
     [
         (
             {"x": torch.zeros(2, 4), "n": 1},
-            r"`x` of a captured step must be torch.float32 of shape \(3, 4\) in each batch, as in the first one; got "
+            r"`x` of a captured step must be torch.float32 of shape \(3, 4\) in every batch, as in the first one; got "
             r"torch.float32 of shape \(2, 4\). DataCollatorWithLengths\(tokenizer, flat=True, max_tokens=...",
         ),
         ({"x": torch.zeros(3, 4).double(), "n": 1}, r"got torch.float64 of shape \(3, 4\)"),
         ({"x": torch.zeros(1, 3, 4), "n": 1}, r"got torch.float32 of shape \(1, 3, 4\)"),
         ({"x": torch.zeros(0, 4), "n": 1}, r"got torch.float32 of shape \(0, 4\)"),
-        ({"x": torch.zeros(3, 4), "n": 2}, r"`n` of a captured step must be 1 in each batch.*got 2"),
-        ({"x": torch.zeros(3, 4), "n": None}, r"`n` of a captured step must be 1 in each batch.*got None"),
-        ({"x": torch.zeros(3, 4), "n": torch.tensor(1)}, r"must be 1 in each batch.*got torch.int64 of shape \(\)"),
+        ({"x": torch.zeros(3, 4), "n": 2}, r"`n` of a captured step must be 1 in every batch.*got 2"),
+        ({"x": torch.zeros(3, 4), "n": None}, r"`n` of a captured step must be 1 in every batch.*got None"),
+        ({"x": torch.zeros(3, 4), "n": torch.tensor(1)}, r"must be 1 in every batch.*got torch.int64 of shape \(\)"),
         ({"x": None, "n": 1}, r"`x` of a captured step .*got None"),
-        ({"x": torch.zeros(3, 4)}, r"must all have x, n, as the first one; got x$"),
-        ({"x": torch.zeros(3, 4), "n": 1, "y": 2}, r"must all have x, n, as the first one; got x, n, y"),
+        ({"x": torch.zeros(3, 4)}, r"must have x, n, like the first one; got x$"),
+        ({"x": torch.zeros(3, 4), "n": 1, "y": 2}, r"must have x, n, like the first one; got x, n, y"),
     ],
     ids=str,
 )
@@ -397,7 +397,7 @@ def test_the_order_of_the_columns_may_be_another(captures):
 
 
 def test_a_last_batch_that_is_smaller(captures, tmp_path):
-    with pytest.raises(ValueError, match=r"`input_ids` .* must be .* \(2, 8\) in each batch, .* got .* \(1, 8\)"):
+    with pytest.raises(ValueError, match=r"`input_ids` .* must be .* \(2, 8\) in every batch, .* got .* \(1, 8\)"):
         train(CapturedTrainer, tmp_path, make_model(), rows(11))
 
 
@@ -436,14 +436,17 @@ def dropping_layers(probability):
         ({"accelerator": {"use_distributed": True}, "world_size": 2}, "it needs one process; got 2, MULTI_GPU"),
         ({"n_gpu": 2}, "it needs one device"),
         ({"parallel": True}, "it needs one device"),
-        ({"accelerator": {"scaler": object()}}, "fp16=True .* use bf16=True"),
+        ({"accelerator": {"scaler": object()}}, "fp16=True needs .* use bf16=True"),
         ({"gradient_checkpointing": True}, "gradient checkpointing reads"),
         ({"activation_checkpointing": True}, "gradient checkpointing reads"),
         ({"model": checkpointing()}, "gradient checkpointing reads"),
-        ({"model": dropping_layers(0.1)}, "^layerdrop of the model"),
+        ({"model": dropping_layers(0.1)}, "^layerdrop chooses layers"),
         ({"torch_compile": True, "torch_compile_mode": "reduce-overhead"}, "torch_compile_mode='reduce-overhead'"),
-        ({"torch_compile": True, "torch_compile_mode": "max-autotune"}, "torch_compile_mode='max-autotune' captures"),
-        ({"optim": "adalomo"}, "optim='adalomo' steps in the backward pass"),
+        (
+            {"torch_compile": True, "torch_compile_mode": "max-autotune"},
+            "torch_compile_mode='max-autotune' captures CUDA",
+        ),
+        ({"optim": "adalomo"}, "optim='adalomo' steps during the backward pass"),
         ({"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise' steps"),
         ({"torch_empty_cache_steps": 5}, "torch_empty_cache_steps"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),

@@ -258,8 +258,8 @@ def test_a_stock_model(tmp_path):
         ({0: "full", math.nan: "causal"}, "a float from 0 to 1.*; got nan"),
         ({0: "full", True: "causal"}, "a key of `masks` must be .*; got True"),
         ({0: "full", "0.5": "causal"}, "a key of `masks` must be .*; got '0.5'"),
-        ({0: "full", 0.5: "causal", 0.25: "full"}, "keys of `masks` must rise; got 0.25 after 0.5"),
-        ({0: "full", 9: "causal", 0.5: "full", 8: "full"}, "keys of `masks` must rise; got 8 after 9"),
+        ({0: "full", 0.5: "causal", 0.25: "full"}, "keys of `masks` must be increasing; got 0.25 after 0.5"),
+        ({0: "full", 9: "causal", 0.5: "full", 8: "full"}, "keys of `masks` must be increasing; got 8 after 9"),
         ({0: "full", 0.5: "windw(3)"}, r"`masks\[0.5\]`: mask does not parse at column 1: unknown mask `windw`"),
         ({0: "full", 3: "causal &"}, r"`masks\[3\]`: mask does not parse at column 9"),
         ({0: None}, r"`masks\[0\]`: a mask must be text .*; got None"),
@@ -273,7 +273,7 @@ def test_bad_schedules(masks, message):
 def test_steps_and_fractions_must_rise_together():
     schedule = MaskSchedule({0: "full", 60: "causal", 0.5: "full"})
     drive(schedule, 120, make_model())
-    message = "keys of `masks` must rise; got 0.5, which is step 50 of 100, after 60, which is step 60"
+    message = "keys of `masks` must be increasing; got 0.5, which is step 50 of 100, after 60, which is step 60"
     with pytest.raises(ValueError, match=message):
         drive(schedule, 100, make_model())
 

@@ -113,13 +113,13 @@ OTHER: list[tuple[Any, dict[str, Any], str]] = [
     (Budget, {"data_seed": 7}, "seed was 5 and is 7"),
     (Budget, {"gradient_accumulation_steps": 1}, "gradient_accumulation_steps was 2 and is 1"),
     (Budget, {"rows": ROWS[:-1]}, "number of examples was 24 and is 23, another data set"),
-    (Budget, {"rows": longer(ROWS)}, "another data set, or another order"),
-    (Budget, {"rows": shifted(ROWS)}, "another data set, or another order"),
+    (Budget, {"rows": longer(ROWS)}, "another dataset, or another order"),
+    (Budget, {"rows": shifted(ROWS)}, "another dataset, or another order"),
     (Budget, {"max_tokens": 60, "seed": 6}, "seed was 5 and is 6, max_tokens was 40 and is 60"),
     (Masking, {"seed": 6}, "seed was 5 and is 6"),
     (Masking, {"per_device_train_batch_size": 4}, "batch size was 3 and is 4"),
     (Masking, {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps was 2 and is 4"),
-    (Masking, {"rows": shifted(ROWS)}, "another data set, or another order"),
+    (Masking, {"rows": shifted(ROWS)}, "another dataset, or another order"),
     (Masking, {"rows": ROWS * 2}, "number of examples was 24 and is 48"),
     (Both, {"max_tokens": 60}, "max_tokens was 40 and is 60"),
 ]
@@ -137,7 +137,7 @@ def test_other_batches_in_mid_epoch(kind, settings, message, runs, tmp_path):
 
 def test_another_order_of_examples_of_one_length(runs, tmp_path):
     folder, _ = runs(Budget, OF_ONE_LENGTH, max_tokens=16)
-    with pytest.raises(ValueError, match="another data set, or another order"):
+    with pytest.raises(ValueError, match="another dataset, or another order"):
         make(tmp_path, rows=shifted(OF_ONE_LENGTH), max_tokens=16).train(
             resume_from_checkpoint=str(folder / "checkpoint-1")
         )
@@ -214,14 +214,16 @@ def test_an_epoch_that_begins_again(runs, tmp_path, caplog):
     folder, _ = runs()
     trainer = make(tmp_path, max_tokens=60, ignore_data_skip=True)
     warned = begin(trainer, folder / "checkpoint-1", caplog)
-    assert "max_tokens was 40 and is 60. The epoch under way begins again: what it has had comes twice" in warned
+    assert (
+        "max_tokens was 40 and is 60. The current epoch starts again, so examples that it has had come twice" in warned
+    )
 
 
 @pytest.mark.parametrize("kind", [Budget, Masking])
 def test_a_checkpoint_without_a_record(kind, runs, tmp_path, caplog):
     """Of a former release: in mid-epoch a warning, at its end none. Later checkpoints have one."""
     folder, steps = runs(kind)
-    for step, expected in ((1, "the checkpoint of step 1 does not say how its batches were made"), (steps, "")):
+    for step, expected in ((1, "the checkpoint of step 1 has no record of its batches"), (steps, "")):
         copy = shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"copy-{step}")
         state = json.loads((copy / "trainer_state.json").read_text())
         del state["stateful_callbacks"][KEY]
@@ -244,7 +246,7 @@ def test_a_checkpoint_without_a_record(kind, runs, tmp_path, caplog):
 def test_other_targets(settings, message, runs, tmp_path, caplog):
     folder, _ = runs(Masking)
     warned = begin(make(tmp_path, Masking, collator=MASKING(**settings)), folder / "checkpoint-1", caplog)
-    assert re.search(f"checkpoint of step 1 draws other targets: {message}. .* do not come again", warned)
+    assert re.search(f"checkpoint of step 1 draws other targets than before: {message}", warned)
 
 
 # --- Mask schedules --------------------------------------------------------------------------------------------------

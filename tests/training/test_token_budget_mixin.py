@@ -23,14 +23,20 @@ from transformers import (
     TrainingArguments,
 )
 
+from batches import assert_equal
 from hf_dynmask import (
+    DataCollatorForDynamicMasking,
+    DataCollatorForFeatures,
+    DataCollatorForSeq2SeqWithLengths,
     DataCollatorWithLengths,
+    DynamicMaskingMixin,
     DynMaskConfig,
     DynMaskForQuestionAnswering,
     DynMaskForSequenceClassification,
     TokenBudgetBatchSampler,
     TokenBudgetMixin,
 )
+from masked_lm_examples import make_tokenizer, texts
 from two_processes import free_port
 
 ROWS = 60
@@ -191,6 +197,153 @@ def test_a_column_of_lengths_reaches_no_model(column, remove, flat, tmp_path):
         assert set(batch) - {"attention_mask"} == {"input_ids", "lengths", "labels"}
     trainer.train()
     assert isinstance(trainer.data_collator, DataCollatorWithLengths)
+
+
+# --- Flat batches of one shape ---------------------------------------------------------------------------------------
+
+
+def loader_of(folder, data, collator, trainer_class: Any = with_budget, **settings):
+    trainer = make_trainer(folder, data, trainer_class, remove_unused_columns=False, **settings)
+    trainer.data_collator = collator
+    return trainer.get_train_dataloader()
+
+
+def shapes(batch):
+    return {name: tuple(values.shape) for name, values in batch.items()}
+
+
+def batches_of_epochs(loader, epochs=3):
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stream", [False, True])
+def test_flat_batches_have_one_shape(stream, workers, tmp_path):
+    """As the budget has it. Every example comes once, nothing behind the last counts."""
+    data = rows(segment_ids=lambda row: row["input_ids"])
+    data = data.to_iterable_dataset(num_shards=1) if stream else data
+    settings = {"max_steps": 40, "dataloader_num_workers": 0 if stream else workers}
+    loader = loader_of(tmp_path, data, DataCollatorWithLengths(TOKENIZER, flat=True), **settings)
+    found = list(batches_of_epochs(loader))
+    most = len(found[0]["lengths"])
+    expected = {"input_ids": (1, 40), "segment_ids": (1, 40), "lengths": (most,), "labels": (most,)}
+    assert all(shapes(batch) == expected for batch in found)
+    assert most == 40 if stream else most < 16
+    lengths = [len(row) for row in rows()["input_ids"]]
+    assert sum(int(batch["lengths"].sum()) for batch in found) == 3 * sum(lengths)
+    assert sum(int(batch["labels"].ne(-100).sum()) for batch in found) == 3 * ROWS
+
+
+def test_rows_have_no_fixed_size(tmp_path):
+    collator = DataCollatorWithLengths(TOKENIZER)
+    loader = loader_of(tmp_path, rows(), collator)
+    assert loader.collate_fn.collator is collator
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_evaluation_has_a_row_an_example(flat, tmp_path):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=3)
+    trainer.data_collator = collator = DataCollatorWithLengths(TOKENIZER, flat=flat)
+    for loader in trainer.get_eval_dataloader(), trainer.get_test_dataloader(rows(8)):
+        assert [batch["input_ids"].shape[0] for batch in loader] == [3, 3, 2]
+    assert trainer.data_collator is collator
+    trainer.get_train_dataloader()
+    assert (collator.flat, collator.max_tokens, collator.max_sequences) == (flat, None, None)
+
+
+def test_sizes_of_the_collator_itself(tmp_path):
+    """Those are kept, and no batch has more examples."""
+    collator = DataCollatorWithLengths(TOKENIZER, flat=True, max_tokens=48, max_sequences=5)
+    data = rows()
+    for data in rows(), rows().to_iterable_dataset():
+        loader = loader_of(tmp_path, data, collator, max_steps=40)
+        for batch in batches_of_epochs(loader):
+            assert shapes(batch) == {"input_ids": (1, 48), "lengths": (5,), "labels": (5,)}
+            assert batch["lengths"].sum() <= 40
+
+
+def test_sizes_of_the_collator_itself_that_are_too_small(tmp_path):
+    collator = DataCollatorWithLengths(TOKENIZER, flat=True, max_tokens=39, max_sequences=5)
+    with pytest.raises(
+        ValueError, match="`max_tokens` of the collator must be at least the budget .*, 40; got 39. Remo"
+    ):
+        loader_of(tmp_path, rows(), collator)
+
+
+@pytest.mark.parametrize("column_sizes, expected", [(None, 2), ({"hidden_spans": 4}, 4)])
+def test_lists_of_examples_have_one_size(column_sizes, expected, tmp_path):
+    data = rows(hidden_spans=lambda row: [[0, 1]] * (row["input_ids"][0] % 3))
+    collator = DataCollatorWithLengths(TOKENIZER, flat=True, column_sizes=column_sizes)
+    found = [batch["hidden_spans"].shape[1:] for batch in batches_of_epochs(loader_of(tmp_path, data, collator))]
+    assert set(found) == {(expected, 2)}
+    stream = loader_of(tmp_path, data.to_iterable_dataset(), collator, max_steps=1)
+    if column_sizes is None:
+        with pytest.raises(ValueError, match="column `hidden_spans` must have one size in all batches"):
+            list(stream)
+    else:
+        assert {batch["hidden_spans"].shape[1:] for batch in stream} == {(4, 2)}
+
+
+def test_targets_of_frames(tmp_path):
+    data = rows(
+        input_features=lambda row: [[0.5]] * len(row["input_ids"]), labels=lambda row: [4] * (row["input_ids"][0] % 4)
+    ).remove_columns("input_ids")
+    found = [shapes(batch) for batch in loader_of(tmp_path, data, DataCollatorForFeatures(flat=True))]
+    assert found == [found[0]] * len(found)
+    most = found[0]["lengths"][0]
+    assert found[0] == {"input_features": (1, 40, 1), "lengths": (most,), "labels": (most, 3)}
+
+
+@pytest.mark.parametrize("settings", [{"num_train_epochs": 3}, {"max_steps": 45, "gradient_accumulation_steps": 2}])
+def test_both_sides_of_pairs(settings, tmp_path):
+    """The budget is of both; the rows are as wide as the batches of this training need."""
+    data = rows(labels=lambda row: [4] * (row["input_ids"][0] % 7))
+    data = data.map(lambda row: {"length": len(row["input_ids"]) + len(row["labels"])})
+    loader = loader_of(tmp_path, data, DataCollatorForSeq2SeqWithLengths(TOKENIZER, flat=True), **settings)
+    found = list(batches_of_epochs(loader, epochs=3 if "num_train_epochs" in settings else 6))
+    names = {"lengths": "input_ids", "decoder_lengths": "labels"}
+    for lengths, tokens in names.items():
+        (size,) = {batch[tokens].shape for batch in found}
+        assert size == (1, max(int(batch[lengths].sum()) for batch in found))
+    assert len({batch["decoder_lengths"].shape for batch in found}) == 1
+    assert all(batch["lengths"].sum() + batch["decoder_lengths"].sum() <= 40 for batch in found)
+
+
+def test_pairs_of_a_stream(tmp_path):
+    data = rows(labels=lambda row: [4] * (row["input_ids"][0] % 7))
+    data = data.map(lambda row: {"length": len(row["input_ids"]) + len(row["labels"])}).to_iterable_dataset()
+    collator = DataCollatorForSeq2SeqWithLengths(TOKENIZER, flat=True)
+    for batch in loader_of(tmp_path, data, collator, max_steps=1):
+        assert shapes(batch) == {"input_ids": (1, 40), "labels": (1, 40), "lengths": (40,), "decoder_lengths": (40,)}
+
+
+class MaskedLMTrainer(DynamicMaskingMixin, TokenBudgetMixin, Trainer):
+    """Both mixins."""
+
+
+class OtherWayRound(TokenBudgetMixin, DynamicMaskingMixin, Trainer):
+    """Both mixins."""
+
+
+@pytest.mark.parametrize("trainer_class", [MaskedLMTrainer, OtherWayRound])
+def test_targets_drawn_in_every_epoch(trainer_class, tmp_path):
+    """The collator of the training, which hears of epochs, and that of the evaluation, whose targets never change."""
+    collator = DataCollatorForDynamicMasking(make_tokenizer(), flat=True, at_least_one=True)
+    data = Dataset.from_list(texts(30, 4, 12))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=5)
+    trainer = trainer_class(make_model(), arguments, collator, data, data.select(range(5)), max_tokens=40)
+    loader = trainer.get_train_dataloader()
+    collator.set_epoch(0)
+    first = list(loader)
+    assert {batch["labels"].shape for batch in first} == {(1, 40)}
+    collator.set_epoch(1)
+    second = list(loader)
+    assert [batch["input_ids"].tolist() for batch in first] != [batch["input_ids"].tolist() for batch in second]
+    (batch,) = trainer.get_eval_dataloader()
+    expected = DataCollatorForDynamicMasking(make_tokenizer(), at_least_one=True).for_evaluation()
+    assert_equal(batch, **expected(list(data.select(range(5)))))
 
 
 # --- What batches weigh ----------------------------------------------------------------------------------------------
@@ -369,7 +522,7 @@ def test_two_processes(tmp_path):
         ({"accelerator_config": {"dispatch_batches": True}}, "`accelerator_config.dispatch_batches` must not be set"),
         ({"data": Dataset.from_dict({"labels": [1]})}, "must have a column `length` or `lengths` .*; got labels in"),
         ({"data": rows(length=lambda row: 1)}, "a batch has .* tokens, more than .*=40: .* do not fit the dataset"),
-        ({"data": rows(length=str)}, "column `length` must hold the tokens of an example, a whole number from 0"),
+        ({"data": rows(length=str)}, "column `length` must hold the number of tokens of an example, an integer of"),
         ({"data": rows().to_iterable_dataset(), "max_tokens": None}, "`max_tokens` must be given for a stream"),
         (
             {"data": Dataset.from_dict({"labels": [1]}).to_iterable_dataset()},
@@ -385,7 +538,7 @@ def test_bad_settings(settings, message, tmp_path):
 def test_several_devices_in_a_process(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(trainer.args, "_n_gpu", 2)
-    with pytest.raises(ValueError, match="this process has 2: start one process a device, with `accelerate launch`"):
+    with pytest.raises(ValueError, match="this process has 2: start one process per device with `accelerate launch`"):
         trainer.train()
 
 
