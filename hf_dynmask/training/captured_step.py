@@ -37,8 +37,8 @@ class CapturedStepMixin(Trainer):
     All batches must have the same shape: flat rows of a fixed size (`DataCollatorWithLengths(tokenizer, flat=True,
     max_tokens=..., max_sequences=...)`), or rows padded to a fixed width. The first three steps run eagerly, so that
     kernels are compiled and chosen; the next one is captured. The rest of the Trainer is unchanged: gradient
-    accumulation, `num_items_in_batch`, gradient clipping, the optimizer, logging, checkpoints, resuming, and evaluation,
-    which is not captured. Dropout draws different numbers in every replay, the same as in eager steps.
+    accumulation, `num_items_in_batch`, gradient clipping, the optimizer, logging, checkpoints, resuming. Evaluation is
+    not captured. Dropout draws other numbers in every replay, those that it would draw in eager steps.
 
     - `TrainingArguments(torch_compile=True)` compiles the model before it is captured.
     - `TrainingArguments(logging_nan_inf_filter=False)` saves a synchronization in each step.
@@ -219,7 +219,7 @@ class CapturedStep:
         known = self._signature or signature
         if known.keys() != signature.keys():
             raise ValueError(
-                f"all batches of a captured step must have {', '.join(known)}, like the first one; got {', '.join(batch)}"
+                f"batches of a captured step must have {', '.join(known)}, like the first one; got {', '.join(batch)}"
             )
         for name, found in signature.items():
             if found != known[name]:
@@ -252,7 +252,7 @@ class _CudaGraphs:
         return loss
 
     def capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Captures the step, which does not run it. The function returned replays it; its loss is always the same tensor."""
+        """Captures the step without running it. Returns a function that replays it, whose loss is always one tensor."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # "thread_local": a data loader's thread may pin memory meanwhile.

@@ -1,8 +1,9 @@
 """
-How threads wait, on a CPU that others use too: workers of a data loader, say, or the processes of one training.
+Lets waiting threads leave their cores to others, which matters if several processes share a CPU: the workers of a data
+loader, for example, or the processes of a distributed training.
 
-Import this before anything else: OpenMP reads the setting when torch is loaded. Without it, a thread that waits for
-others keeps its core busy, and those may have none. What the environment says already stands.
+Import this module before any other: OpenMP reads the setting when torch is loaded. A value that is already in the
+environment is kept.
 """
 
 import os
