@@ -26,10 +26,10 @@ The runs take turns, and a time is the median over the repeats. Work is counted 
 layers' matrices, and of a language model's output; pairs: of a token and one that it sees). The ideal speed-up is the
 ratio of the work on padded rows to the work on real tokens.
 
-On a CUDA device it times training steps instead, of larger models in bfloat16, in more ways: see
-`recipes/support/training_steps.py`. It prints each as it comes, and ends with exit code 1 if one could not be measured:
+On a CUDA device it times training steps of larger models in bfloat16 instead, see `recipes/support/training_steps.py`.
+Each result is printed at once. The exit code is 1 if one of the ways failed:
 
-    python recipes/benchmark.py --quick --output outputs/gpu.json       # what matters most, in five minutes
+    python recipes/benchmark.py --quick --repeats 5 --output outputs/gpu.json  # the most important, in five minutes
 """
 
 import support.threads  # noqa: F401
@@ -104,7 +104,7 @@ class BenchmarkArguments:
     batch_size: int = field(default=32, metadata={"help": "Sequences in a batch."})
     batches: int = field(default=2, metadata={"help": "Batches in a run."})
     repeats: int = field(default=3, metadata={"help": "Timed runs, after one that warms up."})
-    quick: bool = field(default=False, metadata={"help": "On CUDA: what matters most, in five minutes."})
+    quick: bool = field(default=False, metadata={"help": "On CUDA: time only the most important, in five minutes."})
     output: str = field(
         default="outputs/benchmark.json", metadata={"help": "Where to write the results; a figure of them lies beside."}
     )
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def time_training_steps(options: BenchmarkArguments, device: torch.device) -> None:
-    """What a GPU is measured by."""
+    """The measurements on a GPU."""
     environment = describe_environment(device)
     print(environment, flush=True)
     records, all_well = training_steps.run(options.quick, options.repeats, device, options.batches)
@@ -132,7 +132,7 @@ def time_training_steps(options: BenchmarkArguments, device: torch.device) -> No
 
 
 def time_models(options: BenchmarkArguments, device: torch.device) -> None:
-    """What a CPU is measured by."""
+    """The measurements on a CPU."""
     results = {
         "environment": describe_environment(device),
         "options": asdict(options),

@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`pytest -m cuda` imports the files alone that have such tests: not all libraries need be there."""
+    """`pytest -m cuda` imports only the files that have such tests, so that not all libraries need be installed."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
     wants_cuda_alone = config.getoption("markexpr") == "cuda"
     return True if wants_cuda_alone and is_test and "mark.cuda" not in collection_path.read_text() else None
@@ -106,7 +106,7 @@ def has_cuda() -> bool:
 
 @cache
 def use_cublas_in_backward() -> None:
-    """The thread of backward passes has no CUDA context until it first uses cuBLAS, and then torch warns of that."""
+    """Uses cuBLAS in the thread of backward passes, which warns the first time that it has no CUDA context."""
     import torch
 
     with warnings.catch_warnings():

@@ -39,7 +39,7 @@ from filelock import FileLock
 from sklearn.model_selection import GroupShuffleSplit
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict  # imported where it is used: who times random tokens need not have it
+    from datasets import DatasetDict  # imported in the functions that use it, as timing random tokens does not need it
 
 PREFIX = "sample:"
 

@@ -1,10 +1,11 @@
 """
-Training steps on a GPU, in each way to compute texts of different lengths, against the stock model on padded rows.
+Times training steps on a GPU: each way to compute batches of texts of different lengths, against the stock model on
+padded rows.
 
-Each way takes turns with the stock model: a pass over some batches, forward and backward, and the gradients are
-dropped. A time is the median over the passes, at least so many as are asked for. Then some ways again as whole steps of
-a Trainer with fused AdamW. Batches are drawn from texts enough for samplers that group by length. Rates count real
-tokens, and the work that these need (see `recipes/benchmark.py`), so ways with batches of their own compare.
+Each way alternates with the stock model. A run is a forward and backward pass over several batches; gradients are
+dropped. A time is the median over the runs. Then some of the ways are timed again as steps of a Trainer with fused
+AdamW. Batches are chosen from enough texts for samplers that group by length. Rates count real tokens and the work that
+they need (see `recipes/benchmark.py`), so that ways with different batches can be compared.
 """
 
 from __future__ import annotations
@@ -38,11 +39,9 @@ from hf_dynmask.training import CapturedStep
 from support.cards import Results
 from support.workloads import Batch, flatten, flops, make_example, make_groups, pad, to_device, with_lengths
 
-POOL = (
-    200  # batches of texts to choose from: as many as `group_by_length` sorts at a time, and the smallest number of it
-)
+POOL = 200  # batches of texts to choose from, so that `group_by_length` sorts 50 at a time
 STARTED = time.monotonic()
-QUICK_SECONDS = 240  # after which nothing new begins, so that all of it takes five minutes
+QUICK_SECONDS = 240  # after which no new way begins, so that all of it takes five minutes
 
 # --- What is measured ------------------------------------------------------------------------------------------------
 
@@ -90,13 +89,13 @@ WORKLOADS = {
 
 
 class Way(NamedTuple):
-    """How batches are computed.
+    """A way to compute batches.
 
     Attributes:
-        model (`str`): One of `MODELS`.
-        batches (`str`): One of `BATCHES`.
-        compiled (`dict[str, Any]`, *optional*): How `torch.compile` compiles the layers, if it does.
-        whole (`bool`): It compiles the model as a whole instead.
+        model (`str`): `"stock"`, `"our attention"` (a stock model with it) or `"ours"`.
+        batches (`str`): One of those that [`make_batches`] makes.
+        compiled (`dict[str, Any]`, *optional*): Arguments of `torch.compile` for the layers, if they are compiled.
+        whole (`bool`): Whether the whole model is compiled instead.
         captured (`bool`): Whether the step is one CUDA graph.
     """
 
@@ -134,7 +133,7 @@ SLOW = ["stock, padded, compiled", WHOLE, "ours, fixed flat, reduce-overhead"]  
 
 
 class Section(NamedTuple):
-    """Ways on one workload, in turns or each in a Trainer."""
+    """Ways that are timed on one workload: forward and backward passes, or steps of a Trainer."""
 
     workload: str
     dropout: float
@@ -143,7 +142,7 @@ class Section(NamedTuple):
 
 
 def sections(quick: bool) -> list[Section]:
-    """What is measured, what matters most first."""
+    """All that is timed, the most important first."""
     names = list(WORKLOADS)
     if not quick:
         in_turns = [Section(name, dropout, list(WAYS)) for dropout in (0.1, 0.0) for name in names]
@@ -166,7 +165,7 @@ Batches = dict[str, Callable[[], tuple[list[Batch], list[int]]]]  # of each kind
 
 
 def make_batches(workload: Workload, number: int) -> Batches:
-    """Of each kind so many batches, and the lengths of their texts; all from the same texts."""
+    """Functions that make `number` batches of each kind, and the lengths of their texts, from the same texts."""
     size, config = workload.batch_size, workload.config
     torch.manual_seed(0)
     pool: list[int] = workload.draw(POOL * size).tolist()
@@ -179,7 +178,7 @@ def make_batches(workload: Workload, number: int) -> Batches:
 
     def grouped() -> list[Sequence[int]]:
         order = get_length_grouped_indices(pool, size, generator=torch.Generator().manual_seed(0))
-        groups = make_groups(order[: 50 * size], size)  # the first that were sorted together
+        groups = make_groups(order[: 50 * size], size)  # the first that are sorted together
         return [groups[(2 * k + 1) * len(groups) // (2 * number)] for k in range(number)]
 
     def rebalanced() -> list[list[int]]:
@@ -214,7 +213,7 @@ def make_batches(workload: Workload, number: int) -> Batches:
 
 
 def flat_row(examples: Sequence[Batch], config: PreTrainedConfig) -> Batch:
-    """The sequences end to end, with lengths; a language model's first tokens are nobody's next ones."""
+    """The sequences end to end, with lengths. The first token of each is no target of a language model."""
     is_causal = isinstance(config, LlamaConfig)
     labels = [nn.functional.pad(each["labels"][is_causal:], (int(is_causal), 0), value=-100) for each in examples]
     return {
@@ -225,7 +224,7 @@ def flat_row(examples: Sequence[Batch], config: PreTrainedConfig) -> Batch:
 
 
 def _fixed(batch: Batch, places: int, sequences: int) -> Batch:
-    """A flat row of so many places for so many sequences; those behind the last one are absent."""
+    """The flat row with a fixed number of places and sequences. Those behind the last sequence are absent."""
     return {
         name: nn.functional.pad(
             values,
@@ -248,7 +247,7 @@ def _wide(batch: Batch, width: int) -> Batch:
 
 
 class Models:
-    """The models of one workload, made when they are needed, all with the same weights, in bfloat16."""
+    """Makes the models of one workload, all with the same weights, in bfloat16."""
 
     def __init__(self, config: PreTrainedConfig, dropout: float, device: torch.device):
         torch.manual_seed(0)
@@ -261,7 +260,7 @@ class Models:
             self.stock = auto_class.from_config(config, dtype=torch.bfloat16).train()
 
     def make(self, way: Way) -> PreTrainedModel:
-        """A model of its own: it may be compiled, and trained."""
+        """A new model for this way, compiled if it says so."""
         model = from_transformers(self.stock) if way.model == "ours" else copy.deepcopy(self.stock)
         if way.model == "our attention":
             model.set_attn_implementation("dynmask")
@@ -273,7 +272,7 @@ class Models:
 
 
 def make_pass(model: nn.Module, way: Way, batches: Sequence[Batch]) -> Callable[[], None]:
-    """A pass over the batches: steps without an optimizer."""
+    """A function that runs a forward and backward pass over each batch."""
     runs = torch.compile(model, **(way.compiled or {})) if way.whole else model
 
     def step(batch: Batch) -> Tensor:
@@ -298,14 +297,14 @@ def make_pass(model: nn.Module, way: Way, batches: Sequence[Batch]) -> Callable[
 
 @dataclass
 class Measured:
-    """What came out for one way.
+    """The figures of one way.
 
     Attributes:
-        seconds (`float`): Of a pass over all its batches.
-        tokens (`int`): Real ones in its batches.
+        seconds (`float`): For all its batches.
+        tokens (`int`): Real tokens in its batches.
         work (`int`): Floating-point operations that they need.
-        peak_mib (`float`, *optional*): Memory beside the weights.
-        baseline (`float`, *optional*): Real tokens a second of the baseline, in turns with it.
+        peak_mib (`float`, *optional*): Peak memory without the model's weights.
+        baseline (`float`, *optional*): Real tokens per second of the baseline that it alternated with.
     """
 
     seconds: float
@@ -316,12 +315,12 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Real tokens a second."""
+        """Real tokens per second."""
         return self.tokens / self.seconds
 
 
 class Clock:
-    """Time and memory of one device."""
+    """Measures time and memory of one device."""
 
     def __init__(self, device: torch.device):
         self.device, self.is_cuda = device, device.type == "cuda"
@@ -347,7 +346,7 @@ class Clock:
         return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
 
     def matrix_rate(self) -> float:
-        """Floating-point operations a second in products of large matrices in bfloat16."""
+        """Floating-point operations per second of large matrix products in bfloat16."""
         size = 8192 if self.is_cuda else 256
         a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         return 2 * size**3 / median([self.seconds(lambda: a @ b) for _ in range(13)][3:])
@@ -368,7 +367,7 @@ def measure_in_turns(way: Way, models: Models, batches: Batches, repeats: int, c
 
 
 class _FromThenOn(TrainerCallback):
-    """The seconds of all steps but the first ones."""
+    """Times all steps but the first ones."""
 
     def __init__(self, first: int, clock: Clock):
         self.first, self.clock, self.start, self.seconds = first, clock, 0.0, 0.0
@@ -393,7 +392,7 @@ def _only(batches: list[Batch]) -> Batch:
 
 
 def measure_in_trainer(way: Way, models: Models, batches: Batches, repeats: int, clock: Clock) -> Measured:
-    """Steps of a Trainer with everything that it does by default, but for waiting to look at each loss."""
+    """Times steps of a Trainer with its default settings, except that it does not wait for each loss."""
     given, lengths = batches[way.batches]()
     first, rounds = 3 * len(given), max(repeats, 10)
     dataset: Any = given * (3 + rounds)
@@ -428,20 +427,20 @@ def measure_in_trainer(way: Way, models: Models, batches: Batches, repeats: int,
 
 def run(quick: bool, repeats: int, device: torch.device, number: int) -> tuple[list[Results], bool]:
     """
-    Measures and prints everything, line by line.
+    Times everything and prints each result at once.
 
     Args:
-        quick (`bool`): Only what matters most, in five minutes.
-        repeats (`int`): Timed passes; more where these are short.
-        device (`torch.device`): A CUDA device. On a CPU, ways that are captured are left out.
-        number (`int`): Batches in a pass.
+        quick (`bool`): Whether to time only the most important, in five minutes.
+        repeats (`int`): Timed runs; more if these are short.
+        device (`torch.device`): A CUDA device. On a CPU, captured ways are skipped.
+        number (`int`): Batches in a run.
 
     Returns:
-        `tuple[list[dict[str, Any]], bool]`: A record of each way, and whether all could be measured.
+        `tuple[list[dict[str, Any]], bool]`: A record of each way, and whether none failed.
     """
     clock = Clock(device)
     peak = clock.matrix_rate()
-    print(f"products of matrices in bfloat16: {peak / 1e12:,.1f} TFLOP/s", flush=True)
+    print(f"matrix products in bfloat16: {peak / 1e12:,.1f} TFLOP/s", flush=True)
     records: list[Results] = []
     for section in sections(quick):
         where = "in a Trainer, fused AdamW" if section.in_trainer else "forward and backward"
@@ -486,27 +485,27 @@ def _line(figures: Results) -> str:
 def _measure(
     section: Section, repeats: int, number: int, clock: Clock, quick: bool
 ) -> Iterator[tuple[str, Measured | str]]:
-    """The figures of each way of a section, or in a few words why there are none."""
+    """The figures of each way of a section, or the reason why there are none."""
     workload = WORKLOADS[section.workload]
     models = Models(workload.config, section.dropout, clock.device)
     batches = make_batches(workload, number)
     for name in section.ways:
         way = WAYS[name]
         if way.captured and not clock.is_cuda:
-            yield name, f"not measured: a step is captured on CUDA, not on {clock.device.type!r}"
+            yield name, f"skipped: a step is captured on CUDA, not on {clock.device.type!r}"
             continue
-        if quick and time.monotonic() - STARTED > QUICK_SECONDS:  # what is under way may take a minute
-            yield name, f"not measured: {QUICK_SECONDS} seconds are over"
+        if quick and time.monotonic() - STARTED > QUICK_SECONDS:  # the last one may take a minute
+            yield name, f"skipped: {QUICK_SECONDS} seconds are over"
             continue
         try:
             yield (
                 name,
                 (measure_in_trainer if section.in_trainer else measure_in_turns)(way, models, batches, repeats, clock),
             )
-        except Exception as error:  # whatever goes wrong with one way, the others are measured
+        except Exception as error:  # if one way fails, the others are still timed
             message = " ".join(str(error).split())
             yield name, f"FAILED: {type(error).__name__}: {message[:300]}"
-            if clock.is_cuda:  # a capture that fails leaves random numbers in its state
+            if clock.is_cuda:  # a failed capture leaves the random number generator in a capturing state
                 fresh = torch.Generator(clock.device).graphsafe_get_state()
                 torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
         gc.collect()

@@ -1,4 +1,4 @@
-"""Training steps on a GPU, as far as a CPU runs them: batches of each kind, ways that are not captured, what fails."""
+"""Timing of training steps on a GPU, as far as a CPU can run it: batches, ways that are not captured, failures."""
 
 import json
 from typing import Any
@@ -48,7 +48,7 @@ def test_each_way(workload, tiny, monkeypatch, capsys):
     for record in records:
         assert f"  {record['way']} " in printed
         if record["way"] in CAPTURED:
-            assert record["error"] == "not measured: a step is captured on CUDA, not on 'cpu'"
+            assert record["error"] == "skipped: a step is captured on CUDA, not on 'cpu'"
         else:
             assert record["real_tokens_per_second"] > 0 < record["speedup"]
 
@@ -89,7 +89,7 @@ def test_a_quick_run_ends_in_time(tiny, monkeypatch):
     monkeypatch.setattr(training_steps, "sections", lambda quick: [Section("BERT", 0.0, [BASELINE])])
     records, all_well = run(True, 1, CPU, 2)
     assert all_well
-    assert records[0]["error"] == f"not measured: {training_steps.QUICK_SECONDS} seconds are over"
+    assert records[0]["error"] == f"skipped: {training_steps.QUICK_SECONDS} seconds are over"
 
 
 @pytest.mark.parametrize("quick", [True, False])
