@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     BertConfig,
     BertForTokenClassification,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -19,10 +22,12 @@ from transformers import (
 
 from hf_dynmask import (
     CapturedStepMixin,
+    DataCollatorWithLengths,
     DynMaskConfig,
     DynMaskForTokenClassification,
     MaskSchedule,
     ThroughputCallback,
+    TokenBudgetMixin,
 )
 from hf_dynmask.training import CapturedStep, captured_step, throughput
 
@@ -296,6 +301,32 @@ def test_fixed_flat_rows(settings, captures, tmp_path):
     )
     check_same_training(captured, plain, rtol=0, atol=0)
     assert captures == ([False, True] if "gradient_accumulation_steps" in settings else [False])
+
+
+class BudgetTrainer(TokenBudgetMixin, Trainer):
+    pass
+
+
+class CapturedBudgetTrainer(CapturedStepMixin, TokenBudgetMixin, Trainer):
+    pass
+
+
+def test_a_budget_of_tokens_gives_batches_of_one_shape(captures, tmp_path):
+    """On the way from texts to a captured step a user has nothing to set but the budget."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0})), pad_token="[PAD]")
+    texts = [torch.randint(1, 50, (LENGTHS[k % len(LENGTHS)],)).tolist() for k in range(60)]
+    data: Any = [{"input_ids": ids, "labels": [token % 2 for token in ids]} for ids in texts]
+    trainers = []
+    for of in (BudgetTrainer, CapturedBudgetTrainer):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=10, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+        )
+        collator = DataCollatorWithLengths(tokenizer, flat=True)
+        trainers.append(of(make_model(), arguments, collator, train_dataset=data, eval_dataset=data[:6], max_tokens=20))
+        trainers[-1].train()
+        trainers[-1].evaluate()
+    check_same_training(trainers[1], trainers[0], rtol=0, atol=0)
+    assert captures == [False]
 
 
 def test_a_flat_row_of_another_size(captures, tmp_path):
