@@ -79,6 +79,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.filterwarnings(r"ignore:::torch\."))  # its compiler gives advice on speed
     for (release, fault), tests in FAULTS_OF_OLD_RELEASES.items():
         for item in items if is_installed(release) else ():
             if f"{item.nodeid.partition('::')[0]}::{item.name}".startswith(tuple(tests)):
