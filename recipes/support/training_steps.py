@@ -28,6 +28,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -417,6 +418,7 @@ def measure_in_trainer(way: Way, models: Models, batches: Batches, repeats: int,
         trainer = (_Captured if way.captured else Trainer)(
             models.make(way), arguments, _only, train_dataset=dataset, callbacks=[clocked]
         )
+        trainer.remove_callback(PrinterCallback)
         peak = clock.peak_mib(trainer.train)
     work = flops(models.stock.config, [(length,) for length in lengths], training=True)
     return Measured(clocked.seconds / rounds, sum(lengths), work, peak)
@@ -455,7 +457,7 @@ def run(quick: bool, repeats: int, device: torch.device, number: int) -> tuple[l
                 figures = _figures(found, found.baseline or baseline, peak)
                 line = _line(figures)
                 record |= figures
-            print(f"  {name:40} {line}", flush=True)
+            print(f"  {name:43} {line}", flush=True)
             records.append(record)
     return records, not any(record.get("error", "").startswith("FAILED") for record in records)
 

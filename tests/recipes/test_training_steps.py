@@ -78,7 +78,7 @@ def test_what_fails_is_said_and_the_others_are_measured(tiny, monkeypatch, capsy
     with pytest.raises(SystemExit, match="1"):
         benchmark.time_training_steps(options, CPU)
     printed = capsys.readouterr().out
-    assert "broken                                   FAILED: KeyError: 'nothing'" in printed
+    assert f"{'broken':43} FAILED: KeyError: 'nothing'" in printed
     records = json.loads((tmp_path / "new" / "steps.json").read_text())["steps"]
     assert [record["way"] for record in records] == ["broken", BASELINE]
     assert records[1]["real_tokens_per_second"] > 0
