@@ -112,7 +112,7 @@ OTHER: list[tuple[Any, dict[str, Any], str]] = [
     (Budget, {"seed": 6}, "seed was 5 and is 6"),
     (Budget, {"data_seed": 7}, "seed was 5 and is 7"),
     (Budget, {"gradient_accumulation_steps": 1}, "gradient_accumulation_steps was 2 and is 1"),
-    (Budget, {"rows": ROWS[:-1]}, "number of examples was 24 and is 23, another data set"),
+    (Budget, {"rows": ROWS[:-1]}, "number of examples was 24 and is 23, another dataset"),
     (Budget, {"rows": longer(ROWS)}, "another dataset, or another order"),
     (Budget, {"rows": shifted(ROWS)}, "another dataset, or another order"),
     (Budget, {"max_tokens": 60, "seed": 6}, "seed was 5 and is 6, max_tokens was 40 and is 60"),
