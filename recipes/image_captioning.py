@@ -168,7 +168,7 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> D
         "intermediate_size": 4 * recipe.hidden_size,
         "num_hidden_layers": recipe.num_hidden_layers,
         "num_attention_heads": recipe.hidden_size // 64,
-        "norm_placement": "before",
+        "norm_placement": "pre",
         "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
         "hidden_dropout_prob": recipe.dropout,
         "attention_probs_dropout_prob": recipe.dropout,

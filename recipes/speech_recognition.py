@@ -188,7 +188,7 @@ def make_model(recipe: RecipeArguments, tokenizer: Wav2Vec2CTCTokenizer) -> DynM
         intermediate_size=4 * recipe.hidden_size,
         num_hidden_layers=recipe.num_hidden_layers,
         num_attention_heads=recipe.hidden_size // 64,
-        norm_placement="before",
+        norm_placement="pre",
         embedding_norm=False,
         position_type="rotary",
         initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model

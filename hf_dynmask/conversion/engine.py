@@ -325,7 +325,7 @@ def _set(stock_config: PreTrainedConfig, overrides: Settings, family: Family) ->
 
 def _shared_fields(family: Family, stock_class: type[PreTrainedConfig]) -> set[str]:
     theirs = {field.name for field in fields(stock_class)}
-    return _our_fields(family.config_class) & theirs - {"transformers_version", "architectures"}
+    return _our_fields(family.config_class) & theirs - {"transformers_version", "architectures", "layer_types"}
 
 
 def _our_config(stock_config: PreTrainedConfig, task: str, **overrides: Any) -> OurConfig:
@@ -351,6 +351,8 @@ def _stock_config(config: OurConfig, model_type: str, task: str) -> PreTrainedCo
     shared = _shared_fields(family, type(AutoConfig.for_model(model_type)))
     settings = {name: copy.deepcopy(_value(config, name)) for name in shared}
     settings |= {theirs: _value(config, ours) for ours, theirs in family.renamed.items()}
+    if "rope_parameters" in settings:  # those of all layers, unless `restored` gives them by layer type
+        settings["rope_parameters"] = copy.deepcopy(config.rope_by_layer()[0])
     settings |= family.restored(config, task)
     return AutoConfig.for_model(model_type, **settings, name_or_path=config.name_or_path)
 
@@ -395,17 +397,22 @@ def _function(config: OurConfig, task: str) -> Settings:
             f"{side}.{name}": value for side in SIDES for name, value in _function(getattr(config, side), task).items()
         }
         return of_sides | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
-    unread = {"source_model_type", "layer_masks", "bos_token_id", "eos_token_id", "use_cache"}
+    unread = {"source_model_type", "layer_masks", "layer_types", "bos_token_id", "eos_token_id", "use_cache"}
     if task != "base":
         unread |= {"use_pooler"}
     if not config.add_cross_attention:
         unread |= {"cross_mask"}
     settings = {name: getattr(config, name) for name in OUR_FIELDS if name not in unread}
-    masks = [str(mask) for mask in config.masks()]
-    settings["mask"] = masks[0] if len(set(masks)) == 1 else masks
+    settings["mask"] = _once_if_equal([str(mask) for mask in config.masks()])
+    settings["rope_parameters"] = _once_if_equal(config.rope_by_layer())
     if config.add_cross_attention:
         settings["cross_mask"] = str(parse(config.cross_mask))
     return settings | {"classifier_dropout": classifier_dropout(config)}
+
+
+def _once_if_equal(of_layers: list[Any]) -> Any:
+    """What all layers have in common, or the list of what each has."""
+    return of_layers[0] if all(value == of_layers[0] for value in of_layers) else of_layers
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from .llama import head_dropout, restored_head_dropout
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
     return {
         "intermediate_size": 4 * config.n_embd if config.n_inner is None else config.n_inner,
-        "norm_placement": "before",
+        "norm_placement": "pre",
         "embedding_norm": False,
         "use_pooler": False,
         "mask": "causal",

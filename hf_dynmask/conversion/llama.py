@@ -50,7 +50,7 @@ def decoder(config: PreTrainedConfig, task: str) -> Settings:
     return {
         "gated_feed_forward": True,
         "norm_type": "rms_norm",
-        "norm_placement": "before",
+        "norm_placement": "pre",
         "embedding_norm": False,
         "position_type": "rotary",
         "hidden_dropout_prob": 0.0,
@@ -63,7 +63,7 @@ def decoder(config: PreTrainedConfig, task: str) -> Settings:
 LLAMA = Family(
     modules=DECODER,
     heads=HEADS,
-    renamed={**RENAMED, "feed_forward_bias": "mlp_bias"},
+    renamed=RENAMED,
     implied=decoder,
     restored=restored_head_dropout,
 )

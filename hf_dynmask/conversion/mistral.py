@@ -25,7 +25,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
     return decoder(config, task) | {
         "mask": causal_window(config.sliding_window),
         "attention_bias": False,
-        "feed_forward_bias": False,
+        "mlp_bias": False,
     }
 
 

@@ -201,7 +201,7 @@ def elsewhere(tmp_path_factory, tokenizer):
         export(make_model("dynmask-AutoModel"), root / "wrong" / name)
     with (root / "wrong/changed/plan.py").open("a") as file:
         file.write("# another line")
-    change_config(root / "wrong/newer", config_version=2, mask="a_mask_of_the_future")
+    change_config(root / "wrong/newer", config_version=3, mask="a_mask_of_the_future")
     break_weights(root / "wrong/broken")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules")}
@@ -247,7 +247,7 @@ def test_code_that_the_user_refuses(elsewhere):
     assert "pass the argument `trust_remote_code=True`" in message
 
 
-NEWER = r"`config_version` must be at most 1, .* got 2: the checkpoint needs a newer hf_dynmask"
+NEWER = r"`config_version` must be at most 2, .* hf_dynmask .* reads; got 3: the checkpoint needs a newer hf_dynmask"
 
 
 def test_a_newer_configuration(elsewhere):
@@ -258,9 +258,9 @@ def test_a_newer_configuration(elsewhere):
     assert result.exit_code == 2
     assert re.search(NEWER, result.output)
     with pytest.raises(StrictDataclassError, match=NEWER):
-        DynMaskSeq2SeqConfig(config_version=2)
+        DynMaskSeq2SeqConfig(config_version=3)
     with pytest.raises(StrictDataclassError, match=NEWER):
-        DynMaskRecurrentConfig(config_version=2)
+        DynMaskRecurrentConfig(config_version=3)
 
 
 def test_broken_weights(elsewhere):
