@@ -16,12 +16,10 @@ Every option of `TrainingArguments` applies. Results, model card and model go to
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -38,54 +36,16 @@ from transformers import (
 )
 
 from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForCausalLM, to_transformers
-from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
 from support.common import IGNORED, CommonArguments, load_model, load_texts, parse_arguments, special_token_ids
-from support.measuring import Contenders, compare, perplexity_of, unigram_perplexity
+from support.measuring import perplexity_of, unigram_perplexity
+from support.reporting import About, train_and_report
 from support.samples import resolve_model
 
-METRIC = "perplexity"
 END, PADDING = "<|endoftext|>", "<|padding|>"
-DEFAULTS = {
-    "output_dir": "outputs/causal_lm",
-    "max_steps": 400,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
-    "learning_rate": 2e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "adam_beta2": 0.98,
-    "logging_steps": 50,
-}
-USAGE = """
-import hf_dynmask  # registers the model type with transformers
-from transformers import pipeline
-
-writer = pipeline("text-generation", model="path/to/this/folder")
-writer("The history of", max_new_tokens=40)
-"""
-LIMITS = "What it writes has the form of its data and is made up."
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    model: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new Llama-like model."}
-    )
-    dataset: str = field(
-        default="sample:wikitext",
-        metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
-    )
-    mask: str = field(default="causal", metadata={"help": "Who sees whom, such as `causal & window(127, 0)`."})
-    max_length: int = field(default=512, metadata={"help": "Tokens of a document; longer ones are cut in pieces."})
-    vocab_size: int = field(default=4096, metadata={"help": "Of a new model."})
-    hidden_size: int = field(default=256, metadata={"help": "Of a new model."})
-    num_layers: int = field(default=4, metadata={"help": "Of a new model."})
-    eval_rows: int = field(default=400, metadata={"help": "Documents that the model is evaluated on, at most."})
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     texts = load_texts(recipe.dataset, "text")
     checkpoint = None if recipe.model is None else resolve_model(recipe.model)
@@ -101,28 +61,31 @@ def main(arguments: list[str] | None = None) -> None:
         model = new_model(recipe, tokenizer)
     else:
         model = load_model(checkpoint, "causal-lm", AutoModelForCausalLM, mask=recipe.mask)
-    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer, flat=True))}
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=DataCollatorWithLengths(tokenizer, flat=True),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=perplexity,
+        preprocess_logits_for_metrics=surprise,
+    )
+
+    baselines = {}
     if recipe.baseline:
         stock = to_transformers(model, model.config.source_model_type or "llama")
-        contenders["stock"] = (stock, DataCollatorForTokenClassification(tokenizer, return_tensors="pt"))
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
-    compared = compare(contenders, trainer_of, training, AutoModelForCausalLM, [METRIC])
-
-    results = {
-        "recipe": "causal_lm",
-        "arguments": recipe.given,
-        "task": "text-generation",
-        "metric": METRIC,
-        "model": describe_new_model(model) if recipe.model is None else describe_source(recipe.model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "trivial": {
-            "what": "from the frequency of each token alone",
-            METRIC: unigram_perplexity(targets(data["train"]), targets(data["test"])),
-        },
-        "training": describe_training(training) | {"mask": recipe.mask, "max_length": recipe.max_length},
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
+        baselines["stock"] = (stock, DataCollatorForTokenClassification(tokenizer, return_tensors="pt"))
+    unigrams = unigram_perplexity(targets(data["train"]), targets(data["test"]))
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForCausalLM,
+        baselines,
+        settings={"mask": recipe.mask, "max_length": recipe.max_length},
+        trivial={"what": "from the frequency of each token alone", "perplexity": unigrams},
+    )
 
 
 def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -145,7 +108,7 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
     return rows.map(pieces, batched=True, remove_columns=rows.column_names)
 
 
-def new_model(recipe: RecipeArguments, tokenizer: Any) -> DynMaskForCausalLM:
+def new_model(recipe: "RecipeArguments", tokenizer: Any) -> DynMaskForCausalLM:
     """A Llama-like decoder: rotary positions, RMSNorm before each sublayer, gated feed-forward, no biases."""
     config = DynMaskConfig(
         vocab_size=len(tokenizer),
@@ -171,19 +134,6 @@ def new_model(recipe: RecipeArguments, tokenizer: Any) -> DynMaskForCausalLM:
     return DynMaskForCausalLM(config)
 
 
-def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
-    return Trainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        processing_class=tokenizer,
-        compute_metrics=perplexity,
-        preprocess_logits_for_metrics=surprise,
-    )
-
-
 def targets(rows: Dataset) -> list[int]:
     """All targets, row by row."""
     return [label for labels in rows["labels"] for label in labels[1:]]
@@ -195,12 +145,57 @@ def surprise(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    return {METRIC: perplexity_of(prediction.predictions, np.asarray(prediction.label_ids)[:, 1:])}
+    return {"perplexity": perplexity_of(prediction.predictions, np.asarray(prediction.label_ids)[:, 1:])}
 
 
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Language model", usage=USAGE, limits=LIMITS)
+# --- Arguments and model card ----------------------------------------------------------------------------------------
 
+
+@dataclass
+class RecipeArguments(CommonArguments):
+    model: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new Llama-like model."}
+    )
+    dataset: str = field(
+        default="sample:wikitext",
+        metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
+    )
+    mask: str = field(default="causal", metadata={"help": "Who sees whom, such as `causal & window(127, 0)`."})
+    max_length: int = field(default=512, metadata={"help": "Tokens of a document; longer ones are cut in pieces."})
+    vocab_size: int = field(default=4096, metadata={"help": "Of a new model."})
+    hidden_size: int = field(default=256, metadata={"help": "Of a new model."})
+    num_layers: int = field(default=4, metadata={"help": "Of a new model."})
+    eval_rows: int = field(default=400, metadata={"help": "Documents that the model is evaluated on, at most."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/causal_lm",
+    "max_steps": 400,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "adam_beta2": 0.98,
+    "logging_steps": 50,
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import pipeline
+
+writer = pipeline("text-generation", model="path/to/this/folder")
+writer("The history of", max_new_tokens=40)
+"""
+LIMITS = "What it writes has the form of its data and is made up."
+ABOUT = About(
+    recipe="causal_lm",
+    task="text-generation",
+    metrics=["perplexity"],
+    title="Language model",
+    usage=USAGE,
+    limits=LIMITS,
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,6 @@ import numpy as np
 import sacrebleu
 import torch
 from datasets import Array2D, DatasetDict, Features, List, Value
-from huggingface_hub import ModelCard
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
@@ -40,47 +39,12 @@ from transformers import (
 
 from hf_dynmask import DataCollatorForSeq2SeqWithLengths, DynMaskForConditionalGeneration, DynMaskSeq2SeqConfig
 from hf_dynmask.data import patch_positions, patches
-from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
 from support.common import CommonArguments, parse_arguments, special_token_ids
-from support.measuring import Contenders, best_constant, compare, without_lengths
+from support.measuring import best_constant, without_lengths
+from support.reporting import About, train_and_report
 from support.samples import resolve_files
 
-METRIC = "chrf"
 PAD, START, END = "<pad>", "<s>", "</s>"
-DEFAULTS = {
-    "output_dir": "outputs/image_captioning",
-    "num_train_epochs": 30,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 40,
-    "learning_rate": 1e-3,
-    "predict_with_generate": True,
-    "generation_num_beams": 4,
-    "logging_steps": 50,
-}
-USAGE = """
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-from image_captioning import read_picture  # recipes/image_captioning.py
-
-model = AutoModelForSeq2SeqLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-picture = {name: values[None] for name, values in read_picture("picture.png", max_side=128, patch=16).items()}
-tokenizer.decode(model.generate(**picture)[0], skip_special_tokens=True)
-"""
-LIMITS = "It says of every picture what the captions of its data say, also of one that shows something else."
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    dataset: str = field(
-        default="sample:pictures", metadata={"help": "A folder of pictures with `metadata.csv`, or a sample."}
-    )
-    max_side: int = field(default=128, metadata={"help": "Pixels; a picture with a longer side is made smaller."})
-    patch: int = field(default=16, metadata={"help": "Pixels of a patch's side."})
-    max_target_tokens: int = field(default=32, metadata={"help": "A longer caption is cut."})
-    vocab_size: int = field(default=1000, metadata={"help": "Tokens that are learned from the captions."})
-    hidden_size: int = field(default=192, metadata={"help": "Width of both sides; 64 a head."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of each side."})
-    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,25 +57,25 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(training.seed)
     model = make_model(recipe, tokenizer)
     collator = DataCollatorForSeq2SeqWithLengths(tokenizer, model)
-    contenders: Contenders = {"dynmask": (model, collator)}
-    if recipe.baseline:
-        contenders["padded"] = (copy.deepcopy(model), without_lengths(collator))
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
-    compared = compare(contenders, trainer_of, training, AutoModelForSeq2SeqLM, [METRIC])
+    trainer = Seq2SeqTrainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        processing_class=tokenizer,
+        compute_metrics=partial(overlap, tokenizer=tokenizer),
+    )
 
-    results = {
-        "recipe": "image_captioning",
-        "arguments": recipe.given,
-        "task": "image-to-text",
-        "metric": METRIC,
-        "unit": "patches and tokens",
-        "model": describe_new_model(model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "trivial": best_constant(texts, METRIC, character_f_score),
-        "training": describe_training(training) | {"dropout": recipe.dropout},
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForSeq2SeqLM,
+        {"padded": (copy.deepcopy(model), without_lengths(collator))} if recipe.baseline else {},
+        settings={"dropout": recipe.dropout},
+        trivial=best_constant(texts, "chrf", character_f_score),
+    )
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -124,7 +88,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token=PAD, bos_token=START, eos_token=END)
 
 
-def extract_features(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, recipe: RecipeArguments) -> DatasetDict:
+def extract_features(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, recipe: "RecipeArguments") -> DatasetDict:
     """The columns that the model reads, of `file_name` and `text`."""
 
     def extract(row: dict[str, str]) -> dict[str, Any]:
@@ -160,7 +124,7 @@ def read_picture(file: str, max_side: int, patch: int) -> dict[str, Tensor]:
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 
-def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> DynMaskForConditionalGeneration:
+def make_model(recipe: "RecipeArguments", tokenizer: PreTrainedTokenizerFast) -> DynMaskForConditionalGeneration:
     """A model with random weights."""
     columns = -(-recipe.max_side // recipe.patch)
     side: dict[str, Any] = {
@@ -185,32 +149,68 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> D
     return model
 
 
-def make_trainer(model, collator, training: Seq2SeqTrainingArguments, data: DatasetDict, tokenizer) -> Seq2SeqTrainer:
-    def overlap(prediction: EvalPrediction) -> dict[str, float]:
-        def decode(ids) -> list[str]:
-            return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
+# --- Measuring -------------------------------------------------------------------------------------------------------
 
-        return character_f_score(decode(prediction.label_ids), decode(prediction.predictions))
 
-    return Seq2SeqTrainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
-        processing_class=tokenizer,
-        compute_metrics=overlap,
-    )
+def overlap(prediction: EvalPrediction, tokenizer: Any) -> dict[str, float]:
+    def decode(ids: Any) -> list[str]:
+        return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
+
+    return character_f_score(decode(prediction.label_ids), decode(prediction.predictions))
 
 
 def character_f_score(texts: list[str], answers: list[str]) -> dict[str, float]:
     """chrF, from 0 to 100 (Popović, 2015)."""
-    return {METRIC: sacrebleu.corpus_chrf(answers, [texts]).score}
+    return {"chrf": sacrebleu.corpus_chrf(answers, [texts]).score}
 
 
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Captions of small pictures", usage=USAGE, limits=LIMITS)
+# --- Arguments and model card ----------------------------------------------------------------------------------------
 
+
+@dataclass
+class RecipeArguments(CommonArguments):
+    dataset: str = field(
+        default="sample:pictures", metadata={"help": "A folder of pictures with `metadata.csv`, or a sample."}
+    )
+    max_side: int = field(default=128, metadata={"help": "Pixels; a picture with a longer side is made smaller."})
+    patch: int = field(default=16, metadata={"help": "Pixels of a patch's side."})
+    max_target_tokens: int = field(default=32, metadata={"help": "A longer caption is cut."})
+    vocab_size: int = field(default=1000, metadata={"help": "Tokens that are learned from the captions."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of both sides; 64 a head."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of each side."})
+    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/image_captioning",
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 40,
+    "learning_rate": 1e-3,
+    "predict_with_generate": True,
+    "generation_num_beams": 4,
+    "logging_steps": 50,
+}
+USAGE = """
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from image_captioning import read_picture  # recipes/image_captioning.py
+
+model = AutoModelForSeq2SeqLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+picture = {name: values[None] for name, values in read_picture("picture.png", max_side=128, patch=16).items()}
+tokenizer.decode(model.generate(**picture)[0], skip_special_tokens=True)
+"""
+LIMITS = "It says of every picture what the captions of its data say, also of one that shows something else."
+ABOUT = About(
+    recipe="image_captioning",
+    task="image-to-text",
+    metrics=["chrf"],
+    title="Captions of small pictures",
+    usage=USAGE,
+    limits=LIMITS,
+    unit="patches and tokens",
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

@@ -18,12 +18,10 @@ Every option of `TrainingArguments` applies. Results, model card and model go to
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -38,63 +36,18 @@ from transformers import (
 )
 
 from hf_dynmask import DataCollatorForDynamicMasking, DynamicMaskingMixin, to_transformers
-from support.cards import Results, describe_source, describe_training, model_card, report
-from support.common import IGNORED, CommonArguments, dropout_of, load_model, load_texts, parse_arguments
-from support.measuring import Contenders, compare, perplexity_of, unigram_perplexity
+from support.common import IGNORED, DropoutArguments, dropout_settings, load_model, load_texts, parse_arguments
+from support.measuring import perplexity_of, unigram_perplexity
+from support.reporting import About, train_and_report
 from support.samples import resolve_model
-
-METRIC = "perplexity"
-DEFAULTS = {
-    "output_dir": "outputs/masked_lm",
-    "max_steps": 150,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
-    "learning_rate": 3e-4,
-    "logging_steps": 25,
-}
-USAGE = """
-import hf_dynmask  # registers the model type with transformers
-from transformers import pipeline
-
-filler = pipeline("fill-mask", model="path/to/this/folder")
-filler("The river flows into the [MASK].")
-"""
-LIMITS = "The words that it fills in are likely ones, not true ones."
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
-    dataset: str = field(
-        default="sample:wikitext",
-        metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
-    )
-    max_length: int = field(default=256, metadata={"help": "Tokens of a text; longer ones are cut in pieces."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Of each token to be a target."})
-    strategy: str = field(default="token", metadata={"help": "Targets are a `token`, a `whole_word` or a `span`."})
-    eval_rows: int = field(default=300, metadata={"help": "Pieces of text that the model is evaluated on, at most."})
-    dropout: float = field(
-        default=0.0,
-        metadata={"help": "Of hidden states and attention weights; at 0 the two trainings follow one course."},
-    )
 
 
 class MaskedLMTrainer(DynamicMaskingMixin, Trainer):
     """Tells the collator each epoch."""
 
 
-class PaddedRows(DataCollatorForDynamicMasking):
-    """The same targets with an attention mask alone, for stock models."""
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = super().__call__(features)
-        del batch["lengths"]
-        return batch
-
-
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     checkpoint = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -105,33 +58,33 @@ def main(arguments: list[str] | None = None) -> None:
     data["test"] = data["test"].select(range(min(recipe.eval_rows, len(data["test"]))))
 
     set_seed(training.seed)
-    settings = dropout_of(recipe.dropout)
-    model = load_model(checkpoint, "masked-lm", AutoModelForMaskedLM, **settings)
+    model = load_model(checkpoint, "masked-lm", AutoModelForMaskedLM, **dropout_settings(recipe))
     if not has_head(checkpoint):
         start_from_frequencies(model.get_output_embeddings().bias, tokens(data["train"], tokenizer))
-    contenders: Contenders = {"dynmask": (model, collator)}
-    if recipe.baseline:
-        contenders["stock"] = (to_transformers(model), PaddedRows(tokenizer, seed=training.seed, **masking))
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
-    compared = compare(contenders, trainer_of, training, AutoModelForMaskedLM, [METRIC])
+    trainer = MaskedLMTrainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=perplexity,
+        preprocess_logits_for_metrics=surprise,
+    )
 
-    results = {
-        "recipe": "masked_lm",
-        "arguments": recipe.given,
-        "task": "fill-mask",
-        "metric": METRIC,
-        "model": describe_source(recipe.model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "trivial": {
-            "what": "from the frequency of each token alone",
-            METRIC: unigram_perplexity(tokens(data["train"], tokenizer), targets(data["test"], collator)),
-        },
-        "training": describe_training(training)
-        | {"dropout": recipe.dropout, "max_length": recipe.max_length}
-        | masking,
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
+    baselines = {}
+    if recipe.baseline:
+        baselines["stock"] = (to_transformers(model), PaddedRows(tokenizer, seed=training.seed, **masking))
+    unigrams = unigram_perplexity(tokens(data["train"], tokenizer), targets(data["test"], collator))
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForMaskedLM,
+        baselines,
+        settings={"dropout": model.config.hidden_dropout_prob, "max_length": recipe.max_length} | masking,
+        trivial={"what": "from the frequency of each token alone", "perplexity": unigrams},
+    )
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -157,17 +110,13 @@ def start_from_frequencies(bias: Tensor, seen: list[int]) -> None:
         bias.copy_((counts / counts.sum()).log())
 
 
-def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
-    return MaskedLMTrainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        processing_class=tokenizer,
-        compute_metrics=perplexity,
-        preprocess_logits_for_metrics=surprise,
-    )
+class PaddedRows(DataCollatorForDynamicMasking):
+    """The same targets with an attention mask alone, for stock models."""
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(features)
+        del batch["lengths"]
+        return batch
 
 
 def surprise(logits: Tensor, labels: Tensor) -> Tensor:
@@ -184,7 +133,7 @@ def surprise(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    return {METRIC: perplexity_of(prediction.predictions, prediction.label_ids)}
+    return {"perplexity": perplexity_of(prediction.predictions, prediction.label_ids)}
 
 
 def tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -199,9 +148,47 @@ def targets(rows: Dataset, collator: DataCollatorForDynamicMasking) -> list[int]
     return labels[labels != IGNORED].tolist()
 
 
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Masked language model", usage=USAGE, limits=LIMITS)
+# --- Arguments and model card ----------------------------------------------------------------------------------------
 
+
+@dataclass
+class RecipeArguments(DropoutArguments):
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:wikitext",
+        metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens of a text; longer ones are cut in pieces."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Of each token to be a target."})
+    strategy: str = field(default="token", metadata={"help": "Targets are a `token`, a `whole_word` or a `span`."})
+    eval_rows: int = field(default=300, metadata={"help": "Pieces of text that the model is evaluated on, at most."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/masked_lm",
+    "max_steps": 150,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "learning_rate": 3e-4,
+    "logging_steps": 25,
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import pipeline
+
+filler = pipeline("fill-mask", model="path/to/this/folder")
+filler("The river flows into the [MASK].")
+"""
+LIMITS = "The words that it fills in are likely ones, not true ones."
+ABOUT = About(
+    recipe="masked_lm",
+    task="fill-mask",
+    metrics=["perplexity"],
+    title="Masked language model",
+    usage=USAGE,
+    limits=LIMITS,
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

@@ -21,12 +21,10 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -39,90 +37,56 @@ from transformers import (
 )
 
 from hf_dynmask import DataCollatorWithLengths, to_transformers
-from support.cards import Results, describe_source, describe_training, model_card, report
-from support.common import CommonArguments, check_texts, dropout_of, load_columns, load_model, parse_arguments
-from support.measuring import Contenders, compare
+from support.common import (
+    DropoutArguments,
+    check_texts,
+    dropout_settings,
+    load_columns,
+    load_model,
+    parse_arguments,
+)
+from support.reporting import About, train_and_report
 from support.samples import resolve_model
 
-METRIC, OTHERS = "f1", ["exact_match"]
 MAX_ANSWER_TOKENS = 30
 NO_ANSWER = 0  # the first token of a window, [CLS], as the place of an answer that is not there
 ELSEWHERE = (-1, -1)  # offsets of a token that is not of the context
-DEFAULTS = {
-    "output_dir": "outputs/question_answering",
-    "max_steps": 240,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 2e-4,
-    "logging_steps": 20,
-}
-USAGE = """
-import hf_dynmask  # registers the model type with transformers
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForQuestionAnswering.from_pretrained("path/to/this/folder")
-inputs = tokenizer("Who wrote the play?", "The play was written by Ben Jonson.", return_tensors="pt")
-outputs = model(**inputs)
-first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()  # both 0: there is no answer
-tokenizer.decode(inputs["input_ids"][0, first : last + 1])
-"""
-LIMITS = (
-    "It copies a piece of the text that it is given, right or wrong as that text is, and may do so where the text "
-    "has no answer."
-)
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
-    dataset: str = field(
-        default="sample:squad",
-        metadata={"help": "A Hub id, a json or parquet file or a sample, with `context`, `question` and `answers`."},
-    )
-    max_length: int = field(default=384, metadata={"help": "Tokens of a window, the question among them."})
-    stride: int = field(default=128, metadata={"help": "Tokens that a window shares with the next."})
-    eval_rows: int = field(default=300, metadata={"help": "Questions that the model is evaluated on, at most."})
-    dropout: float = field(default=0.0, metadata={"help": "Of hidden states and attention weights."})
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     checkpoint = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     questions = load_questions(recipe.dataset)
     questions["test"] = questions["test"].select(range(min(recipe.eval_rows, len(questions["test"]))))
-    data = DatasetDict(
-        {name: windows(rows, tokenizer, recipe.max_length, recipe.stride) for name, rows in questions.items()}
-    )
+    windowing = {"max_length": recipe.max_length, "stride": recipe.stride}
+    data = DatasetDict({name: windows(rows, tokenizer, **windowing) for name, rows in questions.items()})
     references = [row["text"] for row in questions["test"]["answers"]]
 
     set_seed(training.seed)
-    settings = dropout_of(recipe.dropout)
+    settings = dropout_settings(recipe)
     model = load_model(checkpoint, "question-answering", AutoModelForQuestionAnswering, **settings)
-    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer, count_answers=True))}
-    if recipe.baseline:
-        contenders["stock"] = (to_transformers(model), DataCollatorWithPadding(tokenizer))
-    evaluation = Evaluation(data["test"], list(questions["test"]["context"]), references)
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer, evaluation=evaluation)
-    compared = compare(contenders, trainer_of, training, AutoModelForQuestionAnswering, [METRIC, *OTHERS])
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=DataCollatorWithLengths(tokenizer, count_answers=True),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=Evaluation(data["test"], list(questions["test"]["context"]), references),
+    )
 
-    windowing = {"max_length": recipe.max_length, "stride": recipe.stride}
-    results = {
-        "recipe": "question_answering",
-        "arguments": recipe.given,
-        "task": "question-answering",
-        "metric": METRIC,
-        "others": OTHERS,
-        "model": describe_source(recipe.model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in questions.items()}},
-        "trivial": {"what": "no answer to any question", **score([""] * len(references), references)},
-        "training": describe_training(training) | {"dropout": recipe.dropout} | windowing,
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForQuestionAnswering,
+        {"stock": (to_transformers(model), DataCollatorWithPadding(tokenizer))} if recipe.baseline else {},
+        settings={"dropout": model.config.hidden_dropout_prob} | windowing,
+        rows=questions,
+        trivial={"what": "no answer to any question", **score([""] * len(references), references)},
+    )
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -209,7 +173,7 @@ def answer_place(offsets: Sequence[tuple[int, int]], answers: dict[str, list[Any
     return (inside[0], inside[-1]) if is_whole and inside else (NO_ANSWER, NO_ANSWER)
 
 
-# --- Model -----------------------------------------------------------------------------------------------------------
+# --- Measuring -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -248,21 +212,6 @@ def best_span(offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tupl
     return float(scores[first, last]), int(first), int(last)
 
 
-def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer, evaluation) -> Trainer:
-    return Trainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        processing_class=tokenizer,
-        compute_metrics=evaluation,
-    )
-
-
-# --- Measuring -------------------------------------------------------------------------------------------------------
-
-
 def score(answers: list[str], references: list[list[str]]) -> dict[str, float]:
     """
     SQuAD's measures (Rajpurkar et al., arXiv:1606.05250, arXiv:1806.03822), in percent: `exact_match`, and `f1` over
@@ -278,7 +227,7 @@ def score(answers: list[str], references: list[list[str]]) -> dict[str, float]:
         expected = [each for text in texts if (each := words(text))] or [[]]
         exact += max(found == each for each in expected)
         overlap += max(word_f1(found, each) for each in expected)
-    return {METRIC: 100 * overlap / len(answers), "exact_match": 100 * exact / len(answers)}
+    return {"f1": 100 * overlap / len(answers), "exact_match": 100 * exact / len(answers)}
 
 
 def words(text: str) -> list[str]:
@@ -293,9 +242,53 @@ def word_f1(found: list[str], expected: list[str]) -> float:
     return 2 * (Counter(found) & Counter(expected)).total() / (len(found) + len(expected))
 
 
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Answers in texts", usage=USAGE, limits=LIMITS)
+# --- Arguments and model card ----------------------------------------------------------------------------------------
 
+
+@dataclass
+class RecipeArguments(DropoutArguments):
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:squad",
+        metadata={"help": "A Hub id, a json or parquet file or a sample, with `context`, `question` and `answers`."},
+    )
+    max_length: int = field(default=384, metadata={"help": "Tokens of a window, the question among them."})
+    stride: int = field(default=128, metadata={"help": "Tokens that a window shares with the next."})
+    eval_rows: int = field(default=300, metadata={"help": "Questions that the model is evaluated on, at most."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/question_answering",
+    "max_steps": 240,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 2e-4,
+    "logging_steps": 20,
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForQuestionAnswering.from_pretrained("path/to/this/folder")
+inputs = tokenizer("Who wrote the play?", "The play was written by Ben Jonson.", return_tensors="pt")
+outputs = model(**inputs)
+first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()  # both 0: there is no answer
+tokenizer.decode(inputs["input_ids"][0, first : last + 1])
+"""
+LIMITS = (
+    "It copies a piece of the text that it is given, right or wrong as that text is, and may do so where the text "
+    "has no answer."
+)
+ABOUT = About(
+    recipe="question_answering",
+    task="question-answering",
+    metrics=["f1", "exact_match"],
+    title="Answers in texts",
+    usage=USAGE,
+    limits=LIMITS,
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

@@ -32,7 +32,6 @@ import jiwer
 import numpy as np
 import soundfile
 from datasets import Array2D, DatasetDict, Features, List, Value
-from huggingface_hub import ModelCard
 from scipy.signal import resample_poly
 from torch import Tensor
 from transformers import (
@@ -46,45 +45,12 @@ from transformers import (
 )
 
 from hf_dynmask import DataCollatorForFeatures, DynMaskConfig, DynMaskForCTC
-from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
 from support.common import CommonArguments, parse_arguments
-from support.measuring import Contenders, best_constant, compare, without_lengths
+from support.measuring import best_constant, without_lengths
+from support.reporting import About, train_and_report
 from support.samples import resolve_files
 
-METRIC, OTHERS = "cer", ["wer"]
 MEL_BINS = 80
-DEFAULTS = {
-    "output_dir": "outputs/speech_recognition",
-    "num_train_epochs": 20,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 32,
-    "learning_rate": 1e-3,
-    "logging_steps": 50,
-}
-USAGE = """
-import hf_dynmask  # registers the model type with transformers
-import soundfile
-from transformers import pipeline
-
-recognizer = pipeline("automatic-speech-recognition", model="path/to/this/folder")
-sound, sampling_rate = soundfile.read("speech.wav")  # one channel, 16,000 Hz
-recognizer({"raw": sound, "sampling_rate": sampling_rate})
-"""
-LIMITS = (
-    "Voices, accents and microphones unlike those of its data are understood worse. It spells by ear, and knows no "
-    "words."
-)
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    dataset: str = field(
-        default="sample:phrases",
-        metadata={"help": "A folder of recordings with `metadata.csv`, or a sample."},
-    )
-    hidden_size: int = field(default=192, metadata={"help": "Width of the encoder; 64 a head."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the encoder."})
-    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,33 +60,32 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = make_tokenizer(texts["train"]["text"])
     extractor = Speech2TextFeatureExtractor(feature_size=MEL_BINS, num_mel_bins=MEL_BINS)
     data = extract_features(texts, extractor, tokenizer)
-
     if training.process_index == 0:
         extractor.save_pretrained(training.output_dir)
 
-    collator = DataCollatorForFeatures()
     set_seed(training.seed)
     model = make_model(recipe, tokenizer)
-    contenders: Contenders = {"dynmask": (model, collator)}
-    if recipe.baseline:
-        contenders["padded"] = (copy.deepcopy(model), without_lengths(collator))
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
-    compared = compare(contenders, trainer_of, training, AutoModelForCTC, [METRIC, *OTHERS])
+    collator = DataCollatorForFeatures()
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=partial(spelling_mistakes, tokenizer=tokenizer),
+        preprocess_logits_for_metrics=most_likely,
+    )
 
-    results = {
-        "recipe": "speech_recognition",
-        "arguments": recipe.given,
-        "task": "automatic-speech-recognition",
-        "metric": METRIC,
-        "others": OTHERS,
-        "unit": "frames",
-        "model": describe_new_model(model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "trivial": best_constant(texts, METRIC, error_rates, lower_is_better=True),
-        "training": describe_training(training) | {"dropout": recipe.dropout},
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForCTC,
+        {"padded": (copy.deepcopy(model), without_lengths(collator))} if recipe.baseline else {},
+        settings={"dropout": recipe.dropout},
+        trivial=best_constant(texts, "cer", error_rates, lower_is_better=True),
+    )
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -176,7 +141,7 @@ def log_mel(file: str, extractor: Speech2TextFeatureExtractor) -> np.ndarray:
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 
-def make_model(recipe: RecipeArguments, tokenizer: Wav2Vec2CTCTokenizer) -> DynMaskForCTC:
+def make_model(recipe: "RecipeArguments", tokenizer: Wav2Vec2CTCTokenizer) -> DynMaskForCTC:
     """A model with random weights."""
     config = DynMaskConfig(
         vocab_size=len(tokenizer),
@@ -199,23 +164,7 @@ def make_model(recipe: RecipeArguments, tokenizer: Wav2Vec2CTCTokenizer) -> DynM
     return DynMaskForCTC(config)
 
 
-def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
-    def spelling_mistakes(prediction: EvalPrediction) -> dict[str, float]:
-        def decode(ids, collapse: bool) -> list[str]:
-            return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), group_tokens=collapse)
-
-        return error_rates(decode(prediction.label_ids, False), decode(prediction.predictions, True))
-
-    return Trainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        processing_class=tokenizer,
-        compute_metrics=spelling_mistakes,
-        preprocess_logits_for_metrics=most_likely,
-    )
+# --- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
@@ -223,14 +172,63 @@ def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
+def spelling_mistakes(prediction: EvalPrediction, tokenizer: Any) -> dict[str, float]:
+    def decode(ids: Any, collapse: bool) -> list[str]:
+        return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), group_tokens=collapse)
+
+    return error_rates(decode(prediction.label_ids, False), decode(prediction.predictions, True))
+
+
 def error_rates(texts: list[str], hypotheses: list[str]) -> dict[str, float]:
     """Edits of characters (`cer`) and of words (`wer`), over those of the texts."""
     return {"cer": jiwer.cer(texts, hypotheses), "wer": jiwer.wer(texts, hypotheses)}
 
 
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Speech recognition by characters", usage=USAGE, limits=LIMITS)
+# --- Arguments and model card ----------------------------------------------------------------------------------------
 
+
+@dataclass
+class RecipeArguments(CommonArguments):
+    dataset: str = field(
+        default="sample:phrases",
+        metadata={"help": "A folder of recordings with `metadata.csv`, or a sample."},
+    )
+    hidden_size: int = field(default=192, metadata={"help": "Width of the encoder; 64 a head."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the encoder."})
+    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/speech_recognition",
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-3,
+    "logging_steps": 50,
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+import soundfile
+from transformers import pipeline
+
+recognizer = pipeline("automatic-speech-recognition", model="path/to/this/folder")
+sound, sampling_rate = soundfile.read("speech.wav")  # one channel, 16,000 Hz
+recognizer({"raw": sound, "sampling_rate": sampling_rate})
+"""
+LIMITS = (
+    "Voices, accents and microphones unlike those of its data are understood worse. It spells by ear, and knows no "
+    "words."
+)
+ABOUT = About(
+    recipe="speech_recognition",
+    task="automatic-speech-recognition",
+    metrics=["cer", "wer"],
+    title="Speech recognition by characters",
+    usage=USAGE,
+    limits=LIMITS,
+    unit="frames",
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

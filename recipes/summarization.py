@@ -17,27 +17,73 @@ ROUGE of rouge-score itself: `evaluate`, which wraps it, would have to fetch the
 
 import random
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import fmean
 
 from datasets import DatasetDict
 from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
-from support.seq2seq import Seq2SeqArguments, Task, run, task_card
-
-METRICS = ["rouge1", "rouge2", "rougeL"]
-USAGE = """
-import hf_dynmask  # registers the model type with transformers
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForSeq2SeqLM.from_pretrained("path/to/this/folder")
-batch = tokenizer(["An article."], truncation=True, max_length=128, return_tensors="pt")
-tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)
-"""
-LIMITS = (
-    "It reads the beginning of a text alone and may state what the text does not say, which the measures do not notice."
+from hf_dynmask import DataCollatorForSeq2SeqWithLengths
+from support import seq2seq
+from support.common import load_texts, parse_arguments
+from support.reporting import About, train_and_report
+from support.seq2seq import (
+    Evaluation,
+    Seq2SeqArguments,
+    bart_baseline,
+    dropout_of_decoder,
+    encode,
+    new_model,
+    train_tokenizer,
 )
+
+ROUGE = ["rouge1", "rouge2", "rougeL"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, Seq2SeqTrainingArguments], arguments, DEFAULTS)
+
+    texts = load_texts(recipe.dataset, "text", "summary")
+    tokenizer = train_tokenizer(texts["train"], recipe.vocab_size)
+    data = encode(texts, tokenizer, recipe.max_source_tokens, recipe.max_target_tokens)
+    references = list(texts["test"]["summary"])
+
+    set_seed(training.seed)
+    model = new_model(recipe, tokenizer, no_repeat_ngram_size=3)
+    trainer = Seq2SeqTrainer(
+        model,
+        training,
+        data_collator=DataCollatorForSeq2SeqWithLengths(tokenizer, model),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        processing_class=tokenizer,
+        compute_metrics=Evaluation(score, tokenizer, references),
+    )
+
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForSeq2SeqLM,
+        bart_baseline(model, tokenizer) if recipe.baseline else {},
+        settings={"dropout": dropout_of_decoder(model)},
+        trivial={"what": "the summary of another text", **score(summaries_of_others(texts), references)},
+    )
+
+
+def score(answers: list[str], references: list[str]) -> dict[str, float]:
+    """Mean F-measures of ROUGE (Lin, 2004), of 100: common words, pairs of words, and the longest common sequence."""
+    scorer = RougeScorer(ROUGE)
+    scores = [scorer.score(*pair) for pair in zip(references, answers, strict=True)]
+    return {metric: 100 * fmean(found[metric].fmeasure for found in scores) for metric in ROUGE}
+
+
+def summaries_of_others(texts: DatasetDict) -> list[str]:
+    draw = random.Random(0)
+    return draw.choices(list(texts["train"]["summary"]), k=len(texts["test"]))
+
+
+# --- Arguments and model card ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -51,41 +97,32 @@ class RecipeArguments(Seq2SeqArguments):
     vocab_size: int = field(default=4000, metadata={"help": "Tokens that are learned from the training data."})
 
 
-def score(answers: list[str], references: list[str]) -> dict[str, float]:
-    """Mean F-measures of ROUGE (Lin, 2004), of 100: common words, pairs of words, and the longest common sequence."""
-    scorer = RougeScorer(METRICS)
-    scores = [scorer.score(*pair) for pair in zip(references, answers, strict=True)]
-    return {metric: 100 * fmean(found[metric].fmeasure for found in scores) for metric in METRICS}
+DEFAULTS = seq2seq.DEFAULTS | {
+    "output_dir": "outputs/summarization",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 32,
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-
-def summaries_of_others(texts: DatasetDict) -> list[str]:
-    draw = random.Random(0)
-    return draw.choices(list(texts["train"]["summary"]), k=len(texts["test"]))
-
-
-TASK = Task(
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForSeq2SeqLM.from_pretrained("path/to/this/folder")
+batch = tokenizer(["An article."], truncation=True, max_length=128, return_tensors="pt")
+tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)
+"""
+LIMITS = (
+    "It reads the beginning of a text alone and may state what the text does not say, which the measures do not notice."
+)
+ABOUT = About(
     recipe="summarization",
     task="summarization",
-    arguments=RecipeArguments,
-    source="text",
-    target="summary",
-    metric="rougeL",
-    others=["rouge1", "rouge2"],
-    score=score,
-    trivial=("the summary of another text", summaries_of_others),
-    generation={"no_repeat_ngram_size": 3},
+    metrics=["rougeL", "rouge1", "rouge2"],
     title="Summarization",
     usage=USAGE,
     limits=LIMITS,
 )
-
-
-make_card = partial(task_card, TASK)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    run(TASK, arguments, {"num_train_epochs": 2, "per_device_train_batch_size": 32})
-
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

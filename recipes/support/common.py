@@ -58,6 +58,19 @@ class CommonArguments(ReportArguments):
     )
 
 
+@dataclass(kw_only=True)
+class DropoutArguments(CommonArguments):
+    """With the dropout of a model that has one of its own."""
+
+    dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of hidden states and attention weights. None: as the model has it; with --baseline 0, so that the "
+            "two trainings follow one course."
+        },
+    )
+
+
 def parse_arguments(
     classes: Sequence[type], arguments: Sequence[str] | None, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
@@ -143,6 +156,13 @@ def load_model(checkpoint: str, task: str, auto_class: Any, **settings: Any) -> 
 def dropout_of(probability: float) -> dict[str, float]:
     """What a configuration says of dropout, of hidden states and of attention weights."""
     return {"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability}
+
+
+def dropout_settings(recipe: "DropoutArguments") -> dict[str, float]:
+    """Fields of a configuration for the dropout that was asked for; none where the model's own is kept."""
+    if recipe.dropout is None and not recipe.baseline:
+        return {}
+    return dropout_of(recipe.dropout or 0.0)
 
 
 def names_of(labels: Sequence[str]) -> dict[str, Any]:

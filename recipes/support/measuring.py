@@ -27,47 +27,55 @@ from support.masks_and_lengths import describe_lengths, describe_masks
 
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Any]
-Contenders = dict[str, tuple[Any, Collator]]  # names as in `cards.RUNS`, models and what makes their batches
+Baselines = dict[str, tuple[Any, Collator]]  # names as in `cards.RUNS`, models and what makes their batches
 
 
-def compare(
-    contenders: Contenders,
-    make_trainer: Callable[[Any, Collator, Any], Trainer],
-    training: TrainingArguments,
-    auto_class: Any,
-    metrics: Sequence[str],
-) -> Results:
+def compare(trainer: Trainer, baselines: Baselines, auto_class: Any, metrics: Sequence[str]) -> Results:
     """
-    Trains one model after another, on however many processes there are. The first is saved, loaded again, and held to
-    the quality that it had before.
+    Trains a model, then its baselines, on however many processes there are. The model is saved, loaded again, and must
+    have the quality that it had before.
 
     Args:
-        contenders (`dict[str, tuple[PreTrainedModel, Callable]]`): Models and their collators, by name.
-        make_trainer (`Callable`): Takes model, collator and arguments, and gives a [`~transformers.Trainer`].
-        training ([`~transformers.TrainingArguments`]): Of the first; the others have a folder inside its own.
+        trainer ([`~transformers.Trainer`]): Of the model.
+        baselines (`dict[str, tuple[PreTrainedModel, Callable]]`):
+            Models and their collators, by name. Each is trained as the first model is, in a folder inside its own.
         auto_class (`type`): Loads the saved model.
         metrics (`list[str]`): Measures of quality, the main one first.
 
     Returns:
         `dict`: `masks` and `lengths` of the training rows, as [`describe_masks`] and [`describe_lengths`] give them,
-        `runs` (of each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are filled up) and
+        `runs` (for each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are padded) and
         `environment`.
     """
-    (first, (model, collator)), *others = contenders.items()
-    trainer = make_trainer(model, collator, training)
-    runs = {first: train_and_evaluate(trainer, *metrics)}
+    training = trainer.args
+    config: Any = trainer.model.config  # pyright: ignore[reportOptionalMemberAccess]
+    runs = {"dynmask": train_and_evaluate(trainer, *metrics)}
     share = padding_share(trainer.get_train_dataloader())
-    described = describe(model.config, trainer.train_dataset)
+    described = describe(config, trainer.train_dataset)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     reloaded = auto_class.from_pretrained(training.output_dir).to(training.device)
-    again = make_trainer(reloaded, collator, replace(training))  # DeepSpeed: arguments are for one trainer
-    check_reloaded(of_whole_model(again), metrics[0], runs[first][metrics[0]])
-    for name, (model, collator) in others:
-        trainer = make_trainer(for_fsdp2(model), collator, arguments_of(name, training))
-        runs[name] = train_and_evaluate(trainer, *metrics)
+    again = trainer_like(trainer, reloaded, trainer.data_collator, replace(training))
+    check_reloaded(of_whole_model(again), metrics[0], runs["dynmask"][metrics[0]])
+    for name, (model, collator) in baselines.items():
+        other = trainer_like(trainer, for_fsdp2(model), collator, arguments_of(name, training))
+        runs[name] = train_and_evaluate(other, *metrics)
     environment = describe_environment(training.device) | {"processes": training.world_size}
     return {**described, "runs": runs, "padding_share": share, "environment": environment}
+
+
+def trainer_like(trainer: Any, model: PreTrainedModel, collator: Collator, training: TrainingArguments) -> Trainer:
+    """A trainer of another model with the same data and measures. DeepSpeed's arguments are for one trainer each."""
+    return type(trainer)(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+        compute_metrics=trainer.compute_metrics,
+        preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
+    )
 
 
 def describe(config: PreTrainedConfig, rows: Any) -> Results:
@@ -126,15 +134,16 @@ def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
     Runs a trainer and says how fast it was and how good its model became.
 
     Args:
-        trainer ([`~transformers.Trainer`]):
-            Its `compute_metrics` gives the metrics; its arguments have `include_num_input_tokens_seen="non_padding"`
-            where its model reads ids.
+        trainer ([`~transformers.Trainer`]): Its `compute_metrics` gives the metrics.
         metrics (`str`): Names of the measures of quality.
 
     Returns:
         `dict`: The metrics under their names, `tokens_per_second` (real tokens or frames, while training),
         `train_tokens`, `train_seconds`; of a resumed training from the checkpoint on.
     """
+    rows: Any = trainer.train_dataset
+    if "input_ids" in rows.column_names:
+        trainer.args.include_num_input_tokens_seen = "non_padding"  # a trainer counts ids alone
     beginning = Beginning()
     trainer.add_callback(beginning)
     seconds = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics["train_runtime"]
