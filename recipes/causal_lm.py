@@ -3,15 +3,15 @@ Trains a Llama-like language model from scratch, with the stock `Trainer`, on fl
 
     python recipes/causal_lm.py
 
-takes sections of WikiText-2. To train the stock Llama on padded batches too, from the same weights:
+uses sections of WikiText-2. To train the stock Llama on padded batches too, from the same weights:
 
     python recipes/causal_lm.py --baseline
 
-With a checkpoint and data of your own, from the Hub or from disk (column `text`):
+With your own checkpoint and data, from the Hub or from disk (column `text`):
 
     python recipes/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --dataset notes.txt --learning_rate 1e-4
 
-Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
 from collections.abc import Iterable
@@ -96,7 +96,7 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerB
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Pieces of at most `max_length` tokens; the end of a text is a token, and a piece's first one is no target."""
+    """Splits texts, each with an end token, into pieces of `max_length` tokens whose first ones are no targets."""
     end = tokenizer.eos_token_id
 
     def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -135,12 +135,12 @@ def new_model(recipe: "RecipeArguments", tokenizer: Any) -> DynMaskForCausalLM:
 
 
 def targets(rows: Dataset) -> list[int]:
-    """All targets, row by row."""
+    """All targets in the order of the rows."""
     return [label for labels in rows["labels"] for label in labels[1:]]
 
 
 def surprise(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood `(B, T - 1)` of each token after the first, 0 where there is no target."""
+    """Negative log-likelihood `(B, T - 1)` of each token after the first; 0 if it is no target."""
     return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none")
 
 
@@ -160,12 +160,12 @@ class RecipeArguments(CommonArguments):
         default="sample:wikitext",
         metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
     )
-    mask: str = field(default="causal", metadata={"help": "Who sees whom, such as `causal & window(127, 0)`."})
-    max_length: int = field(default=512, metadata={"help": "Tokens of a document; longer ones are cut in pieces."})
+    mask: str = field(default="causal", metadata={"help": "Mask expression, such as `causal & window(127, 0)`."})
+    max_length: int = field(default=512, metadata={"help": "Tokens per document; longer ones are split."})
     vocab_size: int = field(default=4096, metadata={"help": "Of a new model."})
     hidden_size: int = field(default=256, metadata={"help": "Of a new model."})
     num_layers: int = field(default=4, metadata={"help": "Of a new model."})
-    eval_rows: int = field(default=400, metadata={"help": "Documents that the model is evaluated on, at most."})
+    eval_rows: int = field(default=400, metadata={"help": "Maximum number of documents for evaluation."})
 
 
 DEFAULTS = {
@@ -186,7 +186,7 @@ from transformers import pipeline
 writer = pipeline("text-generation", model="path/to/this/folder")
 writer("The history of", max_new_tokens=40)
 """
-LIMITS = "What it writes has the form of its data and is made up."
+LIMITS = "Its texts resemble its data in form, and their content is made up."
 ABOUT = About(
     recipe="causal_lm",
     task="text-generation",

@@ -1,18 +1,18 @@
 """
-Trains an encoder-decoder from random weights to say what is in a picture, with the stock `Seq2SeqTrainer`, on batches
+Trains an encoder-decoder from random weights to caption pictures, with the stock `Seq2SeqTrainer`, on batches
 of patches that carry lengths: a picture of any size is a sequence of its own length.
 
     python recipes/image_captioning.py
 
-takes small pictures with captions. To train the same model on padded batches too:
+uses small pictures with captions. To train the same model on padded batches too:
 
     python recipes/image_captioning.py --baseline
 
-With pictures of your own and `metadata.csv` beside them, of columns `file_name` and `text`:
+With your own pictures beside a `metadata.csv` with the columns `file_name` and `text`:
 
     python recipes/image_captioning.py --dataset path/to/folder --max_side 256 --num_hidden_layers 8
 
-Every option of `Seq2SeqTrainingArguments` applies. Results, model card and model go to `--output_dir`.
+All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
 import copy
@@ -89,7 +89,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def extract_features(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, recipe: "RecipeArguments") -> DatasetDict:
-    """The columns that the model reads, of `file_name` and `text`."""
+    """Computes the columns that the model reads from `file_name` and `text`."""
 
     def extract(row: dict[str, str]) -> dict[str, Any]:
         ids = tokenizer(row["text"])["input_ids"][: recipe.max_target_tokens - 1]
@@ -106,9 +106,9 @@ def extract_features(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, rec
 
 
 def read_picture(file: str, max_side: int, patch: int) -> dict[str, Tensor]:
-    """A picture's patches and their places, as `input_features (T, 3 * patch**2)` and `position_ids (T,)`.
+    """A picture's patches and their positions, as `input_features (T, 3 * patch**2)` and `position_ids (T,)`.
 
-    It lies on white, which is 0; black is -1.
+    Pixels are from -1 (black) to 0 (white, the background).
     """
     with Image.open(file) as opened:
         drawn = opened.convert("RGBA")
@@ -133,7 +133,7 @@ def make_model(recipe: "RecipeArguments", tokenizer: PreTrainedTokenizerFast) ->
         "num_hidden_layers": recipe.num_hidden_layers,
         "num_attention_heads": recipe.hidden_size // 64,
         "norm_placement": "pre",
-        "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
+        "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too small for a small model
         "hidden_dropout_prob": recipe.dropout,
         "attention_probs_dropout_prob": recipe.dropout,
     }
@@ -172,10 +172,10 @@ class RecipeArguments(CommonArguments):
     dataset: str = field(
         default="sample:pictures", metadata={"help": "A folder of pictures with `metadata.csv`, or a sample."}
     )
-    max_side: int = field(default=128, metadata={"help": "Pixels; a picture with a longer side is made smaller."})
-    patch: int = field(default=16, metadata={"help": "Pixels of a patch's side."})
-    max_target_tokens: int = field(default=32, metadata={"help": "A longer caption is cut."})
-    vocab_size: int = field(default=1000, metadata={"help": "Tokens that are learned from the captions."})
+    max_side: int = field(default=128, metadata={"help": "Pixels; larger pictures are scaled down."})
+    patch: int = field(default=16, metadata={"help": "Side of a patch in pixels."})
+    max_target_tokens: int = field(default=32, metadata={"help": "Longer captions are truncated."})
+    vocab_size: int = field(default=1000, metadata={"help": "Size of the vocabulary learned from the captions."})
     hidden_size: int = field(default=192, metadata={"help": "Width of both sides; 64 a head."})
     num_hidden_layers: int = field(default=3, metadata={"help": "Layers of each side."})
     dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
@@ -200,7 +200,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 picture = {name: values[None] for name, values in read_picture("picture.png", max_side=128, patch=16).items()}
 tokenizer.decode(model.generate(**picture)[0], skip_special_tokens=True)
 """
-LIMITS = "It says of every picture what the captions of its data say, also of one that shows something else."
+LIMITS = "It describes every picture in terms of its training captions, even if the picture shows something else."
 ABOUT = About(
     recipe="image_captioning",
     task="image-to-text",

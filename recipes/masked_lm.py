@@ -1,19 +1,19 @@
 """
 Fine-tunes a BERT-like checkpoint to fill in masked words, with the stock `Trainer`, on batches that carry lengths, with
-targets drawn anew in every epoch.
+targets drawn again in every epoch.
 
     python recipes/masked_lm.py
 
-takes sections of WikiText-2 and MiniLM, which gets a new head. To train the stock model on padded batches too, from the
+uses sections of WikiText-2 and MiniLM, which gets a new head. To train the stock model on padded batches too, from the
 same weights and on the same targets:
 
     python recipes/masked_lm.py --baseline
 
-With a model and data of your own, from the Hub or from disk (column `text`), and spans of words for targets:
+With your own model and data, from the Hub or from disk (column `text`), and spans of words for targets:
 
     python recipes/masked_lm.py --model google-bert/bert-base-uncased --dataset notes.txt --strategy span
 
-Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ from support.samples import resolve_model
 
 
 class MaskedLMTrainer(DynamicMaskingMixin, Trainer):
-    """Tells the collator each epoch."""
+    """Tells the collator which epoch it is."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Pieces of at most `max_length` tokens, each with the special tokens of a text."""
+    """Splits texts into pieces of at most `max_length` tokens, each with special tokens."""
 
     def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         cut = tokenizer(batch["text"], truncation=True, max_length=max_length, return_overflowing_tokens=True)
@@ -98,20 +98,22 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 
 def has_head(checkpoint: str) -> bool:
-    """Whether a checkpoint is of a masked language model, and not of a bare one, to which a new head is added."""
+    """Whether a checkpoint has a masked-LM head; otherwise a new one is added."""
     return any(name.endswith("ForMaskedLM") for name in AutoConfig.from_pretrained(checkpoint).architectures or ())
 
 
 def start_from_frequencies(bias: Tensor, seen: list[int]) -> None:
-    """Sets the bias of a new head `(V,)` to the logarithm of each token's frequency, which otherwise is learned first,
-    for as long as a short training lasts. Each counts one more than it is."""
+    """Sets the bias `(V,)` of a new head to the log frequency of each token, with add-one smoothing.
+
+    Otherwise, a short training would mostly learn these frequencies.
+    """
     counts = torch.bincount(torch.tensor(seen), minlength=len(bias)) + 1
     with torch.no_grad():
         bias.copy_((counts / counts.sum()).log())
 
 
 class PaddedRows(DataCollatorForDynamicMasking):
-    """The same targets with an attention mask alone, for stock models."""
+    """The same targets without `lengths`, for stock models."""
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(features)
@@ -121,10 +123,9 @@ class PaddedRows(DataCollatorForDynamicMasking):
 
 def surprise(logits: Tensor, labels: Tensor) -> Tensor:
     """
-    Negative log-likelihood `(B, T)` of each label, 0 where there is no target.
+    Negative log-likelihood `(B, T)` of each label; 0 where there is no target.
 
-    A trainer keeps what this returns in place of all logits of the evaluation, which take as much for each token of the
-    vocabulary.
+    The trainer keeps these instead of the logits, which need memory for every token of the vocabulary.
     """
     found = torch.zeros(labels.shape, device=logits.device)
     is_target = labels != IGNORED
@@ -158,10 +159,10 @@ class RecipeArguments(DropoutArguments):
         default="sample:wikitext",
         metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
     )
-    max_length: int = field(default=256, metadata={"help": "Tokens of a text; longer ones are cut in pieces."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Of each token to be a target."})
+    max_length: int = field(default=256, metadata={"help": "Tokens per text; longer ones are split."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Probability that a token is a target."})
     strategy: str = field(default="token", metadata={"help": "Targets are a `token`, a `whole_word` or a `span`."})
-    eval_rows: int = field(default=300, metadata={"help": "Pieces of text that the model is evaluated on, at most."})
+    eval_rows: int = field(default=300, metadata={"help": "Maximum number of pieces for evaluation."})
 
 
 DEFAULTS = {
@@ -179,7 +180,7 @@ from transformers import pipeline
 filler = pipeline("fill-mask", model="path/to/this/folder")
 filler("The river flows into the [MASK].")
 """
-LIMITS = "The words that it fills in are likely ones, not true ones."
+LIMITS = "It fills in likely words, not true ones."
 ABOUT = About(
     recipe="masked_lm",
     task="fill-mask",

@@ -3,15 +3,15 @@ Fine-tunes a BERT-like checkpoint to classify texts, with the stock `Trainer`, o
 
     python recipes/sequence_classification.py
 
-takes the sample reviews and MiniLM. To train the stock model on padded batches too, from the same weights:
+uses the sample reviews and MiniLM. To train the stock model on padded batches too, from the same weights:
 
     python recipes/sequence_classification.py --baseline
 
-With a model and data of your own, from the Hub or from disk (columns `text` and `label`):
+With your own model and data, from the Hub or from disk (columns `text` and `label`):
 
     python recipes/sequence_classification.py --model google-bert/bert-base-uncased --dataset reviews.csv
 
-Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
 from dataclasses import dataclass, field
@@ -65,14 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def encode_labels(data: DatasetDict) -> DatasetDict:
-    """Labels as classes: those of `train`, in their order."""
+    """Encodes labels as classes, in the sorted order of `train`."""
     label = data["train"].features["label"]
     if not isinstance(label, ClassLabel):
         label = ClassLabel(names=[str(name) for name in sorted(set(data["train"]["label"]))])
         features = Features(data["train"].features | {"label": label})
         data = data.map(lambda row: {"label": label.str2int(str(row["label"]))}, features=features)
     if len(label.names) < 2:
-        raise ValueError(f"`label` must tell at least two classes apart; got {', '.join(label.names)}")
+        raise ValueError(f"`label` must have at least two classes; got {', '.join(label.names)}")
     return data
 
 
@@ -107,10 +107,7 @@ from transformers import pipeline
 classifier = pipeline("text-classification", model="path/to/this/folder")
 classifier("A film to remember.")
 """
-LIMITS = (
-    "Every text gets one of the labels, whatever it is about, and a probability that nobody has compared with how "
-    "often it is right."
-)
+LIMITS = "Every text gets one of the labels, whatever it is about. Its probabilities have not been calibrated."
 ABOUT = About(
     recipe="sequence_classification",
     task="text-classification",

@@ -3,17 +3,17 @@ Trains a speech recogniser from random weights, with the stock `Trainer`, on bat
 
     python recipes/speech_recognition.py
 
-takes short phrases of spoken Spanish. To train the same model on padded batches too:
+uses short phrases of spoken Spanish. To train the same model on padded batches too:
 
     python recipes/speech_recognition.py --baseline
 
-With recordings of your own, in any format that libsndfile reads, and `metadata.csv` beside them, of columns `file_name`
-and `text`:
+With your own recordings, in any format that libsndfile reads, beside a `metadata.csv` with the columns `file_name` and
+`text`:
 
     python recipes/speech_recognition.py --dataset path/to/folder --num_hidden_layers 12 --hidden_size 512
 
 Log-mel frames go through two convolutions and an encoder; connectionist temporal classification (CTC) spells the text.
-Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
 import copy
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def normalize(text: str) -> str:
-    """A text as it is spelt: lower case, letters and apostrophes and figures, words apart by one space."""
+    """Normalises a text to lower-case letters, digits and apostrophes, with single spaces between words."""
     composed = unicodedata.normalize("NFC", text).lower().replace("’", "'")
     spelt = " ".join(re.sub(r"[^\w\s']|_", " ", composed).split())
     if not spelt:
@@ -101,10 +101,10 @@ def normalize(text: str) -> str:
 
 
 def make_tokenizer(texts: Iterable[str]) -> Wav2Vec2CTCTokenizer:
-    """A token for each character of the texts; `<pad>`, the blank of CTC, is the first."""
+    """A tokenizer with a token per character of the texts; the first, `<pad>`, is the blank of CTC."""
     characters = sorted(set("".join(texts)) - {" "})
     vocabulary = {character: i for i, character in enumerate(["<pad>", "<unk>", "|", *characters])}
-    with TemporaryDirectory() as folder:  # of each process its own
+    with TemporaryDirectory() as folder:  # one per process
         file = Path(folder, "vocab.json")
         file.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         return Wav2Vec2CTCTokenizer(str(file), bos_token=None, eos_token=None)  # pyright: ignore[reportArgumentType]
@@ -113,7 +113,7 @@ def make_tokenizer(texts: Iterable[str]) -> Wav2Vec2CTCTokenizer:
 def extract_features(
     texts: DatasetDict, extractor: Speech2TextFeatureExtractor, tokenizer: Wav2Vec2CTCTokenizer
 ) -> DatasetDict:
-    """Columns `input_features (T, MEL_BINS)`, a frame every 10 ms, and `labels`, of `file_name` and `text`."""
+    """Computes `input_features (T, MEL_BINS)`, a frame every 10 ms, and `labels` from `file_name` and `text`."""
 
     def extract(row: dict[str, str]) -> dict[str, Any]:
         return {
@@ -127,7 +127,7 @@ def extract_features(
 
 
 def log_mel(file: str, extractor: Speech2TextFeatureExtractor) -> np.ndarray:
-    """Frames `(T, MEL_BINS)` of a recording, each bin of mean 0 and variance 1."""
+    """Frames `(T, MEL_BINS)` of a recording; each bin has mean 0 and variance 1."""
     sound, rate = soundfile.read(file, dtype="float32", always_2d=True)
     common = gcd(rate, extractor.sampling_rate)
     mono = resample_poly(sound.mean(1), extractor.sampling_rate // common, rate // common)
@@ -156,7 +156,7 @@ def make_model(recipe: "RecipeArguments", tokenizer: Wav2Vec2CTCTokenizer) -> Dy
         norm_placement="pre",
         embedding_norm=False,
         position_type="rotary",
-        initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
+        initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too small for a small model
         hidden_dropout_prob=recipe.dropout,
         attention_probs_dropout_prob=recipe.dropout,
         ctc_zero_infinity=True,
@@ -168,7 +168,7 @@ def make_model(recipe: "RecipeArguments", tokenizer: Wav2Vec2CTCTokenizer) -> Dy
 
 
 def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
-    """The token of each frame `(B, T)`. Where no frame is, logits are 0 and it is the first, the blank."""
+    """The token of each frame `(B, T)`. For absent frames logits are 0, which gives the first token, the blank."""
     return logits.argmax(-1)
 
 
@@ -180,7 +180,7 @@ def spelling_mistakes(prediction: EvalPrediction, tokenizer: Any) -> dict[str, f
 
 
 def error_rates(texts: list[str], hypotheses: list[str]) -> dict[str, float]:
-    """Edits of characters (`cer`) and of words (`wer`), over those of the texts."""
+    """Character (`cer`) and word error rates (`wer`)."""
     return {"cer": jiwer.cer(texts, hypotheses), "wer": jiwer.wer(texts, hypotheses)}
 
 
@@ -216,7 +216,7 @@ sound, sampling_rate = soundfile.read("speech.wav")  # one channel, 16,000 Hz
 recognizer({"raw": sound, "sampling_rate": sampling_rate})
 """
 LIMITS = (
-    "Voices, accents and microphones unlike those of its data are understood worse. It spells by ear, and knows no "
+    "It recognises voices, accents and microphones unlike those of its data less well. It spells by ear and knows no "
     "words."
 )
 ABOUT = About(

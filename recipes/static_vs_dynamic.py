@@ -1,20 +1,20 @@
 """
 Measures whether dynamic masking is better than static masking, on small new models and several seeds:
 
-    padding    film reviews are classified on rows that are filled up to one fixed size, against rows with lengths
-    targets    a masked language model learns targets that were drawn once, or ten times, against targets drawn anew in
-               each epoch, and is then fine-tuned to classify film reviews
-    masks      a language model learns under one mask, against a window that widens in the course of training
+    padding    film reviews are classified on rows padded to one fixed size, against rows with lengths
+    targets    a masked language model learns targets drawn once or ten times, against targets drawn again
+               in each epoch, and is then fine-tuned to classify film reviews
+    masks      a language model learns under one mask, against a window that widens during training
 
     python recipes/static_vs_dynamic.py
 
-The seeds are `--seed` and those that follow it. All variants of a part have the same seeds, and so the same weights at
-first and the same order of examples. One part alone, on more seeds:
+The seeds are `--seed` and the numbers after it. All variants of a part have the same seeds, hence the same initial
+weights and order of examples. To run a single part on more seeds:
 
     python recipes/static_vs_dynamic.py --parts targets --num_seeds 5
 
-Other options of `TrainingArguments` apply to every part; `--num_train_epochs` counts those of the classifiers. Results,
-model card and figure go to `--output_dir`.
+Other options of `TrainingArguments` apply to every part; `--num_train_epochs` is for the classifiers. Results, card and
+figure are written to `--output_dir`.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -72,7 +72,9 @@ UNTRAINED = "frequencies"  # of each token
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
     if recipe.num_seeds < 2:
-        raise ValueError(f"`num_seeds` must be at least 2, to tell a difference from chance; got {recipe.num_seeds}")
+        raise ValueError(
+            f"`num_seeds` must be at least 2, to distinguish a difference from chance; got {recipe.num_seeds}"
+        )
     seeds = range(training.seed, training.seed + recipe.num_seeds)
 
     sources = [recipe.documents if part == "masks" else recipe.dataset for part in recipe.parts]
@@ -97,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class Reviews(NamedTuple):
-    """Examples with `input_ids` and `label`, a tokenizer that was made for them, and the names of the labels."""
+    """Examples with `input_ids` and `label`, their tokenizer, and the names of the labels."""
 
     data: DatasetDict
     tokenizer: PreTrainedTokenizerBase
@@ -119,7 +121,7 @@ def load_reviews(recipe: "RecipeArguments") -> Reviews:
 
 
 def new_model(auto_class: Any, recipe: "RecipeArguments", reviews: Reviews, **settings: Any) -> DynMaskPreTrainedModel:
-    """Like BERT, whose dropout is 0.1 unless `settings` say otherwise, with random weights."""
+    """A BERT-like model with random weights; dropout is 0.1 unless `settings` say otherwise."""
     config = BertConfig(
         vocab_size=len(reviews.tokenizer),
         hidden_size=recipe.hidden_size,
@@ -127,7 +129,7 @@ def new_model(auto_class: Any, recipe: "RecipeArguments", reviews: Reviews, **se
         num_attention_heads=max(1, recipe.hidden_size // 32),
         intermediate_size=4 * recipe.hidden_size,
         max_position_embeddings=recipe.max_length,
-        initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
+        initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too small for a small model
         **names_of(reviews.labels),
         **settings,
     )
@@ -191,7 +193,7 @@ def target_variants(recipe: "RecipeArguments") -> Variants:
         pretrained = train_and_evaluate(trainer, "perplexity")
         trainer.save_model()
         trainer.accelerator.wait_for_everyone()
-        set_seed(training.seed)  # the same new weights of the classifier for all
+        set_seed(training.seed)  # the same initial classifier weights for all variants
         settings = names_of(reviews.labels) | dropout_of(0.0)
         classifier = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
         tuned = train_classifier(classifier, DataCollatorWithLengths(reviews.tokenizer), training, reviews)
@@ -267,7 +269,7 @@ class RecipeArguments(ReportArguments):
     parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": "What to measure.", "choices": list(PARTS)}
     )
-    num_seeds: int = field(default=3, metadata={"help": "Trainings of each variant, at least 2."})
+    num_seeds: int = field(default=3, metadata={"help": "Number of seeds, at least 2."})
     dataset: str = field(
         default="sample:reviews",
         metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `label`."},
@@ -278,13 +280,13 @@ class RecipeArguments(ReportArguments):
     )
     hidden_size: int = field(default=64, metadata={"help": "Of the new models."})
     num_layers: int = field(default=2, metadata={"help": "Of the new models."})
-    vocab_size: int = field(default=2000, metadata={"help": "Tokens that are learned from the training data."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of a review, and of all rows of fixed size."})
-    target_rows: int = field(default=350, metadata={"help": "Reviews for masked language modeling, at most."})
+    vocab_size: int = field(default=2000, metadata={"help": "Size of the vocabulary learned from the training data."})
+    max_length: int = field(default=128, metadata={"help": "Tokens per review, and the width of rows of fixed size."})
+    target_rows: int = field(default=350, metadata={"help": "Maximum number of reviews for masked language modeling."})
     target_epochs: int = field(default=40, metadata={"help": "Of masked language modeling."})
-    document_rows: int = field(default=250, metadata={"help": "Documents that `masks` learns from, at most."})
-    document_length: int = field(default=1024, metadata={"help": "Tokens of a document; longer ones are cut."})
-    document_batch_size: int = field(default=4, metadata={"help": "Documents in a batch."})
+    document_rows: int = field(default=250, metadata={"help": "Maximum number of training documents of `masks`."})
+    document_length: int = field(default=1024, metadata={"help": "Tokens per document; longer ones are truncated."})
+    document_batch_size: int = field(default=4, metadata={"help": "Documents per batch."})
     document_epochs: int = field(default=2, metadata={"help": "Of the language model."})
 
 
@@ -297,8 +299,8 @@ DEFAULTS = {
     "logging_steps": 100,
 }
 LIMITS = (
-    "What is best for models of this size, on these texts and for so few steps, need not be so for larger ones and "
-    "longer trainings. Seconds are those of a machine that may have done other work at the time."
+    "What is best for models of this size, on these texts and for so few steps, need not be best for larger models and "
+    "longer trainings. Times were measured on a machine that may have done other work at the time."
 )
 
 

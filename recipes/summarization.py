@@ -3,16 +3,16 @@ Trains an encoder-decoder from random weights to summarise, with the stock `Seq2
 
     python recipes/summarization.py
 
-takes the beginnings of news articles and their highlights. To train the stock model on padded batches too:
+uses the beginnings of news articles and their highlights. To train the stock model on padded batches too:
 
     python recipes/summarization.py --baseline
 
-With texts of your own, from the Hub or from disk (columns `text` and `summary`), and a larger model:
+With your own texts, from the Hub or from disk (columns `text` and `summary`), and a larger model:
 
     python recipes/summarization.py --dataset articles.csv --max_source_tokens 1024 --num_train_epochs 10
 
-Every option of `Seq2SeqTrainingArguments` applies. Results, model card and model go to `--output_dir`. The measures are
-ROUGE of rouge-score itself: `evaluate`, which wraps it, would have to fetch the wrapper from the Hub.
+All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`. The
+metrics are rouge-score's own, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
 import random
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def score(answers: list[str], references: list[str]) -> dict[str, float]:
-    """Mean F-measures of ROUGE (Lin, 2004), of 100: common words, pairs of words, and the longest common sequence."""
+    """Mean F-measures of ROUGE-1, -2 and -L (Lin, 2004), from 0 to 100."""
     scorer = RougeScorer(ROUGE)
     scores = [scorer.score(*pair) for pair in zip(references, answers, strict=True)]
     return {metric: 100 * fmean(found[metric].fmeasure for found in scores) for metric in ROUGE}
@@ -92,9 +92,9 @@ class RecipeArguments(Seq2SeqArguments):
         default="sample:news",
         metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `summary`."},
     )
-    max_source_tokens: int = field(default=128, metadata={"help": "Tokens of a text that are read."})
-    max_target_tokens: int = field(default=128, metadata={"help": "Tokens of a summary, at most."})
-    vocab_size: int = field(default=4000, metadata={"help": "Tokens that are learned from the training data."})
+    max_source_tokens: int = field(default=128, metadata={"help": "Texts are truncated to this many tokens."})
+    max_target_tokens: int = field(default=128, metadata={"help": "Summaries are truncated to this many tokens."})
+    vocab_size: int = field(default=4000, metadata={"help": "Size of the vocabulary learned from the training data."})
 
 
 DEFAULTS = seq2seq.DEFAULTS | {
@@ -112,7 +112,7 @@ batch = tokenizer(["An article."], truncation=True, max_length=128, return_tenso
 tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)
 """
 LIMITS = (
-    "It reads the beginning of a text alone and may state what the text does not say, which the measures do not notice."
+    "It reads only the beginning of a text and may state what the text does not say, which the metrics do not notice."
 )
 ABOUT = About(
     recipe="summarization",

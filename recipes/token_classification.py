@@ -1,20 +1,20 @@
 """
-Trains a tagger of names from random weights, character by character, with the stock `Trainer`, on batches that carry
+Trains a character-level tagger of names from random weights with the stock `Trainer`, on batches that carry
 lengths.
 
     python recipes/token_classification.py
 
-takes sentences of Chinese news with persons, places and organisations. To train the stock BERT on padded batches too,
+uses sentences of Chinese news with persons, places and organisations. To train the stock BERT on padded batches too,
 from the same weights:
 
     python recipes/token_classification.py --baseline
 
-With a checkpoint and data of your own, from the Hub or from disk (columns `tokens` and `ner_tags`, lists):
+With your own checkpoint and data, from the Hub or from disk (columns `tokens` and `ner_tags`, lists):
 
     python recipes/token_classification.py --model google-bert/bert-base-chinese --dataset names.jsonl
 
-Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`. The measures are those
-of seqeval itself: `evaluate`, which wraps it, would have to fetch the wrapper from the Hub.
+All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`. The metrics
+are seqeval's own, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
 from collections import Counter, defaultdict
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_sentences(source: str) -> DatasetDict:
-    """The columns `tokens` and `ner_tags` of a data set, lists of texts and of classes, without empty rows."""
+    """Loads the columns `tokens` and `ner_tags`, lists of texts and of classes, without empty rows."""
     data = load_columns(source, "tokens", "ner_tags")
     for name, expected in {"tokens": "lists of texts", "ner_tags": "lists of tags such as 'B-PER'"}.items():
         found = data["train"].features[name]
@@ -125,7 +125,7 @@ def load_sentences(source: str) -> DatasetDict:
 
 
 def encode_tags(data: DatasetDict) -> DatasetDict:
-    """Tags as classes, in the order of their names where they are texts."""
+    """Encodes tags as classes; tags that are texts are sorted."""
     if isinstance(data["train"].features["ner_tags"].feature, ClassLabel):
         return data
     names = {tag for rows in data.values() for tags in rows["ner_tags"] for tag in tags}
@@ -135,7 +135,7 @@ def encode_tags(data: DatasetDict) -> DatasetDict:
 
 
 def new_tokenizer(sentences: Iterable[list[str]]) -> PreTrainedTokenizerBase:
-    """A token for each character that comes twice or more."""
+    """A tokenizer with a token for each character that occurs at least twice."""
     counts = Counter(character for tokens in sentences for token in tokens for character in token)
     known = [character for character, count in counts.most_common() if count > 1]
     vocabulary = {token: i for i, token in enumerate([PADDING, UNKNOWN, *known])}
@@ -150,7 +150,7 @@ def new_tokenizer(sentences: Iterable[list[str]]) -> PreTrainedTokenizerBase:
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`input_ids` and `labels` of pieces of at most `max_length` tokens; the first token of a word has its tag."""
+    """Splits sentences into pieces of at most `max_length` tokens; the first token of a word has its tag."""
 
     def encoded(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         pieces = tokenizer(
@@ -170,7 +170,7 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 
 def spread(tags: Sequence[int], words: Sequence[int | None]) -> list[int]:
-    """The tag of each word at its first token."""
+    """Labels the first token of each word with its tag."""
     before = [None, *words]
     return [
         IGNORED if word is None or word == previous else tags[word]
@@ -182,7 +182,7 @@ def spread(tags: Sequence[int], words: Sequence[int | None]) -> list[int]:
 
 
 def new_model(recipe: "RecipeArguments", tokenizer: Any, settings: dict[str, Any]) -> DynMaskForTokenClassification:
-    """An encoder with random weights that a BERT can hold."""
+    """An encoder with random weights that BERT can represent."""
     config = DynMaskConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -216,13 +216,13 @@ def named(classes: Iterable[int], tags: list[str]) -> list[str]:
 
 
 def entity_scores(references: list[list[str]], predictions: list[list[str]]) -> dict[str, float]:
-    """Whole entities of the right kind (Tjong Kim Sang and De Meulder, 2003), of all kinds together."""
+    """Scores of whole entities of the right type (Tjong Kim Sang and De Meulder, 2003), micro-averaged."""
     measures: dict[str, Any] = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
     return {name: float(measure(references, predictions, zero_division=0)) for name, measure in measures.items()}
 
 
 def most_frequent_tags(data: DatasetDict, tags: list[str]) -> dict[str, float]:
-    """The scores of a tagger that gives each token the tag that it most often has in `train`."""
+    """Scores of a tagger that gives each token its most frequent tag in `train`."""
     counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for row in labelled(data["train"]):
         for token, label in row:
@@ -235,7 +235,7 @@ def most_frequent_tags(data: DatasetDict, tags: list[str]) -> dict[str, float]:
 
 
 def labelled(rows: Dataset) -> list[list[tuple[int, int]]]:
-    """Tokens and labels of each row, where there is a label."""
+    """Pairs of token and label of each row, without ignored labels."""
     return [
         [(token, label) for token, label in zip(ids, labels, strict=True) if label != IGNORED]
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
@@ -254,7 +254,7 @@ class RecipeArguments(DropoutArguments):
         default="sample:names",
         metadata={"help": "A Hub id, a json or parquet file or a sample, with the columns `tokens` and `ner_tags`."},
     )
-    max_length: int = field(default=512, metadata={"help": "Tokens of a sentence; longer ones are cut in pieces."})
+    max_length: int = field(default=512, metadata={"help": "Tokens per sentence; longer ones are split."})
     hidden_size: int = field(default=128, metadata={"help": f"Of a new model; {HEAD_SIZE} a head."})
     num_hidden_layers: int = field(default=3, metadata={"help": "Of a new model."})
 
@@ -275,7 +275,7 @@ tagger = pipeline("token-classification", model="path/to/this/folder", aggregati
 tagger("新华社记者兰红光摄")
 """
 LIMITS = (
-    "It finds names like those of its data, misses others and splits some: nobody should rely on it to find, or to "
+    "It finds names like those in its data, and misses or splits others: do not rely on it to find, or to "
     "hide, all persons in a text."
 )
 ABOUT = About(

@@ -3,16 +3,16 @@ Trains an encoder-decoder from random weights to translate, with the stock `Seq2
 
     python recipes/translation.py
 
-takes short English sentences and their Spanish translations. To train the stock model on padded batches too:
+uses short English sentences and their Spanish translations. To train the stock model on padded batches too:
 
     python recipes/translation.py --baseline
 
-With pairs of your own, from the Hub or from disk (columns `source` and `target`), and a larger model:
+With your own pairs, from the Hub or from disk (columns `source` and `target`), and a larger model:
 
     python recipes/translation.py --dataset pairs.csv --hidden_size 512 --num_hidden_layers 6 --num_train_epochs 10
 
-Every option of `Seq2SeqTrainingArguments` applies. Results, model card and model go to `--output_dir`. The measures are
-chrF and BLEU of sacrebleu itself: `evaluate`, which wraps it, would have to fetch the wrapper from the Hub.
+All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`. The
+metrics are sacrebleu's own chrF and BLEU, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def score(answers: list[str], references: list[str]) -> dict[str, float]:
-    """chrF (Popović, 2015) and BLEU (Papineni et al., 2002), of 100."""
+    """chrF (Popović, 2015) and BLEU (Papineni et al., 2002), from 0 to 100."""
     return {
         "chrf": corpus_chrf(answers, [references]).score,
         "bleu": corpus_bleu(answers, [references]).score,
@@ -83,8 +83,8 @@ class RecipeArguments(Seq2SeqArguments):
         default="sample:sentences",
         metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `source` and `target`."},
     )
-    max_source_tokens: int = field(default=32, metadata={"help": "Tokens of a source that are read."})
-    max_target_tokens: int = field(default=32, metadata={"help": "Tokens of a target, at most."})
+    max_source_tokens: int = field(default=32, metadata={"help": "Sources are truncated to this many tokens."})
+    max_target_tokens: int = field(default=32, metadata={"help": "Targets are truncated to this many tokens."})
 
 
 DEFAULTS = seq2seq.DEFAULTS | {"output_dir": "outputs/translation", "num_train_epochs": 4}
@@ -98,8 +98,8 @@ batch = tokenizer(["I like it.", "Where do you live?"], padding=True, return_ten
 tokenizer.batch_decode(model.generate(**batch, num_beams=4), skip_special_tokens=True)
 """
 LIMITS = (
-    "It leaves out, adds or turns round what is said, and gives no sign of it. The measures compare characters and "
-    "words, not what is meant."
+    "It may omit, add or reverse what is said without any sign of it. The metrics compare characters and "
+    "words, not meaning."
 )
 ABOUT = About(
     recipe="translation",

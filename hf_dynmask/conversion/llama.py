@@ -28,7 +28,7 @@ HEADS: dict[str, Names] = {
 }
 RENAMED = {"norm_eps": "rms_norm_eps", "attention_probs_dropout_prob": "attention_dropout"}
 
-# What `GenericForTokenClassification` takes where no setting says otherwise; the configurations declare none.
+# The default of `GenericForTokenClassification`; the configurations have no field for it.
 _CLASSIFIER_DROPOUT = 0.1
 
 
@@ -40,13 +40,13 @@ def head_dropout(config: PreTrainedConfig, task: str) -> Settings:
 
 
 def restored_head_dropout(config: DynMaskConfig, task: str) -> Settings:
-    """The way back of [`head_dropout`]."""
+    """The inverse of [`head_dropout`]."""
     dropout = classifier_dropout(config)
     return {"classifier_dropout": dropout} if task == "token-classification" and dropout != _CLASSIFIER_DROPOUT else {}
 
 
 def decoder(config: PreTrainedConfig, task: str) -> Settings:
-    """What follows from the stock code of this decoder."""
+    """Settings that follow from the stock code of this decoder."""
     return {
         "gated_feed_forward": True,
         "norm_type": "rms_norm",

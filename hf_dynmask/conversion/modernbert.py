@@ -1,6 +1,6 @@
 """ModernBERT (arXiv:2412.13663), after `transformers.models.modernbert.modeling_modernbert`.
 
-Its other heads normalise what they classify, which ours do not: fine-tune from the bare model.
+Its other heads normalise their inputs, which ours do not: fine-tune those from the bare model.
 """
 
 from __future__ import annotations

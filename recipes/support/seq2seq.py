@@ -27,7 +27,7 @@ DEFAULTS = {
 
 @dataclass
 class Seq2SeqArguments(DropoutArguments):
-    """Arguments of these recipes; each states its own data set and lengths."""
+    """Arguments of these recipes; each has its own data set and lengths."""
 
     dataset: str
     max_source_tokens: int
@@ -41,7 +41,7 @@ class Seq2SeqArguments(DropoutArguments):
 
 
 def train_tokenizer(rows: Iterable[Any], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding (Radford et al., 2019) of sources and targets alike; [`END`] ends every text."""
+    """Byte-level byte-pair encoding (Radford et al., 2019) of sources and targets; every text ends in [`END`]."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()
     backend.decoder = decoders.ByteLevel()
@@ -83,7 +83,7 @@ def encode(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, *limits: int)
 def new_model(
     recipe: Seq2SeqArguments, tokenizer: PreTrainedTokenizerFast, **generation: Any
 ) -> DynMaskForConditionalGeneration:
-    """An encoder-decoder with random weights that a BART can hold; `generation` says how it generates."""
+    """An encoder-decoder with random weights that BART can represent, with settings for `generation`."""
     side = {
         "vocab_size": len(tokenizer),
         "hidden_size": recipe.hidden_size,
@@ -124,7 +124,7 @@ class Evaluation:
     Args:
         score (`Callable`): Takes answers and references, and returns each metric under its name.
         tokenizer ([`~transformers.PreTrainedTokenizerFast`]): Decodes the answers.
-        references (`list[str]`): Right answers, one a row.
+        references (`list[str]`): The right answers, one per row.
     """
 
     score: Callable[[list[str], list[str]], dict[str, float]]

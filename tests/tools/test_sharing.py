@@ -439,9 +439,9 @@ def a_folder(path: Path) -> None:
 @pytest.mark.parametrize("make", [a_file, a_folder, lambda path: masked_lm().save_pretrained(path)])
 def test_folders_of_others(make, tmp_path):
     make(tmp_path / "model")
-    with pytest.raises(ValueError, match="`folder` must be new, empty or a former export; .* holds something else"):
+    with pytest.raises(ValueError, match="`folder` must be new, empty or an earlier export; .* holds something else"):
         export(masked_lm(), tmp_path / "model")
-    with pytest.raises(ValueError, match="`folder` must be one that was exported, .* lists none"):
+    with pytest.raises(ValueError, match="`folder` must be an export, .* lists none"):
         verify(tmp_path / "model")
 
 
@@ -523,8 +523,11 @@ def test_a_conversion_that_is_wrong_is_not_written(tmp_path, monkeypatch):
     "command, message",
     [
         (["export", "stock", "out"], "stock must be a DynMask checkpoint; got one of type 'bert'"),
-        (["convert", "stock", "out", "--to", "bert"], "--to is for a DynMask checkpoint, which stock is not"),
-        (["convert", "stock", "stock"], "`folder` must be new, empty or a former export; stock holds something else"),
+        (
+            ["convert", "stock", "out", "--to", "bert"],
+            "--to must be left out unless the checkpoint is a DynMask one",
+        ),
+        (["convert", "stock", "stock"], "`folder` must be new, empty or an earlier export; stock holds something else"),
     ],
 )
 def test_wrong_commands(command, message, tmp_path, monkeypatch):
