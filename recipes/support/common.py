@@ -161,7 +161,7 @@ def dropout_of(probability: float) -> dict[str, float]:
     return {"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability}
 
 
-def dropout_settings(recipe: "DropoutArguments") -> dict[str, float]:
+def dropout_settings(recipe: DropoutArguments) -> dict[str, float]:
     """Configuration fields for the dropout that the arguments ask for; empty if the model keeps its own."""
     if recipe.dropout is None and not recipe.baseline:
         return {}
