@@ -59,11 +59,12 @@ from .registration import register
 from .stock.attention import set_mask
 from .tools.plotting import plot_mask
 from .tools.sharing import export
-from .training import DynamicMaskingMixin, MaskSchedule, ThroughputCallback, TokenBudgetMixin
+from .training import CapturedStepMixin, DynamicMaskingMixin, MaskSchedule, ThroughputCallback, TokenBudgetMixin
 
 register()
 
 __all__ = [
+    "CapturedStepMixin",
     "DataCollatorForDynamicMasking",
     "DataCollatorForFeatures",
     "DataCollatorForSeq2SeqWithLengths",

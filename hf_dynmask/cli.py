@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
@@ -49,9 +50,9 @@ from .tools.shared_code import verify_code
 from .tools.sharing import export as export_model
 from .tools.sharing import load, load_tokenizer, replacing, write
 
-MARGIN = 8  # columns of the terminal that positions of queries take
-CELL = 2  # that a cell, or a block, takes
-EVERY = 5  # cells from one position of a key to the next
+MARGIN = 8  # terminal columns for the positions of queries
+CELL = 2  # terminal columns of a cell or a block
+EVERY = 5  # cells between two labelled key positions
 MOST_TOKENS = 2**20  # that are drawn
 MOST_HEADS = 2**10
 MOST_BLOCKS = 2**12  # side by side in an image
@@ -66,18 +67,18 @@ LONGEST_ERROR = 400  # characters of a message
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Whatever goes wrong with what the user gave, as one line and exit code 2."""
+    """Turns errors in what the user gave into one line and exit code 2."""
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:
         typer.echo(f"error: {_one_line(error)}", err=True)
-        raise typer.Exit(2) from None  # with a StopIteration for its cause, the former would come out
+        raise typer.Exit(2) from None  # a StopIteration as the cause would replace it
 
 
 def _one_line(error: Exception) -> str:
-    of_arguments = getattr(error, "format_message", None)  # an option that is not there, say
+    of_arguments = getattr(error, "format_message", None)  # such as an unknown option
     text = " ".join((str(error) if of_arguments is None else of_arguments()).split())
     if of_arguments is None and not (isinstance(error, EXPECTED) and text):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
@@ -86,7 +87,7 @@ def _one_line(error: Exception) -> str:
 
 @contextmanager
 def _libraries_in_silence() -> Iterator[None]:
-    """What libraries report and how far they are would stand beside the one line."""
+    """Silences logs and progress bars of libraries, which would clutter the one line."""
     loggers = [logging.getLogger(name) for name in ("transformers", "datasets")]
     levels, had_bars = [logger.level for logger in loggers], is_progress_bar_enabled()
     disable_progress_bar()
@@ -102,10 +103,10 @@ def _libraries_in_silence() -> Iterator[None]:
 
 
 class _Commands(TyperGroup):
-    """Commands whose errors take one line each."""
+    """Commands whose errors are one line each."""
 
     def parse_args(self, ctx, args):
-        with _one_line_errors() if args else nullcontext():  # without any, help is shown
+        with _one_line_errors() if args else nullcontext():  # help is shown without arguments
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
@@ -144,10 +145,10 @@ def show(
         list[str] | None,
         typer.Option(metavar="NAME=JSON", help="A field that the mask reads, by sequence and position."),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw an image into this file in place of the terminal.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw an image into this file instead of the terminal.")] = None,
 ) -> None:
     """
-    Draw which query may see which key, and the blocks that attention skips, fills, or looks at cell by cell.
+    Draw which query may see which key, and which blocks attention skips, computes whole, or masks cell by cell.
 
     An image of several masks shows them side by side, without blocks.
     """
@@ -166,7 +167,7 @@ def show(
         elif block_size is None:
             figure = plot_masks(masks, sizes, **shared)
         else:
-            raise ValueError("--block-size: an image of several masks shows no blocks; leave it out")
+            raise ValueError("--block-size must be left out for an image of several masks, which shows no blocks")
         figure.savefig(png, format="png", dpi=160)
         typer.echo(f"wrote {png}")
         return
@@ -187,14 +188,14 @@ def _lengths(text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--lengths must be numbers of tokens joined by commas, such as 12,5; got {text!r}") from None
+        raise ValueError(f"--lengths must be numbers separated by commas, such as 12,5; got {text!r}") from None
     if sum(sizes) > MOST_TOKENS:
-        raise ValueError(f"--lengths must be at most {MOST_TOKENS:,} tokens in all; got {sum(sizes):,}")
+        raise ValueError(f"--lengths must add up to at most {MOST_TOKENS:,} tokens; got {sum(sizes):,}")
     return sizes
 
 
 def _fields(masks: Sequence[Mask], texts: Sequence[str], sizes: list[int]) -> dict[str, Tensor]:
-    """The fields given as NAME=JSON; all that the masks read must be there."""
+    """The fields given as NAME=JSON; all fields that the masks read must be given."""
     fields = dict(_field(text) for text in texts)
     read = frozenset().union(*(mask.fields for mask in masks))
     for name in sorted(read - set(fields)):
@@ -212,7 +213,7 @@ def _field(text: str) -> tuple[str, Tensor]:
     try:
         return name, torch.tensor(json.loads(value))
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: null, or nested too deeply
-        raise ValueError(f"--field must be NAME=JSON with even lists of numbers; got {text!r} ({error})") from None
+        raise ValueError(f"--field must be NAME=JSON with lists of equal lengths; got {text!r} ({error})") from None
 
 
 def _width_of_cells(length: int, block_size: int) -> int:
@@ -220,7 +221,7 @@ def _width_of_cells(length: int, block_size: int) -> int:
 
 
 def _block_size(given: int | None, length: int, room: int) -> int:
-    """The size given, if its blocks fit side by side into `room` columns, else the first multiple of 128 that does."""
+    """The given size if its blocks fit into `room` columns; by default the first multiple of 128 that fits."""
     most = max(room // CELL, 1)
     if given is None:
         return BLOCK_SIZE * -(-length // (BLOCK_SIZE * most))
@@ -303,10 +304,12 @@ CASES = {
 
 @app.command()
 def env() -> None:
-    """Say which implementation of attention runs here for which mask, and why not another."""
+    """Show which attention implementation runs here for which mask, and why not another; on a CPU, how threads wait."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     typer.echo(f"torch {torch.__version__}, transformers {transformers.__version__}; device: {device.type}{name}")
+    if device.type == "cpu":
+        typer.echo(f"{torch.get_num_threads()} threads; {_wait_policy()}")
     typer.echo(f"What runs with attn_implementation='dynmask', for heads of size {HEAD_SIZE}:")
     table = Table("mask", "for", "runs", "why not another")
     for text in KINDS_OF_MASKS:
@@ -319,8 +322,20 @@ def env() -> None:
     Console(highlight=False).print(table)
 
 
+def _wait_policy() -> str:
+    """What `OMP_WAIT_POLICY` says, and what follows from it."""
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    if (policy or "").strip().lower() == "passive":
+        return "OMP_WAIT_POLICY=passive: waiting threads leave their cores to others"
+    return (
+        f"OMP_WAIT_POLICY={policy or 'unset'}: waiting threads keep their cores busy. If other processes run, such "
+        "as the workers of a data loader, a step can take two to three times as long as with OMP_WAIT_POLICY=passive, "
+        "which must be in the environment when Python starts"
+    )
+
+
 def _runs_here(text: str, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[str, str]:
-    """[`auto_choice`] for a mask over one short sequence, its reasons as a text."""
+    """[`auto_choice`] for a mask over one short sequence, with its reasons as text."""
     plan = MaskPlan(text, SequenceLayout.from_lengths(torch.tensor([2])))
     states = torch.empty(1, 1, 2, HEAD_SIZE, device=device, dtype=dtype)
     runs, passed_over = auto_choice(plan, states, states, states, dropout)
@@ -329,7 +344,7 @@ def _runs_here(text: str, device: torch.device, dtype: torch.dtype, dropout: flo
 
 # --- audit -----------------------------------------------------------------------------------------------------------
 
-LONGEST_BAR = 50  # columns of the terminal that a histogram's longest bar takes
+LONGEST_BAR = 50  # terminal columns of a histogram's longest bar
 SIDES = ("tokens", "tokens of the target")
 
 
@@ -337,20 +352,21 @@ SIDES = ("tokens", "tokens of the target")
 def audit(
     dataset: Annotated[
         str,
-        typer.Argument(help="A file of csv, json, parquet or text, a folder of these or by save_to_disk, or a Hub id."),
+        typer.Argument(help="A csv, json, parquet or text file, a folder of these or from save_to_disk, or a Hub id."),
     ],
-    model: Annotated[str, typer.Option(help="Whose tokenizer and sizes count: a folder or Hub id.")],
-    batch_size: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Examples of a batch.")],
+    model: Annotated[str, typer.Option(help="The model whose tokenizer and sizes are used: a folder or Hub id.")],
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Examples per batch.")],
     column: Annotated[
         list[str] | None,
-        typer.Option(help="The column of texts, or two that go in together.", show_default="text, or the first"),
+        typer.Option(help="The column of texts, or two columns for pairs.", show_default="text, or the first"),
     ] = None,
     target: Annotated[str | None, typer.Option(help="The column of targets, for an encoder-decoder.")] = None,
     split: Annotated[str, typer.Option(help="The split of the data.")] = "train",
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens at which texts are cut off.", show_default="what the model takes")
+        int | None,
+        typer.Option(min=1, help="Tokens that texts are truncated to.", show_default="what the model takes"),
     ] = None,
-    time: Annotated[bool, typer.Option("--time", help="Also time steps of training on this machine.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="Also time training steps on this machine.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also draw the histogram into this PNG.")] = None,
 ) -> None:
     """Show the lengths of a data set, the padding of its batches, and how much faster lengths are than padded rows."""
@@ -360,7 +376,7 @@ def audit(
     for name, lengths in zip(SIDES, zip(*found.sizes, strict=True), strict=False):
         _print_histogram(console, name, lengths)
     if found.truncated:
-        console.print(f"Examples that were cut off: {found.truncated:,}\n")
+        console.print(f"Truncated examples: {found.truncated:,}\n")
     table = Table("batches", "steps", "tokens, mean", "tokens, most", "padding", "speed-up, at best")
     if time:
         table.add_column("speed-up, timed")
@@ -393,7 +409,7 @@ def _print_histogram(console: Console, name: str, lengths: Sequence[int]) -> Non
 
 
 class Precision(str, Enum):
-    """What models run in."""
+    """Dtypes that models run in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -405,7 +421,7 @@ def check(
     model: Annotated[str, typer.Argument(help="A checkpoint: a folder or Hub id of a DynMask or a stock model.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Texts: a file of csv, json, parquet or text, or a Hub id. Without: random tokens."),
+        typer.Option(help="Texts: a csv, json, parquet or text file, or a Hub id. Random tokens by default."),
     ] = None,
     column: Annotated[str | None, typer.Option(help="The column of texts.", show_default="text, or the first")] = None,
     split: Annotated[str, typer.Option(help="The split of the data.")] = "train",
@@ -415,8 +431,8 @@ def check(
 ) -> None:
     """Prove that a checkpoint computes the same with lengths as on padded rows, and that its sequences stay apart.
 
-    Exit code 1 if it does not. Code that comes with a checkpoint is not run. It is compared with the installed package,
-    if that has the version which the checkpoint names, else with the hashes in the checkpoint.
+    Exit code 1 if it does not. Code that comes with a checkpoint is not run. It is compared with the installed package
+    if that has the version that the checkpoint names, otherwise with the hashes in the checkpoint.
     """
     if compared := verify_code(model):
         typer.echo(f"code: no difference from {compared}")
@@ -437,7 +453,7 @@ def check(
 # --- export, convert -------------------------------------------------------------------------------------------------
 
 Source = Annotated[str, typer.Argument(metavar="IN", help="A checkpoint: a folder or Hub id.")]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="A folder: new, empty, or written by a former export.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="A folder: new, empty, or written by an earlier export.")]
 
 
 @app.command()
@@ -456,9 +472,9 @@ def convert(
         typer.Option(help="Type of the stock model.", show_default="what the checkpoint was converted from"),
     ] = None,
 ) -> None:
-    """Make a DynMask checkpoint of a stock one, with its code, or a stock one of a DynMask one.
+    """Convert a stock checkpoint to a DynMask one with its code, or a DynMask one to a stock one.
 
-    What was written is loaded again and compared before it takes its place.
+    The result is loaded again and compared before it is put in place.
     """
     with replacing(output) as new:
         tokenizer, config = load_tokenizer(source), read_config(source)
@@ -468,7 +484,7 @@ def convert(
             stock.save_pretrained(new)
             stock = type(stock).from_pretrained(new)
         elif to is not None:
-            raise ValueError(f"--to is for a DynMask checkpoint, which {source} is not: it becomes one")
+            raise ValueError(f"--to must be left out unless the checkpoint is a DynMask one; {source} is a stock one")
         else:
             with reading(source):
                 ours = from_transformers(source)

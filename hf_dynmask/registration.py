@@ -1,4 +1,4 @@
-"""The one place where DynMask enters transformers' Auto classes and attention interfaces."""
+"""The one place that registers DynMask with transformers' Auto classes and attention interfaces."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -75,9 +75,9 @@ AUTO_CLASSES = {
 
 
 def register() -> None:
-    """Make `AutoConfig` and the `AutoModel…` classes find DynMask models, and stock models the `dynmask` attention.
+    """Registers DynMask models with `AutoConfig` and the `AutoModel…` classes, and the attention `"dynmask"`.
 
-    May be called again.
+    Can be called several times.
     """
     for config_class, model_classes in AUTO_CLASSES.items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
@@ -92,29 +92,29 @@ def register() -> None:
 
 
 def _in_code(ours: type) -> str:
-    """Where code that is loaded from a folder has a class."""
+    """The reference to a class in the code of an exported folder."""
     return f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}"
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The class of a checkpoint of ours, by its `architectures`; the bare model where they name none."""
+    """The class of a DynMask checkpoint from its `architectures`; the bare model if they name none."""
     classes, names = AUTO_CLASSES[type(config)], config.architectures or ()
     return next((ours for ours in classes.values() if ours.__name__ in names), classes[AutoModel])
 
 
 def _prepare_stock_models() -> None:
-    """Have stock models made ready where they settle on an `attn_implementation`.
+    """Prepares stock models when they set an `attn_implementation`.
 
-    Transformers accepts a registered name for every model. One with attention code of its own would silently run that,
-    and one that has saved a mask would run without it.
+    Transformers accepts a registered name for every model. A model with its own attention code would silently run that,
+    and a model with a saved mask would ignore it.
     """
     settle = PreTrainedModel.get_correct_attn_implementation
-    if hasattr(settle, "settles_dynmask"):  # `wraps` of others hands it on
+    if hasattr(settle, "settles_dynmask"):  # `functools.wraps` copies it
         return
 
     @wraps(settle)
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
-        newest = import_module(stock_models.__name__)  # should the package have been imported again
+        newest = import_module(stock_models.__name__)  # in case the package was imported again
         return settle(self, newest.settled(self, requested_attention), is_init_check)
 
     get_correct_attn_implementation.settles_dynmask = True  # type: ignore[attr-defined]
@@ -122,9 +122,9 @@ def _prepare_stock_models() -> None:
 
 
 def _refuse_other_attention() -> None:
-    """Have an error in place of a mask of another attention, should the configuration have a mask of ours.
+    """Makes other attention implementations raise if the configuration has a mask expression.
 
-    Other packages may replace the method above, and the `forward` of a class, without calling ours.
+    Other packages may replace the method above, or the `forward` of a class, without calling ours.
     """
     for name, make_mask in list(AttentionMaskInterface._global_mapping.items()):
         if name != NAME and not hasattr(make_mask, "refuses_dynmask"):

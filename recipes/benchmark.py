@@ -25,23 +25,30 @@ The runs take turns, and a time is the median over the repeats. Work is counted 
 `2 * weights * tokens + 4 * layers * hidden_size * pairs` forward, three times that with backward (weights: of the
 layers' matrices, and of a language model's output; pairs: of a token and one that it sees). The ideal speed-up is the
 ratio of the work on padded rows to the work on real tokens.
+
+On a CUDA device it times training steps of larger models in bfloat16 instead, see `recipes/support/training_steps.py`.
+Each result is printed at once. The exit code is 1 if one of the ways failed:
+
+    python recipes/benchmark.py --quick --repeats 5 --output outputs/gpu.json  # the most important, in five minutes
 """
+
+import support.threads  # noqa: F401
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import BartConfig, BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_dynmask import SequenceLayout, TokenBudgetBatchSampler, dynmask_attention, masks
+from support import training_steps
 from support.cards import Results, describe_environment, table, write_json
 from support.common import parse_arguments
 from support.timing import Job, peak_memory, time_in_turns
@@ -52,6 +59,7 @@ from support.workloads import (
     Batch,
     Lengths,
     flatten,
+    flops,
     make_example,
     make_groups,
     make_models,
@@ -96,6 +104,7 @@ class BenchmarkArguments:
     batch_size: int = field(default=32, metadata={"help": "Sequences in a batch."})
     batches: int = field(default=2, metadata={"help": "Batches in a run."})
     repeats: int = field(default=3, metadata={"help": "Timed runs, after one that warms up."})
+    quick: bool = field(default=False, metadata={"help": "On CUDA: time only the most important, in five minutes."})
     output: str = field(
         default="outputs/benchmark.json", metadata={"help": "Where to write the results; a figure of them lies beside."}
     )
@@ -106,6 +115,24 @@ def main(arguments: list[str] | None = None) -> None:
     for shape in options.shapes:
         check_lengths(shape, options.lengths)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        time_training_steps(options, device)
+    else:
+        time_models(options, device)
+
+
+def time_training_steps(options: BenchmarkArguments, device: torch.device) -> None:
+    """The measurements on a GPU."""
+    environment = describe_environment(device)
+    print(environment, flush=True)
+    records, all_well = training_steps.run(options.quick, options.repeats, device, options.batches)
+    write_json(Path(options.output), {"environment": environment, "options": asdict(options), "steps": records})
+    if not all_well:
+        raise SystemExit(1)
+
+
+def time_models(options: BenchmarkArguments, device: torch.device) -> None:
+    """The measurements on a CPU."""
     results = {
         "environment": describe_environment(device),
         "options": asdict(options),
@@ -229,36 +256,6 @@ def _side(batch: Batch, tokens: str, lengths: str) -> list[int]:
     if "cu_seq_lens_q" in batch:
         return batch["cu_seq_lens_q"].diff().tolist()
     return batch[lengths].tolist() if lengths in batch else [width] * rows
-
-
-def flops(config: PreTrainedConfig, lengths: Sequence[Lengths], training: bool) -> int:
-    """Floating-point operations on examples of these lengths, as the head of this file counts them."""
-    forward = sum(WORK[type(config)](config, *of_one) for of_one in lengths)
-    return 3 * forward if training else forward
-
-
-def bert_work(config: Any, tokens: int) -> int:
-    layers, width = config.num_hidden_layers, config.hidden_size
-    weights = layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    return 2 * weights * tokens + 4 * layers * width * tokens**2
-
-
-def llama_work(config: Any, tokens: int) -> int:
-    layers, width = config.num_hidden_layers, config.hidden_size
-    weights = layers * (4 * width**2 + 3 * width * config.intermediate_size) + width * config.vocab_size
-    return 2 * weights * tokens + 4 * layers * width * tokens * (tokens + 1) // 2
-
-
-def bart_work(config: Any, source: int, target: int) -> int:
-    """The keys and values of cross-attention are work on tokens of the source, by weights of the decoder."""
-    width, encoders, decoders = config.d_model, config.encoder_layers, config.decoder_layers
-    of_source = encoders * (4 * width**2 + 2 * width * config.encoder_ffn_dim) + decoders * 2 * width**2
-    of_target = decoders * (6 * width**2 + 2 * width * config.decoder_ffn_dim) + width * config.vocab_size
-    pairs = encoders * source**2 + decoders * (target * (target + 1) // 2 + source * target)
-    return 2 * (of_source * source + of_target * target) + 4 * width * pairs
-
-
-WORK: dict[type, Callable[..., int]] = {BertConfig: bert_work, LlamaConfig: llama_work, BartConfig: bart_work}
 
 
 # --- One attention layer ---------------------------------------------------------------------------------------------

@@ -3,25 +3,23 @@ Trains a Llama-like language model from scratch, with the stock `Trainer`, on fl
 
     python recipes/causal_lm.py
 
-takes sections of WikiText-2. To train the stock Llama on padded batches too, from the same weights:
+uses sections of WikiText-2. To train the stock Llama on padded batches too, from the same weights:
 
     python recipes/causal_lm.py --baseline
 
-With a checkpoint and data of your own, from the Hub or from disk (column `text`):
+With your own checkpoint and data, from the Hub or from disk (column `text`):
 
     python recipes/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --dataset notes.txt --learning_rate 1e-4
 
-Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`.
+All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -38,13 +36,138 @@ from transformers import (
 )
 
 from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForCausalLM, to_transformers
-from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
 from support.common import IGNORED, CommonArguments, load_model, load_texts, parse_arguments, special_token_ids
-from support.measuring import Contenders, compare, perplexity_of, unigram_perplexity
+from support.measuring import perplexity_of, unigram_perplexity
+from support.reporting import About, train_and_report
 from support.samples import resolve_model
 
-METRIC = "perplexity"
 END, PADDING = "<|endoftext|>", "<|padding|>"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
+
+    texts = load_texts(recipe.dataset, "text")
+    checkpoint = None if recipe.model is None else resolve_model(recipe.model)
+    if checkpoint is None:
+        tokenizer = new_tokenizer(texts["train"]["text"], recipe.vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    data = DatasetDict({name: tokenize(rows, tokenizer, recipe.max_length) for name, rows in texts.items()})
+    data["test"] = data["test"].select(range(min(recipe.eval_rows, len(data["test"]))))
+
+    set_seed(training.seed)
+    if checkpoint is None:
+        model = new_model(recipe, tokenizer)
+    else:
+        model = load_model(checkpoint, "causal-lm", AutoModelForCausalLM, mask=recipe.mask)
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=DataCollatorWithLengths(tokenizer, flat=True),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=perplexity,
+        preprocess_logits_for_metrics=surprise,
+    )
+
+    baselines = {}
+    if recipe.baseline:
+        stock = to_transformers(model, model.config.source_model_type or "llama")
+        baselines["stock"] = (stock, DataCollatorForTokenClassification(tokenizer, return_tensors="pt"))
+    unigrams = unigram_perplexity(targets(data["train"]), targets(data["test"]))
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForCausalLM,
+        baselines,
+        settings={"mask": recipe.mask, "max_length": recipe.max_length},
+        trivial={"what": "from the frequency of each token alone", "perplexity": unigrams},
+    )
+
+
+def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte pairs ("Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909) of the texts."""
+    pairs = ByteLevelBPETokenizer()
+    pairs.train_from_iterator(iter(texts), vocab_size, special_tokens=[END, PADDING], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=END, bos_token=END, pad_token=PADDING)
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Splits texts, each with an end token, into pieces of `max_length` tokens whose first ones are no targets."""
+    end = tokenizer.eos_token_id
+
+    def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        whole = [ids + [end] for ids in tokenizer(batch["text"], add_special_tokens=False)["input_ids"]]
+        cut = [ids[start : start + max_length] for ids in whole for start in range(0, len(ids), max_length)]
+        cut = [ids for ids in cut if len(ids) > 1]
+        return {"input_ids": cut, "labels": [[IGNORED, *ids[1:]] for ids in cut]}
+
+    return rows.map(pieces, batched=True, remove_columns=rows.column_names)
+
+
+def new_model(recipe: "RecipeArguments", tokenizer: Any) -> DynMaskForCausalLM:
+    """A Llama-like decoder: rotary positions, RMSNorm before each sublayer, gated feed-forward, no biases."""
+    config = DynMaskConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=max(1, recipe.hidden_size // 64),
+        intermediate_size=8 * recipe.hidden_size // 3 // 8 * 8,
+        hidden_act="silu",
+        gated_feed_forward=True,
+        norm_type="rms_norm",
+        norm_placement="pre",
+        embedding_norm=False,
+        position_type="rotary",
+        attention_bias=False,
+        mlp_bias=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        use_pooler=False,
+        max_position_embeddings=recipe.max_length,
+        mask=recipe.mask,
+        **special_token_ids(tokenizer),
+    )
+    return DynMaskForCausalLM(config)
+
+
+def targets(rows: Dataset) -> list[int]:
+    """All targets in the order of the rows."""
+    return [label for labels in rows["labels"] for label in labels[1:]]
+
+
+def surprise(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood `(B, T - 1)` of each token after the first; 0 if it is no target."""
+    return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    return {"perplexity": perplexity_of(prediction.predictions, np.asarray(prediction.label_ids)[:, 1:])}
+
+
+# --- Arguments and model card ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecipeArguments(CommonArguments):
+    model: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new Llama-like model."}
+    )
+    dataset: str = field(
+        default="sample:wikitext",
+        metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
+    )
+    mask: str = field(default="causal", metadata={"help": "Mask expression, such as `causal & window(127, 0)`."})
+    max_length: int = field(default=512, metadata={"help": "Tokens per document; longer ones are split."})
+    vocab_size: int = field(default=4096, metadata={"help": "Of a new model."})
+    hidden_size: int = field(default=256, metadata={"help": "Of a new model."})
+    num_layers: int = field(default=4, metadata={"help": "Of a new model."})
+    eval_rows: int = field(default=400, metadata={"help": "Maximum number of documents for evaluation."})
+
+
 DEFAULTS = {
     "output_dir": "outputs/causal_lm",
     "max_steps": 400,
@@ -63,144 +186,16 @@ from transformers import pipeline
 writer = pipeline("text-generation", model="path/to/this/folder")
 writer("The history of", max_new_tokens=40)
 """
-LIMITS = "What it writes has the form of its data and is made up."
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    model: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new Llama-like model."}
-    )
-    dataset: str = field(
-        default="sample:wikitext",
-        metadata={"help": "A Hub id, a csv, json, parquet or text file or a sample, with the column `text`."},
-    )
-    mask: str = field(default="causal", metadata={"help": "Who sees whom, such as `causal & window(127, 0)`."})
-    max_length: int = field(default=512, metadata={"help": "Tokens of a document; longer ones are cut in pieces."})
-    vocab_size: int = field(default=4096, metadata={"help": "Of a new model."})
-    hidden_size: int = field(default=256, metadata={"help": "Of a new model."})
-    num_layers: int = field(default=4, metadata={"help": "Of a new model."})
-    eval_rows: int = field(default=400, metadata={"help": "Documents that the model is evaluated on, at most."})
-
-
-def main(arguments: list[str] | None = None) -> None:
-    recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
-
-    texts = load_texts(recipe.dataset, "text")
-    checkpoint = None if recipe.model is None else resolve_model(recipe.model)
-    if checkpoint is None:
-        tokenizer = new_tokenizer(texts["train"]["text"], recipe.vocab_size)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    data = DatasetDict({name: tokenize(rows, tokenizer, recipe.max_length) for name, rows in texts.items()})
-    data["test"] = data["test"].select(range(min(recipe.eval_rows, len(data["test"]))))
-
-    set_seed(training.seed)
-    if checkpoint is None:
-        model = new_model(recipe, tokenizer)
-    else:
-        model = load_model(checkpoint, "causal-lm", AutoModelForCausalLM, mask=recipe.mask)
-    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer, flat=True))}
-    if recipe.baseline:
-        stock = to_transformers(model, model.config.source_model_type or "llama")
-        contenders["stock"] = (stock, DataCollatorForTokenClassification(tokenizer, return_tensors="pt"))
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
-    compared = compare(contenders, trainer_of, training, AutoModelForCausalLM, [METRIC])
-
-    results = {
-        "recipe": "causal_lm",
-        "arguments": recipe.given,
-        "task": "text-generation",
-        "metric": METRIC,
-        "model": describe_new_model(model) if recipe.model is None else describe_source(recipe.model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "trivial": {
-            "what": "from the frequency of each token alone",
-            METRIC: unigram_perplexity(targets(data["train"]), targets(data["test"])),
-        },
-        "training": describe_training(training) | {"mask": recipe.mask, "max_length": recipe.max_length},
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
-
-
-def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Byte pairs ("Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909) of the texts."""
-    pairs = ByteLevelBPETokenizer()
-    pairs.train_from_iterator(iter(texts), vocab_size, special_tokens=[END, PADDING], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=END, bos_token=END, pad_token=PADDING)
-
-
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Pieces of at most `max_length` tokens; the end of a text is a token, and a piece's first one is no target."""
-    end = tokenizer.eos_token_id
-
-    def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        whole = [ids + [end] for ids in tokenizer(batch["text"], add_special_tokens=False)["input_ids"]]
-        cut = [ids[start : start + max_length] for ids in whole for start in range(0, len(ids), max_length)]
-        cut = [ids for ids in cut if len(ids) > 1]
-        return {"input_ids": cut, "labels": [[IGNORED, *ids[1:]] for ids in cut]}
-
-    return rows.map(pieces, batched=True, remove_columns=rows.column_names)
-
-
-def new_model(recipe: RecipeArguments, tokenizer: Any) -> DynMaskForCausalLM:
-    """A Llama-like decoder: rotary positions, RMSNorm before each sublayer, gated feed-forward, no biases."""
-    config = DynMaskConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=max(1, recipe.hidden_size // 64),
-        intermediate_size=8 * recipe.hidden_size // 3 // 8 * 8,
-        hidden_act="silu",
-        gated_feed_forward=True,
-        norm_type="rms_norm",
-        norm_placement="before",
-        embedding_norm=False,
-        position_type="rotary",
-        attention_bias=False,
-        feed_forward_bias=False,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        use_pooler=False,
-        max_position_embeddings=recipe.max_length,
-        mask=recipe.mask,
-        **special_token_ids(tokenizer),
-    )
-    return DynMaskForCausalLM(config)
-
-
-def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer) -> Trainer:
-    return Trainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        processing_class=tokenizer,
-        compute_metrics=perplexity,
-        preprocess_logits_for_metrics=surprise,
-    )
-
-
-def targets(rows: Dataset) -> list[int]:
-    """All targets, row by row."""
-    return [label for labels in rows["labels"] for label in labels[1:]]
-
-
-def surprise(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood `(B, T - 1)` of each token after the first, 0 where there is no target."""
-    return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-
-
-def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    return {METRIC: perplexity_of(prediction.predictions, np.asarray(prediction.label_ids)[:, 1:])}
-
-
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Language model", usage=USAGE, limits=LIMITS)
-
+LIMITS = "Its texts resemble its data in form, and their content is made up."
+ABOUT = About(
+    recipe="causal_lm",
+    task="text-generation",
+    metrics=["perplexity"],
+    title="Language model",
+    usage=USAGE,
+    limits=LIMITS,
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,10 @@
 """
-The command `hf-dynmask` on samples.
+Runs the command `hf-dynmask` on samples.
 
     python recipes/command.py audit sample:reviews --model sample:minilm --batch-size 32
     python recipes/command.py check sample:minilm --data sample:reviews
 
-A sample stands in for a model, or for the file of a data set: its split `train`.
+A sample can be given in place of a model or of a data file, which is then its split `train`.
 """
 
 import sys

@@ -1,18 +1,18 @@
 """
-Trains an encoder-decoder from random weights to say what is in a picture, with the stock `Seq2SeqTrainer`, on batches
+Trains an encoder-decoder from random weights to caption pictures, with the stock `Seq2SeqTrainer`, on batches
 of patches that carry lengths: a picture of any size is a sequence of its own length.
 
     python recipes/image_captioning.py
 
-takes small pictures with captions. To train the same model on padded batches too:
+uses small pictures with captions. To train the same model on padded batches too:
 
     python recipes/image_captioning.py --baseline
 
-With pictures of your own and `metadata.csv` beside them, of columns `file_name` and `text`:
+With your own pictures beside a `metadata.csv` with the columns `file_name` and `text`:
 
     python recipes/image_captioning.py --dataset path/to/folder --max_side 256 --num_hidden_layers 8
 
-Every option of `Seq2SeqTrainingArguments` applies. Results, model card and model go to `--output_dir`.
+All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
 import copy
@@ -25,7 +25,6 @@ import numpy as np
 import sacrebleu
 import torch
 from datasets import Array2D, DatasetDict, Features, List, Value
-from huggingface_hub import ModelCard
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
@@ -40,13 +39,148 @@ from transformers import (
 
 from hf_dynmask import DataCollatorForSeq2SeqWithLengths, DynMaskForConditionalGeneration, DynMaskSeq2SeqConfig
 from hf_dynmask.data import patch_positions, patches
-from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
 from support.common import CommonArguments, parse_arguments, special_token_ids
-from support.measuring import Contenders, best_constant, compare, without_lengths
+from support.measuring import best_constant, without_lengths
+from support.reporting import About, train_and_report
 from support.samples import resolve_files
 
-METRIC = "chrf"
 PAD, START, END = "<pad>", "<s>", "</s>"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, Seq2SeqTrainingArguments], arguments, DEFAULTS)
+
+    texts = resolve_files(recipe.dataset)
+    tokenizer = make_tokenizer(texts["train"]["text"], recipe.vocab_size)
+    data = extract_features(texts, tokenizer, recipe)
+
+    set_seed(training.seed)
+    model = make_model(recipe, tokenizer)
+    collator = DataCollatorForSeq2SeqWithLengths(tokenizer, model)
+    trainer = Seq2SeqTrainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        processing_class=tokenizer,
+        compute_metrics=partial(overlap, tokenizer=tokenizer),
+    )
+
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForSeq2SeqLM,
+        {"padded": (copy.deepcopy(model), without_lengths(collator))} if recipe.baseline else {},
+        settings={"dropout": recipe.dropout},
+        trivial=best_constant(texts, "chrf", character_f_score),
+    )
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level byte-pair encoding of the texts."""
+    pairs = ByteLevelBPETokenizer()
+    pairs.train_from_iterator(iter(texts), vocab_size, special_tokens=[PAD, START, END], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token=PAD, bos_token=START, eos_token=END)
+
+
+def extract_features(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, recipe: "RecipeArguments") -> DatasetDict:
+    """Computes the columns that the model reads from `file_name` and `text`."""
+
+    def extract(row: dict[str, str]) -> dict[str, Any]:
+        ids = tokenizer(row["text"])["input_ids"][: recipe.max_target_tokens - 1]
+        picture = read_picture(row["file_name"], recipe.max_side, recipe.patch)
+        return {name: values.numpy() for name, values in picture.items()} | {"labels": [*ids, tokenizer.eos_token_id]}
+
+    features = Features(
+        input_features=Array2D((None, 3 * recipe.patch**2), "float32"),
+        position_ids=List(Value("int64")),
+        labels=List(Value("int64")),
+    )
+    data = texts.map(extract, features=features, remove_columns=texts["train"].column_names, desc="Patches")
+    return data.with_format("torch")
+
+
+def read_picture(file: str, max_side: int, patch: int) -> dict[str, Tensor]:
+    """A picture's patches and their positions, as `input_features (T, 3 * patch**2)` and `position_ids (T,)`.
+
+    Pixels are from -1 (black) to 0 (white, the background).
+    """
+    with Image.open(file) as opened:
+        drawn = opened.convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
+    picture.thumbnail((max_side, max_side))
+    pixels = torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255 - 1
+    return {
+        "input_features": patches(pixels, patch),
+        "position_ids": patch_positions(pixels, patch, columns=-(-max_side // patch)),
+    }
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+def make_model(recipe: "RecipeArguments", tokenizer: PreTrainedTokenizerFast) -> DynMaskForConditionalGeneration:
+    """A model with random weights."""
+    columns = -(-recipe.max_side // recipe.patch)
+    side: dict[str, Any] = {
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": 4 * recipe.hidden_size,
+        "num_hidden_layers": recipe.num_hidden_layers,
+        "num_attention_heads": recipe.hidden_size // 64,
+        "norm_placement": "pre",
+        "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too small for a small model
+        "hidden_dropout_prob": recipe.dropout,
+        "attention_probs_dropout_prob": recipe.dropout,
+    }
+    ids = special_token_ids(tokenizer)
+    config = DynMaskSeq2SeqConfig(
+        encoder=side | {"num_features": 3 * recipe.patch**2, "max_position_embeddings": columns**2},
+        decoder=side | {"vocab_size": len(tokenizer), "max_position_embeddings": recipe.max_target_tokens},
+        decoder_start_token_id=ids["bos_token_id"],
+        **ids,
+    )
+    model = DynMaskForConditionalGeneration(config)
+    model.generation_config.update(max_length=recipe.max_target_tokens)
+    return model
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def overlap(prediction: EvalPrediction, tokenizer: Any) -> dict[str, float]:
+    def decode(ids: Any) -> list[str]:
+        return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
+
+    return character_f_score(decode(prediction.label_ids), decode(prediction.predictions))
+
+
+def character_f_score(texts: list[str], answers: list[str]) -> dict[str, float]:
+    """chrF, from 0 to 100 (Popović, 2015)."""
+    return {"chrf": sacrebleu.corpus_chrf(answers, [texts]).score}
+
+
+# --- Arguments and model card ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecipeArguments(CommonArguments):
+    dataset: str = field(
+        default="sample:pictures", metadata={"help": "A folder of pictures with `metadata.csv`, or a sample."}
+    )
+    max_side: int = field(default=128, metadata={"help": "Pixels; larger pictures are scaled down."})
+    patch: int = field(default=16, metadata={"help": "Side of a patch in pixels."})
+    max_target_tokens: int = field(default=32, metadata={"help": "Longer captions are truncated."})
+    vocab_size: int = field(default=1000, metadata={"help": "Size of the vocabulary learned from the captions."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of both sides; 64 a head."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of each side."})
+    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
+
+
 DEFAULTS = {
     "output_dir": "outputs/image_captioning",
     "num_train_epochs": 30,
@@ -66,151 +200,17 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 picture = {name: values[None] for name, values in read_picture("picture.png", max_side=128, patch=16).items()}
 tokenizer.decode(model.generate(**picture)[0], skip_special_tokens=True)
 """
-LIMITS = "It says of every picture what the captions of its data say, also of one that shows something else."
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    dataset: str = field(
-        default="sample:pictures", metadata={"help": "A folder of pictures with `metadata.csv`, or a sample."}
-    )
-    max_side: int = field(default=128, metadata={"help": "Pixels; a picture with a longer side is made smaller."})
-    patch: int = field(default=16, metadata={"help": "Pixels of a patch's side."})
-    max_target_tokens: int = field(default=32, metadata={"help": "A longer caption is cut."})
-    vocab_size: int = field(default=1000, metadata={"help": "Tokens that are learned from the captions."})
-    hidden_size: int = field(default=192, metadata={"help": "Width of both sides; 64 a head."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of each side."})
-    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
-
-
-def main(arguments: list[str] | None = None) -> None:
-    recipe, training = parse_arguments([RecipeArguments, Seq2SeqTrainingArguments], arguments, DEFAULTS)
-
-    texts = resolve_files(recipe.dataset)
-    tokenizer = make_tokenizer(texts["train"]["text"], recipe.vocab_size)
-    data = extract_features(texts, tokenizer, recipe)
-
-    set_seed(training.seed)
-    model = make_model(recipe, tokenizer)
-    collator = DataCollatorForSeq2SeqWithLengths(tokenizer, model)
-    contenders: Contenders = {"dynmask": (model, collator)}
-    if recipe.baseline:
-        contenders["padded"] = (copy.deepcopy(model), without_lengths(collator))
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer)
-    compared = compare(contenders, trainer_of, training, AutoModelForSeq2SeqLM, [METRIC])
-
-    results = {
-        "recipe": "image_captioning",
-        "arguments": recipe.given,
-        "task": "image-to-text",
-        "metric": METRIC,
-        "unit": "patches and tokens",
-        "model": describe_new_model(model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "trivial": best_constant(texts, METRIC, character_f_score),
-        "training": describe_training(training) | {"dropout": recipe.dropout},
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
-
-
-# --- Data ------------------------------------------------------------------------------------------------------------
-
-
-def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding of the texts."""
-    pairs = ByteLevelBPETokenizer()
-    pairs.train_from_iterator(iter(texts), vocab_size, special_tokens=[PAD, START, END], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token=PAD, bos_token=START, eos_token=END)
-
-
-def extract_features(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, recipe: RecipeArguments) -> DatasetDict:
-    """The columns that the model reads, of `file_name` and `text`."""
-
-    def extract(row: dict[str, str]) -> dict[str, Any]:
-        ids = tokenizer(row["text"])["input_ids"][: recipe.max_target_tokens - 1]
-        picture = read_picture(row["file_name"], recipe.max_side, recipe.patch)
-        return {name: values.numpy() for name, values in picture.items()} | {"labels": [*ids, tokenizer.eos_token_id]}
-
-    features = Features(
-        input_features=Array2D((None, 3 * recipe.patch**2), "float32"),
-        position_ids=List(Value("int64")),
-        labels=List(Value("int64")),
-    )
-    data = texts.map(extract, features=features, remove_columns=texts["train"].column_names, desc="Patches")
-    return data.with_format("torch")
-
-
-def read_picture(file: str, max_side: int, patch: int) -> dict[str, Tensor]:
-    """A picture's patches and their places, as `input_features (T, 3 * patch**2)` and `position_ids (T,)`.
-
-    It lies on white, which is 0; black is -1.
-    """
-    with Image.open(file) as opened:
-        drawn = opened.convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
-    picture.thumbnail((max_side, max_side))
-    pixels = torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255 - 1
-    return {
-        "input_features": patches(pixels, patch),
-        "position_ids": patch_positions(pixels, patch, columns=-(-max_side // patch)),
-    }
-
-
-# --- Model -----------------------------------------------------------------------------------------------------------
-
-
-def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> DynMaskForConditionalGeneration:
-    """A model with random weights."""
-    columns = -(-recipe.max_side // recipe.patch)
-    side: dict[str, Any] = {
-        "hidden_size": recipe.hidden_size,
-        "intermediate_size": 4 * recipe.hidden_size,
-        "num_hidden_layers": recipe.num_hidden_layers,
-        "num_attention_heads": recipe.hidden_size // 64,
-        "norm_placement": "before",
-        "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
-        "hidden_dropout_prob": recipe.dropout,
-        "attention_probs_dropout_prob": recipe.dropout,
-    }
-    ids = special_token_ids(tokenizer)
-    config = DynMaskSeq2SeqConfig(
-        encoder=side | {"num_features": 3 * recipe.patch**2, "max_position_embeddings": columns**2},
-        decoder=side | {"vocab_size": len(tokenizer), "max_position_embeddings": recipe.max_target_tokens},
-        decoder_start_token_id=ids["bos_token_id"],
-        **ids,
-    )
-    model = DynMaskForConditionalGeneration(config)
-    model.generation_config.update(max_length=recipe.max_target_tokens)
-    return model
-
-
-def make_trainer(model, collator, training: Seq2SeqTrainingArguments, data: DatasetDict, tokenizer) -> Seq2SeqTrainer:
-    def overlap(prediction: EvalPrediction) -> dict[str, float]:
-        def decode(ids) -> list[str]:
-            return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
-
-        return character_f_score(decode(prediction.label_ids), decode(prediction.predictions))
-
-    return Seq2SeqTrainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
-        processing_class=tokenizer,
-        compute_metrics=overlap,
-    )
-
-
-def character_f_score(texts: list[str], answers: list[str]) -> dict[str, float]:
-    """chrF, from 0 to 100 (Popović, 2015)."""
-    return {METRIC: sacrebleu.corpus_chrf(answers, [texts]).score}
-
-
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Captions of small pictures", usage=USAGE, limits=LIMITS)
-
+LIMITS = "It describes every picture in terms of its training captions, even if the picture shows something else."
+ABOUT = About(
+    recipe="image_captioning",
+    task="image-to-text",
+    metrics=["chrf"],
+    title="Captions of small pictures",
+    usage=USAGE,
+    limits=LIMITS,
+    unit="patches and tokens",
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

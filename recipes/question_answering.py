@@ -3,17 +3,17 @@ Fine-tunes a BERT-like checkpoint to find answers in texts, with the stock `Trai
 
     python recipes/question_answering.py
 
-takes questions of SQuAD and MiniLM. To train the stock model on padded batches too, from the same weights:
+uses questions of SQuAD and MiniLM. To train the stock model on padded batches too, from the same weights:
 
     python recipes/question_answering.py --baseline
 
-With a model and data of your own, from the Hub or from disk (columns `context`, `question` and `answers`, as in SQuAD):
+With your own model and data, from the Hub or from disk (columns `context`, `question` and `answers`, as in SQuAD):
 
     python recipes/question_answering.py --model google-bert/bert-base-uncased --dataset rajpurkar/squad_v2
 
-A long context is read in overlapping windows, each as long as it is. Every option of `TrainingArguments` applies.
-Results, model card and model go to `--output_dir`. The measures are SQuAD's, written here: those of `evaluate` would
-have to be fetched from the Hub.
+Long contexts are read in overlapping windows. All options of `TrainingArguments` apply.
+Results, model card and model are written to `--output_dir`. The metrics are SQuAD's, implemented here, since `evaluate`
+would fetch them from the Hub.
 """
 
 import re
@@ -21,12 +21,10 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -39,97 +37,63 @@ from transformers import (
 )
 
 from hf_dynmask import DataCollatorWithLengths, to_transformers
-from support.cards import Results, describe_source, describe_training, model_card, report
-from support.common import CommonArguments, check_texts, dropout_of, load_columns, load_model, parse_arguments
-from support.measuring import Contenders, compare
+from support.common import (
+    DropoutArguments,
+    check_texts,
+    dropout_settings,
+    load_columns,
+    load_model,
+    parse_arguments,
+)
+from support.reporting import About, train_and_report
 from support.samples import resolve_model
 
-METRIC, OTHERS = "f1", ["exact_match"]
 MAX_ANSWER_TOKENS = 30
-NO_ANSWER = 0  # the first token of a window, [CLS], as the place of an answer that is not there
-ELSEWHERE = (-1, -1)  # offsets of a token that is not of the context
-DEFAULTS = {
-    "output_dir": "outputs/question_answering",
-    "max_steps": 240,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 2e-4,
-    "logging_steps": 20,
-}
-USAGE = """
-import hf_dynmask  # registers the model type with transformers
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForQuestionAnswering.from_pretrained("path/to/this/folder")
-inputs = tokenizer("Who wrote the play?", "The play was written by Ben Jonson.", return_tensors="pt")
-outputs = model(**inputs)
-first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()  # both 0: there is no answer
-tokenizer.decode(inputs["input_ids"][0, first : last + 1])
-"""
-LIMITS = (
-    "It copies a piece of the text that it is given, right or wrong as that text is, and may do so where the text "
-    "has no answer."
-)
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
-    dataset: str = field(
-        default="sample:squad",
-        metadata={"help": "A Hub id, a json or parquet file or a sample, with `context`, `question` and `answers`."},
-    )
-    max_length: int = field(default=384, metadata={"help": "Tokens of a window, the question among them."})
-    stride: int = field(default=128, metadata={"help": "Tokens that a window shares with the next."})
-    eval_rows: int = field(default=300, metadata={"help": "Questions that the model is evaluated on, at most."})
-    dropout: float = field(default=0.0, metadata={"help": "Of hidden states and attention weights."})
+NO_ANSWER = 0  # a window's first token, [CLS], stands for a missing answer
+ELSEWHERE = (-1, -1)  # offsets of tokens outside the context
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     checkpoint = resolve_model(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     questions = load_questions(recipe.dataset)
     questions["test"] = questions["test"].select(range(min(recipe.eval_rows, len(questions["test"]))))
-    data = DatasetDict(
-        {name: windows(rows, tokenizer, recipe.max_length, recipe.stride) for name, rows in questions.items()}
-    )
+    windowing = {"max_length": recipe.max_length, "stride": recipe.stride}
+    data = DatasetDict({name: windows(rows, tokenizer, **windowing) for name, rows in questions.items()})
     references = [row["text"] for row in questions["test"]["answers"]]
 
     set_seed(training.seed)
-    settings = dropout_of(recipe.dropout)
+    settings = dropout_settings(recipe)
     model = load_model(checkpoint, "question-answering", AutoModelForQuestionAnswering, **settings)
-    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer, count_answers=True))}
-    if recipe.baseline:
-        contenders["stock"] = (to_transformers(model), DataCollatorWithPadding(tokenizer))
-    evaluation = Evaluation(data["test"], list(questions["test"]["context"]), references)
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer, evaluation=evaluation)
-    compared = compare(contenders, trainer_of, training, AutoModelForQuestionAnswering, [METRIC, *OTHERS])
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=DataCollatorWithLengths(tokenizer, count_answers=True),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=Evaluation(data["test"], list(questions["test"]["context"]), references),
+    )
 
-    windowing = {"max_length": recipe.max_length, "stride": recipe.stride}
-    results = {
-        "recipe": "question_answering",
-        "arguments": recipe.given,
-        "task": "question-answering",
-        "metric": METRIC,
-        "others": OTHERS,
-        "model": describe_source(recipe.model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in questions.items()}},
-        "trivial": {"what": "no answer to any question", **score([""] * len(references), references)},
-        "training": describe_training(training) | {"dropout": recipe.dropout} | windowing,
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForQuestionAnswering,
+        {"stock": (to_transformers(model), DataCollatorWithPadding(tokenizer))} if recipe.baseline else {},
+        settings={"dropout": model.config.hidden_dropout_prob} | windowing,
+        rows=questions,
+        trivial={"what": "no answer to any question", **score([""] * len(references), references)},
+    )
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 
 def load_questions(source: str) -> DatasetDict:
-    """The columns `context`, `question` and `answers` of a data set, answers where they are said to be."""
+    """Loads the columns `context`, `question` and `answers`, and checks the positions of the answers."""
     data = load_columns(source, "context", "question", "answers")
     check_texts(data, "context", "question")
     answers = data["train"].features["answers"]
@@ -146,20 +110,20 @@ def load_questions(source: str) -> DatasetDict:
 
 def windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> Dataset:
     """
-    Questions, each with a part of its context, as a model reads them.
+    Tokenizes questions, each with overlapping windows of its context.
 
     Args:
         rows (`Dataset`): Questions.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast one.
-        max_length (`int`): Tokens of a window, at most.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer.
+        max_length (`int`): Maximum number of tokens per window.
         stride (`int`): Tokens of the context that a window shares with the next one.
 
     Returns:
-        `Dataset`: What the tokenizer gives, `start_positions` and `end_positions` of the first answer (0 in a window
-        without it), `row` of the question, and `offsets`: where in the context each token begins and ends.
+        `Dataset`: The tokenizer's columns, `start_positions` and `end_positions` of the first answer (0 in windows
+        without it), the question's `row`, and `offsets`: where in the context each token begins and ends.
 
     Raises:
-        ValueError: A question leaves no place for more context than `stride`.
+        ValueError: A question leaves room for no more context than `stride`.
     """
 
     def read(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -198,7 +162,7 @@ def windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, 
 
 
 def answer_place(offsets: Sequence[tuple[int, int]], answers: dict[str, list[Any]]) -> tuple[int, int]:
-    """First and last token of the first answer, where the window has all of it."""
+    """First and last token of the first answer if the window contains all of it."""
     if not answers["text"]:
         return NO_ANSWER, NO_ANSWER
     start = answers["answer_start"][0]
@@ -209,12 +173,12 @@ def answer_place(offsets: Sequence[tuple[int, int]], answers: dict[str, list[Any
     return (inside[0], inside[-1]) if is_whole and inside else (NO_ANSWER, NO_ANSWER)
 
 
-# --- Model -----------------------------------------------------------------------------------------------------------
+# --- Measuring -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Evaluation:
-    """Logits of windows to measures of the answers, of `contexts` and `references` by question."""
+    """Computes metrics of the answers from the logits of windows; `contexts` and `references` are by question."""
 
     windows: Dataset
     contexts: list[str]
@@ -225,8 +189,8 @@ class Evaluation:
         return score(self.answers(start_logits, end_logits), self.references)
 
     def answers(self, start_logits: np.ndarray, end_logits: np.ndarray) -> list[str]:
-        """Of each question the span with the highest score in all its windows, or none where no answer has at least
-        that score in each of them (Devlin et al., arXiv:1810.04805)."""
+        """For each question, the best span of all its windows, or no answer if the lowest score of "no answer" among
+        the windows is at least as high (Devlin et al., arXiv:1810.04805)."""
         spans: list[tuple[float, str]] = [(-np.inf, "")] * len(self.contexts)
         no_answer = np.full(len(self.contexts), np.inf)
         columns = (self.windows["row"], self.windows["offsets"], start_logits, end_logits)
@@ -240,7 +204,7 @@ class Evaluation:
 
 def best_span(offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[float, int, int]:
     """Score, first and last token of the best span of up to `MAX_ANSWER_TOKENS` tokens of the context."""
-    length = len(offsets)  # logits go on, over padding
+    length = len(offsets)  # logits include padding
     of_context = offsets[:, 0] >= 0
     scores = starts[:length, None] + ends[None, :length]
     allowed = np.tril(np.triu(of_context[:, None] & of_context), MAX_ANSWER_TOKENS - 1)
@@ -248,29 +212,14 @@ def best_span(offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tupl
     return float(scores[first, last]), int(first), int(last)
 
 
-def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer, evaluation) -> Trainer:
-    return Trainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        processing_class=tokenizer,
-        compute_metrics=evaluation,
-    )
-
-
-# --- Measuring -------------------------------------------------------------------------------------------------------
-
-
 def score(answers: list[str], references: list[list[str]]) -> dict[str, float]:
     """
     SQuAD's measures (Rajpurkar et al., arXiv:1606.05250, arXiv:1806.03822), in percent: `exact_match`, and `f1` over
-    words. Each is that of the reference which fits best; without references, the right answer is none.
+    words, each against the best matching reference. Without references, the right answer is an empty one.
 
     Args:
-        answers (`list[str]`): An answer a question, empty where there is none.
-        references (`list[list[str]]`): Right answers of each question.
+        answers (`list[str]`): One answer per question, empty for none.
+        references (`list[list[str]]`): The right answers to each question.
     """
     exact, overlap = 0.0, 0.0
     for answer, texts in zip(answers, references, strict=True):
@@ -278,11 +227,11 @@ def score(answers: list[str], references: list[list[str]]) -> dict[str, float]:
         expected = [each for text in texts if (each := words(text))] or [[]]
         exact += max(found == each for each in expected)
         overlap += max(word_f1(found, each) for each in expected)
-    return {METRIC: 100 * overlap / len(answers), "exact_match": 100 * exact / len(answers)}
+    return {"f1": 100 * overlap / len(answers), "exact_match": 100 * exact / len(answers)}
 
 
 def words(text: str) -> list[str]:
-    """Words of a text, in lower case, without punctuation and articles."""
+    """Lower-case words of a text without punctuation and articles."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
@@ -293,9 +242,50 @@ def word_f1(found: list[str], expected: list[str]) -> float:
     return 2 * (Counter(found) & Counter(expected)).total() / (len(found) + len(expected))
 
 
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Answers in texts", usage=USAGE, limits=LIMITS)
+# --- Arguments and model card ----------------------------------------------------------------------------------------
 
+
+@dataclass
+class RecipeArguments(DropoutArguments):
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:squad",
+        metadata={"help": "A Hub id, a json or parquet file or a sample, with `context`, `question` and `answers`."},
+    )
+    max_length: int = field(default=384, metadata={"help": "Tokens per window, including the question."})
+    stride: int = field(default=128, metadata={"help": "Tokens that a window shares with the next."})
+    eval_rows: int = field(default=300, metadata={"help": "Maximum number of questions for evaluation."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/question_answering",
+    "max_steps": 240,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 2e-4,
+    "logging_steps": 20,
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForQuestionAnswering.from_pretrained("path/to/this/folder")
+inputs = tokenizer("Who wrote the play?", "The play was written by Ben Jonson.", return_tensors="pt")
+outputs = model(**inputs)
+first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()  # both 0: there is no answer
+tokenizer.decode(inputs["input_ids"][0, first : last + 1])
+"""
+LIMITS = "It copies a span of the given text, even if that text is wrong or has no answer."
+ABOUT = About(
+    recipe="question_answering",
+    task="question-answering",
+    metrics=["f1", "exact_match"],
+    title="Answers in texts",
+    usage=USAGE,
+    limits=LIMITS,
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,5 @@
 """
-Makes cards and figures again from results alone, each beside its own.
+Rebuilds cards and figures from results files, and writes them beside these.
 
     python recipes/rebuild_cards.py model_cards/*.json
 """

@@ -1,20 +1,20 @@
 """
 Measures whether dynamic masking is better than static masking, on small new models and several seeds:
 
-    padding    film reviews are classified on rows that are filled up to one fixed size, against rows with lengths
-    targets    a masked language model learns targets that were drawn once, or ten times, against targets drawn anew in
-               each epoch, and is then fine-tuned to classify film reviews
-    masks      a language model learns under one mask, against a window that widens in the course of training
+    padding    film reviews are classified on rows padded to one fixed size, against rows with lengths
+    targets    a masked language model learns targets drawn once or ten times, against targets drawn again
+               in each epoch, and is then fine-tuned to classify film reviews
+    masks      a language model learns under one mask, against a window that widens during training
 
     python recipes/static_vs_dynamic.py
 
-The seeds are `--seed` and those that follow it. All variants of a part have the same seeds, and so the same weights at
-first and the same order of examples. One part alone, on more seeds:
+The seeds are `--seed` and the numbers after it. All variants of a part have the same seeds, hence the same initial
+weights and order of examples. To run a single part on more seeds:
 
     python recipes/static_vs_dynamic.py --parts targets --num_seeds 5
 
-Other options of `TrainingArguments` apply to every part; `--num_train_epochs` counts those of the classifiers. Results,
-model card and figure go to `--output_dir`.
+Other options of `TrainingArguments` apply to every part; `--num_train_epochs` is for the classifiers. Results, card and
+figure are written to `--output_dir`.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -33,13 +33,13 @@ from transformers import (
     BertTokenizer,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 import causal_lm
 import masked_lm
-import sequence_classification
 from hf_dynmask import (
     DataCollatorForDynamicMasking,
     DataCollatorWithLengths,
@@ -48,7 +48,7 @@ from hf_dynmask import (
     from_transformers,
     to_transformers,
 )
-from sequence_classification import encode_labels, load_classifier
+from sequence_classification import accuracy, encode_labels
 from support.cards import Results, describe_environment, describe_source, describe_training
 from support.common import ReportArguments, check_texts, dropout_of, load_columns, load_texts, names_of, parse_arguments
 from support.measuring import Collator, train_and_evaluate, unigram_perplexity
@@ -66,52 +66,15 @@ PARTS = {
     + ", ".join(f"`{mask}` from {start:.0%} of the steps on" for start, mask in WIDENING.items())
     + ". `frequencies` of tokens serve in place of a model.",
 }
-LIMITS = (
-    "What is best for models of this size, on these texts and for so few steps, need not be so for larger ones and "
-    "longer trainings. Seconds are those of a machine that may have done other work at the time."
-)
 UNTRAINED = "frequencies"  # of each token
-DEFAULTS = {
-    "output_dir": "outputs/static_vs_dynamic",
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 32,
-    "learning_rate": 2e-3,
-    "logging_steps": 100,
-}
-
-
-@dataclass
-class RecipeArguments(ReportArguments):
-    parts: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": "What to measure.", "choices": list(PARTS)}
-    )
-    num_seeds: int = field(default=3, metadata={"help": "Trainings of each variant, at least 2."})
-    dataset: str = field(
-        default="sample:reviews",
-        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `label`."},
-    )
-    documents: str = field(
-        default="sample:wikitext",
-        metadata={"help": "Of `masks`: a Hub id, a csv, json, parquet or text file or a sample, with column `text`."},
-    )
-    hidden_size: int = field(default=64, metadata={"help": "Of the new models."})
-    num_layers: int = field(default=2, metadata={"help": "Of the new models."})
-    vocab_size: int = field(default=2000, metadata={"help": "Tokens that are learned from the training data."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of a review, and of all rows of fixed size."})
-    target_rows: int = field(default=350, metadata={"help": "Reviews for masked language modeling, at most."})
-    target_epochs: int = field(default=40, metadata={"help": "Of masked language modeling."})
-    document_rows: int = field(default=250, metadata={"help": "Documents that `masks` learns from, at most."})
-    document_length: int = field(default=1024, metadata={"help": "Tokens of a document; longer ones are cut."})
-    document_batch_size: int = field(default=4, metadata={"help": "Documents in a batch."})
-    document_epochs: int = field(default=2, metadata={"help": "Of the language model."})
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
     if recipe.num_seeds < 2:
-        raise ValueError(f"`num_seeds` must be at least 2, to tell a difference from chance; got {recipe.num_seeds}")
+        raise ValueError(
+            f"`num_seeds` must be at least 2, to distinguish a difference from chance; got {recipe.num_seeds}"
+        )
     seeds = range(training.seed, training.seed + recipe.num_seeds)
 
     sources = [recipe.documents if part == "masks" else recipe.dataset for part in recipe.parts]
@@ -136,14 +99,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class Reviews(NamedTuple):
-    """Examples with `input_ids` and `label`, a tokenizer that was made for them, and the names of the labels."""
+    """Examples with `input_ids` and `label`, their tokenizer, and the names of the labels."""
 
     data: DatasetDict
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
 
 
-def load_reviews(recipe: RecipeArguments) -> Reviews:
+def load_reviews(recipe: "RecipeArguments") -> Reviews:
     data = encode_labels(load_columns(recipe.dataset, "text", "label"))
     check_texts(data, "text")
     pieces = BertWordPieceTokenizer()
@@ -157,8 +120,8 @@ def load_reviews(recipe: RecipeArguments) -> Reviews:
     return Reviews(data.map(tokenize, batched=True, remove_columns="text"), tokenizer, labels)
 
 
-def new_model(auto_class: Any, recipe: RecipeArguments, reviews: Reviews, **settings: Any) -> DynMaskPreTrainedModel:
-    """Like BERT, whose dropout is 0.1 unless `settings` say otherwise, with random weights."""
+def new_model(auto_class: Any, recipe: "RecipeArguments", reviews: Reviews, **settings: Any) -> DynMaskPreTrainedModel:
+    """A BERT-like model with random weights; dropout is 0.1 unless `settings` say otherwise."""
     config = BertConfig(
         vocab_size=len(reviews.tokenizer),
         hidden_size=recipe.hidden_size,
@@ -166,14 +129,14 @@ def new_model(auto_class: Any, recipe: RecipeArguments, reviews: Reviews, **sett
         num_attention_heads=max(1, recipe.hidden_size // 32),
         intermediate_size=4 * recipe.hidden_size,
         max_position_embeddings=recipe.max_length,
-        initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
+        initializer_range=recipe.hidden_size**-0.5,  # the usual 0.02 is too small for a small model
         **names_of(reviews.labels),
         **settings,
     )
     return from_transformers(auto_class.from_config(config))
 
 
-def padding_variants(recipe: RecipeArguments) -> Variants:
+def padding_variants(recipe: "RecipeArguments") -> Variants:
     reviews = load_reviews(recipe)
 
     def train(collator: Collator, stock: bool, training: TrainingArguments) -> Measured:
@@ -190,12 +153,20 @@ def padding_variants(recipe: RecipeArguments) -> Variants:
 
 
 def train_classifier(model: Any, collator: Collator, training: TrainingArguments, reviews: Reviews) -> Measured:
-    trainer = sequence_classification.make_trainer(model, collator, training, reviews.data, reviews.tokenizer)
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=reviews.data["train"],
+        eval_dataset=reviews.data["test"],
+        processing_class=reviews.tokenizer,
+        compute_metrics=accuracy,
+    )
     run = train_and_evaluate(trainer, "accuracy")
     return {"accuracy": run["accuracy"], "seconds": run["train_seconds"]}
 
 
-def target_variants(recipe: RecipeArguments) -> Variants:
+def target_variants(recipe: "RecipeArguments") -> Variants:
     reviews = load_reviews(recipe)
     few = DatasetDict({"train": some(reviews.data["train"], recipe.target_rows), "test": reviews.data["test"]})
 
@@ -209,12 +180,22 @@ def target_variants(recipe: RecipeArguments) -> Variants:
         collator = DataCollatorForDynamicMasking(reviews.tokenizer, seed=training.seed, **drawing)
         folder = str(Path(str(training.output_dir), "pretrained"))
         pretraining = replace(training, output_dir=folder, num_train_epochs=recipe.target_epochs)
-        trainer = masked_lm.make_trainer(model, collator, pretraining, few, reviews.tokenizer)
+        trainer = masked_lm.MaskedLMTrainer(
+            model,
+            pretraining,
+            data_collator=collator,
+            train_dataset=few["train"],
+            eval_dataset=few["test"],
+            processing_class=reviews.tokenizer,
+            compute_metrics=masked_lm.perplexity,
+            preprocess_logits_for_metrics=masked_lm.surprise,
+        )
         pretrained = train_and_evaluate(trainer, "perplexity")
         trainer.save_model()
         trainer.accelerator.wait_for_everyone()
-        set_seed(training.seed)  # the same new weights of the classifier for all
-        classifier = load_classifier(folder, reviews.labels, dropout=0.0)
+        set_seed(training.seed)  # the same initial classifier weights for all variants
+        settings = names_of(reviews.labels) | dropout_of(0.0)
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
         tuned = train_classifier(classifier, DataCollatorWithLengths(reviews.tokenizer), training, reviews)
         return {
             "held-out loss": log(pretrained["perplexity"]),
@@ -233,7 +214,7 @@ def target_variants(recipe: RecipeArguments) -> Variants:
 # --- Masks -----------------------------------------------------------------------------------------------------------
 
 
-def mask_variants(recipe: RecipeArguments) -> Variants:
+def mask_variants(recipe: "RecipeArguments") -> Variants:
     sizes = causal_lm.RecipeArguments(
         mask=FINAL_MASK,
         max_length=recipe.document_length,
@@ -253,11 +234,19 @@ def mask_variants(recipe: RecipeArguments) -> Variants:
 
     def train(masks: dict[float, str], training: TrainingArguments) -> Measured:
         model = causal_lm.new_model(sizes, tokenizer)
-        collator = DataCollatorWithLengths(tokenizer, flat=True)
         training = replace(training, num_train_epochs=recipe.document_epochs)
         training.per_device_train_batch_size = training.per_device_eval_batch_size = recipe.document_batch_size
-        trainer = causal_lm.make_trainer(model, collator, training, data, tokenizer)
-        trainer.add_callback(MaskSchedule(masks))
+        trainer = Trainer(
+            model,
+            training,
+            data_collator=DataCollatorWithLengths(tokenizer, flat=True),
+            train_dataset=data["train"],
+            eval_dataset=data["test"],
+            processing_class=tokenizer,
+            callbacks=[MaskSchedule(masks)],
+            compute_metrics=causal_lm.perplexity,
+            preprocess_logits_for_metrics=causal_lm.surprise,
+        )
         run = train_and_evaluate(trainer, "perplexity")
         return {"perplexity": run["perplexity"], "seconds": run["train_seconds"]}
 
@@ -270,6 +259,49 @@ def some(rows: Dataset, count: int) -> Dataset:
 
 
 VARIANTS = {"padding": padding_variants, "targets": target_variants, "masks": mask_variants}
+
+
+# --- Arguments and model card ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecipeArguments(ReportArguments):
+    parts: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": "What to measure.", "choices": list(PARTS)}
+    )
+    num_seeds: int = field(default=3, metadata={"help": "Number of seeds, at least 2."})
+    dataset: str = field(
+        default="sample:reviews",
+        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `label`."},
+    )
+    documents: str = field(
+        default="sample:wikitext",
+        metadata={"help": "Of `masks`: a Hub id, a csv, json, parquet or text file or a sample, with column `text`."},
+    )
+    hidden_size: int = field(default=64, metadata={"help": "Of the new models."})
+    num_layers: int = field(default=2, metadata={"help": "Of the new models."})
+    vocab_size: int = field(default=2000, metadata={"help": "Size of the vocabulary learned from the training data."})
+    max_length: int = field(default=128, metadata={"help": "Tokens per review, and the width of rows of fixed size."})
+    target_rows: int = field(default=350, metadata={"help": "Maximum number of reviews for masked language modeling."})
+    target_epochs: int = field(default=40, metadata={"help": "Of masked language modeling."})
+    document_rows: int = field(default=250, metadata={"help": "Maximum number of training documents of `masks`."})
+    document_length: int = field(default=1024, metadata={"help": "Tokens per document; longer ones are truncated."})
+    document_batch_size: int = field(default=4, metadata={"help": "Documents per batch."})
+    document_epochs: int = field(default=2, metadata={"help": "Of the language model."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/static_vs_dynamic",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 2e-3,
+    "logging_steps": 100,
+}
+LIMITS = (
+    "What is best for models of this size, on these texts and for so few steps, need not be best for larger models and "
+    "longer trainings. Times were measured on a machine that may have done other work at the time."
+)
 
 
 def make_card(results: Results) -> ModelCard:

@@ -3,29 +3,105 @@ Trains an encoder-decoder from random weights to summarise, with the stock `Seq2
 
     python recipes/summarization.py
 
-takes the beginnings of news articles and their highlights. To train the stock model on padded batches too:
+uses the beginnings of news articles and their highlights. To train the stock model on padded batches too:
 
     python recipes/summarization.py --baseline
 
-With texts of your own, from the Hub or from disk (columns `text` and `summary`), and a larger model:
+With your own texts, from the Hub or from disk (columns `text` and `summary`), and a larger model:
 
     python recipes/summarization.py --dataset articles.csv --max_source_tokens 1024 --num_train_epochs 10
 
-Every option of `Seq2SeqTrainingArguments` applies. Results, model card and model go to `--output_dir`. The measures are
-ROUGE of rouge-score itself: `evaluate`, which wraps it, would have to fetch the wrapper from the Hub.
+All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`. The
+metrics are rouge-score's own, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
 import random
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import fmean
 
 from datasets import DatasetDict
 from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
-from support.seq2seq import Seq2SeqArguments, Task, run, task_card
+from hf_dynmask import DataCollatorForSeq2SeqWithLengths
+from support import seq2seq
+from support.common import load_texts, parse_arguments
+from support.reporting import About, train_and_report
+from support.seq2seq import (
+    Evaluation,
+    Seq2SeqArguments,
+    bart_baseline,
+    dropout_of_decoder,
+    encode,
+    new_model,
+    train_tokenizer,
+)
 
-METRICS = ["rouge1", "rouge2", "rougeL"]
+ROUGE = ["rouge1", "rouge2", "rougeL"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, Seq2SeqTrainingArguments], arguments, DEFAULTS)
+
+    texts = load_texts(recipe.dataset, "text", "summary")
+    tokenizer = train_tokenizer(texts["train"], recipe.vocab_size)
+    data = encode(texts, tokenizer, recipe.max_source_tokens, recipe.max_target_tokens)
+    references = list(texts["test"]["summary"])
+
+    set_seed(training.seed)
+    model = new_model(recipe, tokenizer, no_repeat_ngram_size=3)
+    trainer = Seq2SeqTrainer(
+        model,
+        training,
+        data_collator=DataCollatorForSeq2SeqWithLengths(tokenizer, model),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        processing_class=tokenizer,
+        compute_metrics=Evaluation(score, tokenizer, references),
+    )
+
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForSeq2SeqLM,
+        bart_baseline(model, tokenizer) if recipe.baseline else {},
+        settings={"dropout": dropout_of_decoder(model)},
+        trivial={"what": "the summary of another text", **score(summaries_of_others(texts), references)},
+    )
+
+
+def score(answers: list[str], references: list[str]) -> dict[str, float]:
+    """Mean F-measures of ROUGE-1, -2 and -L (Lin, 2004), from 0 to 100."""
+    scorer = RougeScorer(ROUGE)
+    scores = [scorer.score(*pair) for pair in zip(references, answers, strict=True)]
+    return {metric: 100 * fmean(found[metric].fmeasure for found in scores) for metric in ROUGE}
+
+
+def summaries_of_others(texts: DatasetDict) -> list[str]:
+    draw = random.Random(0)
+    return draw.choices(list(texts["train"]["summary"]), k=len(texts["test"]))
+
+
+# --- Arguments and model card ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecipeArguments(Seq2SeqArguments):
+    dataset: str = field(
+        default="sample:news",
+        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `summary`."},
+    )
+    max_source_tokens: int = field(default=128, metadata={"help": "Texts are truncated to this many tokens."})
+    max_target_tokens: int = field(default=128, metadata={"help": "Summaries are truncated to this many tokens."})
+    vocab_size: int = field(default=4000, metadata={"help": "Size of the vocabulary learned from the training data."})
+
+
+DEFAULTS = seq2seq.DEFAULTS | {
+    "output_dir": "outputs/summarization",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 32,
+}
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -36,56 +112,17 @@ batch = tokenizer(["An article."], truncation=True, max_length=128, return_tenso
 tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)
 """
 LIMITS = (
-    "It reads the beginning of a text alone and may state what the text does not say, which the measures do not notice."
+    "It reads only the beginning of a text and may state what the text does not say, which the metrics do not notice."
 )
-
-
-@dataclass
-class RecipeArguments(Seq2SeqArguments):
-    dataset: str = field(
-        default="sample:news",
-        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `text` and `summary`."},
-    )
-    max_source_tokens: int = field(default=128, metadata={"help": "Tokens of a text that are read."})
-    max_target_tokens: int = field(default=128, metadata={"help": "Tokens of a summary, at most."})
-    vocab_size: int = field(default=4000, metadata={"help": "Tokens that are learned from the training data."})
-
-
-def score(answers: list[str], references: list[str]) -> dict[str, float]:
-    """Mean F-measures of ROUGE (Lin, 2004), of 100: common words, pairs of words, and the longest common sequence."""
-    scorer = RougeScorer(METRICS)
-    scores = [scorer.score(*pair) for pair in zip(references, answers, strict=True)]
-    return {metric: 100 * fmean(found[metric].fmeasure for found in scores) for metric in METRICS}
-
-
-def summaries_of_others(texts: DatasetDict) -> list[str]:
-    draw = random.Random(0)
-    return draw.choices(list(texts["train"]["summary"]), k=len(texts["test"]))
-
-
-TASK = Task(
+ABOUT = About(
     recipe="summarization",
     task="summarization",
-    arguments=RecipeArguments,
-    source="text",
-    target="summary",
-    metric="rougeL",
-    others=["rouge1", "rouge2"],
-    score=score,
-    trivial=("the summary of another text", summaries_of_others),
-    generation={"no_repeat_ngram_size": 3},
+    metrics=["rougeL", "rouge1", "rouge2"],
     title="Summarization",
     usage=USAGE,
     limits=LIMITS,
 )
-
-
-make_card = partial(task_card, TASK)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    run(TASK, arguments, {"num_train_epochs": 2, "per_device_train_batch_size": 32})
-
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

@@ -1,20 +1,20 @@
 """
-Trains a tagger of names from random weights, character by character, with the stock `Trainer`, on batches that carry
+Trains a character-level tagger of names from random weights with the stock `Trainer`, on batches that carry
 lengths.
 
     python recipes/token_classification.py
 
-takes sentences of Chinese news with persons, places and organisations. To train the stock BERT on padded batches too,
+uses sentences of Chinese news with persons, places and organisations. To train the stock BERT on padded batches too,
 from the same weights:
 
     python recipes/token_classification.py --baseline
 
-With a checkpoint and data of your own, from the Hub or from disk (columns `tokens` and `ner_tags`, lists):
+With your own checkpoint and data, from the Hub or from disk (columns `tokens` and `ner_tags`, lists):
 
     python recipes/token_classification.py --model google-bert/bert-base-chinese --dataset names.jsonl
 
-Every option of `TrainingArguments` applies. Results, model card and model go to `--output_dir`. The measures are those
-of seqeval itself: `evaluate`, which wraps it, would have to fetch the wrapper from the Hub.
+All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`. The metrics
+are seqeval's own, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
 from collections import Counter, defaultdict
@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List
-from huggingface_hub import ModelCard
 from seqeval.metrics import f1_score, precision_score, recall_score
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -42,65 +41,25 @@ from transformers import (
 )
 
 from hf_dynmask import DataCollatorWithLengths, DynMaskConfig, DynMaskForTokenClassification, to_transformers
-from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
 from support.common import (
     IGNORED,
-    CommonArguments,
-    dropout_of,
+    DropoutArguments,
+    dropout_settings,
     load_columns,
     load_model,
     names_of,
     parse_arguments,
     special_token_ids,
 )
-from support.measuring import Contenders, compare
+from support.reporting import About, train_and_report
 from support.samples import resolve_model
 
-METRIC, OTHERS = "f1", ["precision", "recall"]
 HEAD_SIZE = 32
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
-DEFAULTS = {
-    "output_dir": "outputs/token_classification",
-    "max_steps": 2000,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 100,
-    "learning_rate": 1e-3,
-    "logging_steps": 100,
-}
-USAGE = """
-import hf_dynmask  # registers the model type with transformers
-from transformers import pipeline
-
-tagger = pipeline("token-classification", model="path/to/this/folder", aggregation_strategy="simple")
-tagger("新华社记者兰红光摄")
-"""
-LIMITS = (
-    "It finds names like those of its data, misses others and splits some: nobody should rely on it to find, or to "
-    "hide, all persons in a text."
-)
-
-
-@dataclass
-class RecipeArguments(CommonArguments):
-    model: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new BERT-like model."}
-    )
-    dataset: str = field(
-        default="sample:names",
-        metadata={"help": "A Hub id, a json or parquet file or a sample, with the columns `tokens` and `ner_tags`."},
-    )
-    max_length: int = field(default=512, metadata={"help": "Tokens of a sentence; longer ones are cut in pieces."})
-    hidden_size: int = field(default=128, metadata={"help": f"Of a new model; {HEAD_SIZE} a head."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "Of a new model."})
-    dropout: float = field(
-        default=0.0,
-        metadata={"help": "Of hidden states and attention weights; at 0 the two trainings follow one course."},
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, TrainingArguments], arguments, DEFAULTS)
-    training.include_num_input_tokens_seen = "non_padding"  # the parser takes it for a boolean
 
     sentences = load_sentences(recipe.dataset)
     tags = sentences["train"].features["ner_tags"].feature.names
@@ -112,39 +71,43 @@ def main(arguments: list[str] | None = None) -> None:
     data = DatasetDict({name: encode(rows, tokenizer, recipe.max_length) for name, rows in sentences.items()})
 
     set_seed(training.seed)
-    settings = names_of(tags) | dropout_of(recipe.dropout)
+    settings = names_of(tags) | dropout_settings(recipe)
     if checkpoint is None:
         model = new_model(recipe, tokenizer, settings)
     else:
         model = load_model(checkpoint, "token-classification", AutoModelForTokenClassification, **settings)
-    contenders: Contenders = {"dynmask": (model, DataCollatorWithLengths(tokenizer))}
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=DataCollatorWithLengths(tokenizer),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        compute_metrics=partial(score_predictions, tags=tags),
+        preprocess_logits_for_metrics=most_likely,
+    )
+
+    baselines = {}
     if recipe.baseline:
         stock = to_transformers(model, model.config.source_model_type or "bert")
-        contenders["stock"] = (stock, DataCollatorForTokenClassification(tokenizer, return_tensors="pt"))
-    trainer_of = partial(make_trainer, data=data, tokenizer=tokenizer, tags=tags)
-    compared = compare(contenders, trainer_of, training, AutoModelForTokenClassification, [METRIC, *OTHERS])
-
-    results = {
-        "recipe": "token_classification",
-        "arguments": recipe.given,
-        "task": "token-classification",
-        "metric": METRIC,
-        "others": OTHERS,
-        "model": describe_new_model(model) if recipe.model is None else describe_source(recipe.model),
-        "dataset": describe_source(recipe.dataset) | {"rows": {name: len(rows) for name, rows in data.items()}},
-        "labels": tags,
-        "trivial": {"what": "by the most frequent tag of each token", **most_frequent_tags(data, tags)},
-        "training": describe_training(training) | {"dropout": recipe.dropout, "max_length": recipe.max_length},
-        **compared,
-    }
-    report(results, make_card(results), training, recipe.model_card_dir)
+        baselines["stock"] = (stock, DataCollatorForTokenClassification(tokenizer, return_tensors="pt"))
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForTokenClassification,
+        baselines,
+        settings={"dropout": model.config.hidden_dropout_prob, "max_length": recipe.max_length},
+        labels=tags,
+        trivial={"what": "by the most frequent tag of each token", **most_frequent_tags(data, tags)},
+    )
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 
 def load_sentences(source: str) -> DatasetDict:
-    """The columns `tokens` and `ner_tags` of a data set, lists of texts and of classes, without empty rows."""
+    """Loads the columns `tokens` and `ner_tags`, lists of texts and of classes, without empty rows."""
     data = load_columns(source, "tokens", "ner_tags")
     for name, expected in {"tokens": "lists of texts", "ner_tags": "lists of tags such as 'B-PER'"}.items():
         found = data["train"].features[name]
@@ -162,7 +125,7 @@ def load_sentences(source: str) -> DatasetDict:
 
 
 def encode_tags(data: DatasetDict) -> DatasetDict:
-    """Tags as classes, in the order of their names where they are texts."""
+    """Encodes tags as classes; tags that are texts are sorted."""
     if isinstance(data["train"].features["ner_tags"].feature, ClassLabel):
         return data
     names = {tag for rows in data.values() for tags in rows["ner_tags"] for tag in tags}
@@ -172,7 +135,7 @@ def encode_tags(data: DatasetDict) -> DatasetDict:
 
 
 def new_tokenizer(sentences: Iterable[list[str]]) -> PreTrainedTokenizerBase:
-    """A token for each character that comes twice or more."""
+    """A tokenizer with a token for each character that occurs at least twice."""
     counts = Counter(character for tokens in sentences for token in tokens for character in token)
     known = [character for character, count in counts.most_common() if count > 1]
     vocabulary = {token: i for i, token in enumerate([PADDING, UNKNOWN, *known])}
@@ -187,7 +150,7 @@ def new_tokenizer(sentences: Iterable[list[str]]) -> PreTrainedTokenizerBase:
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`input_ids` and `labels` of pieces of at most `max_length` tokens; the first token of a word has its tag."""
+    """Splits sentences into pieces of at most `max_length` tokens; the first token of a word has its tag."""
 
     def encoded(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         pieces = tokenizer(
@@ -207,7 +170,7 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 
 def spread(tags: Sequence[int], words: Sequence[int | None]) -> list[int]:
-    """The tag of each word at its first token."""
+    """Labels the first token of each word with its tag."""
     before = [None, *words]
     return [
         IGNORED if word is None or word == previous else tags[word]
@@ -218,8 +181,8 @@ def spread(tags: Sequence[int], words: Sequence[int | None]) -> list[int]:
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 
-def new_model(recipe: RecipeArguments, tokenizer: Any, settings: dict[str, Any]) -> DynMaskForTokenClassification:
-    """An encoder with random weights that a BERT can hold."""
+def new_model(recipe: "RecipeArguments", tokenizer: Any, settings: dict[str, Any]) -> DynMaskForTokenClassification:
+    """An encoder with random weights that BERT can represent."""
     config = DynMaskConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -234,25 +197,12 @@ def new_model(recipe: RecipeArguments, tokenizer: Any, settings: dict[str, Any])
     return DynMaskForTokenClassification(config)
 
 
-def make_trainer(model, collator, training: TrainingArguments, data: DatasetDict, tokenizer, tags) -> Trainer:
-    return Trainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        processing_class=tokenizer,
-        compute_metrics=partial(score_predictions, tags=tags),
-        preprocess_logits_for_metrics=most_likely,
-    )
+# --- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
     """The class of each token `(B, T)`."""
     return logits.argmax(-1)
-
-
-# --- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def score_predictions(prediction: EvalPrediction, tags: list[str]) -> dict[str, float]:
@@ -266,13 +216,13 @@ def named(classes: Iterable[int], tags: list[str]) -> list[str]:
 
 
 def entity_scores(references: list[list[str]], predictions: list[list[str]]) -> dict[str, float]:
-    """Whole entities of the right kind (Tjong Kim Sang and De Meulder, 2003), of all kinds together."""
-    measures: dict[str, Any] = {METRIC: f1_score, "precision": precision_score, "recall": recall_score}
+    """Scores of whole entities of the right type (Tjong Kim Sang and De Meulder, 2003), micro-averaged."""
+    measures: dict[str, Any] = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
     return {name: float(measure(references, predictions, zero_division=0)) for name, measure in measures.items()}
 
 
 def most_frequent_tags(data: DatasetDict, tags: list[str]) -> dict[str, float]:
-    """The scores of a tagger that gives each token the tag that it most often has in `train`."""
+    """Scores of a tagger that gives each token its most frequent tag in `train`."""
     counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for row in labelled(data["train"]):
         for token, label in row:
@@ -285,16 +235,58 @@ def most_frequent_tags(data: DatasetDict, tags: list[str]) -> dict[str, float]:
 
 
 def labelled(rows: Dataset) -> list[list[tuple[int, int]]]:
-    """Tokens and labels of each row, where there is a label."""
+    """Pairs of token and label of each row, without ignored labels."""
     return [
         [(token, label) for token, label in zip(ids, labels, strict=True) if label != IGNORED]
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
     ]
 
 
-def make_card(results: Results) -> ModelCard:
-    return model_card(results, title="Names in texts", usage=USAGE, limits=LIMITS)
+# --- Arguments and model card ----------------------------------------------------------------------------------------
 
+
+@dataclass
+class RecipeArguments(DropoutArguments):
+    model: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, a Hub id or a sample. None: a new BERT-like model."}
+    )
+    dataset: str = field(
+        default="sample:names",
+        metadata={"help": "A Hub id, a json or parquet file or a sample, with the columns `tokens` and `ner_tags`."},
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens per sentence; longer ones are split."})
+    hidden_size: int = field(default=128, metadata={"help": f"Of a new model; {HEAD_SIZE} a head."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Of a new model."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/token_classification",
+    "max_steps": 2000,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 100,
+    "learning_rate": 1e-3,
+    "logging_steps": 100,
+}
+USAGE = """
+import hf_dynmask  # registers the model type with transformers
+from transformers import pipeline
+
+tagger = pipeline("token-classification", model="path/to/this/folder", aggregation_strategy="simple")
+tagger("新华社记者兰红光摄")
+"""
+LIMITS = (
+    "It finds names like those in its data, and misses or splits others: do not rely on it to find, or to "
+    "hide, all persons in a text."
+)
+ABOUT = About(
+    recipe="token_classification",
+    task="token-classification",
+    metrics=["f1", "precision", "recall"],
+    title="Names in texts",
+    usage=USAGE,
+    limits=LIMITS,
+)
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

@@ -3,26 +3,91 @@ Trains an encoder-decoder from random weights to translate, with the stock `Seq2
 
     python recipes/translation.py
 
-takes short English sentences and their Spanish translations. To train the stock model on padded batches too:
+uses short English sentences and their Spanish translations. To train the stock model on padded batches too:
 
     python recipes/translation.py --baseline
 
-With pairs of your own, from the Hub or from disk (columns `source` and `target`), and a larger model:
+With your own pairs, from the Hub or from disk (columns `source` and `target`), and a larger model:
 
     python recipes/translation.py --dataset pairs.csv --hidden_size 512 --num_hidden_layers 6 --num_train_epochs 10
 
-Every option of `Seq2SeqTrainingArguments` applies. Results, model card and model go to `--output_dir`. The measures are
-chrF and BLEU of sacrebleu itself: `evaluate`, which wraps it, would have to fetch the wrapper from the Hub.
+All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`. The
+metrics are sacrebleu's own chrF and BLEU, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
-from datasets import DatasetDict
 from sacrebleu import corpus_bleu, corpus_chrf
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
-from support.seq2seq import Seq2SeqArguments, Task, run, task_card
+from hf_dynmask import DataCollatorForSeq2SeqWithLengths
+from support import seq2seq
+from support.common import load_texts, parse_arguments
+from support.reporting import About, train_and_report
+from support.seq2seq import (
+    Evaluation,
+    Seq2SeqArguments,
+    bart_baseline,
+    dropout_of_decoder,
+    encode,
+    new_model,
+    train_tokenizer,
+)
 
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, Seq2SeqTrainingArguments], arguments, DEFAULTS)
+
+    texts = load_texts(recipe.dataset, "source", "target")
+    tokenizer = train_tokenizer(texts["train"], recipe.vocab_size)
+    data = encode(texts, tokenizer, recipe.max_source_tokens, recipe.max_target_tokens)
+    references = list(texts["test"]["target"])
+
+    set_seed(training.seed)
+    model = new_model(recipe, tokenizer)
+    trainer = Seq2SeqTrainer(
+        model,
+        training,
+        data_collator=DataCollatorForSeq2SeqWithLengths(tokenizer, model),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        processing_class=tokenizer,
+        compute_metrics=Evaluation(score, tokenizer, references),
+    )
+
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForSeq2SeqLM,
+        bart_baseline(model, tokenizer) if recipe.baseline else {},
+        settings={"dropout": dropout_of_decoder(model)},
+        trivial={"what": "the source as it is", **score(list(texts["test"]["source"]), references)},
+    )
+
+
+def score(answers: list[str], references: list[str]) -> dict[str, float]:
+    """chrF (Popović, 2015) and BLEU (Papineni et al., 2002), from 0 to 100."""
+    return {
+        "chrf": corpus_chrf(answers, [references]).score,
+        "bleu": corpus_bleu(answers, [references]).score,
+    }
+
+
+# --- Arguments and model card ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecipeArguments(Seq2SeqArguments):
+    dataset: str = field(
+        default="sample:sentences",
+        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `source` and `target`."},
+    )
+    max_source_tokens: int = field(default=32, metadata={"help": "Sources are truncated to this many tokens."})
+    max_target_tokens: int = field(default=32, metadata={"help": "Targets are truncated to this many tokens."})
+
+
+DEFAULTS = seq2seq.DEFAULTS | {"output_dir": "outputs/translation", "num_train_epochs": 4}
 USAGE = """
 import hf_dynmask  # registers the model type with transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -33,55 +98,18 @@ batch = tokenizer(["I like it.", "Where do you live?"], padding=True, return_ten
 tokenizer.batch_decode(model.generate(**batch, num_beams=4), skip_special_tokens=True)
 """
 LIMITS = (
-    "It leaves out, adds or turns round what is said, and gives no sign of it. The measures compare characters and "
-    "words, not what is meant."
+    "It may omit, add or reverse what is said without any sign of it. The metrics compare characters and "
+    "words, not meaning."
 )
-
-
-@dataclass
-class RecipeArguments(Seq2SeqArguments):
-    dataset: str = field(
-        default="sample:sentences",
-        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with the columns `source` and `target`."},
-    )
-    max_source_tokens: int = field(default=32, metadata={"help": "Tokens of a source that are read."})
-    max_target_tokens: int = field(default=32, metadata={"help": "Tokens of a target, at most."})
-
-
-def score(answers: list[str], references: list[str]) -> dict[str, float]:
-    """chrF (Popović, 2015) and BLEU (Papineni et al., 2002), of 100."""
-    return {
-        "chrf": corpus_chrf(answers, [references]).score,
-        "bleu": corpus_bleu(answers, [references]).score,
-    }
-
-
-def sources(texts: DatasetDict) -> list[str]:
-    return list(texts["test"]["source"])
-
-
-TASK = Task(
+ABOUT = About(
     recipe="translation",
     task="translation",
-    arguments=RecipeArguments,
-    source="source",
-    target="target",
-    metric="chrf",
-    others=["bleu"],
-    score=score,
-    trivial=("the source as it is", sources),
+    metrics=["chrf", "bleu"],
     title="Translation",
     usage=USAGE,
     limits=LIMITS,
 )
-
-
-make_card = partial(task_card, TASK)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    run(TASK, arguments, {"num_train_epochs": 4})
-
+make_card = ABOUT.make_card
 
 if __name__ == "__main__":
     main()

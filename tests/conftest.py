@@ -2,7 +2,10 @@
 
 import gc
 import os
-from importlib.metadata import version
+import warnings
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -56,7 +59,10 @@ WARNINGS_OF_OLD_RELEASES = {
 
 def is_installed(release: str) -> bool:
     requirement = Requirement(release)
-    return version(requirement.name) in requirement.specifier
+    try:
+        return version(requirement.name) in requirement.specifier
+    except PackageNotFoundError:
+        return False
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,7 +71,17 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", warning)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m cuda` imports only the files that have such tests, so that not all libraries need be installed."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    wants_cuda_alone = config.getoption("markexpr") == "cuda"
+    return True if wants_cuda_alone and is_test and "mark.cuda" not in collection_path.read_text() else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.filterwarnings(r"ignore:::torch\."))  # its compiler gives advice on speed
     for (release, fault), tests in FAULTS_OF_OLD_RELEASES.items():
         for item in items if is_installed(release) else ():
             if f"{item.nodeid.partition('::')[0]}::{item.name}".startswith(tuple(tests)):
@@ -75,3 +91,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish():
     """Each training collects garbage; the modules that are loaded by now are none, and need not be looked at again."""
     gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        if not has_cuda():
+            pytest.skip("needs a CUDA device of compute capability 8.0")
+        use_cublas_in_backward()
+
+
+@cache
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@cache
+def use_cublas_in_backward() -> None:
+    """Uses cuBLAS in the thread of backward passes, which warns the first time that it has no CUDA context."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.ones(2, 2, device="cuda", requires_grad=True)
+        (x @ x).sum().backward()
+        torch.cuda.synchronize()

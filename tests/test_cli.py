@@ -146,7 +146,7 @@ def test_png_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     result = run("show", "causal", "--lengths", "3", "--png", str(tmp_path / "mask.png"))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: pictures need matplotlib: pip install 'hf_dynmask[plot]'\n"
+    assert result.stderr == "error: plots need matplotlib: pip install 'hf_dynmask[plot]'\n"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_png_without_matplotlib(monkeypatch, tmp_path):
     [
         (["causal &", "--lengths", "3"], "column 9: expected a mask, not the end; got 'causal &'"),
         (["full & windw(3)", "--lengths", "3"], "column 8: unknown mask `windw`; did you mean `window`"),
-        (["causal", "--lengths", "12,a"], "--lengths must be numbers of tokens joined by commas.*; got '12,a'"),
+        (["causal", "--lengths", "12,a"], "--lengths must be numbers separated by commas.*; got '12,a'"),
         (["causal", "--lengths", "-3"], "`lengths` must not be negative; got -3"),
         (
             ["segments | prefix", "--lengths", "5,3"],
@@ -164,7 +164,10 @@ def test_png_without_matplotlib(monkeypatch, tmp_path):
         (["dense", "--lengths", "5,3"], r"`attention_mask`: give it as .*, of shape \(2, 1, 5, 5\)"),
         (["visible", "--lengths", "5,3"], r"`hidden_spans`: give it as .*, of shape \(2, K, 2\)"),
         (["prefix", "--lengths", "5", "--field", "prefix_lengths"], "--field must be NAME=JSON .*; got 'prefix_length"),
-        (["segments", "--lengths", "2,1", "--field", "segment_ids=[[0, 1], [0]]"], "--field must be .* even lists"),
+        (
+            ["segments", "--lengths", "2,1", "--field", "segment_ids=[[0, 1], [0]]"],
+            "--field must be .* lists of equal lengths",
+        ),
         (["segments", "--lengths", "2", "--field", "segment_ids=[0, 1]"], r"`segment_ids` must have shape \(1, T\)"),
         (["causal", "--lengths", "3", "--field", "x=[1]"], "--field x: the mask does not read it; .* reads: none"),
         (["heads(full, causal)", "--lengths", "3"], "a number of masks that divides the 1 heads; got 2"),
@@ -172,7 +175,7 @@ def test_png_without_matplotlib(monkeypatch, tmp_path):
         (["causal", "--lengths", "3", "--png", "no/such/folder/mask.png"], "No such file or directory"),
         (
             ["causal", "full", "--lengths", "3", "--png", "a.png", "--block-size", "2"],
-            "--block-size: an image of several",
+            "--block-size must be left out for an image of several",
         ),
     ],
 )
@@ -217,6 +220,21 @@ def test_env_without_an_accelerator(monkeypatch):
     assert rows_of_table(result.output) == rows
 
 
+@pytest.mark.parametrize("policy", [None, "", "ACTIVE", "passive", " PASSIVE"])
+def test_env_says_how_threads_wait(policy, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    output = run("env").output
+    assert f"\n{torch.get_num_threads()} threads; OMP_WAIT_POLICY=" in output
+    if "passive" in str(policy).lower():
+        assert "OMP_WAIT_POLICY=passive: waiting threads leave their cores to others" in output
+    else:
+        assert f"OMP_WAIT_POLICY={policy or 'unset'}: waiting threads keep their cores busy." in output
+        assert "with OMP_WAIT_POLICY=passive" in output
+
+
 def without_values(make):
     """`make` whose tensors hold no values and may be on any device."""
 
@@ -238,6 +256,7 @@ def test_env_on_cuda(monkeypatch):
     monkeypatch.setattr(torch, "empty", without_values(torch.empty))
     result = run("env", width=200)
     assert "; device: cuda (A GPU)\n" in result.output
+    assert "OMP_WAIT_POLICY" not in result.output
     rows = rows_of_table(result.output)
     single = "varlen: it takes torch.float16 and torch.bfloat16; got torch.float32"
     assert rows[:4] == [

@@ -121,7 +121,7 @@ def broken(kind, name, message):
     return [([command, f"{kind}-{name}", *more], message) for command, *more in (["check"], ["convert", "out"])]
 
 
-UNLIKE = "must hold the weights that its config.json describes; missing or of another shape are"
+UNLIKE = "must hold the weights that its config.json describes; missing or differing in shape are"
 GIVEN: list[tuple[list[str], str]] = [
     # The command line
     (["shwo"], "No such command 'shwo'"),
@@ -135,9 +135,9 @@ GIVEN: list[tuple[list[str], str]] = [
     (["check", "stock", "--dtype", "float8"], "Invalid value for '--dtype'"),
     (["env", "x"], "unexpected extra argument"),
     # Lengths, fields and pictures
-    (["show", "full", "--lengths", "100000000000"], "at most 1,048,576 tokens in all; got 100,000,000,000"),
-    (["show", "full", "--lengths", ",".join(["600000"] * 2)], "at most 1,048,576 tokens in all; got 1,200,000"),
-    (["show", "full", "--lengths", ""], "--lengths must be numbers of tokens"),
+    (["show", "full", "--lengths", "100000000000"], "at most 1,048,576 tokens; got 100,000,000,000"),
+    (["show", "full", "--lengths", ",".join(["600000"] * 2)], "at most 1,048,576 tokens; got 1,200,000"),
+    (["show", "full", "--lengths", ""], "--lengths must be numbers separated by commas"),
     (
         ["show", "segments", "--lengths", "5", "--field", "segment_ids=null"],
         "--field must be .*; got 'segment_ids=null'",
@@ -150,9 +150,9 @@ GIVEN: list[tuple[list[str], str]] = [
     (["show", "full", "--lengths", "100000", "--block-size", "1", "--png", "a.png"], "100,000 blocks, .* for 4,096"),
     (["show", "fu\x00ll", "--lengths", "3"], "mask does not parse at column"),
     # Checkpoints
-    *broken("stock", "cut", "stock-cut is broken, or no checkpoint: SafetensorError"),
-    *broken("stock", "empty", "stock-empty is broken, or no checkpoint: SafetensorError"),
-    *broken("stock", "garbage", "stock-garbage is broken, or no checkpoint: SafetensorError"),
+    *broken("stock", "cut", "stock-cut is broken or not a checkpoint: SafetensorError"),
+    *broken("stock", "empty", "stock-empty is broken or not a checkpoint: SafetensorError"),
+    *broken("stock", "garbage", "stock-garbage is broken or not a checkpoint: SafetensorError"),
     *broken("ours", "cut", "ours-cut/model.safetensors cannot be read"),
     *broken("stock", "unweighted", "no file named model.safetensors, .* stock-unweighted"),
     *broken("stock", "partial", f"stock-partial {UNLIKE} bert.*LayerNorm"),
@@ -162,14 +162,14 @@ GIVEN: list[tuple[list[str], str]] = [
     *broken("ours", "wider", f"ours-wider {UNLIKE} "),
     (["export", "ours-deeper", "out"], f"ours-deeper {UNLIKE} model.layers.1"),
     *broken("stock", "list", "stock-list"),
-    *broken("ours", "null", "ours-null is broken, or no checkpoint: TypeError"),
+    *broken("ours", "null", "ours-null is broken or not a checkpoint: TypeError"),
     *broken("ours", "binary", "ours-binary/config.json' is not a valid JSON file"),
     *broken("stock", "unknown", "model type `resnet9000`"),
     *broken("stock", "words", "'hidden_size' expected int, got str"),
     (["audit", "good.csv", "--model", "stock-list", "--batch-size", "2"], "stock-list"),
     (["audit", "good.csv", "--model", "stock-tokenizer", "--batch-size", "2"], "stock-tokenizer is broken.*JSONDecode"),
-    (["convert", "stock-tokenizer", "out"], "stock-tokenizer is broken, or no checkpoint: JSONDecodeError"),
-    (["export", "ours-settings", "out"], "ours-settings is broken, or no checkpoint: (Attribute|Type)Error"),
+    (["convert", "stock-tokenizer", "out"], "stock-tokenizer is broken or not a checkpoint: JSONDecodeError"),
+    (["export", "ours-settings", "out"], "ours-settings is broken or not a checkpoint: (Attribute|Type)Error"),
     (["check", "stock", "--data", "good.csv", "--column", "b"], "must have `b`, a column of text; got text"),
     (["check", "vit"], "vit"),
     (["check", "nothing-here"], "nothing-here"),
@@ -177,7 +177,10 @@ GIVEN: list[tuple[list[str], str]] = [
     (["check", "no/such/model"], "no/such/model"),
     (["check", ""], ""),
     (["export", "stock", "out"], "stock must be a DynMask checkpoint; got one of type 'bert'"),
-    (["convert", "stock", "out", "--to", "bert"], "--to is for a DynMask checkpoint"),
+    (
+        ["convert", "stock", "out", "--to", "bert"],
+        "--to must be left out unless the checkpoint is a DynMask one",
+    ),
     (["convert", "ours", "out", "--to", "nope"], "nope"),
     # Where to write
     (["convert", "stock", "occupied"], "occupied"),

@@ -1,4 +1,4 @@
-"""Stock checkpoints in, DynMask models with the same outputs out, and back, every weight bit-equal."""
+"""Converts stock checkpoints to DynMask models with the same outputs, and back; all weights stay bit-equal."""
 
 from .engine import from_transformers, to_transformers
 

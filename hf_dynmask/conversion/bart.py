@@ -1,10 +1,10 @@
 """BART (arXiv:1910.13461), after `transformers.models.bart.modeling_bart`. Marian shares its two sides.
 
-`BartForSequenceClassification` reads the decoder where the source has its last `</s>`, ours at the last token: with
-sources that end in `</s>`, as BART's tokenizer makes them, and decoder inputs made of them that is the same.
+`BartForSequenceClassification` reads the decoder at the source's last `</s>`, ours at the last token. They agree for
+sources that end in `</s>`, as BART's tokenizer makes them, and decoder inputs made from such sources.
 """
 
-# The sides are optional only until the configuration is made.
+# The sides are optional only until the configuration has been made.
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ NO_DROPOUT = {"activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_laye
 
 
 def sides(config: PreTrainedConfig) -> Settings:
-    """What is the same in BART and Marian: the sizes of the sides, and the factor of the embeddings."""
+    """What BART and Marian share: the sizes of both sides and the factor of the embeddings."""
     sizes = {side: {ours: getattr(config, f"{side}_{theirs}") for ours, theirs in _SIZES.items()} for side in SIDES}
     return sizes | {"embedding_scale": config.d_model**0.5 if config.scale_embedding else 1.0}
 
 
 def restored_sides(config: DynMaskSeq2SeqConfig) -> Settings:
-    """The way back of [`sides`]."""
+    """The inverse of [`sides`]."""
     sizes = {
         f"{side}_{theirs}": getattr(getattr(config, side), ours) for side in SIDES for ours, theirs in _SIZES.items()
     }
@@ -81,7 +81,7 @@ def _restored(config: DynMaskSeq2SeqConfig, task: str) -> Settings:
 
 
 def _required(config: PreTrainedConfig, task: str) -> Settings:
-    return NO_DROPOUT | {"tie_word_embeddings": True}  # without it the two sides share nothing, either
+    return NO_DROPOUT | {"tie_word_embeddings": True}  # without it the two sides share no embeddings, either
 
 
 BART = Family(

@@ -25,13 +25,12 @@ RENAMED = {"norm_eps": "layer_norm_eps"}
 
 
 def tied_bias(config: PreTrainedConfig, task: str) -> Settings:
-    """With untied embeddings the masked-LM heads keep a second bias, on which no output depends and for which we have
-    no place."""
+    """Untied masked-LM heads have a second bias that no output depends on and that our models lack."""
     return {"tie_word_embeddings": True} if task == "masked-lm" else {}
 
 
 def token_types(config: PreTrainedConfig) -> int:
-    """Rows of the token type table; the stock code adds a token type even where none is given."""
+    """Rows of the token type table; the stock code adds a token type even if none is given."""
     return max(config.type_vocab_size, 1)
 
 
@@ -44,7 +43,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
 
 
 def restored(config: DynMaskConfig, task: str) -> Settings:
-    """A question answering head has no dropout, whatever the setting is."""
+    """A question answering head has no dropout, whatever the setting says."""
     return {"classifier_dropout": None} if task == "question-answering" else {}
 
 

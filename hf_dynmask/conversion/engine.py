@@ -1,4 +1,4 @@
-"""`from_transformers` and `to_transformers`: one way through every family of [`Family`] data."""
+"""`from_transformers` and `to_transformers`: one implementation for all families, which are [`Family`] data."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ from .zero3 import whole_weights
 
 
 class Task(NamedTuple):
-    """The classes of a task: the stock ones by config class, and ours, one a config class."""
+    """The classes of a task: the stock ones by config class, and ours, one per config class."""
 
     stock: Mapping[type[PreTrainedConfig], Any]
     ours: tuple[Any, ...]
@@ -112,8 +112,8 @@ REQUIRED = {
 }
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-COMPILED = "_orig_mod."  # in names, where a part of a model is compiled
-ADAPTED = (".base_layer", ".original_module")  # what PEFT calls a layer that it puts its own around
+COMPILED = "_orig_mod."  # in names of a compiled part of a model
+ADAPTED = (".base_layer", ".original_module")  # PEFT's name for a layer that it wraps
 
 COMMON_FIELDS = {field.name for field in fields(DynMaskBaseConfig)}
 OUR_FIELDS = [field.name for field in fields(DynMaskConfig) if field.name not in COMMON_FIELDS]
@@ -124,36 +124,35 @@ def from_transformers(
     source: str | os.PathLike | nn.Module, task: str | None = None, **overrides: Any
 ) -> DynMaskPreTrainedModel:
     r"""
-    Makes a DynMask model of a stock checkpoint: the same weights bit for bit, the same outputs on real tokens.
+    Converts a stock checkpoint to a DynMask model with bit-equal weights and the same outputs on real tokens.
 
     Args:
         source (`str`, `os.PathLike` or [`PreTrainedModel`]):
             A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `distilbert`, `electra`,
             `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`;
             or an encoder-decoder of type `bart` or `marian`. Sliding windows become mask expressions. A loaded model
-            may be compiled, or stand in what parallel training puts around it; adapters of PEFT must be merged.
+            may be compiled or wrapped for parallel training; PEFT adapters must be merged.
         task (`str`, *optional*):
-            `"base"`, `"token-classification"` or `"question-answering"`; of an encoder `"masked-lm"`,
-            `"sequence-classification"` or `"multiple-choice"`, of a decoder `"causal-lm"`; of ModernBERT `"base"` or
-            `"masked-lm"` alone; of an encoder-decoder `"seq2seq-lm"` or (BART) `"sequence-classification"` beside
-            `"base"`. `None`: the one of the checkpoint's `architectures`, or of the loaded model's class; `"base"`
-            where a checkpoint names no such class.
+            `"base"`, `"token-classification"` or `"question-answering"`; for encoders also `"masked-lm"`,
+            `"sequence-classification"` or `"multiple-choice"`, for decoders `"causal-lm"`. ModernBERT has only `"base"`
+            and `"masked-lm"`; encoder-decoders have `"base"`, `"seq2seq-lm"` and (BART) `"sequence-classification"`.
+            `None`: the task of the checkpoint's `architectures` or of the loaded model's class, or `"base"` if the
+            checkpoint names no such class.
         overrides (*optional*):
-            Config fields. One that the stock config has (`num_labels`, `hidden_dropout_prob`, …) goes to the stock
-            model's `from_pretrained`, and so does each option of loading (`dtype`, `revision`, …). One that only
-            [`DynMaskConfig`] has (`mask`, `layer_masks`, `attn_implementation`, …) is set on the converted config. With
-            a loaded model only the fields of [`DynMaskConfig`] can be given. Of an encoder-decoder the fields are those
-            of [`DynMaskSeq2SeqConfig`]: `encoder={...}` and `decoder={...}` say what differs from the stock sides.
+            Config fields. Fields of the stock config (`num_labels`, `hidden_dropout_prob`, …) are passed to the stock
+            model's `from_pretrained`, as are loading options (`dtype`, `revision`, …). Fields that only
+            [`DynMaskConfig`] has (`mask`, `layer_masks`, `attn_implementation`, …) are set on the converted config. For
+            a loaded model only fields of [`DynMaskConfig`] can be given. For an encoder-decoder the fields are those of
+            [`DynMaskSeq2SeqConfig`]: `encoder={...}` and `decoder={...}` say what differs from the stock sides.
 
     Returns:
-        [`DynMaskPreTrainedModel`]: The model of the task, in the dtype, on the device and in the mode (train or eval)
-        of the stock model; from a path or Hub id that is eval, as everywhere in transformers. All its parameters are
-        trainable. A loaded model is left as it is, and its weights are copied; weights read from a checkpoint are taken
-        over without a copy.
+        [`DynMaskPreTrainedModel`]: The model for the task, with the dtype, device and mode (train or eval) of the stock
+        model; from a path or Hub id the mode is eval, as always in transformers. All parameters are trainable. A loaded
+        model is not changed and its weights are copied; weights read from a checkpoint are used without a copy.
 
     Raises:
-        ValueError: The model type or the task is unknown; the stock model has adapters, or uses a feature without a
-            counterpart; an override cannot be applied; the weights do not fit.
+        ValueError: The model type or task is unknown; the stock model has adapters or uses an unsupported feature; an
+            override cannot be applied; the weights do not fit.
 
     Example:
 
@@ -180,7 +179,7 @@ def from_transformers(
         _check_supported(stock_config, task)
         with whole_weights():
             stock = TASKS[task].stock[type(stock_config)].from_pretrained(source, **set_on_theirs)
-        stock = _plain(stock)  # it may have come with an adapter
+        stock = _plain(stock)  # it may have been loaded with an adapter
         stock_config = stock.config
     with no_init_weights():
         model = TASKS[task].ours_of(family)(_our_config(stock_config, task, **set_on_ours))
@@ -197,21 +196,21 @@ def from_transformers(
 
 def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None) -> PreTrainedModel:
     r"""
-    Makes a stock model of a DynMask model; undoes [`from_transformers`], every weight bit-equal.
+    Converts a DynMask model to a stock model with bit-equal weights; the inverse of [`from_transformers`].
 
     Args:
-        model ([`DynMaskPreTrainedModel`]): A model of this package, compiled or not, without adapters of PEFT. It is
-            left as it is, and its weights are copied.
+        model ([`DynMaskPreTrainedModel`]): A model of this package, compiled or not, without PEFT adapters. It is not
+            changed, and its weights are copied.
         model_type (`str`, *optional*):
-            A type that [`from_transformers`] takes. `None`: the one that the model was converted from.
+            A type that [`from_transformers`] takes. `None`: the type that the model was converted from.
 
     Returns:
-        [`PreTrainedModel`]: The stock model of the same task, in the same dtype, on the same device and in the same
-        mode. What [`DynMaskConfig`] has no field for (`sep_token_id`, …) has the stock config's default.
+        [`PreTrainedModel`]: The stock model for the same task, with the same dtype, device and mode. Fields that
+        [`DynMaskConfig`] lacks (`sep_token_id`, …) have the stock config's defaults.
 
     Raises:
         ValueError: No model type is given or known; the type cannot represent the model (rotary positions, a mask other
-            than `"full"`, …); `model` is not a DynMask model, or has adapters.
+            than `"full"`, …); `model` is not a DynMask model or has adapters.
 
     Example:
 
@@ -249,10 +248,10 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
 
 
 def _plain(model: nn.Module) -> Any:
-    """The model in what `torch.compile` and parallel training put around it.
+    """Unwraps a model from `torch.compile` and parallel training.
 
     Raises:
-        ValueError: It has adapters, which no model has a place for.
+        ValueError: It has adapters, which cannot be converted.
     """
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, PARALLEL) else model.get_submodule("_orig_mod")
@@ -271,12 +270,12 @@ def _family(model_type: str) -> Family:
 
 
 def _find_task(config: PreTrainedConfig, class_names: list[str]) -> str | None:
-    """The task for which one of the names is the stock class of `config`."""
+    """The task whose stock class for `config` has one of the names."""
     return next((task for task, stock in _stock_classes(config).items() if stock.__name__ in class_names), None)
 
 
 def _stock_classes(config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
-    """For each task of the family, the stock class of `config`."""
+    """The stock class of `config` for each task of the family."""
     return {task: TASKS[task].stock[type(config)] for task in FAMILIES[config.model_type].heads}
 
 
@@ -301,13 +300,13 @@ def _task_of_model(model: PreTrainedModel, task: str | None) -> str:
 
 
 def _our_fields(config_class: type[PreTrainedConfig]) -> set[str]:
-    """What the constructor takes: of a configuration of two sides also the fields of these."""
+    """Names that the constructor takes; for an encoder-decoder these include the fields of its sides."""
     names = {field.name for field in fields(config_class)}
     return names | OF_BOTH_SIDES if config_class is DynMaskSeq2SeqConfig else names
 
 
 def _split(overrides: Settings, stock_config: PreTrainedConfig) -> tuple[Settings, Settings]:
-    """What is set on the converted config, and what on the stock one or its loading."""
+    """Splits overrides into those of the converted config and those of the stock model's loading."""
     fields_of_ours = _our_fields(FAMILIES[stock_config.model_type].config_class)
     alone = {name for name in fields_of_ours if not hasattr(stock_config, name)} | {"attn_implementation"}
     ours = {name: value for name, value in overrides.items() if name in alone}
@@ -325,7 +324,7 @@ def _set(stock_config: PreTrainedConfig, overrides: Settings, family: Family) ->
 
 def _shared_fields(family: Family, stock_class: type[PreTrainedConfig]) -> set[str]:
     theirs = {field.name for field in fields(stock_class)}
-    return _our_fields(family.config_class) & theirs - {"transformers_version", "architectures"}
+    return _our_fields(family.config_class) & theirs - {"transformers_version", "architectures", "layer_types"}
 
 
 def _our_config(stock_config: PreTrainedConfig, task: str, **overrides: Any) -> OurConfig:
@@ -338,7 +337,7 @@ def _our_config(stock_config: PreTrainedConfig, task: str, **overrides: Any) -> 
     if mask is not None and not overrides.keys() & {"mask", "layer_masks"}:
         overrides["mask"] = mask
     if "mask" in overrides:
-        settings["layer_masks"] = None  # which would win over it
+        settings["layer_masks"] = None  # it would take precedence
     overrides |= {side: settings.get(side, {}) | overrides[side] for side in SIDES if side in overrides}
     try:
         return family.config_class(**settings | overrides)
@@ -351,12 +350,14 @@ def _stock_config(config: OurConfig, model_type: str, task: str) -> PreTrainedCo
     shared = _shared_fields(family, type(AutoConfig.for_model(model_type)))
     settings = {name: copy.deepcopy(_value(config, name)) for name in shared}
     settings |= {theirs: _value(config, ours) for ours, theirs in family.renamed.items()}
+    if "rope_parameters" in settings:  # those of all layers, unless `restored` gives them by layer type
+        settings["rope_parameters"] = copy.deepcopy(config.rope_by_layer()[0])
     settings |= family.restored(config, task)
     return AutoConfig.for_model(model_type, **settings, name_or_path=config.name_or_path)
 
 
 def _value(config: OurConfig, name: str) -> Any:
-    """A field; where a configuration of two sides has none of this name, the decoder's."""
+    """A field of the configuration or, if an encoder-decoder has none of this name, of its decoder."""
     return getattr(config if hasattr(config, name) else config.decoder, name)
 
 
@@ -366,7 +367,7 @@ def _num_layers(config: OurConfig) -> int:
 
 
 def _unsupported(stock_config: PreTrainedConfig, task: str) -> list[str]:
-    """What keeps a stock model from being a DynMask one, a phrase each."""
+    """Reasons why a stock model cannot be converted, one phrase each."""
     required = REQUIRED | FAMILIES[stock_config.model_type].required(stock_config, task)
     return _differences(required, {name: getattr(stock_config, name, value) for name, value in required.items()})
 
@@ -377,10 +378,10 @@ def _check_supported(stock_config: PreTrainedConfig, task: str) -> None:
 
 
 def _unrepresentable(config: OurConfig, model_type: str, task: str) -> list[str]:
-    """What keeps a DynMask model from being a stock one, a phrase each: what is lost on the way there and back."""
+    """Reasons why a DynMask model cannot become a stock one: what a conversion there and back would change."""
     family = FAMILIES[model_type]
     if not isinstance(config, family.config_class):
-        return [f"it has a {family.config_class.__name__}, and the model a {type(config).__name__}"]
+        return [f"its configuration is a {family.config_class.__name__}, and the model's a {type(config).__name__}"]
     if task not in family.heads:
         return [f"it has no model for {task!r}"]
     stock_config = _stock_config(config, model_type, task)
@@ -389,23 +390,28 @@ def _unrepresentable(config: OurConfig, model_type: str, task: str) -> list[str]
 
 
 def _function(config: OurConfig, task: str) -> Settings:
-    """The fields that say what a model computes."""
+    """The fields that determine what a model computes."""
     if isinstance(config, DynMaskSeq2SeqConfig):
         of_sides = {
             f"{side}.{name}": value for side in SIDES for name, value in _function(getattr(config, side), task).items()
         }
         return of_sides | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
-    unread = {"source_model_type", "layer_masks", "bos_token_id", "eos_token_id", "use_cache"}
+    unread = {"source_model_type", "layer_masks", "layer_types", "bos_token_id", "eos_token_id", "use_cache"}
     if task != "base":
         unread |= {"use_pooler"}
     if not config.add_cross_attention:
         unread |= {"cross_mask"}
     settings = {name: getattr(config, name) for name in OUR_FIELDS if name not in unread}
-    masks = [str(mask) for mask in config.masks()]
-    settings["mask"] = masks[0] if len(set(masks)) == 1 else masks
+    settings["mask"] = _once_if_equal([str(mask) for mask in config.masks()])
+    settings["rope_parameters"] = _once_if_equal(config.rope_by_layer())
     if config.add_cross_attention:
         settings["cross_mask"] = str(parse(config.cross_mask))
     return settings | {"classifier_dropout": classifier_dropout(config)}
+
+
+def _once_if_equal(of_layers: list[Any]) -> Any:
+    """The common value of all layers, or the list of values if they differ."""
+    return of_layers[0] if all(value == of_layers[0] for value in of_layers) else of_layers
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -414,14 +420,14 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[
 
 
 def _weights(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
-    """The weights of `model`, of tied ones only that to which the others are tied; without tables."""
+    """The weights of `model` without tables; of tied weights, only the one to which the others are tied."""
     left_out = {*model.all_tied_weights_keys, *(f"{name}.weight" for name in _tables(model, family))}
     weights = {name.replace(COMPILED, ""): weight for name, weight in model.state_dict().items()}
     return {name: weight for name, weight in weights.items() if name not in left_out}
 
 
 def _tables(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:
-    """The modules of a stock model whose weights follow from its code."""
+    """The modules of a stock model whose weights are computed by its code."""
     modules = ((name.replace(COMPILED, ""), module) for name, module in model.named_modules())
     return {name: module for name, module in modules if name.rpartition(".")[2] in family.tables}
 
@@ -432,7 +438,7 @@ def _check_tables(stock: PreTrainedModel, family: Family) -> None:
         stock._init_weights(computed)
         given, expected = (each.get_parameter("weight") for each in (table, computed))
         if not torch.allclose(given, expected, atol=1e-2):
-            raise ValueError(f"`{name}` must hold what a {stock.config.model_type!r} model computes; got other numbers")
+            raise ValueError(f"`{name}` must hold what a {stock.config.model_type!r} model computes; got other values")
 
 
 def _cloned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -440,7 +446,7 @@ def _cloned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fill(model: PreTrainedModel, weights: dict[str, Tensor], family: Family) -> None:
-    """Makes the tensors, without a copy, the weights of `model`."""
+    """Makes the tensors the weights of `model`, without a copy."""
     shapes, expected = (
         {name: tuple(weight.shape) for name, weight in side.items()} for side in (weights, _weights(model, family))
     )
@@ -451,7 +457,7 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor], family: Family) ->
 
 
 def _hand_on(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """What else makes a model behave as the one that it was made of: device, mode, settings of generation."""
+    """Copies device, mode and generation settings."""
     target.to(source.device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its type
     target.train(source.training)
     if source.can_generate() and target.can_generate():

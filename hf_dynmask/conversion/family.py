@@ -1,4 +1,4 @@
-"""What a family of stock models has to say about itself so that its checkpoints convert to DynMask and back."""
+"""The description of a family of stock models that converts its checkpoints to DynMask and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Names = Mapping[str | tuple[str, ...], str]
 Settings = dict[str, Any]
 OurConfig = DynMaskConfig | DynMaskSeq2SeqConfig
 
-# The heads that have the same names everywhere.
+# Heads with the same names in several families.
 TOKEN_HEADS: dict[str, Names] = {
     "token-classification": {"classifier": "classifier"},
     "question-answering": {"qa_outputs": "qa_outputs"},
@@ -25,29 +25,29 @@ TOKEN_HEADS: dict[str, Names] = {
 
 @dataclass(frozen=True)
 class Family:
-    """One stock architecture, written as data. A pair is always ours -> theirs.
+    """One stock architecture as data. Pairs are always ours -> theirs.
 
-    Config fields that have the same name on both sides carry over by themselves; a field of [`DynMaskConfig`] that the
-    family does not mention has its default.
+    Config fields with the same name on both sides carry over; a field of [`DynMaskConfig`] that the family does not
+    mention has its default.
 
     Args:
         modules (`dict[str | tuple[str, ...], str]`):
-            Modules of the bare model that hold weights; `{i}` stands for the number of the layer. Several of ours may
-            share one of theirs, in equal parts.
+            Modules of the bare model that hold weights; `{i}` is the index of the layer. Several of ours may be equal
+            parts of one of theirs.
         heads (`dict[str, dict[str, str]]`):
-            For each task the modules, or single tensors, beyond `modules`, by their full names.
-        renamed (`dict[str, str]`): Config fields with another name.
+            For each task, further modules or single tensors, by their full names.
+        renamed (`dict[str, str]`): Config fields whose names differ.
         implied (`Callable`):
-            `(stock_config, task) -> dict`: fields of [`DynMaskConfig`] that follow from the stock code, or from a
-            setting that only this family or only this task has.
+            `(stock_config, task) -> dict`: fields of [`DynMaskConfig`] that follow from the stock code, or from
+            settings that only this family or task has.
         restored (`Callable`, *optional*):
-            `(dynmask_config, task) -> dict`: the way back of those settings.
+            `(dynmask_config, task) -> dict`: the inverse of `implied`.
         required (`Callable`, *optional*):
-            `(stock_config, task) -> dict`: stock settings that must have a value for the model to be convertible.
+            `(stock_config, task) -> dict`: values that stock settings must have for the model to be convertible.
         transposed (`tuple[str, ...]`, *optional*):
-            Stock modules, by the last part of their names, that keep their weights as `(inputs, outputs)`.
+            Last parts of the names of stock modules that store weights as `(inputs, outputs)`.
         tables (`tuple[str, ...]`, *optional*):
-            Stock modules, by the last part of their names, whose weights are not learned but computed, on both sides.
+            Last parts of the names of stock modules whose weights are computed rather than learned.
         config_class (`type`, *optional*, defaults to [`DynMaskConfig`]):
             The class of our configuration. `renamed` and `implied` may name any field that its constructor takes.
     """
@@ -63,8 +63,7 @@ class Family:
     config_class: type[OurConfig] = DynMaskConfig
 
     def links(self, task: str, our_prefix: str, their_prefix: str, num_layers: int) -> dict[str, Link]:
-        """Where each stock module, by its full name, stands with us. A prefix is the name of the bare model in a model
-        with a head."""
+        """Links each stock module's full name to ours. A prefix is the bare model's name in a model with a head."""
         ours, theirs = ("", "") if task == "base" else (f"{our_prefix}.", f"{their_prefix}.")
         pairs = [(ours, theirs, *pair) for pair in self.modules.items()]
         pairs += [("", "", *pair) for pair in self.heads[task].items()]
@@ -79,5 +78,5 @@ class Family:
 
 
 def classifier_dropout(config: PreTrainedConfig) -> float:
-    """The dropout before a classifier, on either side: `None` stands for `hidden_dropout_prob`."""
+    """The dropout before a classifier in either configuration; `None` means `hidden_dropout_prob`."""
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

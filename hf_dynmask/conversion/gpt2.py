@@ -1,8 +1,8 @@
 """GPT-2 ("Language Models are Unsupervised Multitask Learners"), after `transformers.models.gpt2.modeling_gpt2`.
 
-The stock model adds the token embedding of `token_type_ids` where they are given; here they are ignored. And here, as
-in every model of this package, the embedding of `pad_token_id` gets no gradient from inputs, even where a real token
-has that id; the stock model trains it.
+The stock model adds the token embedding of `token_type_ids` if they are given; here they are ignored. As in every model
+of this package, the embedding of `pad_token_id` gets no gradient from inputs, even if a real token has that id; the
+stock model trains it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .llama import head_dropout, restored_head_dropout
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
     return {
         "intermediate_size": 4 * config.n_embd if config.n_inner is None else config.n_inner,
-        "norm_placement": "before",
+        "norm_placement": "pre",
         "embedding_norm": False,
         "use_pooler": False,
         "mask": "causal",
@@ -35,7 +35,7 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
 
 def _required(config: PreTrainedConfig, task: str) -> Settings:
     return {
-        "embd_pdrop": config.resid_pdrop,  # our `hidden_dropout_prob` is both
+        "embd_pdrop": config.resid_pdrop,  # our `hidden_dropout_prob` covers both
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
     }

@@ -28,7 +28,7 @@ HEADS: dict[str, Names] = {
 }
 RENAMED = {"norm_eps": "rms_norm_eps", "attention_probs_dropout_prob": "attention_dropout"}
 
-# What `GenericForTokenClassification` takes where no setting says otherwise; the configurations declare none.
+# The default of `GenericForTokenClassification`; the configurations have no field for it.
 _CLASSIFIER_DROPOUT = 0.1
 
 
@@ -40,17 +40,17 @@ def head_dropout(config: PreTrainedConfig, task: str) -> Settings:
 
 
 def restored_head_dropout(config: DynMaskConfig, task: str) -> Settings:
-    """The way back of [`head_dropout`]."""
+    """The inverse of [`head_dropout`]."""
     dropout = classifier_dropout(config)
     return {"classifier_dropout": dropout} if task == "token-classification" and dropout != _CLASSIFIER_DROPOUT else {}
 
 
 def decoder(config: PreTrainedConfig, task: str) -> Settings:
-    """What follows from the stock code of this decoder."""
+    """Settings that follow from the stock code of this decoder."""
     return {
         "gated_feed_forward": True,
         "norm_type": "rms_norm",
-        "norm_placement": "before",
+        "norm_placement": "pre",
         "embedding_norm": False,
         "position_type": "rotary",
         "hidden_dropout_prob": 0.0,
@@ -63,7 +63,7 @@ def decoder(config: PreTrainedConfig, task: str) -> Settings:
 LLAMA = Family(
     modules=DECODER,
     heads=HEADS,
-    renamed={**RENAMED, "feed_forward_bias": "mlp_bias"},
+    renamed=RENAMED,
     implied=decoder,
     restored=restored_head_dropout,
 )

@@ -1,9 +1,9 @@
 """Marian (arXiv:1804.00344), after `transformers.models.marian.modeling_marian`: BART with fixed positions.
 
-The stock decoder scales `decoder_inputs_embeds`, too; ours takes them as they are.
+The stock decoder also scales `decoder_inputs_embeds`; ours uses them unscaled.
 """
 
-# The sides are optional only until the configuration is made.
+# The sides are optional only until the configuration has been made.
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations

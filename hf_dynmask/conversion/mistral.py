@@ -11,12 +11,12 @@ from .llama import DECODER, HEADS, RENAMED, decoder, restored_head_dropout
 
 
 def causal_window(width: int | None) -> str:
-    """The mask of a stock sliding window, which keeps `width` keys, the query's own among them; `None`: all."""
+    """The mask of a stock sliding window over `width` keys, including the query's own; `None`: all keys."""
     return "causal" if width is None else f"causal & window({width - 1}, 0)"
 
 
 def window_width(mask: Mask) -> int | None:
-    """The way back of [`causal_window`]; `None` for any other mask."""
+    """The inverse of [`causal_window`]; `None` for any other mask."""
     left, _ = mask.band() or (None, None)
     return None if left is None else left + 1
 
@@ -25,7 +25,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
     return decoder(config, task) | {
         "mask": causal_window(config.sliding_window),
         "attention_bias": False,
-        "feed_forward_bias": False,
+        "mlp_bias": False,
     }
 
 

@@ -1,6 +1,6 @@
 """ModernBERT (arXiv:2412.13663), after `transformers.models.modernbert.modeling_modernbert`.
 
-Its other heads normalise what they classify, which ours do not: fine-tune from the bare model.
+Its other heads normalise their inputs, which ours do not: fine-tune those from the bare model.
 """
 
 from __future__ import annotations
@@ -13,20 +13,13 @@ from .family import Family, Settings
 _KINDS = ("full_attention", "sliding_attention")
 
 
-def _rotary(bases: dict[str, float]) -> Settings:
-    """Plain rotary positions with a base for each kind of layer, as the stock configuration has them."""
-    return {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
-
-
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
     masks = dict(zip(_KINDS, ("full", f"window({config.local_attention // 2})"), strict=True))
-    thetas = [config.rope_parameters[kind]["rope_theta"] for kind in config.layer_types]
     return {
         "layer_masks": [masks[kind] for kind in config.layer_types],
-        "rope_parameters": {"rope_type": "default", "rope_theta": thetas[0] if thetas else 10000.0},
-        "layer_rope_theta": thetas if len(set(thetas)) > 1 else None,
+        "layer_types": list(config.layer_types),
         "position_type": "rotary",
-        "norm_placement": "before",
+        "norm_placement": "pre",
         "first_attention_norm": False,
         "gated_feed_forward": True,
         "hidden_dropout_prob": 0.0,
@@ -40,24 +33,21 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
     widths = [left for left, _ in (mask.band() or (None, None) for mask in config.masks())]
     kinds = [_KINDS[width is not None] for width in widths]
     widest = max((width for width in widths if width is not None), default=None)
-    bases = dict(zip(kinds, config.rope_thetas(), strict=True))
     return {
         "layer_types": kinds,
-        "rope_parameters": _rotary(bases),
+        "rope_parameters": dict(zip(kinds, config.rope_by_layer(), strict=True)) if config.rope_parameters else None,
         "classifier_dropout": 0.0,
         **({} if widest is None else {"local_attention": 2 * widest}),
     }
 
 
 def _required(config: PreTrainedConfig, task: str) -> Settings:
-    bases = {kind: rotary["rope_theta"] for kind, rotary in config.rope_parameters.items()}
     return {
         # Ours has one dropout for embeddings and sublayers, and none inside the feed-forward layer.
         "embedding_dropout": 0.0,
         "attention_dropout": 0.0,
         "mlp_dropout": 0.0,
         "decoder_bias": True,
-        "rope_parameters": _rotary(bases),
     }
 
 
@@ -83,7 +73,6 @@ MODERNBERT = Family(
     },
     renamed={
         "hidden_act": "hidden_activation",
-        "feed_forward_bias": "mlp_bias",
         "lm_head_act": "classifier_activation",
         "lm_head_bias": "classifier_bias",
     },

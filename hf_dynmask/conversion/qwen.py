@@ -15,7 +15,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
     masks = [causal_window(width if kind == "sliding_attention" else None) for kind in config.layer_types]
     return decoder(config, task) | {
         "layer_masks": masks if "sliding_attention" in config.layer_types else None,
-        "feed_forward_bias": False,
+        "mlp_bias": False,
     }
 
 
@@ -24,7 +24,7 @@ def _implied_qwen2(config: PreTrainedConfig, task: str) -> Settings:
 
 
 def _implied_qwen3(config: PreTrainedConfig, task: str) -> Settings:
-    return _implied(config, task) | {"query_key_norm": True}
+    return _implied(config, task) | {"use_qk_norm": True}
 
 
 def _restored(config: DynMaskConfig, task: str) -> Settings:

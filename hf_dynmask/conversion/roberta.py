@@ -11,7 +11,7 @@ from .family import TOKEN_HEADS, Family, Settings, classifier_dropout
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
     return {
         "type_vocab_size": token_types(config),
-        # `create_position_ids_from_input_ids`: the first token is at the position after the padding's.
+        # `create_position_ids_from_input_ids`: the first token has the position after that of padding.
         "position_offset": (config.pad_token_id or 0) + 1,
         "lm_head_act": "gelu",
         # `RobertaClassificationHead` has its dropout on both sides of the dense layer that is our pooler.

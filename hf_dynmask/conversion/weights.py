@@ -1,4 +1,4 @@
-"""Weights of a stock model under our names and back: the same numbers, split, joined or transposed where need be."""
+"""Renames weights of a stock model to ours and back, splitting, joining or transposing them where needed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class Link(NamedTuple):
-    """Where the weights of one stock module, or one stock tensor, stand in our model.
+    """The names in our model of the weights of one stock module, or of one stock tensor.
 
     Args:
-        ours (`tuple[str, ...]`): Names of ours; of several each holds an equal part of the outputs, in this order.
-        transposed (`bool`): Whether the stock weight is `(inputs, outputs)`, as that of transformers' `Conv1D` is.
+        ours (`tuple[str, ...]`): Our names; several hold equal parts of the outputs, in this order.
+        transposed (`bool`): Whether the stock weight is `(inputs, outputs)`, as in transformers' `Conv1D`.
     """
 
     ours: tuple[str, ...]
     transposed: bool = False
 
     def split(self, theirs: Tensor) -> list[Tensor]:
-        """The tensors of ours that one of theirs is; itself, without a copy, where it is one of ours."""
+        """Our tensors that make up one of theirs; the tensor itself, without a copy, if it is a single one."""
         if self.transposed:
             theirs = theirs.t()
         parts = theirs.chunk(len(self.ours))
@@ -30,7 +30,7 @@ class Link(NamedTuple):
         return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
     def join(self, ours: list[Tensor]) -> Tensor:
-        """Undoes [`split`]."""
+        """The inverse of [`split`]."""
         joined = torch.cat(ours) if len(ours) > 1 else ours[0]
         return joined.t().contiguous() if self.transposed else joined
 
@@ -43,12 +43,12 @@ def to_ours(theirs: Mapping[str, Tensor], links: Links) -> dict[str, Tensor]:
     ours = {}
     for name, weight in theirs.items():
         link = _link_of(name, links)
-        ours |= zip(link.ours, link.split(weight), strict=False)  # what is left without a part is missed later on
+        ours |= zip(link.ours, link.split(weight), strict=False)  # an incomplete one is reported as missing later
     return ours
 
 
 def to_theirs(ours: Mapping[str, Tensor], links: Links, names: Iterable[str]) -> dict[str, Tensor]:
-    """Our weights under the stock `names`; one that belongs to none of them keeps its name."""
+    """Our weights under the stock `names`; a weight that belongs to none of them keeps its name."""
     left, theirs = dict(ours), {}
     for name in names:
         link = _link_of(name, links)
@@ -58,7 +58,7 @@ def to_theirs(ours: Mapping[str, Tensor], links: Links, names: Iterable[str]) ->
 
 
 def _link_of(name: str, links: Links) -> Link:
-    """The link of a stock tensor, which may be known by the name of its module."""
+    """The link of a stock tensor, under its own name or that of its module."""
     module, _, tensor = name.rpartition(".")
     if name in links or module not in links:
         return links.get(name, Link((name,)))

@@ -3,7 +3,7 @@
 import json
 import re
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile
 from typing import Any, ClassVar
@@ -13,9 +13,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, logging
 
+from .configuration_former import with_current_names
 from .messages import shown
 
-CONFIG_VERSION = 1  # raised where older code would misread what newer code saves
+CONFIG_VERSION = 2  # increased whenever older code would misread what newer code saves; 1 is that of hf_dynmask 0.1.0
 HERE = Path(__file__).parent  # of the package, or of the copy of a checkpoint's code that transformers runs
 REFERENCE = re.compile(r"(\w+)\.\w+")  # to a class, in an `auto_map`
 MODULE = re.compile(r"\w+\.py")
@@ -25,11 +26,18 @@ CHUNK = 2**20  # bytes
 logger = logging.get_logger(__name__)
 
 
+def _package_version() -> str:
+    try:
+        return version("hf_dynmask")
+    except PackageNotFoundError:  # code that came with a checkpoint
+        return "(the code of a checkpoint)"
+
+
 def _readable(config_version: int) -> None:
     if config_version > CONFIG_VERSION:
         raise ValueError(
-            f"`config_version` must be at most {CONFIG_VERSION}, which is what this code reads; got {config_version}: "
-            "the checkpoint needs a newer hf_dynmask, or the code that it came with"
+            f"`config_version` must be at most {CONFIG_VERSION}, the newest that hf_dynmask {_package_version()} "
+            f"reads; got {config_version}: the checkpoint needs a newer hf_dynmask, or the code that it came with"
         )
 
 
@@ -54,7 +62,9 @@ class DynMaskBaseConfig(PreTrainedConfig):
     What [`DynMaskConfig`], [`DynMaskSeq2SeqConfig`] and [`DynMaskRecurrentConfig`] share.
 
     Args:
-        config_version (`int`, *optional*, defaults to 1): Of the format that the configuration is saved in.
+        config_version (`int`, *optional*, defaults to 2):
+            Version of the format that the configuration is saved in. Files of earlier versions are read, with their
+            former names; what is loaded has the current version.
         dynmask_code (`dict`, *optional*):
             Of a checkpoint that was saved with its code, the `version` of this package, and the `sha256` of each file.
 
@@ -67,6 +77,23 @@ class DynMaskBaseConfig(PreTrainedConfig):
 
     config_version: int = validated_field(_readable, default=CONFIG_VERSION)
     dynmask_code: dict[str, Any] | None = validated_field(_is_record, default=None)
+
+    def __post_init__(self, **kwargs):
+        self.config_version = CONFIG_VERSION
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        current = with_current_names(config_dict)
+        parts: Any = cls.sub_configs
+        for part in parts.keys() & current.keys():
+            if isinstance(current[part], dict):
+                current[part] = with_current_names(current[part])
+        return super().from_dict(current, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def check_shareable(self) -> None:
         """Raise a `ValueError` where something cannot travel with a checkpoint."""

@@ -2,19 +2,23 @@
 
 # The optional sizes are `None` only until `__post_init__` has run.
 # pyright: reportOperatorIssue=false, reportOptionalOperand=false, reportReturnType=false
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false
 
 from math import prod
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_base import DynMaskBaseConfig
 from .configuration_fields import (
+    LARGEST,
     activation,
     at_least,
     check_padding,
     checked_settings,
     each,
+    is_by_layer_type,
     not_negative,
     one_of,
     positive,
@@ -22,6 +26,7 @@ from .configuration_fields import (
     ranges,
     rotary,
 )
+from .configuration_former import LAYER_TYPES
 from .masks import Custom, Mask, parse
 
 
@@ -71,14 +76,14 @@ def _mask(name: str, value: str) -> None:
     intermediate_size=at_least(1),
     hidden_act=activation,
     norm_type=one_of("layer_norm", "rms_norm"),
-    norm_placement=one_of("after", "before"),
+    norm_placement=one_of("pre", "post"),
     norm_eps=positive,
     embedding_scale=positive,
     position_type=one_of("learned", "sinusoidal", "rotary", "none"),
     position_offset=at_least(0),
     max_position_embeddings=at_least(1),
     rope_parameters=rotary,
-    layer_rope_theta=each(positive),
+    layer_types=each(one_of(*LAYER_TYPES)),
     type_vocab_size=at_least(0),
     hidden_dropout_prob=probability,
     attention_probs_dropout_prob=probability,
@@ -120,13 +125,13 @@ class DynMaskConfig(DynMaskBaseConfig):
         gated_feed_forward (`bool`, *optional*, defaults to `False`):
             `down(act(gate(x)) * up(x))` (GLU variants, arXiv:2002.05202) in place of `down(act(up(x)))`.
         norm_type (`str`, *optional*, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`.
-        norm_placement (`str`, *optional*, defaults to `"after"`):
-            `"after"` normalises each residual sum (BERT); `"before"` each sublayer's input and the last output (Llama).
+        norm_placement (`str`, *optional*, defaults to `"post"`):
+            `"post"` normalises each residual sum (BERT); `"pre"` each sublayer's input and the last output (Llama).
         norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of every norm.
         norm_bias (`bool`, *optional*, defaults to `True`): Whether a LayerNorm has a bias.
         first_attention_norm (`bool`, *optional*, defaults to `True`):
-            Whether the first layer has a norm before its attention, where norms come before (ModernBERT: no, its
-            embeddings are normalised).
+            Whether the first layer has a norm before its attention, with `norm_placement="pre"` (ModernBERT has none,
+            as its embeddings are normalised).
         embedding_scale (`float`, *optional*, defaults to 1.0): Factor of the token embeddings (BART, Marian).
         embedding_norm (`bool`, *optional*, defaults to `True`): Whether the summed embeddings are normalised.
         position_type (`str`, *optional*, defaults to `"learned"`):
@@ -137,15 +142,19 @@ class DynMaskConfig(DynMaskBaseConfig):
             Row of the position table that position 0 reads (RoBERTa: `pad_token_id + 1`). Explicit `position_ids` are
             rows of the table, unless they count each sequence from 0, as collators do that know of no offset.
         max_position_embeddings (`int`, *optional*, defaults to 10000): Rows of the position table.
-        rope_parameters (`dict`, *optional*): Rotary parameters as in transformers (`rope_theta`, `rope_type`, …).
-        layer_rope_theta (`list[float]`, *optional*):
-            A base of the rotary positions for each layer; wins over `rope_theta` of `rope_parameters` (ModernBERT).
+        rope_parameters (`dict`, *optional*):
+            Rotary parameters as in transformers (`rope_theta`, `rope_type`, …): those of all layers, or, by layer type,
+            a dictionary for each type in `layer_types` (ModernBERT, Gemma 3).
+        layer_types (`list[str]`, *optional*):
+            Each layer's type, `"full_attention"`, `"sliding_attention"` or `"chunked_attention"`, where
+            `rope_parameters` is by layer type. It selects rotary parameters alone; which keys a layer sees is in
+            `layer_masks`.
         type_vocab_size (`int`, *optional*, defaults to 0): Number of token types; with 0 `token_type_ids` are ignored.
         attention_bias (`bool`, *optional*, defaults to `True`): Whether the attention projections have biases.
         attention_output_bias (`bool`, *optional*): Whether the output projection has one. `None`: `attention_bias`.
-        query_key_norm (`bool`, *optional*, defaults to `False`):
+        use_qk_norm (`bool`, *optional*, defaults to `False`):
             Whether queries and keys are RMS-normalised head by head before rotary positions (Qwen3).
-        feed_forward_bias (`bool`, *optional*, defaults to `True`): Whether the feed-forward projections have biases.
+        mlp_bias (`bool`, *optional*, defaults to `True`): Whether the feed-forward projections have biases.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of embeddings and sublayer outputs.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of the attention weights.
         classifier_dropout (`float`, *optional*): Dropout before a classifier. `None`: `hidden_dropout_prob`.
@@ -197,7 +206,7 @@ class DynMaskConfig(DynMaskBaseConfig):
     hidden_act: str = "gelu"
     gated_feed_forward: bool = False
     norm_type: str = "layer_norm"
-    norm_placement: str = "after"
+    norm_placement: str = "post"
     norm_eps: float = 1e-5
     norm_bias: bool = True
     first_attention_norm: bool = True
@@ -208,12 +217,12 @@ class DynMaskConfig(DynMaskBaseConfig):
     position_offset: int = 0
     max_position_embeddings: int = 10000
     rope_parameters: RopeParameters | dict | None = None
-    layer_rope_theta: list[float] | None = None
+    layer_types: list[str] | None = None
     type_vocab_size: int = 0
     attention_bias: bool = True
     attention_output_bias: bool | None = None
-    query_key_norm: bool = False
-    feed_forward_bias: bool = True
+    use_qk_norm: bool = False
+    mlp_bias: bool = True
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None
@@ -273,11 +282,45 @@ class DynMaskConfig(DynMaskBaseConfig):
         """The mask of each layer (a list of `num_hidden_layers`)."""
         return masks_of(self)
 
-    def rope_thetas(self) -> list[float]:
-        """The base of each layer's rotary positions (a list of `num_hidden_layers`)."""
-        if self.layer_rope_theta is not None:
-            return self.layer_rope_theta
-        return [(self.rope_parameters or {}).get("rope_theta", 10000.0)] * self.num_hidden_layers
+    def rope_by_type(self) -> dict[str, dict[str, Any]]:
+        """The rotary parameters of each type in `layer_types`; empty if all layers have the same ones, or none."""
+        if not is_by_layer_type(self.rope_parameters):
+            return {}
+        return {kind: self.rope_parameters[kind] for kind in self.layer_types}
+
+    def rope_by_layer(self) -> list[dict[str, Any] | None]:
+        """Each layer's rotary parameters (a list of `num_hidden_layers`); `None` without rotary positions."""
+        by_type = self.rope_by_type()
+        return (
+            [by_type[kind] for kind in self.layer_types] if by_type else [self.rope_parameters] * self.num_hidden_layers
+        )
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that transformers' caches keep in layers of type `"sliding_attention"`: all, as masks may change."""
+        return LARGEST if self.layer_types else None
+
+    @property
+    def attention_chunk_size(self) -> int | None:
+        """The same for layers of type `"chunked_attention"`."""
+        return self.sliding_window
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        given: Any = kwargs.pop("rope_scaling", None) or self.rope_parameters  # the former is its name before 5.0
+        self.rope_parameters = given
+        if not is_by_layer_type(given):
+            return super().convert_rope_params_to_dict(**kwargs)
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if (value := kwargs.pop(name, None)) is not None:
+                raise ValueError(f"`{name}` must be in the entries of `rope_parameters`, by layer type; got {value}")
+        for kind in self.layer_types or [None]:
+            if kind not in given:
+                raise ValueError(f"`layer_types` must name types in `rope_parameters`, {list(given)}; got {kind!r}")
+        self.rope_parameters = {
+            kind: {"rope_theta": self.default_theta, **parameters} for kind, parameters in given.items()
+        }
+        self.standardize_rope_params()
+        return kwargs
 
     def validate_sizes(self):
         if self.num_features is None:
@@ -289,9 +332,10 @@ class DynMaskConfig(DynMaskBaseConfig):
             )
         if self.position_type == "rotary" and self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even with rotary positions; got {self.head_dim}")
-        partial = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-        if partial != 1.0:
-            raise ValueError(f"`partial_rotary_factor` must be 1.0: heads are rotated whole; got {partial}")
+        for parameters in self.rope_by_type().values() or [self.rope_parameters or {}]:
+            partial = parameters.get("partial_rotary_factor", 1.0)
+            if partial != 1.0:
+                raise ValueError(f"`partial_rotary_factor` must be 1.0: heads are rotated whole; got {partial}")
 
     def validate_features(self):
         if self.num_features is None and self.conv_kernel:
@@ -308,8 +352,8 @@ class DynMaskConfig(DynMaskBaseConfig):
                 raise ValueError(f"`conv_stride` must be from 1 to the window's {kernel} frames; got {stride}")
 
     def validate_norms(self):
-        if self.norm_placement == "after" and not self.first_attention_norm:
-            raise ValueError("`first_attention_norm` must be True with norm_placement='after'; got False")
+        if self.norm_placement == "post" and not self.first_attention_norm:
+            raise ValueError("`first_attention_norm` must be True with norm_placement='post'; got False")
 
     def validate_rope(self):
         try:
@@ -319,10 +363,13 @@ class DynMaskConfig(DynMaskBaseConfig):
                 f"`rope_parameters` must have what its `rope_type` needs; got {self.rope_parameters}: {error}"
             ) from error
 
-    def validate_rotary(self):
-        self._check_one_a_layer("layer_rope_theta")
-        if self.layer_rope_theta is not None and self.position_type != "rotary":
-            raise ValueError(f"`layer_rope_theta` needs position_type='rotary'; got {self.position_type!r}")
+    def validate_layer_type(self):
+        self._check_one_a_layer("layer_types")
+        if self.layer_types is not None and not is_by_layer_type(self.rope_parameters):
+            raise ValueError(
+                "`layer_types` must be None unless `rope_parameters` is by layer type (which keys a layer sees is in "
+                f"`layer_masks`); got {self.layer_types} with position_type={self.position_type!r}"
+            )
 
     def _check_one_a_layer(self, name: str) -> None:
         entries = getattr(self, name)

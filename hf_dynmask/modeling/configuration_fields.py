@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
+from .configuration_former import FORMER_NAMES, LAYER_TYPES
 from .messages import shown
 
 LARGEST = 2**31 - 1  # of integers
@@ -142,9 +143,27 @@ def activation(name: str, value: Any) -> None:
         )
 
 
+def is_by_layer_type(rope_parameters: Any) -> bool:
+    """Whether these are rotary parameters by layer type rather than those of all layers."""
+    return bool(rope_parameters) and any(isinstance(value, dict) for value in rope_parameters.values())
+
+
 def rotary(name: str, value: Any) -> None:
-    """Parameters of rotary positions, as transformers names them; those it does not name are its to warn of."""
+    """Rotary parameters as transformers names them, of all layers or by layer type.
+
+    Transformers warns of parameters that it does not know.
+    """
     dictionary(name, value)
+    if is_by_layer_type(value):
+        for kind, parameters in value.items():
+            one_of(*LAYER_TYPES)(f"{name}.keys()", kind)
+            dictionary(f"{name}[{kind!r}]", parameters)
+            _rotary_parameters(f"{name}[{kind!r}]", parameters)
+    else:
+        _rotary_parameters(name, value)
+
+
+def _rotary_parameters(name: str, value: dict[str, Any]) -> None:
     for key in value.keys() & ROTARY.keys():
         if value[key] is not None or key in NEEDED:
             ROTARY[key](f"{name}[{key!r}]", value[key])
@@ -235,6 +254,8 @@ def checked_settings(config: PreTrainedConfig, given: dict[str, Any], of_parts: 
     names = {field.name for field in fields(config)}
     absent = sorted(names.union(of_parts) - given.keys())
     for name, value in given.items():
+        if name in FORMER_NAMES:
+            raise ValueError(f"`{name}` is a former name of `{FORMER_NAMES[name]}`; got {shown(value)}")
         _check_free(type(config), name, value)
         near = [known for known in absent if _one_slip_apart(name, known)]
         if near and not hasattr(config, name):

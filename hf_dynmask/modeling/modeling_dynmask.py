@@ -167,12 +167,12 @@ class DynMaskModel(DynMaskPreTrainedModel):
     def __init__(self, config: DynMaskConfig, add_pooling_layer: bool | None = None):
         super().__init__(config)
         self.embeddings = DynMaskEmbeddings(config)
-        bases = dict.fromkeys(config.layer_rope_theta or ())
+        by_type = config.rope_by_type()
         rotary = config.position_type == "rotary"
-        self.rotary_emb = DynMaskRotaryEmbedding(config) if rotary and not bases else None
-        self.rotary_by_base = nn.ModuleList([DynMaskRotaryEmbedding(config, base) for base in bases])
+        self.rotary_emb = DynMaskRotaryEmbedding(config) if rotary and not by_type else None
+        self.rotary_by_type = nn.ModuleDict({kind: DynMaskRotaryEmbedding(config, kind) for kind in by_type})
         self.layers = nn.ModuleList([DynMaskLayer(config, layer) for layer in range(config.num_hidden_layers)])
-        norm_before = config.norm_placement == "before"
+        norm_before = config.norm_placement == "pre"
         self.final_norm = make_norm(config, config.hidden_size) if norm_before else nn.Identity()
         with_pooler = config.use_pooler if add_pooling_layer is None else add_pooling_layer
         self.pooler = DynMaskPooler(config) if with_pooler else None
@@ -396,12 +396,11 @@ class DynMaskModel(DynMaskPreTrainedModel):
 
     def _rotary(self, states: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Each layer's (cos, sin) `(1, N, D)`, or `None` for models without rotary positions."""
-        if not self.rotary_by_base:
+        if not self.rotary_by_type:
             shared = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
             return [shared] * len(self.layers)
-        turns = {rotary.config.rope_parameters["rope_theta"]: rotary for rotary in self.rotary_by_base}
-        turns = {base: rotary(states, position_ids) for base, rotary in turns.items()}
-        return [turns[base] for base in self.config.layer_rope_theta]
+        by_type = {kind: rotary(states, position_ids) for kind, rotary in self.rotary_by_type.items()}
+        return [by_type[kind] for kind in self.config.layer_types]
 
     def _cross_plan(
         self,

@@ -68,13 +68,14 @@ class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
 
     Args:
         config ([`DynMaskConfig`]): With `rope_parameters`.
-        theta (`float`, *optional*): A base in place of the configuration's.
+        layer_type (`str`, *optional*): The layer type whose parameters to use, if they are by layer type.
     """
 
-    def __init__(self, config: DynMaskConfig, theta: float | None = None):
-        if theta is not None:
+    def __init__(self, config: DynMaskConfig, layer_type: str | None = None):
+        if layer_type is not None:
+            parameters = config.rope_by_type()[layer_type]
             config = copy.copy(config)
-            config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
+            config.rope_parameters = parameters
         super().__init__(config)
 
 
@@ -192,8 +193,8 @@ class DynMaskAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_heads * config.value_head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.value_head_dim, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.query_key_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.query_key_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.use_qk_norm else nn.Identity()
         self.scaling = config.head_dim**-0.5
         self.key_scores = DynMaskKeyScores(config) if chooses_keys else None
 
@@ -288,7 +289,7 @@ class DynMaskFeedForward(nn.Module):
 
     def __init__(self, config: DynMaskConfig):
         super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.feed_forward_bias
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_feed_forward else None
         self.down_proj = nn.Linear(inner, size, bias=bias)
@@ -317,7 +318,7 @@ class DynMaskLayer(GradientCheckpointingLayer):
         self.feed_forward = DynMaskFeedForward(config)
         self.feed_forward_norm = make_norm(config, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm_before = config.norm_placement == "before"
+        self.norm_before = config.norm_placement == "pre"
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """`attn_implementation="dynmask"` for stock models: attention, and the choice of a mask.
 
-A stock model that is to run with it is made ready by [`install_hooks`] of `stock_models`. Transformers then calls two
-functions: `dynmask_mask` of `stock_masks`, and in every layer [`dynmask_attention_forward`] with what that handed out.
+[`install_hooks`] in `models.py` prepares a stock model to run with it. Transformers then calls two functions:
+`dynmask_mask` in `masks.py`, and in every layer [`dynmask_attention_forward`] with the mask that it returned.
 
 Shape legend: B rows, Tq and Tk columns of queries and keys, H heads, D and Dv head sizes.
 """
@@ -24,27 +24,28 @@ from .batches import CONFIG_ENTRY, NAME, current_batches
 from .masks import DeferredMask
 from .models import check_mask
 
-# Arguments of some models' attention that change what is seen, and that no expression stands for.
+# Arguments of some models' attention that change what is seen and that no expression can represent.
 UNSERVED_ARGUMENTS = ("block_indices", "cache", "indices", "sinks")
 
 # --- Choosing a mask -------------------------------------------------------------------------------------------------
 
 
 def set_mask(model: PreTrainedModel, text: str | None) -> None:
-    """Put a mask expression on a model, in place of the masks it has.
+    """Sets a mask expression on a model, in place of its own masks.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A DynMask model, or a stock model that runs with `attn_implementation="dynmask"`. The text is kept in its
-            configuration, and saved with it.
+            A DynMask model, or a stock model that runs with `attn_implementation="dynmask"`. The text is stored in its
+            configuration and saved with it.
         text (`str`, *optional*):
-            The expression, for every layer: `"causal & window(255, 0)"`. Fields that it reads are arguments of the
-            model's forward pass. `None`: the masks of the model's own. An encoder-decoder of ours has a mask for its
-            encoder put in; its own `set_mask` takes all three.
+            The expression for every layer, such as `"causal & window(255, 0)"`. Fields that it reads are arguments of
+            the model's forward pass. `None` restores the model's own masks. For a DynMask encoder-decoder it sets the
+            encoder's mask; the model's own `set_mask` takes all three.
 
     Raises:
-        ValueError: The text is no expression, or holds what a stock model cannot follow (`topk`, `dense`, `custom`);
-            the model does not run with `"dynmask"`, has cross-attention, or parts with configurations of their own.
+        ValueError: The text is not an expression, or contains what a stock model cannot follow (`topk`, `dense`,
+            `custom`); the model does not run with `"dynmask"`, has cross-attention, or has parts with configurations of
+            their own.
     """
     if hasattr(model, "set_mask"):
         model.set_mask(text)  # type: ignore[operator]
@@ -79,7 +80,7 @@ def dynmask_attention_forward(
     output_attentions: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers' `AttentionInterface` calls.
+    """The attention function that transformers' `AttentionInterface` calls.
 
     Args:
         module (`nn.Module`): The attention layer.
@@ -87,20 +88,20 @@ def dynmask_attention_forward(
         key (`Tensor` of shape `(B, Hk, Tk, D)`): Keys; Hk divides H.
         value (`Tensor` of shape `(B, Hk, Tk, Dv)`): Values.
         attention_mask ([`DeferredMask`] or `Tensor` of shape `(B, 1 | H, Tq, Tk)`, *optional*):
-            A tensor is an explicit mask, bool or added to the scores. `None`: causal or full, as `is_causal` says.
+            A tensor is an explicit mask, boolean or added to the scores. `None`: causal or full, by `is_causal`.
         scaling (`float`, *optional*): Factor of the scores. `None`: `D ** -0.5`.
-        dropout (`float`, *optional*, defaults to 0.0): Probability with which a weight is dropped.
-        is_causal (`bool`, *optional*): Read where there is no mask. `None`: as the layer says.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout probability of the attention weights.
+        is_causal (`bool`, *optional*): Used if there is no mask. `None`: the layer's own setting.
         softcap (`float`, *optional*): Bound of the scores (Gemma 2, arXiv:2408.00118, section 2).
         s_aux (`Tensor` of shape `(H,)`, *optional*): Score of a key without value (attention sink, gpt-oss).
         position_bias (`Tensor` of shape `(B | 1, H, Tq, Tk)`, *optional*): Added to the scores (T5, arXiv:1910.10683).
-        output_attentions (`bool`, *optional*): Whether to hand back the weights.
+        output_attentions (`bool`, *optional*): Whether to return the weights.
 
     Returns:
         `(output (B, Tq, H, Dv), weights (B, H, Tq, Tk) or None)`; exactly 0 for a query with no key to see.
 
     Raises:
-        ValueError: An argument that is not served, or a flat batch that the model cannot take.
+        ValueError: An argument is not supported, or the model cannot take the flat batch.
     """
     for name in UNSERVED_ARGUMENTS:
         if kwargs.get(name) is not None:
@@ -130,7 +131,7 @@ def dynmask_attention_forward(
 
 
 def _check_unnoted(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
-    """A mask that is none, or a tensor, knows nothing of expressions and of sequences."""
+    """Raises if the batch or the model needs more than a missing mask or a tensor can express."""
     given = "no mask" if mask is None else "an explicit `attention_mask`"
     if getattr(getattr(module, "config", None), CONFIG_ENTRY, None) is not None:
         raise ValueError(f"a mask by `set_mask` needs layers that are given the model's; got {given}")
@@ -147,7 +148,7 @@ def _check_unnoted(module: nn.Module, query: Tensor, mask: Tensor | None) -> Non
 def _unnoted(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What such a mask allows, and what it adds to the scores."""
+    """Which pairs an explicit mask allows, and what it adds to the scores."""
     if mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         every = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
@@ -160,7 +161,7 @@ def _unnoted(
 
 
 def _by_plan(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling: float, dropout: float) -> Tensor:
-    """Attention `(B, T, H, Dv)` of real tokens alone; 0 elsewhere."""
+    """Attention `(B, T, H, Dv)` on real tokens only; 0 elsewhere."""
     queries, keys = plan.layout, plan.key_layout
     states = (side.flatten(x.transpose(1, 2)).squeeze(0) for x, side in ((query, queries), (key, keys), (value, keys)))
     output, _ = attend_by_plan(*states, plan, scaling=scaling, dropout=dropout)
@@ -176,7 +177,7 @@ def _apart(
     bias: Tensor | None,
     *settings: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """[`_by_cells`] or [`_by_scores`] on a row for each sequence, see [`MaskPlan.in_rows`]; 0 where no token is."""
+    """[`_by_cells`] or [`_by_scores`] with one row per sequence, see [`MaskPlan.in_rows`]; 0 for absent tokens."""
     rows = plan.in_rows
     sides = (query, plan.layout, rows.layout), *((x, plan.key_layout, rows.key_layout) for x in (key, value))
     states = (after.unflatten_heads(before.flatten_heads(x)) for x, before, after in sides)

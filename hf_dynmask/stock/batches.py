@@ -1,4 +1,4 @@
-"""What the forward pass of a stock model is given, made known to its layers, and the sequences that stand in it.
+"""Makes the arguments of a stock model's forward pass known to its layers, and finds the sequences in them.
 
 Shape legend: B rows, T columns, S sequences.
 """
@@ -18,32 +18,32 @@ from ..modeling.batch import PACKING, frames_of_batch
 from ..modeling.layout import SequenceLayout, integers, not_binary, reads_are_free
 
 NAME = "dynmask"
-CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` keeps its text in a stock model's configuration
-# Settings that let tokens of a row meet outside attention: of MobileBERT, ESM and Switch Transformers.
+CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` stores its text in a stock model's configuration
+# Settings that mix tokens of a row outside attention (MobileBERT, ESM, Switch Transformers).
 SETTINGS_THAT_MIX_TOKENS = ("trigram_input", "token_dropout", "expert_capacity")
-# Kinds of layers, as configurations name them, in which tokens meet in attention alone.
+# Layer types, as configurations name them, that mix tokens in attention only.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 INPUTS = ("input_ids", "inputs_embeds")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 CACHES = ("cache", "past_key_values")
 MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
-FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # which say where sequences begin
+FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where sequences begin
 
 
 @dataclass(eq=False)
 class Batch:
-    """What the forward pass of a model was given.
+    """The arguments of a model's forward pass.
 
     Attributes:
         model ([`~transformers.PreTrainedModel`]): The model.
-        names (`Collection[str]`): The model's own arguments.
+        names (`Collection[str]`): Names of the model's own arguments.
         given (`dict`): Arguments by name.
-        is_inner (`bool`): Whether another model that is made ready runs this one.
+        is_inner (`bool`): Whether another prepared model runs this one.
         starts (bool `Tensor` of shape `(B, T)`, *optional*):
             Where sequences begin, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
-        told_by (`str`): Which of these does.
-        sequences_separated (`bool`): Whether some layer's attention has kept the sequences of the batch apart.
-        unchecked (`dict[str, Tensor]`): Whether each mask of tokens holds only 0 and 1; to be read, see [`read_along`].
+        told_by (`str`): Which of these arguments says so.
+        sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
+        unchecked (`dict[str, Tensor]`): By mask, whether it holds only 0 and 1; not read yet, see [`read_along`].
     """
 
     model: PreTrainedModel
@@ -59,12 +59,12 @@ class Batch:
     def read(
         cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any], is_inner: bool = False
     ) -> Batch:
-        """The batch, with what it says of its sequences put where the model reads it.
+        """Passes what the batch says about its sequences to the model in arguments that it reads.
 
         Lengths of rows become an attention mask, and a flat batch gets its `position_ids`.
 
         Raises:
-            ValueError: Arguments contradict each other, or cannot be obeyed.
+            ValueError: Arguments contradict each other, or cannot be followed.
         """
         batch = cls(model, names, dict(given), is_inner)
         if getattr(batch._first_of(CACHES), "is_of_flat_batch", False):
@@ -76,7 +76,7 @@ class Batch:
         return batch
 
     def _masks_of_tokens(self) -> Iterator[tuple[str, Tensor]]:
-        """Those of the masks that say which tokens are there, and may hold other numbers."""
+        """The masks of real tokens that may hold numbers other than 0 and 1."""
         tokens = self._first_of(INPUTS)
         dimensions = 2 if tokens is None else len(_places(tokens))
         for name in MASKS:
@@ -85,10 +85,10 @@ class Batch:
                 yield name, mask
 
     def read_along(self, *flags: Tensor) -> list[bool]:
-        """Values of bool scalars, for which a device must be waited for, and with them whether masks are of 0 and 1.
+        """Reads boolean scalars from the device and, in the same read, whether masks hold only 0 and 1.
 
         Raises:
-            ValueError: One does not: models of transformers would take any number for a token that is there.
+            ValueError: A mask holds another number, which models of transformers would take for a real token.
         """
         names, unread = list(self.unchecked), list(self.unchecked.values())
         self.unchecked = {}
@@ -126,7 +126,7 @@ class Batch:
         self._put_padding(name, "decoder_attention_mask", TARGETS, layout)
 
     def _layout(self, told: list[str], mask_name: str, inputs: Collection[str]) -> SequenceLayout | None:
-        """What the arguments `told` say of the rows of `inputs`, if a mask says the same; `None` if nothing is told."""
+        """The layout that the arguments `told` give `inputs`, which a mask must agree with; `None` without them."""
         if not told:
             return None
         tokens = self._first_of(inputs)
@@ -136,7 +136,7 @@ class Batch:
             raise ValueError(f"`{told[0]}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got none")
         places = _places(tokens)
         mask = self.given.get(mask_name)
-        mask = mask if isinstance(mask, Tensor) else None  # a `DeferredMask` was made by the model that runs this one
+        mask = mask if isinstance(mask, Tensor) else None  # the model that runs this one has made a `DeferredMask`
         if mask is not None and mask.dim() > len(places):
             raise ValueError(
                 f"`{told[0]}` must come without an explicit mask, which says itself who may see whom; got a mask of "
@@ -145,7 +145,7 @@ class Batch:
         lengths = None
         if told[0] in ("lengths", "decoder_lengths"):
             lengths = torch.as_tensor(self.given[told[0]], device=tokens.device)
-            if lengths.shape == places[:-1]:  # choices of a question are rows too
+            if lengths.shape == places[:-1]:  # the choices of a question are rows, too
                 lengths = lengths.flatten()
             self.given[told[0]] = lengths
         elif mask is not None and mask.shape != places:
@@ -168,11 +168,11 @@ class Batch:
     def _more_of_sequences(self, places: torch.Size) -> dict[str, Any]:
         position_ids = self.given.get("position_ids")
         if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != places[-1]):
-            position_ids = None  # of several dimensions, or of choices
+            position_ids = None  # with several dimensions, or with choices
         return {"position_ids": position_ids, "packing": {name: self.given.get(name) for name in PACKING}}
 
     def _put_padding(self, name: str, mask_name: str, inputs: Collection[str], layout: SequenceLayout) -> None:
-        """Lengths of rows become a mask: a model's heads read it too, and whoever it hands its arguments on to."""
+        """Turns lengths of rows into a mask, since a model's heads and inner models read it, too."""
         if name in self.names:
             return
         if self.given.get(mask_name) is None:
@@ -188,7 +188,7 @@ class Batch:
         del self.given[name]
 
     def _check_alone(self, name: str, tokens: Tensor, layout: SequenceLayout) -> None:
-        """Lengths without a mask say nothing of tokens that other code has put in front of them."""
+        """Raises if other code may have put tokens in front of the batch, which lengths without a mask do not cover."""
         cache = self._first_of(CACHES)
         if cache is not None and int(cache.get_seq_length()):
             raise ValueError(
@@ -208,13 +208,13 @@ class Batch:
 
     @property
     def has_explicit_mask(self) -> bool:
-        """Whether the caller says himself which token may see which."""
+        """Whether the caller passes an explicit mask of which token may see which."""
         attention_mask = self.given.get("attention_mask")
         return isinstance(attention_mask, Tensor) and attention_mask.dim() > 2
 
     @property
     def is_told_flat(self) -> bool:
-        """Whether a row holds several sequences, `position_ids` aside."""
+        """Whether a row holds several sequences, not counting what `position_ids` say."""
         return self.starts is not None and bool(self.starts[:, 1:].any())
 
     @property
@@ -229,13 +229,13 @@ class Batch:
         return bool(restarts(position_ids, present)[:, 1:].any())
 
     def _present(self, width: int) -> Tensor | None:
-        """Bool `(B, width)`: where tokens are; `None`: everywhere."""
+        """Bool `(B, width)`: which tokens are real; `None`: all."""
         mask = self.given.get("attention_mask")
-        if isinstance(mask, dict):  # one for each kind of layers
+        if isinstance(mask, dict):  # one for each layer type
             mask = next(iter(mask.values()), None)
         if isinstance(mask, Tensor) or mask is None:
             return None if mask is None or mask.dim() != 2 or mask.shape[1] < width else mask[:, -width:].bool()
-        return mask.present(0)  # of a `DeferredMask` that was made ahead
+        return mask.present(0)  # of a `DeferredMask` that was made in advance
 
 
 _IN_FRONT = (
@@ -249,12 +249,12 @@ def _places(tokens: Tensor) -> torch.Size:
     return tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
 
 
-# Kept where this file is executed again: models that were made ready before go on to write there.
+# Kept if this file is executed again, since models that were prepared before still write to it.
 batches: ContextVar[tuple[Batch, ...]] = globals().get("batches") or ContextVar("batches", default=())
 
 
 def current_batches() -> tuple[Batch, ...]:
-    """What the models whose forward passes we are in were given, the outermost first."""
+    """The arguments of all forward passes that are running, the outermost first."""
     return batches.get()
 
 
@@ -266,7 +266,7 @@ def has_cross_attention(config: PreTrainedConfig) -> bool:
 
 
 def _first_position(model: PreTrainedModel) -> int:
-    """The position of a sequence's first token: 0, or in RoBERTa's family the one behind the padding's."""
+    """The position of a sequence's first token: 0 or, in RoBERTa's family, the one after that of padding."""
     for name, part in model.named_modules():
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
             return part.padding_idx + 1  # type: ignore[operator]
@@ -274,7 +274,7 @@ def _first_position(model: PreTrainedModel) -> int:
 
 
 def token_mixing_outside_attention(model: PreTrainedModel) -> str | None:
-    """What lets tokens of a row meet outside attention, if anything does."""
+    """What mixes tokens of a row outside attention, if anything."""
     others = sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
     if others:
         return f"layers of type {', '.join(others)}"
@@ -286,7 +286,7 @@ def token_mixing_outside_attention(model: PreTrainedModel) -> str | None:
 
 
 def has_neftune(model: PreTrainedModel) -> bool:
-    """Whether noise is added to the embeddings, in training: NEFTune, arXiv:2310.05914, of transformers' Trainer."""
+    """Whether the Trainer adds noise to the embeddings (NEFTune, arXiv:2310.05914)."""
     return any(part.training and getattr(part, "neftune_noise_alpha", None) for part in model.modules())
 
 
@@ -294,14 +294,14 @@ def has_neftune(model: PreTrainedModel) -> bool:
 
 
 def first_and(later: Tensor) -> Tensor:
-    """Bool `(B, T)`: True in the first column, and what `later (B, T - 1)` says in those after it."""
+    """Bool `(B, T)`: True in the first column, then `later (B, T - 1)`."""
     return nn.functional.pad(later, (1, 0), value=True)
 
 
 def restarts(position_ids: Tensor, present: Tensor | None) -> Tensor:
-    """Bool `(B, T)`: True in the first column, and at tokens whose position does not follow on the token before.
+    """Bool `(B, T)`: True in the first column, and where a position does not continue that of the token before.
 
-    A position follows that is the next one, or has gone up as the column has.
+    A position continues if it is the next one, or has grown by as much as the column.
     """
     if not position_ids.is_floating_point():
         position_ids = integers("position_ids", position_ids)
@@ -317,8 +317,8 @@ def restarts(position_ids: Tensor, present: Tensor | None) -> Tensor:
 def layout_of(starts: Tensor, present: Tensor | None, by_column: bool = False) -> SequenceLayout:
     """Layout of a batch whose sequences begin at `starts (B, T)` and hold the tokens at `present (B, T)`.
 
-    Positions count from a sequence's first token, or `by_column` from where it begins; absent tokens count too, as they
-    do in transformers' masks.
+    Positions count from a sequence's first token or, if `by_column`, from the column where it begins, counting absent
+    tokens as transformers' masks do.
     """
     first = starts.flatten()
     if present is None:

@@ -1,8 +1,8 @@
 """Transformers' masks as expressions and plans.
 
-Transformers calls [`dynmask_mask`] once a forward pass for each kind of mask, which only notes the call in a
-[`DeferredMask`]. The first layer that asks it tells the batch's sequences apart and makes the plan, which it keeps for
-the others.
+Transformers calls [`dynmask_mask`] once per forward pass for each kind of mask, which only records the call in a
+[`DeferredMask`]. When the first layer asks for it, the batch's sequences are found and the plan is made, which the
+other layers reuse.
 
 Shape legend: B rows, T (Tq, Tk) columns of queries and keys, H heads, D head size.
 """
@@ -38,7 +38,7 @@ from .batches import (
     token_mixing_outside_attention,
 )
 
-_FAR = 2**31  # beyond any position
+_FAR = 2**31  # larger than any position
 
 
 # --- Transformers' mask functions ------------------------------------------------------------------------------------
@@ -46,11 +46,11 @@ _FAR = 2**31  # beyond any position
 
 @dataclass
 class MaskFunction:
-    """A mask function of transformers, read.
+    """What is known about a mask function of transformers.
 
     Attributes:
-        expression (`Mask`, *optional*): The same as an expression; `None` where some part is not known.
-        is_packed (`bool`): Whether it keeps the sequences of a row apart by itself.
+        expression (`Mask`, *optional*): An equal expression; `None` if some part is not known.
+        is_packed (`bool`): Whether it separates the sequences of a row itself.
         block_ids (`Tensor` of shape `(B, T)`, *optional*): Tokens with equal ids of 0 and above see each other.
     """
 
@@ -60,7 +60,7 @@ class MaskFunction:
 
     @classmethod
     def read(cls, function: Callable) -> MaskFunction:
-        """Mask functions are closures of `transformers.masking_utils`, known by the function that made them."""
+        """Reads a mask function: a closure of `transformers.masking_utils`, recognised by the function that made it."""
         found = cls()
         expression = found._read(function)
         found.expression = None if expression is None else _simplified(expression)
@@ -88,7 +88,7 @@ _SIMPLEST = {(None, None): masks.full(), (None, 0): masks.causal()}
 
 
 def _simplified(expression: Mask) -> Mask:
-    """The same in fewer words, where it is a band."""
+    """The same mask, simplified if it is a band."""
     band = expression.band()
     left, right = band or (None, None)
     if left is not None and right is not None:
@@ -96,8 +96,8 @@ def _simplified(expression: Mask) -> Mask:
     return _SIMPLEST.get(band, expression)
 
 
-# Of a causal window transformers counts all keys, the query's own among them; of another the keys on each side.
-# Its chunks begin at a row's first token, as positions do. Sequences never see each other anyway.
+# In a causal window, transformers counts all keys, including the query's own; otherwise the keys on each side.
+# Its chunks begin at a row's first token, as positions do. Sequences never see each other in any case.
 _LEAVES: dict[str, Callable[[dict[str, Any]], Mask]] = {
     "causal_mask_function": lambda contents: masks.causal(),
     "bidirectional_mask_function": lambda contents: masks.full(),
@@ -110,14 +110,14 @@ _LEAVES: dict[str, Callable[[dict[str, Any]], Mask]] = {
 
 
 def _contents(function: Callable) -> dict[str, Any]:
-    """The variables that a closure holds."""
+    """The variables that a closure captures."""
     cells = function.__closure__ or ()  # type: ignore[attr-defined]
     names = function.__code__.co_freevars  # type: ignore[attr-defined]
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
 def _in_each_sequence(function: Callable, sequence_ids: Tensor, positions: Tensor) -> Callable:
-    """A mask function that is asked about positions in a sequence in place of columns; ids and positions `(B, T)`."""
+    """Makes a mask function take positions in a sequence instead of columns; ids and positions are `(B, T)`."""
 
     def inner(batch_idx, head_idx, q_idx, kv_idx):
         same = sequence_ids[batch_idx, q_idx] == sequence_ids[batch_idx, kv_idx]
@@ -143,17 +143,17 @@ def dynmask_mask(
     config: PreTrainedConfig | None = None,
     **kwargs,
 ) -> DeferredMask:
-    """What transformers' `AttentionMaskInterface` calls.
+    """The mask function that transformers' `AttentionMaskInterface` calls.
 
     Args:
         batch_size, q_length, kv_length (`int`): B, Tq and Tk.
         q_offset, kv_offset (`int`): Column of the first query and of the first key.
-        mask_function (`Callable`): Whether a query may see a key, given their row, head and columns.
-        attention_mask (bool `Tensor` of shape `(B, columns)`, *optional*): False where no token is.
+        mask_function (`Callable`): Returns whether a query may see a key, given row, head and columns.
+        attention_mask (bool `Tensor` of shape `(B, columns)`, *optional*): False for absent tokens.
         use_vmap (`bool`): Whether `mask_function` takes one cell at a time.
         config ([`~transformers.PreTrainedConfig`], *optional*): The model's.
     """
-    if isinstance(attention_mask, DeferredMask):  # `generate` has made it ahead of the forward pass
+    if isinstance(attention_mask, DeferredMask):  # `generate` has made it before the forward pass
         return attention_mask
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     text = getattr(config, CONFIG_ENTRY, None)
@@ -170,23 +170,23 @@ def dynmask_mask(
 
 
 def _all(padding: Tensor) -> bool:
-    """Whether all tokens are there; raises if the mask that says so cannot."""
+    """Whether all tokens are real; raises if the mask holds other numbers than 0 and 1."""
     batches = current_batches()
     return batches[0].read_along(padding.all())[0] if batches else bool(padding.all())
 
 
 @dataclass(eq=False, kw_only=True)
 class DeferredMask:
-    """A mask that a stock model has asked for, and what became of it in its forward pass.
+    """A mask that a stock model has asked for, made when the first layer needs it.
 
-    It travels through the model where a mask tensor would, and refuses to be computed with.
+    It is passed through the model in place of a mask tensor, and raises if the model computes with it.
 
     Attributes:
         shape (`tuple[int, int, int, int]`): `(B, 1, Tq, Tk)`.
         offsets (`tuple[int, int]`): Column of the first query and of the first key.
         function (`Callable`), use_vmap (`bool`): Transformers' mask function, and whether it takes one cell at a time.
-        padding (bool `Tensor` of shape `(B, columns)`, *optional*): Where tokens are; `None`: everywhere.
-        chosen (`Mask`, *optional*): What [`set_mask`] put in place of `function`.
+        padding (bool `Tensor` of shape `(B, columns)`, *optional*): Which tokens are real; `None`: all.
+        chosen (`Mask`, *optional*): The mask that [`set_mask`] put in place of `function`.
         device (`torch.device`), model_type (`str`): The model's.
     """
 
@@ -203,7 +203,7 @@ class DeferredMask:
     ndim = 4
 
     def contiguous(self) -> DeferredMask:
-        """Itself: what `generate` asks of masks that it makes ahead."""
+        """Returns itself; `generate` calls it on masks that it makes in advance."""
         return self
 
     @classmethod
@@ -225,12 +225,12 @@ class DeferredMask:
         )
 
     def answer(self, query: Tensor, passed: Mapping[str, Any], has_bias: bool = False) -> MaskPlan | Tensor:
-        """A plan, where every key is a query too and the mask has an expression or a row several sequences; else cells.
+        """A plan if keys are the queries and the mask has an expression or rows hold several sequences; else cells.
 
         Args:
             query (`Tensor` of shape `(B, H, Tq, D)`): The queries of the layer that asks.
-            passed (`Mapping[str, Any]`): What the model hands on to the attention of its layers.
-            has_bias (`bool`, *optional*, defaults to `False`): Whether a bias of the scores stands for positions.
+            passed (`Mapping[str, Any]`): The arguments that the model passes to its layers' attention.
+            has_bias (`bool`, *optional*, defaults to `False`): Whether a bias of the scores encodes positions.
 
         Returns:
             [`MaskPlan`], or bool `Tensor` of shape `(B, 1 | H, Tq, Tk)`.
@@ -259,17 +259,17 @@ class DeferredMask:
 
     @property
     def _is_square(self) -> bool:
-        """Whether every key is a query too, as far as numbers tell."""
+        """Whether there are as many keys as queries, at the same columns."""
         return self.shape[2] == self.shape[3] and self.offsets == (0, 0)
 
     @property
     def _may_cross(self) -> bool:
-        """Whether keys may be of another sequence than queries. `padding` is then that of the keys."""
+        """Whether keys may belong to another sequence than queries. `padding` is then that of the keys."""
         band = None if self._known.expression is None else self._known.expression.band()
         return self.chosen is None and band is not None and band[0] == band[1]
 
     def present(self, side: int) -> Tensor | None:
-        """Bool `(B, T)`: which columns of the queries (0) or the keys (1) hold a token; `None`: all."""
+        """Bool `(B, T)`: which columns of the queries (0) or keys (1) hold a real token; `None`: all."""
         first = self.offsets[side]
         return None if self.padding is None else self.padding[:, first : first + self.shape[2 + side]]
 
@@ -291,7 +291,7 @@ class DeferredMask:
         return starts
 
     def _check_rows(self, passed: Mapping[str, Any]) -> None:
-        """Without its forward pass's arguments, a model can take rows alone; raises if what it hands on says more."""
+        """Raises if a model whose forward arguments are not known gets more than plain rows."""
         told = [name for name in FLAT_ARGUMENTS if passed.get(name) is not None]
         starts = self._by_positions(passed.get("position_ids"))
         if self._known.is_packed or starts is not None and bool(starts[:, 1:].any()):
@@ -304,7 +304,7 @@ class DeferredMask:
             )
 
     def _by_positions(self, position_ids: Tensor | None) -> Tensor | None:
-        """Bool `(B, T)`: the columns at which positions start again; `None` where they are not of the queries."""
+        """Bool `(B, T)`: the columns at which positions restart; `None` if they are not those of the queries."""
         if position_ids is None or position_ids.shape[1:] != (self.shape[2],):
             return None
         position_ids = position_ids.to(self.device)
@@ -312,7 +312,7 @@ class DeferredMask:
         return restarts(position_ids.expand(self.shape[0], -1), self.present(0))
 
     def _told(self, batch: Batch) -> Tensor:
-        """Bool `(B, T)`: where the batch has told that sequences begin, if this is of the mask's queries."""
+        """Bool `(B, T)`: where sequences begin according to the batch, which must have the shape of the queries."""
         starts = batch.starts.to(self.device)  # type: ignore[union-attr]
         if (self.shape[0], self.shape[2]) != starts.shape:
             raise ValueError(
@@ -342,7 +342,7 @@ class DeferredMask:
             )
 
     def _check_continued(self, position_ids: Tensor) -> None:
-        """A flat batch leaves several sequences in a cache; the next token would see them all."""
+        """Raises if a flat batch has filled the cache, as the next token would see all its sequences."""
         column = self.offsets[0]
         if column == 0:
             return
@@ -375,7 +375,7 @@ class DeferredMask:
         return MaskPlan(expression, layout.to(device), key_layout, fields=fields)
 
     def _plan_of_cells(self, cells: Tensor, starts: Tensor) -> MaskPlan:
-        """Cells of several sequences a row, which the plan keeps apart."""
+        """Cells of rows with several sequences, which the plan separates."""
         layout = layout_of(starts, self.present(0)).to(cells.device)
         return MaskPlan(masks.dense(), layout, fields={"attention_mask": cells})
 
@@ -396,7 +396,7 @@ class DeferredMask:
         )
 
     def _chosen_cells(self, mask: Mask, heads: int) -> Tensor:
-        """The chosen expression where keys come out of a cache."""
+        """Evaluates the chosen expression on keys from a cache."""
         if mask.fields:
             raise ValueError(f"a mask that reads fields cannot look back into a cache; got '{mask}'")
         i, j = (
@@ -412,7 +412,7 @@ class DeferredMask:
 
 
 def _unique_where_negative(block_ids: Tensor) -> Tensor:
-    """Ids of 0 and above as they are; below, an id of its own for each column: such tokens are in no block."""
+    """Keeps ids of 0 and above; replaces each negative id by a unique one, as such tokens are in no block."""
     return torch.where(block_ids < 0, -1 - torch.arange(block_ids.shape[1], device=block_ids.device), block_ids)
 
 

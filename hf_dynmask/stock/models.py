@@ -1,8 +1,8 @@
-"""Stock models made ready to run with `attn_implementation="dynmask"`, and the masks that their configurations keep.
+"""Prepares stock models to run with `attn_implementation="dynmask"`, and checks the masks in their configurations.
 
-A layer's attention must know what the model's forward pass was given, and some of it the model keeps to itself. So the
-`forward` of a model's class is wrapped when the first model of that class is made ready: a hook of the instance would
-not run where `model.forward(...)` is called, nor for another model of the same configuration.
+A layer's attention must know the arguments of the model's forward pass, and the model does not pass all of them on. So
+the `forward` of a model's class is wrapped when the first model of that class is prepared. A hook of the instance would
+not run if `model.forward(...)` is called, nor for another model with the same configuration.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..modeling.masks import parse
 from ..modeling.modeling_base import warn_of_unread_fields
 from .batches import CACHES, CONFIG_ENTRY, INPUTS, NAME, Batch, batches, has_cross_attention
 
-# What any model may be given: by the batch contract, by transformers, and what only a decorator of `forward` reads.
+# Arguments that any model accepts: of the batch contract, of transformers, and of decorators of `forward`.
 KNOWN = {
     *(*INPUTS, "lengths", "attention_mask", "position_ids", "token_type_ids", "labels"),
     *("return_dict", "use_cache", *CACHES),
@@ -44,10 +44,10 @@ KNOWN = {
 
 
 def settled(model: PreTrainedModel, requested: str | None) -> str | None:
-    """The `attn_implementation` for a model that asks for one: `"dynmask"` where its configuration has a mask.
+    """The `attn_implementation` for a model that asks for one: `"dynmask"` if its configuration has a mask.
 
     Raises:
-        ValueError: Another one is asked for in spite of a mask, or the model cannot run with `"dynmask"`.
+        ValueError: Another one is asked for although there is a mask, or the model cannot run with `"dynmask"`.
     """
     text = getattr(model.config, CONFIG_ENTRY, None)
     if text is not None:
@@ -60,7 +60,7 @@ def settled(model: PreTrainedModel, requested: str | None) -> str | None:
 
 
 def check_followed(config: PreTrainedConfig | None, implementation: str | None, owner: str = "a model") -> None:
-    """Raises if a model's configuration has a mask, and the attention would not follow it."""
+    """Raises if a model's configuration has a mask that its attention would not follow."""
     text = getattr(config, CONFIG_ENTRY, None)
     if text is not None and implementation != NAME:
         raise ValueError(
@@ -70,7 +70,7 @@ def check_followed(config: PreTrainedConfig | None, implementation: str | None, 
 
 
 def check_mask(model: PreTrainedModel, text: str) -> None:
-    """Raises if the text is no expression, or the model cannot follow it."""
+    """Raises if the text is not an expression, or the model cannot follow it."""
     mask = parse(text)
     for leaf, why in (
         (masks.TopK, "needs scores that a stock model does not learn"),
@@ -94,7 +94,7 @@ def check_mask(model: PreTrainedModel, text: str) -> None:
 
 @dataclass(frozen=True)
 class Ready:
-    """Makes the forward passes of a class known to their layers; kept by a model, so that unpickling it does so too."""
+    """Makes forward arguments of a class known to its layers; stored in a model so that unpickling does so, too."""
 
     model_class: type[PreTrainedModel]
 
@@ -108,7 +108,7 @@ class Ready:
 
 
 def install_hooks(model: PreTrainedModel) -> None:
-    """Make a stock model ready to run with `attn_implementation="dynmask"`.
+    """Prepares a stock model to run with `attn_implementation="dynmask"`.
 
     Raises:
         ValueError: The model's class does not use transformers' attention interface.
@@ -125,7 +125,7 @@ def install_hooks(model: PreTrainedModel) -> None:
 
 
 def _rebind(model: PreTrainedModel) -> None:
-    """Have an instance whose `forward` was hooked before, as Accelerate does, call that of its class as it is now."""
+    """Lets an instance whose `forward` was hooked before, as Accelerate does, call the wrapped one of its class."""
     ours = type(model).forward
     for name in ("forward", "_old_forward"):
         own = vars(model).get(name)
@@ -133,12 +133,12 @@ def _rebind(model: PreTrainedModel) -> None:
             setattr(model, name, MethodType(ours, model))
 
 
-# Keeps `torch.compile` out of a function alone: the layers that it runs may be compiled.
+# Keeps `torch.compile` out of this function only: the layers that it runs may be compiled.
 eager_only_itself = torch.compiler.disable(recursive=False)
 
 
 def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callable:
-    """A `forward` whose arguments the layers below it can look up, where its model runs with `"dynmask"`."""
+    """Wraps a `forward` so that the layers can look up its arguments if its model runs with `"dynmask"`."""
     own = _signature(forward, model_class)
     names = [name for name, one in own.parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
     takes_others = Parameter.VAR_KEYWORD in {parameter.kind for parameter in own.parameters.values()}
@@ -148,7 +148,7 @@ def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callabl
         if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
             return forward(model, *args, **kwargs)  # which raises
         given = dict(zip(names, args, strict=False)) | kwargs
-        newest = import_module(__name__)  # of which the attention is, should the package have been imported again
+        newest = import_module(__name__)  # the module whose attention runs, in case the package was imported again
         return newest.run_announced(forward, model, names, given, takes_others)
 
     @wraps(forward)
@@ -158,7 +158,7 @@ def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callabl
         check_followed(self.config, self.config._attn_implementation, type(self).__name__)
         return forward(self, *args, **kwargs)
 
-    del wrapper.__wrapped__  # Accelerate follows it when it takes its own wrapper off
+    del wrapper.__wrapped__  # Accelerate follows it when it removes its own wrapper
     wrapper.__signature__ = own  # type: ignore[attr-defined]
     wrapper.announces = forward  # type: ignore[attr-defined]
     return wrapper
@@ -175,7 +175,7 @@ def _signature(forward: Callable, model_class: type[PreTrainedModel]) -> Signatu
 
 
 def _written(model_class: type) -> Signature | None:
-    """The signature of the `forward` that stands in a class's source; `None` where none does, or it says nothing."""
+    """The signature of the `forward` in a class's source; `None` if there is none or it names no arguments."""
     try:
         (body,) = ast.parse(dedent(getsource(model_class))).body
     except (OSError, TypeError):  # made at run time
@@ -193,7 +193,7 @@ def _written(model_class: type) -> Signature | None:
 def run_announced(
     forward: Callable, model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool
 ) -> Any:
-    """The forward pass of a model, of whose arguments nothing is left when it ends, however it ends."""
+    """Runs a model's forward pass; its recorded arguments are removed however it ends."""
     outer = batches.get()
     batch = _enter(model, names, given, takes_others, is_inner=bool(outer))
     try:
@@ -236,7 +236,7 @@ def _leave(batch: Batch, output: Any) -> None:
 
 def _check_keywords(model: PreTrainedModel, unknown: set[str]) -> None:
     """Raises if no part of the model reads a keyword."""
-    unknown = {name for name in unknown if not name.startswith("output_")}  # decorators of `forward` read these
+    unknown = {name for name in unknown if not name.startswith("output_")}  # read by decorators of `forward`
     if not unknown:
         return
     named = KNOWN | signature(model.forward).parameters.keys()
@@ -257,12 +257,12 @@ def _warn_of_fields(model: PreTrainedModel, fields: list[str]) -> None:
 
 
 def _of_sides(names: set[str]) -> set[str]:
-    """The names, and those by which an encoder-decoder hands them on to one side."""
+    """The names, and those under which an encoder-decoder passes them to one side."""
     return names | {f"{side}_{name}" for side in ("encoder", "decoder") for name in names}
 
 
 def _code_of(model: PreTrainedModel) -> Iterator[str]:
-    """The modules of Python in which the forward passes of a model's parts stand, and its loss."""
+    """The Python modules that define the forward passes of a model's parts and its loss."""
     if getattr(model, "loss_type", None) is not None or hasattr(model, "_loss_function"):
         yield unwrap(model.loss_function).__module__
     for part in model.modules():
@@ -273,7 +273,7 @@ def _code_of(model: PreTrainedModel) -> Iterator[str]:
 
 @cache
 def _mentioned(module: str) -> frozenset[str]:
-    """The names of arguments, and the strings, in a module's code: whatever it reads of its keywords is among them."""
+    """The argument names and strings in a module's code, among which are all keywords that it reads."""
     found = set()
     for node in ast.walk(ast.parse(getsource(sys.modules[module]))):
         if isinstance(node, ast.arg):

@@ -1,1 +1,1 @@
-"""What looks at data sets, masks and checkpoints, and shares these."""
+"""Tools that inspect data sets, masks and checkpoints, and share checkpoints."""

@@ -1,4 +1,4 @@
-"""How much of its work a data set spends on padding, and how much faster lengths make it."""
+"""How much computation a data set spends on padding, and how much faster training is with lengths."""
 
 from __future__ import annotations
 
@@ -37,15 +37,14 @@ Inputs = dict[str, Tensor]
 
 
 class Batching(NamedTuple):
-    """What the batches of an epoch are like.
+    """Statistics of the batches of an epoch.
 
     Attributes:
-        name (`str`): How examples were put together.
+        name (`str`): How examples were batched.
         steps (`int`): Number of batches.
         mean_tokens, most_tokens (`float`): Real tokens of a batch.
-        padding (`float`): Share of the places in rows as long as the longest of their batch that no token is in.
-        speedup (`float`): Operations for all these places over those for real tokens: how much faster lengths are at
-            best.
+        padding (`float`): Share of padding in rows padded to the longest of their batch.
+        speedup (`float`): Operations on padded rows over those on real tokens: an upper bound of the speed-up.
     """
 
     name: str
@@ -60,11 +59,11 @@ class Audit(NamedTuple):
     """What [`audit_dataset`] finds.
 
     Attributes:
-        sizes (`list[tuple[int, ...]]`): Tokens of each example, and with targets those of its target.
-        truncated (`int`): Examples that were cut off.
+        sizes (`list[tuple[int, ...]]`): Tokens of each example and, if there are targets, of its target.
+        truncated (`int`): Number of truncated examples.
         batchings (`list[Batching]`): Plain, length-grouped and token-budget batches.
-        timed (`list[float]`): How many times as fast training is with lengths, for each of the batchings; none where no
-            time was taken.
+        timed (`list[float]`): Measured speed-up of training with lengths, for each of the batchings; empty if it was
+            not measured.
     """
 
     sizes: list[Sizes]
@@ -83,22 +82,22 @@ def audit_dataset(
     with_times: bool = False,
 ) -> Audit:
     """
-    Counts the tokens of a data set, and the operations that a model needs for them.
+    Counts the tokens of a data set and the operations that a model needs for them.
 
     Args:
-        dataset (`datasets.Dataset`): Texts, or with a column `input_ids` tokens.
-        model (`str`): A folder or Hub id, whose configuration and tokenizer are read. No weights are.
-        batch_size (`int`): Examples of a batch; a budget of tokens is that of so many examples of mean length.
-        columns (`Sequence[str]`, *optional*): The column of texts, or two whose texts go in together. None: `text`, or
-            the first that holds text.
+        dataset (`datasets.Dataset`): Texts, or tokens if there is a column `input_ids`.
+        model (`str`): A folder or Hub id. Its configuration and tokenizer are read, its weights are not.
+        batch_size (`int`): Examples per batch. The token budget is this number times the mean length.
+        columns (`Sequence[str]`, *optional*): The column of texts, or two columns for pairs of texts. `None`: `text`,
+            or the first column that holds text.
         target (`str`, *optional*): The column of targets, for an encoder-decoder.
-        max_length (`int`, *optional*): Tokens at which texts are cut off. `None`: as many as the model takes.
-        with_times (`bool`, *optional*, defaults to `False`): Time steps of training too, see [`time_speedups`].
+        max_length (`int`, *optional*): Texts are truncated to this many tokens. `None`: as many as the model takes.
+        with_times (`bool`, *optional*, defaults to `False`): Also time training steps; see [`time_speedups`].
 
     Raises:
-        ValueError: A column is missing or holds no text; targets are given to a model without a decoder, or are not
-            given to one with a decoder; there are no examples; `batch_size` is not positive; times are wanted of a
-            model that cannot be converted.
+        ValueError: A column is missing or holds no text; targets are given for a model without a decoder, or are
+            missing for one with a decoder; there are no examples; `batch_size` is not positive; `with_times` is set
+            for a model that cannot be converted.
         OSError: There is no such model.
     """
     if batch_size < 1:
@@ -125,22 +124,22 @@ def audit_dataset(
 
 def audit_sizes(sizes: Sequence[Sizes], work: ModelFlops, batch_size: int) -> list[Batching]:
     """
-    The batches that an epoch may be made of.
+    Compares the ways to divide an epoch into batches.
 
     Args:
-        sizes (`Sequence[tuple[int, ...]]`): Tokens of each example, and of an encoder-decoder those of its target.
-        work ([`ModelFlops`]): Of the model.
-        batch_size (`int`): Examples of a batch.
+        sizes (`Sequence[tuple[int, ...]]`): Tokens of each example and, for an encoder-decoder, of its target.
+        work ([`ModelFlops`]): Counts the model's operations.
+        batch_size (`int`): Examples per batch.
 
     Returns:
-        `list[Batching]`: In random order; grouped by length, as `train_sampling_strategy="group_by_length"` of the
-        [`~transformers.TrainingArguments`] does; by a budget of as many tokens, as [`TokenBudgetMixin`] does.
+        `list[Batching]`: In random order; grouped by length, as with `train_sampling_strategy="group_by_length"` in the
+        [`~transformers.TrainingArguments`]; by a token budget, as with [`TokenBudgetMixin`].
     """
     return [_batching(name, batches, work) for name, batches in _epochs(sizes, batch_size).items()]
 
 
 def _epochs(sizes: Sequence[Sizes], batch_size: int) -> dict[str, list[list[Sizes]]]:
-    """The batches of an epoch, by how they are put together."""
+    """The batches of an epoch for each way of batching."""
     generator = torch.Generator().manual_seed(0)
     lengths = [sum(of_one) for of_one in sizes]
     budget = max(math.ceil(sum(lengths) * batch_size / len(lengths)), max(lengths), 1)
@@ -170,7 +169,7 @@ def _batching(name: str, batches: list[list[Sizes]], work: ModelFlops) -> Batchi
 
 
 def _longest(batch: list[Sizes]) -> Sizes:
-    """The widths of the rows of each side."""
+    """Row width on each side."""
     return tuple(map(max, zip(*batch, strict=True)))
 
 
@@ -185,19 +184,19 @@ def _in_batches(order: list[int], batch_size: int) -> Iterator[list[int]]:
 
 def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[float]:
     """
-    How many times as fast a step of training is with lengths as on padded rows, timed on this machine.
+    Times training steps with lengths and on padded rows on this machine, and returns the speed-up.
 
-    Rows are the stock model's. A step is forward, backward, clipping of gradients and AdamW, as the
-    [`~transformers.Trainer`] goes by default; the models have random weights, and no head. Steps of both take turns, on
-    8 batches of each kind; the shortest of 3 times counts.
+    Padded rows run through the stock model. A step is forward, backward, gradient clipping and AdamW, as by default in
+    the [`~transformers.Trainer`]. The models have random weights and no head. The two alternate on 8 batches of each
+    kind; the shortest of 3 times counts.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]): Of the stock model.
-        sizes (`list[tuple[int, ...]]`): Tokens of each example, and of an encoder-decoder those of its target.
-        batch_size (`int`): Examples of a batch.
+        config ([`~transformers.PreTrainedConfig`]): Configuration of the stock model.
+        sizes (`list[tuple[int, ...]]`): Tokens of each example and, for an encoder-decoder, of its target.
+        batch_size (`int`): Examples per batch.
 
     Returns:
-        `list[float]`: For each of the batchings of [`audit_sizes`].
+        `list[float]`: One speed-up for each of the batchings of [`audit_sizes`].
 
     Raises:
         ValueError: The model cannot be converted.
@@ -228,7 +227,7 @@ def _speedup(steps: list[Callable[[Inputs], float]], batches: list[tuple[Inputs,
 def _seconds(
     steps: list[Callable[[Inputs], float]], batch: tuple[Inputs, Inputs], repeats: int = REPEATS
 ) -> list[float]:
-    """The shortest time of a step of each model."""
+    """The shortest time that a step of each model takes."""
     rounds = [[step(of_model) for step, of_model in zip(steps, batch, strict=True)] for _ in range(repeats)]
     return [min(of_model) for of_model in zip(*rounds, strict=True)]
 
@@ -263,7 +262,7 @@ def _on(inputs: Inputs, device: torch.device) -> Inputs:
 
 
 def _spread(batches: list[Any]) -> list[Any]:
-    """Some of them, as many from each part of the epoch."""
+    """A sample of the batches, spread evenly over the epoch."""
     number = min(TIMED_BATCHES, len(batches))
     return [batches[(2 * k + 1) * len(batches) // (2 * number)] for k in range(number)]
 
@@ -272,7 +271,7 @@ def _spread(batches: list[Any]) -> list[Any]:
 
 
 def _tokens(dataset: Any, tokenizer: Any, columns: Sequence[str], as_target: bool = False) -> list[int]:
-    """Tokens of each example, special ones included, and padding not."""
+    """Tokens of each example, including special tokens but not padding."""
     if not columns and IDS in dataset.column_names:
         return example_lengths(dataset.select_columns([name for name in (IDS, MASK) if name in dataset.column_names]))
     texts = [text_column(dataset, column) for column in columns or [None]]
@@ -283,7 +282,7 @@ def _tokens(dataset: Any, tokenizer: Any, columns: Sequence[str], as_target: boo
 
 
 def _room(config: Any, tokenizer: Any) -> int:
-    """Tokens that a model takes at most."""
+    """The maximum number of tokens that a model takes."""
     positions = getattr(config, "max_position_embeddings", None) or UNLIMITED
     return min(positions - getattr(config, "position_offset", 0), getattr(tokenizer, "model_max_length", UNLIMITED))
 
@@ -292,7 +291,7 @@ def _room(config: Any, tokenizer: Any) -> int:
 
 
 class Bin(NamedTuple):
-    """Examples of `first` to `last` tokens."""
+    """Number of examples with `first` to `last` tokens."""
 
     first: int
     last: int

@@ -1,4 +1,4 @@
-"""Whether a checkpoint computes the same with lengths as on padded rows, and whether its sequences stay apart."""
+"""Checks that a checkpoint computes the same with lengths as on padded rows, and that no sequence affects another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..modeling.configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from ..registration import AUTO_CLASSES, model_class
 from .reading import read_config, read_model, read_tokenizer, reading
 
-SLACK = 4  # times the rounding error of the padded run is what a sum in another order may be off by
+SLACK = 4  # times the padded run's rounding error: how much summing in another order may differ
 NUMBER = 8  # of examples
 LONGEST = 512  # tokens of one, if the model takes as many
 LENGTHS = (1, 24, 7, 63, 24, 130, 2, 40)  # of examples that are made up
@@ -29,13 +29,13 @@ Batch = dict[str, Tensor]
 
 
 class Finding(NamedTuple):
-    """A line of what [`check_model`] finds.
+    """One result of [`check_model`].
 
     Attributes:
         what (`str`): What was compared, and with what.
         dtype (`torch.dtype`): Of weights and activations.
-        found (`float`): The largest difference, or how many sequences have changed.
-        allowed (`float`): How large it may be.
+        found (`float`): The largest difference, or the number of sequences that changed.
+        allowed (`float`): The largest value that passes.
     """
 
     what: str
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
 
 class Models(NamedTuple):
-    """Ours, and the one that it is held against, on padded rows with an `attention_mask`."""
+    """Our model and the one it is compared with, which runs on padded rows with an `attention_mask`."""
 
     ours: Any
     padded: Any
@@ -62,19 +62,19 @@ def check_model(
     """
     Runs a checkpoint in several ways on the same examples.
 
-    Of a stock checkpoint that [`from_transformers`] takes, the converted model is compared with the stock model on
-    padded rows; of a DynMask checkpoint the model with the stock model that it is equal to, or where there is none with
-    the dense reference (`attn_implementation="eager"`), on padded rows. They agree, where outputs for real tokens are
-    no further from a run in float64 than four times the padded run is, and one unit of rounding.
+    For a stock checkpoint that [`from_transformers`] takes, the converted model is compared with the stock model on
+    padded rows. For a DynMask checkpoint, the model is compared with its stock equivalent or, if there is none, with
+    the dense reference (`attn_implementation="eager"`) on padded rows. They agree if the error of the outputs for real
+    tokens, measured against a run in float64, is at most four times that of the padded run plus one unit of rounding.
 
-    Then the tokens of one sequence after another are replaced, and what stands in the padding: no bit of the outputs
-    for other sequences may change.
+    Then the tokens of each sequence in turn, and the contents of the padding, are replaced: the outputs for the other
+    sequences must not change by a single bit.
 
     Args:
         source (`str`): A folder or Hub id.
-        texts (`list[str]`, *optional*): Of these the first eight with any tokens, cut off at 512 tokens. `None`: random
-            tokens, of lengths from 1 to 130.
-        dtypes (`Iterable[torch.dtype]`, *optional*): What to run in: float32 and bfloat16.
+        texts (`list[str]`, *optional*): The first eight that have tokens are used, truncated to 512 tokens. `None`:
+            random tokens, with lengths from 1 to 130.
+        dtypes (`Iterable[torch.dtype]`, *optional*): Dtypes to run in; float32 and bfloat16 by default.
 
     Yields:
         [`Finding`]
@@ -137,7 +137,7 @@ def _checked(model: Any) -> Any:
 
 
 def _sides(model: Any) -> list[Any]:
-    """Configurations of the sides that are given tokens."""
+    """Configurations of the sides that read tokens."""
     config = model.config
     if not config.is_encoder_decoder:
         return [config]
@@ -163,7 +163,7 @@ def _examples(source: str, model: PreTrainedModel, texts: list[str] | None) -> l
     tokenizer = read_tokenizer(source)
     texts = [text for text in texts if text.strip()][:NUMBER]
     if not texts:
-        raise ValueError("the data must hold at least one text that is not empty; got none")
+        raise ValueError("the data must hold at least one non-empty text; got none")
     encoded = tokenizer(texts, truncation=True, max_length=room)["input_ids"]
     rows = [torch.tensor(ids) for ids in encoded if ids]
     targets = rows[1:] + rows[:1]  # of other lengths
@@ -176,7 +176,7 @@ def _room(side: Any) -> int:
 
 
 def _made_up(model: PreTrainedModel, room: int) -> list[Sequences]:
-    """Random tokens, none of them special; an encoder-decoder may look for the end of a text."""
+    """Random tokens without special ones, as an encoder-decoder may look for the end of a text."""
     generator, ends = torch.Generator().manual_seed(0), _special(model, "eos_token_id")
     special = {*ends, *_special(model, "pad_token_id")}
     words = [torch.tensor([k for k in range(side.vocab_size) if k not in special]) for side in _sides(model)]
@@ -235,7 +235,7 @@ def _masked_on_the_left(examples: list[Sequences]) -> Batch:
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, batch: Batch, examples: list[Sequences]) -> list[Tensor]:
-    """What a model gives for each example, padding left out: `(tokens, ...)`, or `(...)` where it is for the whole."""
+    """A model's outputs for each example without padding: `(tokens, ...)`, or `(...)` for outputs of the whole."""
     if _is_of_choices(model):
         batch = {name: of_texts.unsqueeze(1) for name, of_texts in batch.items()}  # each example has one choice
     outputs = model(**batch)
@@ -279,7 +279,7 @@ def _makers(model: PreTrainedModel) -> dict[str, Callable[[list[Sequences]], Bat
 
 def _difference(found: list[Tensor], exact: list[Tensor]) -> float:
     differences = (float((one - other).abs().max()) for one, other in zip(found, exact, strict=True))
-    return float(torch.tensor(list(differences)).max())  # which NaN wins, unlike in Python
+    return float(torch.tensor(list(differences)).max())  # NaN propagates, unlike in Python's max
 
 
 def _leaks(model: PreTrainedModel, examples: list[Sequences], dtype: torch.dtype) -> Iterator[Finding]:
@@ -289,10 +289,10 @@ def _leaks(model: PreTrainedModel, examples: list[Sequences], dtype: torch.dtype
             others = [example if j != k else _replaced(model, example) for j, example in enumerate(examples)]
             after = _outputs(model, make(others), others)
             changed += sum(j != k and not torch.equal(*pair) for j, pair in enumerate(zip(before, after, strict=True)))
-        yield Finding(f"lengths, {name}: sequences that change as another does", dtype, changed, 0)
+        yield Finding(f"lengths, {name}: sequences that change when another does", dtype, changed, 0)
     before, after = (_outputs(model, _rows(examples, padding), examples) for padding in (0, 1))
     changed = sum(not torch.equal(*pair) for pair in zip(before, after, strict=True))
-    yield Finding("lengths, in rows: sequences that change as padding does", dtype, changed, 0)
+    yield Finding("lengths, in rows: sequences that change when padding does", dtype, changed, 0)
 
 
 def _replaced(model: PreTrainedModel, example: Sequences) -> Sequences:

@@ -1,4 +1,4 @@
-"""Texts of a data set, as the commands that look at a user's data read them."""
+"""Reads a user's data sets for the commands."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ SAVED = ("state.json", "dataset_dict.json")  # files that `save_to_disk` writes,
 
 def read_dataset(source: str, split: str = "train") -> Any:
     """
-    One split of a data set.
+    Loads one split of a data set.
 
     Args:
-        source (`str`): A Hub id; a local file of csv, json, parquet or text (a row a line); a folder of such files; or
-            one written by `save_to_disk`.
-        split (`str`, *optional*, defaults to `"train"`): The split. A file is one, `"train"`, and so is a folder to
-            which a single data set was saved.
+        source (`str`): A Hub id; a local csv, json, parquet or text file (one row per line); a folder of such files;
+            or a folder written by `save_to_disk`.
+        split (`str`, *optional*, defaults to `"train"`): The split. A file has the single split `"train"`, as does a
+            folder to which a single data set was saved.
 
     Returns:
         `datasets.Dataset`
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: The file is of another format, or broken; there is no such split; the name is that of a sample of
-            the recipes.
-        OSError: There is nothing under this name.
+        ValueError: The file has another format or is broken; there is no such split; the name is that of one of the
+            recipes' samples.
+        OSError: Nothing of this name exists.
     """
     try:
         import datasets
@@ -41,7 +41,7 @@ def read_dataset(source: str, split: str = "train") -> Any:
         raise ImportError("reading data needs datasets: pip install 'hf_dynmask[data]'") from error
     if source.startswith("sample:"):
         raise ValueError(
-            f"samples are the recipes': run `python recipes/command.py` in place of `hf-dynmask`; got {source}"
+            f"samples belong to the recipes: run `python recipes/command.py` instead of `hf-dynmask`; got {source}"
         )
     with _without_bars(datasets):
         return _read(datasets, source, split)
@@ -69,7 +69,7 @@ def _read(datasets: Any, source: str, split: str) -> Any:
 
 @contextmanager
 def _errors_of(source: str, form: str) -> Iterator[None]:
-    """Whatever a reader raises, with the name of what it read."""
+    """Re-raises any error of a reader with the name of what it read."""
     try:
         yield
     except Exception as error:
@@ -81,7 +81,7 @@ def _errors_of(source: str, form: str) -> Iterator[None]:
 
 
 def _check_json(path: Path) -> None:
-    """Readers end with an empty file in a `StopIteration`, and with a lone `null` the process."""
+    """Raises for files on which readers raise `StopIteration` (empty) or end the process (a lone `null`)."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if start not in (b"{", b"["):
@@ -112,7 +112,7 @@ def text_column(dataset: Any, column: str | None = None) -> list[str]:
 
     Args:
         dataset (`datasets.Dataset`): The data.
-        column (`str`, *optional*): Its name. `None`: `text`, or the first that holds text.
+        column (`str`, *optional*): Its name. `None`: `text`, or the first column that holds text.
 
     Raises:
         ValueError: There is no such column, or it does not hold text.

@@ -1,4 +1,4 @@
-"""A folder that takes the place of a former one as a whole, and keeps what others have put there."""
+"""Replaces a folder as a whole and keeps the files that others have put there."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-WORKSPACE = re.compile(r"\.hf_dynmask-[0-9a-f]{32}")  # where a folder is written, beside its place
+WORKSPACE = re.compile(r"\.hf_dynmask-[0-9a-f]{32}")  # folders are written in here, beside their destination
 NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
-_HOLDS_SOMETHING_ELSE = "`folder` must be new, empty or a former export; {} holds something else"
-_HOLDS_A_MOUNT_POINT = "`folder` must hold no mount point, which cannot be moved; got {}"
+_HOLDS_SOMETHING_ELSE = "`folder` must be new, empty or an earlier export; {} holds something else"
+_HOLDS_A_MOUNT_POINT = "`folder` must not contain a mount point, which cannot be moved; got {}"
 
 Written = Callable[[Path], set[str] | None]
 
@@ -30,29 +30,29 @@ Written = Callable[[Path], set[str] | None]
 @contextmanager
 def replacing(folder: str | os.PathLike, written: Written) -> Iterator[Path]:
     """
-    A new folder that takes the place of `folder` at the end of the block, unless there is an error.
+    Yields a new folder that replaces `folder` at the end of the block, unless an error is raised.
 
-    Files of the former folder that `written` does not name are kept, and so is everything in folders inside it. There
-    is no moment without a folder where the system can exchange two (Linux). Elsewhere, a process that is killed between
-    two renames leaves the former folder beside its place, and the next one puts it back. The next one also removes what
-    a killed process has left half-written.
+    Files of the old folder that `written` does not name are kept, and so are all its subfolders. Where the system can
+    exchange two folders in one step (Linux), the folder exists at every moment. Elsewhere, a process that is killed
+    between two renames leaves the old folder beside its place, and the next process puts it back. The next process also
+    removes what a killed one has left half-written.
 
     Args:
-        folder (`str` or `os.PathLike`): Where a link leads, that is replaced, and the link stays.
+        folder (`str` or `os.PathLike`): The folder. If it is a link, its target is replaced and the link stays.
         written (`Callable[[Path], set[str] | None]`):
-            Names of the files at the top of a former folder that may be replaced or removed; `None`: it is not a folder
-            that may be replaced.
+            Takes the old folder and returns the names of the files directly in it that may be replaced or removed;
+            `None`: the folder must not be replaced.
 
     Yields:
-        `Path`: The new folder, to be filled.
+        `Path`: The new folder, to write to.
 
     Raises:
-        ValueError: `folder` holds something that may not be replaced, is a mount point, or has the working directory
-            in it. Nothing has been touched then.
+        ValueError: `folder` holds something that must not be replaced, is a mount point, or contains the working
+            directory. Nothing has been changed then.
     """
     place = _resolved(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place.parent):  # while nobody puts another folder into the place
+    with _locked(place.parent):  # while no other process replaces the folder
         _check(place, folder, written)
     with _workspace(place.parent) as workspace:
         new = workspace / "new"
@@ -66,7 +66,7 @@ def _resolved(folder: str | os.PathLike) -> Path:
     try:
         return Path(folder).resolve()
     except RuntimeError:  # of Python before 3.13
-        raise ValueError(f"`folder` must lead somewhere; {folder} is a link to itself") from None
+        raise ValueError(f"`folder` must not be a link to itself; got {folder}") from None
 
 
 def _check(place: Path, folder: str | os.PathLike, written: Written) -> None:
@@ -77,7 +77,7 @@ def _check(place: Path, folder: str | os.PathLike, written: Written) -> None:
     if os.path.ismount(place):
         raise ValueError(f"`folder` must not be a mount point, which cannot be replaced: give a folder in {folder}")
     if Path.cwd().is_relative_to(place):
-        raise ValueError(f"`folder` must not have the working directory in it, since it is replaced; got {folder}")
+        raise ValueError(f"`folder` must not contain the working directory, since it is replaced; got {folder}")
 
 
 def _is_free(place: Path) -> bool:
@@ -89,7 +89,7 @@ def _is_free(place: Path) -> bool:
 
 @contextmanager
 def _workspace(parent: Path) -> Iterator[Path]:
-    """A folder of this process, removed in the end. What processes that were killed have left is removed first."""
+    """A temporary folder of this process. What killed processes have left is removed first."""
     workspace = parent / f".hf_dynmask-{uuid4().hex}"
     with ExitStack() as stack:
         with _locked(parent):  # so that nobody removes a workspace before it is locked
@@ -119,7 +119,7 @@ def _put_back(workspace: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process alone has the folder, until the block or the process ends."""
+    """Whether this process has an exclusive lock on the folder, until the block or the process ends."""
     if fcntl is None:
         yield False
         return
@@ -132,7 +132,7 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_locked = True
-        except OSError:  # another process has it, or the file system knows no locks
+        except OSError:  # another process has it, or the file system has no locks
             is_locked = False
         yield is_locked
     finally:
@@ -160,7 +160,7 @@ def _put(new: Path, place: Path, written: Written) -> None:
 
 
 def _keep(place: Path, new: Path, replaced: set[str] | None) -> None:
-    """Link what is in the place, and is not replaced, into the new folder."""
+    """Links what is kept of the old folder into the new one."""
     if replaced is None:
         raise ValueError(_HOLDS_SOMETHING_ELSE.format(place))
 
@@ -185,7 +185,7 @@ def _keep(place: Path, new: Path, replaced: set[str] | None) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """The same file under another name; where the file system has no such links, a copy."""
+    """A hard link to a file; a copy where the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
@@ -195,7 +195,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _exchanged(new: Path, place: Path, aside: Path) -> Path:
-    """Put the new folder into the place, and return where the former one is."""
+    """Puts the new folder in place and returns where the old one is."""
     try:
         _exchange(new, place)
         return new
@@ -216,17 +216,17 @@ def _exchanged(new: Path, place: Path, aside: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Exchange two folders in one step, where the system can."""
+    """Exchanges two folders in one step, if the system can."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, TypeError):  # of another system than Linux
+    except (AttributeError, TypeError):  # not on Linux
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
     if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one), None, str(other))
 
 
 def _bring_back(former: Path, place: Path, replaced: set[Path], inside: Path = Path()) -> None:
-    """Move what others have put into the former folder since it was copied."""
+    """Moves what others have put into the old folder since it was copied."""
     for entry in os.scandir(former / inside):
         path = inside / entry.name
         if entry.is_dir(follow_symlinks=False) and (place / path).is_dir():

@@ -1,4 +1,4 @@
-"""Pictures of masks, of the blocks that they fall into, of attention weights, and of lengths.
+"""Plots of masks and their blocks, of attention weights, and of lengths.
 
 Shape legend: S sequences of T tokens each, N tokens in all, H heads, Bq and Bk blocks of queries and keys.
 """
@@ -31,11 +31,11 @@ Line = list[tuple[int, int]]
 # "Color Universal Design" (2008).
 COLOURS = {"empty": "#ECEEF0", "hidden": "#FBE7BD", "allowed": "#E08A00", "full": "#0067A5"}
 INK = "#333333"
-MOST_CELLS = 1024  # tokens a side, up to which single cells are drawn
-MOST_LABELS = 64  # tokens, up to which each has a label of its own
+MOST_CELLS = 1024  # tokens per side up to which single cells are drawn
+MOST_LABELS = 64  # tokens up to which each has its own label
 MOST_TICKS = 12  # numbers along an axis
 MOST_BARS = 50  # of a histogram
-MOST_LINES = 128  # blocks a side, up to which borders are drawn between them
+MOST_LINES = 128  # blocks per side up to which borders are drawn between them
 
 
 class SequenceBlocks(NamedTuple):
@@ -53,7 +53,7 @@ class SequenceBlocks(NamedTuple):
 
 
 class MaskPanel(NamedTuple):
-    """What neighbouring heads see that follow one expression."""
+    """What neighbouring heads with the same expression see."""
 
     heads: slice
     mask: Mask
@@ -69,7 +69,7 @@ def mask_panels(
     block_size: int = BLOCK_SIZE,
     with_cells: bool = True,
 ) -> list[MaskPanel]:
-    """What there is to draw of a mask; see [`plot_mask`] for the arguments.
+    """Computes what [`plot_mask`] draws; see there for the arguments.
 
     Returns:
         `list[MaskPanel]`: one for all heads that see the same.
@@ -94,7 +94,7 @@ def mask_panels(
 
 
 def _runs(mask: Mask, heads: int, fields: Fields) -> list[tuple[slice, Mask]]:
-    """Runs of heads that see the same; where a field has values for each head, every head is a run."""
+    """Runs of heads that see the same; if a field has values per head, every head is its own run."""
     runs = head_runs(mask, heads)
     if not any("1 | H" in FIELD_SHAPES.get(name, ()) and table.shape[1] > 1 for name, table in fields.tables.items()):
         return runs
@@ -102,7 +102,7 @@ def _runs(mask: Mask, heads: int, fields: Fields) -> list[tuple[slice, Mask]]:
 
 
 def block_states(mask: Mask, length: int, fields: Fields, block_size: int) -> Tensor:
-    """`EMPTY`, `PARTIAL` or `FULL` for each pair of blocks `(Bq, Bk)` of one sequence, as the mask's ranges tell."""
+    """`EMPTY`, `PARTIAL` or `FULL` for each pair of blocks `(Bq, Bk)` of one sequence, from the mask's range rules."""
     first = torch.arange(0, length, block_size)
     last = (first + block_size - 1).clamp(max=length - 1)
     q_lo, q_hi, k_lo, k_hi = first[None, :, None], last[None, :, None], first[None, None], last[None, None]
@@ -111,7 +111,7 @@ def block_states(mask: Mask, length: int, fields: Fields, block_size: int) -> Te
 
 
 def panel_title(panel: MaskPanel, heads: int) -> str:
-    """The expression, and which of `heads` heads follow it where not all do."""
+    """The expression and, unless it is all `heads`, which heads follow it."""
     first, last = panel.heads.start, panel.heads.stop - 1
     if (first, last) == (0, heads - 1):
         return str(panel.mask)
@@ -141,32 +141,32 @@ def plot_mask(
     ax: Axes | None = None,
 ) -> Figure:
     """
-    Draws which query may see which key, and the blocks that attention skips, fills, or looks at cell by cell.
+    Plots which query may see which key, and which blocks attention skips, computes whole, or masks cell by cell.
 
-    The sequences stand end to end, as in a flat batch; nothing is allowed between two of them. Up to 1,024 tokens in
-    all, single cells are drawn; beyond, blocks alone.
+    The sequences are concatenated, as in a flat batch, and never see each other. Single cells are drawn for up to 1,024
+    tokens in all, blocks only beyond that.
 
     Args:
         mask (`Mask` or `str`): The expression.
         lengths (`Tensor` of shape `(S,)` or list of `int`): Tokens of each sequence.
         fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, by sequence and position.
-        heads (`int`, *optional*, defaults to 1): Heads of the attention. Heads that differ get panels of their own.
-        block_size (`int`, *optional*, defaults to 128): Queries and keys of a block, counted from a sequence's start.
+        heads (`int`, *optional*, defaults to 1): Attention heads. Heads that differ get separate panels.
+        block_size (`int`, *optional*, defaults to 128): Queries and keys per block, counted from a sequence's start.
         ax (`matplotlib.axes.Axes`, *optional*): Where to draw. `None`: a new figure.
 
     Returns:
-        `matplotlib.figure.Figure`: to be shown by `matplotlib.pyplot.show()` or saved by its `savefig`.
+        `matplotlib.figure.Figure`: To show with `matplotlib.pyplot.show()` or save with its `savefig`.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The mask does not parse; lengths, block size or fields do not fit; heads that differ cannot be
-            drawn on one `ax`.
+        ValueError: The mask does not parse; lengths, block size or fields do not fit; `ax` is given for heads that
+            differ.
     """
     pyplot = _pyplot()
     with_cells = int(torch.as_tensor(lengths).sum()) <= MOST_CELLS
     panels = mask_panels(mask, lengths, fields=fields, heads=heads, block_size=block_size, with_cells=with_cells)
     if ax is not None and len(panels) > 1:
-        raise ValueError(f"heads that differ need panels of their own, {len(panels)} here; leave `ax` out")
+        raise ValueError(f"`ax` must be left out for heads that differ, which need {len(panels)} panels")
     axes = [ax] if ax is not None else _new_axes(pyplot, len(panels))
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, panel, block_size)
@@ -187,18 +187,18 @@ def plot_masks(
     heads: int = 1,
 ) -> Figure:
     """
-    Draws masks side by side over the same few tokens, to be compared: which query may see which key.
+    Plots masks side by side over the same few tokens: which query may see which key.
 
-    Queries are rows and keys are columns; the sequences stand end to end, as in a flat batch.
+    Queries are rows and keys are columns; the sequences are concatenated, as in a flat batch.
 
     Args:
-        masks (list of `Mask` or `str`): The expressions. Heads that differ get panels of their own.
+        masks (list of `Mask` or `str`): The expressions. Heads that differ get separate panels.
         lengths (`Tensor` of shape `(S,)` or list of `int`): Tokens of each sequence, up to 1,024 in all.
         fields (`dict[str, Tensor]`, *optional*): The fields that the masks read, by sequence and position.
-        heads (`int`, *optional*, defaults to 1): Heads of the attention.
+        heads (`int`, *optional*, defaults to 1): Attention heads.
 
     Returns:
-        `matplotlib.figure.Figure`: to be shown by `matplotlib.pyplot.show()` or saved by its `savefig`.
+        `matplotlib.figure.Figure`: To show with `matplotlib.pyplot.show()` or save with its `savefig`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -208,7 +208,7 @@ def plot_masks(
     if not masks:
         raise ValueError("`masks` must hold at least one expression; got none")
     if (total := int(torch.as_tensor(lengths).sum())) > MOST_CELLS:
-        raise ValueError(f"`lengths` must be of at most {MOST_CELLS:,} tokens in all, to be told apart; got {total:,}")
+        raise ValueError(f"`lengths` must add up to at most {MOST_CELLS:,} tokens, to be legible; got {total:,}")
     panels = [panel for mask in masks for panel in mask_panels(mask, lengths, fields=fields, heads=heads)]
     axes = _new_axes(pyplot, len(panels), size=2.3)
     for axis, panel in zip(axes, panels, strict=True):
@@ -220,7 +220,7 @@ def plot_masks(
 
 
 def _by_cell(panel: MaskPanel) -> MaskPanel:
-    """The panel with a block for each cell, full or empty."""
+    """The panel with single cells as its blocks."""
     cells = [cast(Tensor, sequence.cells) for sequence in panel.sequences]
     return panel._replace(sequences=[SequenceBlocks(len(one), torch.where(one, FULL, EMPTY), one) for one in cells])
 
@@ -234,21 +234,21 @@ def plot_attention(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Figure:
     """
-    Draws the attention weights of one head, what the mask hides from it, and the borders of blocks.
+    Plots the attention weights of one head, what the mask hides from it, and the block borders.
 
-    The weights are computed by one forward pass with `attn_implementation="eager"`, without dropout; the model is
-    afterwards as it was. Absent and missing tokens are left out.
+    The weights come from one forward pass with `attn_implementation="eager"` and without dropout; the model is left
+    unchanged. Absent and missing tokens are not shown.
 
     Args:
         model ([`DynMaskPreTrainedModel`]): The model.
         inputs (`dict[str, Tensor]`): A batch of one row, `(1, T)` or flat `(1, N)`, as the model takes it.
         layer (`int`): Index of the layer, from 0.
         head (`int`): Index of the query head, from 0.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Names the tokens on the axes, up to 64 of
-            them. `None`: their positions stand there.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Labels the axes with tokens, up to 64 of
+            them. `None`: with positions.
 
     Returns:
-        `matplotlib.figure.Figure`: to be shown by `matplotlib.pyplot.show()` or saved by its `savefig`.
+        `matplotlib.figure.Figure`: To show with `matplotlib.pyplot.show()` or save with its `savefig`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -256,7 +256,7 @@ def plot_attention(
     """
     if not isinstance(model, DynMaskPreTrainedModel):
         raise ValueError(
-            f"`model` must be a DynMask model, such as `from_transformers` makes of others; got {type(model).__name__}"
+            f"`model` must be a DynMask model, such as `from_transformers` returns; got {type(model).__name__}"
         )
     _check_index("layer", layer, model.config.num_hidden_layers)
     _check_index("head", head, model.config.num_attention_heads)
@@ -265,7 +265,7 @@ def plot_attention(
     if plan.layout.shape[0] != 1:
         raise ValueError(f"`inputs` must hold one row; got {plan.layout.shape[0]}")
 
-    order = plan.layout.indices.argsort()  # the tokens as they stand in the row
+    order = plan.layout.indices.argsort()  # the tokens in the order of the row
     places = plan.layout.indices[order]
     sizes = plan.layout.sequence_ids[order].unique_consecutive(return_counts=True)[1].tolist()
     # What the mask allows before `topk` chooses; what it did not choose has weight 0.
@@ -309,20 +309,20 @@ def _eager(model: DynMaskPreTrainedModel, inputs: Mapping[str, Tensor], layer: i
 
 def plot_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
     """
-    Draws how many examples have which lengths.
+    Plots histograms of lengths.
 
     Args:
-        lengths (`dict[str, Sequence[int]]`): What is counted, and how much of it each example has. A panel each.
+        lengths (`dict[str, Sequence[int]]`): By name, such as "tokens", the length of each example. One panel each.
 
     Returns:
-        `matplotlib.figure.Figure`: To be shown by `matplotlib.pyplot.show()` or saved by its `savefig`.
+        `matplotlib.figure.Figure`: To show with `matplotlib.pyplot.show()` or save with its `savefig`.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     for axis, (name, numbers) in zip(_new_axes(_pyplot(), len(lengths)), lengths.items(), strict=True):
         least, most = min(numbers), max(numbers)
-        width = -(-(most - least + 1) // MOST_BARS)  # whole numbers of equally many lengths, or bars go up and down
+        width = -(-(most - least + 1) // MOST_BARS)  # a whole number of lengths for every bar
         axis.hist(numbers, bins=range(least, most + width + 1, width), align="left", color=COLOURS["full"])
         axis.axvline(sum(numbers) / len(numbers), color=COLOURS["allowed"], label="mean")
         axis.set_xlabel(name)
@@ -342,7 +342,7 @@ def _pyplot():
     try:
         import matplotlib.pyplot as pyplot
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'hf_dynmask[plot]'") from error
+        raise ImportError("plots need matplotlib: pip install 'hf_dynmask[plot]'") from error
     return pyplot
 
 
@@ -356,7 +356,7 @@ def _new_axes(pyplot, count: int, size: float | None = None) -> list[Axes]:
 
 
 def _colours(states: Tensor, cells: Tensor | None) -> Tensor:
-    """Red, green and blue from 0 to 1 of blocks `(Bq, Bk, 3)`, or of cells `(T, T, 3)` in blocks spread over them."""
+    """RGB values from 0 to 1 of blocks `(Bq, Bk, 3)`, or of cells `(T, T, 3)` with their blocks' states."""
     names = list(COLOURS)
     of_state = torch.tensor([names.index("empty"), names.index("allowed"), names.index("full")])[states]
     if cells is not None:
@@ -366,7 +366,7 @@ def _colours(states: Tensor, cells: Tensor | None) -> Tensor:
 
 
 def over_cells(states: Tensor, length: int, block_size: int) -> Tensor:
-    """States of blocks `(Bq, Bk)` over the cells `(T, T)` of their sequence."""
+    """States of blocks `(Bq, Bk)` spread over the cells `(T, T)` of their sequence."""
     block = torch.arange(length) // block_size
     return states[block][:, block]
 
@@ -393,7 +393,7 @@ def _draw_weights(axis: Axes, weights: Tensor, allowed: Tensor, sizes: list[int]
     from matplotlib.colors import PowerNorm
 
     highest = float(weights.max()) if weights.numel() else 1.0
-    scale = ScalarMappable(PowerNorm(0.5, 0, highest), colormaps["Blues"])  # a root: most weights are small
+    scale = ScalarMappable(PowerNorm(0.5, 0, highest), colormaps["Blues"])  # square root: most weights are small
     canvas = torch.ones(*weights.shape, 3)
     for start, length in zip(_starts(sizes), sizes, strict=True):
         here = slice(start, start + length)
@@ -426,7 +426,7 @@ def _frame(axis: Axes, sizes: list[int], block_size: int) -> None:
 
 
 def _grid(start: int, length: int, step: int) -> list[Line]:
-    """The lines that cut a sequence's square every `step` tokens."""
+    """Lines across a sequence's square every `step` tokens."""
     stop = start + length
     edges = range(start + step, stop, step)
     return [line for edge in edges for line in ([(start, edge), (stop, edge)], [(edge, start), (edge, stop)])]
@@ -440,7 +440,7 @@ def _outline(start: int, length: int) -> Line:
 def _mark_positions(
     axis: Axes, sizes: list[int], positions: Sequence[int], labels: Sequence[str] | None = None
 ) -> None:
-    """Ticks: some of the positions, a label for every token, or the numbers of many sequences."""
+    """Ticks: some positions, a label for every token, or sequence numbers if there are many."""
     total, spans = sum(sizes), list(zip(_starts(sizes), sizes, strict=True))
     if labels is not None:
         axis.set(xlabel="key", ylabel="query")
@@ -479,7 +479,7 @@ def _starts(sizes: list[int]) -> list[int]:
 
 
 def _round_step(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, … that is not less."""
+    """The smallest of 1, 2, 5, 10, 20, 50, … that is at least the given number."""
     power = 1
     while True:
         for step in (power, 2 * power, 5 * power):

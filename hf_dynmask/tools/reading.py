@@ -1,4 +1,4 @@
-"""Checkpoints that may be broken: errors in reading them say which one it is and what is wrong."""
+"""Reads checkpoints that may be broken: errors name the checkpoint and say what is wrong."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 EXPECTED = (ValueError, ImportError, OSError, StrictDataclassError)  # their messages say what is wrong
-MISMATCH = "ignore_mismatched_sizes"  # the setting that transformers names after its report of weights that do not fit
-NAMED = 3  # weights in a message
+MISMATCH = "ignore_mismatched_sizes"  # the option that transformers suggests when weights do not fit
+NAMED = 3  # weights that a message names
 
 
 @contextmanager
 def reading(source: str) -> Iterator[None]:
-    """Errors of libraries in reading a checkpoint, as a `ValueError` with its name.
+    """Turns errors of libraries that read a checkpoint into a `ValueError` with its name.
 
     Raises:
-        ValueError: Reading failed for a reason that its message does not give.
+        ValueError: Reading failed, and the library's message does not say why.
     """
     try:
         yield
@@ -29,14 +29,14 @@ def reading(source: str) -> Iterator[None]:
             raise
         if MISMATCH in str(error):
             raise ValueError(f"{source} must hold weights of the shapes that its config.json describes") from error
-        raise ValueError(f"{source} is broken, or no checkpoint: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{source} is broken or not a checkpoint: {type(error).__name__}: {error}") from error
 
 
 def read_config(source: str) -> PreTrainedConfig:
     """The configuration of a checkpoint.
 
     Raises:
-        ValueError: It is broken, or of an unknown model.
+        ValueError: It is broken, or its model type is unknown.
         OSError: There is none.
     """
     with reading(source):
@@ -55,20 +55,23 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def read_model(model_class: Any, source: str, **options: Any) -> Any:
-    """A checkpoint with all its weights, none of them made up.
+    """Loads a checkpoint and requires all its weights to be there.
 
     Raises:
-        ValueError: It is broken; weights are missing, or are of other shapes than its configuration says.
+        ValueError: It is broken; weights are missing or differ in shape from its configuration.
         OSError: There is no such checkpoint.
     """
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told of in place of a long report
+    options |= {
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # for the error below
     with reading(source):
         model, found = model_class.from_pretrained(source, **options)
     wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise ValueError(
-            f"{source} must hold the weights that its config.json describes; missing or of another shape are "
+            f"{source} must hold the weights that its config.json describes; missing or differing in shape are "
             f"{', '.join(wrong[:NAMED])}{more}"
         )
     return model

@@ -1,4 +1,4 @@
-"""Whether the code that comes with a checkpoint is what was exported, and that of this package."""
+"""Checks whether the code in a checkpoint is what was exported, and whether it equals that of this package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..modeling.configuration_base import HERE, REFERENCE, changed_code, code_of
 from ..registration import AUTO_CLASSES
 from .reading import read_config
 
-# Which may have an `auto_map`.
+# Files that may have an `auto_map`.
 CONFIGS = (
     CONFIG_NAME,
     "tokenizer_config.json",
@@ -26,7 +26,7 @@ CONFIGS = (
 
 
 def verify_code(source: str) -> str | None:
-    """[`verify`] for a folder or Hub id; `None` where it comes without code, or is no checkpoint of this package."""
+    """[`verify`] for a folder or Hub id; `None` if it has no code or is not a checkpoint of this package."""
     config = read_config(source)
     if type(config) not in AUTO_CLASSES:
         return None
@@ -37,20 +37,20 @@ def verify_code(source: str) -> str | None:
 
 def verify(folder: str | os.PathLike) -> str:
     """
-    Compares the code in a folder that [`export`] has written with the hashes in its `config.json`, and with this
-    package, where that has the version which `config.json` names.
+    Compares the code in a folder that [`export`] has written with the hashes in its `config.json` and, if the installed
+    package has the version that `config.json` names, with this package.
 
     Returns:
         `str`: What the code was compared with.
 
     Raises:
-        ValueError: `config.json` lists no code; a file is missing, or is not what was exported; `auto_map` reaches code
-            that is not listed, or that is not in the folder.
+        ValueError: `config.json` lists no code; a file is missing or differs from what was exported; `auto_map` names
+            code that is not listed, or that is not in the folder.
     """
     folder = Path(folder)
     code = code_of(folder)
     if code is None or not code["sha256"]:
-        raise ValueError(f"`folder` must be one that was exported, with the hashes of its code; {folder} lists none")
+        raise ValueError(f"`folder` must be an export, whose config.json lists hashes of its code; {folder} lists none")
     reached, files, of_version = _reached(folder), code["sha256"], f"hf_dynmask {code['version']}"
     is_installed = code["version"] == version("hf_dynmask")
     problems = {
@@ -69,7 +69,7 @@ def verify(folder: str | os.PathLike) -> str:
 
 
 def _reached(folder: Path) -> set[str]:
-    """Names of the files of code that transformers would run from a folder, by the `auto_map` of any configuration."""
+    """Names of the code files that transformers would run from a folder, from the `auto_map` of each configuration."""
     found: set[str] = set()
     left = {f"{reference.partition('.')[0]}.py" for name in CONFIGS for reference in _references(folder / name)}
     while left:
@@ -87,11 +87,11 @@ def _imports(path: Path) -> list[str]:
 
 
 def _references(path: Path) -> list[str]:
-    """What the `auto_map` of a configuration names, such as `modeling_dynmask.DynMaskModel`."""
+    """The references in the `auto_map` of a configuration, such as `modeling_dynmask.DynMaskModel`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} must be JSON; it cannot be read") from None
+        raise ValueError(f"{path} must be valid JSON; it cannot be read") from None
     auto_map = config.get("auto_map") if isinstance(config, dict) else None
     entries = auto_map.values() if isinstance(auto_map, dict) else [] if auto_map is None else [auto_map]
     references = [part for entry in entries for part in (entry if isinstance(entry, list) else [entry]) if part]
@@ -102,7 +102,7 @@ def _references(path: Path) -> list[str]:
 
 
 def _hash_inside(folder: Path, name: str) -> str | None:
-    """SHA-256 of a file; `None` where a link leads out of the folder, or there is no file."""
+    """SHA-256 of a file; `None` if it does not exist or is a link out of the folder."""
     inside, file = folder.resolve(), (folder / name).resolve()
-    blobs = inside.parent.parent / "blobs"  # of a snapshot in the cache of the Hub, which is made of links
+    blobs = inside.parent.parent / "blobs"  # snapshots in the Hub's cache consist of links
     return hash_of(file) if file.parent in (inside, blobs) else None

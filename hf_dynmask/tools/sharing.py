@@ -1,4 +1,4 @@
-"""Checkpoints for others: with the code that reads them, and written as a whole or not at all."""
+"""Exports checkpoints together with the code that reads them, as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from . import folders
 from .reading import read_config, read_model, reading
 from .shared_code import verify
 
-FORMER_FILES = ("cached.py", "graph.py")  # that exports of former releases have
+FORMER_FILES = ("cached.py", "graph.py")  # in exports of earlier releases
 
 
 def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """
     Writes a checkpoint that works where this package is not installed.
 
-    There `AutoModel….from_pretrained(folder, trust_remote_code=True)` gives the same outputs, with torch and
-    transformers alone; the model can be trained, and saved again. `config.json` holds the version of this package and
-    the SHA-256 of each file of code. Where the package is installed, it is used, and the code in the folder is not.
+    There, `AutoModel….from_pretrained(folder, trust_remote_code=True)` loads a model with the same outputs that needs
+    torch and transformers only; it can be trained and saved again. `config.json` holds the version of this package and
+    the SHA-256 of each code file. Where the package is installed, it is used instead of the code in the folder.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): A model of this package. It is left as it is.
+        model ([`~transformers.PreTrainedModel`]): A model of this package. It is not changed.
         folder (`str` or `os.PathLike`):
-            Is written beside its place first, and put there as a whole: when something fails, what was there stays.
-            Of a former export weights, configuration and code are replaced; other files, and folders inside it, stay.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Goes into the folder, too.
+            Written elsewhere first and then put in place as a whole; if something fails, the old folder stays. In an
+            earlier export, weights, configuration and code are replaced; other files and subfolders are kept.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved in the folder, too.
 
     Raises:
-        ValueError: `model` is not of this package, or has a `custom(...)` mask; `folder` holds something that is not a
-            former export, is a mount point, or has the working directory in it.
+        ValueError: `model` is not of this package, or has a `custom(...)` mask; `folder` holds something that is not an
+            earlier export, is a mount point, or contains the working directory.
 
     Example:
 
@@ -55,7 +55,7 @@ def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrai
 
 
 def write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """What [`export`] writes, into a folder that is there."""
+    """Writes what [`export`] does into an existing folder."""
     config, model.config = model.config, copy.deepcopy(model.config)
     try:
         model.config.auto_map = dict(config.classes_in_code)
@@ -68,10 +68,10 @@ def write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
 
 
 def load(source: str) -> Any:
-    """A checkpoint of ours, of the class that it names.
+    """Loads a DynMask checkpoint as the class that its configuration names.
 
     Raises:
-        ValueError: It is of another model, or broken, or lacks weights.
+        ValueError: It is not a DynMask checkpoint, is broken, or lacks weights.
         OSError: There is no such checkpoint.
     """
     config = read_config(source)
@@ -87,14 +87,15 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
 
 
 def replacing(folder: str | os.PathLike) -> AbstractContextManager[Path]:
-    """[`hf_dynmask.tools.folders.replacing`] where `folder` must be new, empty or a former export."""
+    """[`hf_dynmask.tools.folders.replacing`] for a `folder` that must be new, empty or an earlier export."""
     return folders.replacing(folder, _written)
 
 
 def _written(folder: Path) -> set[str] | None:
-    """Names of the files that an export has written into a folder; `None`: it is no export.
+    """Names of the files that an export has written into a folder; `None` if it is not an export.
 
-    What `config.json` lists counts where it is a name of this package's, weights where the index has their name.
+    Code files count if `config.json` lists them and this package has files of these names, weights if the index lists
+    them.
     """
     code = code_of(folder)
     if code is None:
@@ -104,7 +105,7 @@ def _written(folder: Path) -> set[str] | None:
 
 
 def _parts(folder: Path) -> set[str]:
-    """Names of the files that weights were divided into."""
+    """Names of the shards of the weights."""
     try:
         names = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
         return {name for name in names if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)}

@@ -17,6 +17,7 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils.import_utils import is_cuda_stream_capturing
 
 from ..modeling.batch import layout_of_batch
 from ..modeling.layout import IGNORE_INDEX, eager_only
@@ -116,6 +117,14 @@ class ThroughputCallback(TrainerCallback):
         totals = self._total.counted
         logs = {"real_tokens": totals.tokens, "real_flops": totals.flops} | self._total.rates()
         log(state, control, {f"train_{name}": value for name, value in logs.items()})
+
+    def see(self, batch: Mapping[str, Any]) -> None:
+        """Count a training batch that the hook does not see, because a CUDA graph is replayed for it.
+
+        Args:
+            batch (`dict[str, Any]`): The arguments of the forward pass.
+        """
+        self._batches.see(self._batches.model, (), batch)
 
     def _remove_hook(self) -> None:
         if self._hook is not None:
@@ -257,7 +266,7 @@ class _Batches:
 
     def _follow_masks(self) -> None:
         """If the model's masks have changed, counts the batches so far with the masks that they had."""
-        masks = _masks(self.model.config)
+        masks = masks_of_config(self.model.config)
         if masks != self.masks:
             if self.seen:
                 self.before = self.counted()
@@ -357,13 +366,13 @@ def _seen_by(batches: _Batches) -> Callable:
     @eager_only
     def see(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         batches = reference()
-        if batches is not None:
+        if batches is not None and not is_cuda_stream_capturing():  # a capture does not compute
             batches.see(module, args, kwargs)
 
     return see
 
 
-def _masks(config: Any) -> list[Any]:
+def masks_of_config(config: Any) -> list[Any]:
     """All masks in a configuration and in those of its sides."""
     sides = [config, *(getattr(config, side) for side in getattr(config, "sub_configs", {}))]
     names = ("mask", "layer_masks", "cross_mask", CONFIG_ENTRY)

@@ -1,4 +1,4 @@
-"""The results of a recipe: what a run was made of, the results file, a summary, the figure and the model card."""
+"""The results of a recipe: what went into a run, the results file, a summary, the figure and the model card."""
 
 import hashlib
 import json
@@ -42,14 +42,14 @@ HYPER_PARAMETERS = (
 RUNS = {
     "dynmask": "hf_dynmask, lengths",
     "stock": "stock model, padded batches",
-    "padded": "the same model, padded batches",  # where transformers has no twin of it
+    "padded": "the same model, padded batches",  # if transformers has no equal model
 }
-OF_THE_HUB = ("licence_id", "languages", "hub_id", "hub_config", "hub_split")  # what a sample knows for metadata
-HUB_METRICS = {"rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}  # where the Hub's name is another
+OF_THE_HUB = ("licence_id", "languages", "hub_id", "hub_config", "hub_split")  # what metadata say about a sample
+HUB_METRICS = {"rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}  # if the Hub's name differs
 LIMITS = (
-    "With the recipe's own settings the model is small and learns for minutes: it shows that the recipe works, and is "
-    "not for use. Quality and speed are those of one training on one seed; other seeds and machines give others. The "
-    "model repeats what its data hold; nobody has looked through them for errors, prejudice or what is private."
+    "With the recipe's default settings the model is small and trains for minutes: it shows that the recipe works and "
+    "is not meant for use. Quality and speed are those of one training and vary with seeds and machines. The model "
+    "reproduces its data, which have not been checked for errors, bias or private information."
 )
 
 
@@ -57,7 +57,7 @@ LIMITS = (
 
 
 def describe_source(source: str) -> Results:
-    """The model or data set that was asked for: its Hub id, where it has one, and what is known of a sample."""
+    """Describes a model or data set: its Hub id, if it has one, and what is known about a sample."""
     samples = {f"{PREFIX}{name}": sample for name, sample in (MODELS | DATASETS).items()}
     if source in samples:
         sample = samples[source]
@@ -67,12 +67,12 @@ def describe_source(source: str) -> Results:
 
 
 def describe_new_model(model: PreTrainedModel) -> Results:
-    """A model that began with random weights."""
+    """Describes a model with random initial weights."""
     return {"name": f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} million weights, random at first"}
 
 
 def describe_training(arguments: TrainingArguments) -> Results:
-    """The hyper-parameters of a run, as plain values."""
+    """The hyper-parameters of a run as plain values."""
     values = arguments.to_sanitized_dict()
     return {name: values[name] for name in HYPER_PARAMETERS}
 
@@ -85,7 +85,7 @@ def describe_environment(device: torch.device) -> Results:
 
 
 def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
+    information = Path("/proc/cpuinfo")  # on Linux; elsewhere `platform` knows it
     lines = information.read_text().splitlines() if information.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
@@ -100,12 +100,12 @@ def write_json(path: Path, results: Results) -> None:
 
 
 def as_json(results: Results) -> bytes:
-    """What a results file holds."""
+    """The contents of a results file."""
     return (json.dumps(results, indent=2) + "\n").encode()
 
 
 def report(results: Results, card: ModelCard, training: TrainingArguments, model_card_dir: str | None) -> None:
-    """What [`save_report`] writes; a summary on the screen."""
+    """Writes results, card and figure, and prints a summary, on the main process."""
     if training.process_index > 0:
         return
     save_report(results, card, draw(results), str(training.output_dir), model_card_dir)
@@ -113,7 +113,7 @@ def report(results: Results, card: ModelCard, training: TrainingArguments, model
 
 
 def save_report(results: Results, card: ModelCard, figure: Figure, output_dir: str, model_card_dir: str | None) -> None:
-    """Results, card and figure beside the model, and under the recipe's name among the model cards."""
+    """Saves results, card and figure beside the model and, under the recipe's name, with the model cards."""
     picture = as_png(figure, results)
     write_json(Path(output_dir, "results.json"), results)
     save_card(results, card, picture, Path(output_dir, "README.md"))
@@ -123,7 +123,7 @@ def save_report(results: Results, card: ModelCard, figure: Figure, output_dir: s
 
 
 def save_card(results: Results, card: ModelCard, picture: bytes, path: Path) -> None:
-    """A card, and its figure beside it."""
+    """Saves a card and its figure."""
     card.save(path)
     path.with_name(figure_name(results)).write_bytes(picture)
 
@@ -133,7 +133,7 @@ def figure_name(results: Results) -> str:
 
 
 def as_png(figure: Figure, results: Results) -> bytes:
-    """A picture of 64 colours, which takes little space, and which says of which results it is."""
+    """A small picture of 64 colours whose metadata identify its results."""
     drawn, file, remark = BytesIO(), BytesIO(), PngInfo()
     figure.savefig(drawn, format="png", dpi=100)
     remark.add_text("Source", source_of_figure(results))
@@ -146,7 +146,7 @@ def source_of_figure(results: Results) -> str:
 
 
 def rebuild(path: Path) -> None:
-    """Makes card and figure anew of a results file that is named after its recipe."""
+    """Rebuilds card and figure from a results file that is named after its recipe."""
     results = json.loads(path.read_text(encoding="utf-8"))
     recipe = import_module(results["recipe"])
     figure = getattr(recipe, "make_figure", draw)(results)
@@ -154,7 +154,7 @@ def rebuild(path: Path) -> None:
 
 
 def summary(results: Results) -> str:
-    """The measured figures, in Markdown."""
+    """A summary of the results in Markdown."""
     runs, metric = results["runs"], results["metric"]
     metrics = [metric, *results.get("others", [])]
     unit = results.get("unit", "tokens")
@@ -185,18 +185,18 @@ def summary(results: Results) -> str:
 
 def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCard:
     """
-    A model card from nothing but the results.
+    Makes a model card from results alone.
 
     Args:
         results (`dict`):
             `recipe`, `task` (as the Hub names it), `metric`, `model` and `dataset` (as [`describe_source`] gives them,
             with `rows` of each split), `runs` (as [`train_and_evaluate`] gives them), `padding_share`, `training`,
             `masks` and `lengths` (as [`describe_masks`] and [`describe_lengths`] give them), `environment`, `arguments`
-            (those that are not as usual). Not all have: `others` (further metrics), `trivial` (as [`best_constant`]
-            gives it), `unit` (what a model reads in place of tokens).
+            (those that differ from the defaults). Optional: `others` (further metrics), `trivial` (as [`best_constant`]
+            gives it), `unit` (what a model reads instead of tokens).
         title (`str`): The heading.
         usage (`str`): Python code that uses the model.
-        limits (`str`): What cannot be relied on, as far as it comes from the task.
+        limits (`str`): Limits that come from the task.
     """
     model, dataset = results["model"], results["dataset"]
     metadata = ModelCardData(
@@ -209,12 +209,12 @@ def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCa
     text = f"""
 # {title}
 
-`{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`. Its batches carried lengths, and
-nothing was computed on padding.
+`{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`, on batches with lengths and
+without any computation on padding.
 
 ## Results
 
-After {dataset["rows"]["train"]:,} rows of training data, on {dataset["rows"]["test"]:,} rows that were held out:
+After training on {dataset["rows"]["train"]:,} rows, evaluated on {dataset["rows"]["test"]:,} held-out rows:
 
 {summary(results)}
 
@@ -239,7 +239,7 @@ length]({figure_name(results)})
 
 
 def common_metadata(model: Results, datasets: list[Results]) -> Results:
-    """What the metadata of every card say, of model and data sets as [`describe_source`] gives them."""
+    """Metadata of every card, from model and data sets as [`describe_source`] gives them."""
 
     def known(name: str, sources: list[Results]) -> list[str] | None:
         """Each value once."""
@@ -257,7 +257,7 @@ def common_metadata(model: Results, datasets: list[Results]) -> Results:
 
 
 def evaluations(results: Results) -> list[EvalResult]:
-    """Of each metric what the model card's index says."""
+    """The entry of each metric in the model card's index."""
     dataset = results["dataset"]
     metrics: list[str] = [results["metric"], *results.get("others", [])]
     return [
@@ -280,12 +280,12 @@ def assemble_card(
     metadata: ModelCardData, text: str, limits: str, sources: Iterable[Results], results: Results
 ) -> ModelCard:
     """
-    A card that ends with its limits and what a run was made of.
+    Makes a card that ends with limits, sources, command, hyper-parameters and environment.
 
     Args:
-        metadata ([`~huggingface_hub.ModelCardData`]): What stands on top of it.
-        text (`str`): What it has to say, in Markdown.
-        limits (`str`): What cannot be relied on.
+        metadata ([`~huggingface_hub.ModelCardData`]): Metadata at the top.
+        text (`str`): The text in Markdown.
+        limits (`str`): Limits of the model.
         sources (`list[dict]`): Models and data sets, as [`describe_source`] gives them.
         results (`dict`): Has `recipe`, `arguments`, `training` and `environment`.
     """
@@ -304,7 +304,7 @@ def assemble_card(
 
 {in_words}
 
-## How to make it again
+## How to reproduce
 
 ```bash
 {command(results)}
@@ -321,14 +321,14 @@ def assemble_card(
 
 
 def command(results: Results) -> str:
-    """What to run from the root of the repository for the same training."""
+    """The command that repeats the training, run from the root of the repository."""
     processes = results["environment"].get("processes", 1)
     launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
     return shlex.join([*launcher, f"recipes/{results['recipe']}.py", *options(results["arguments"])])
 
 
 def options(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments as they stand on the command line."""
+    """Arguments in the form of the command line."""
     words = []
     for name, value in arguments.items():
         values = [] if value is True else value if isinstance(value, list) else [value]
@@ -346,7 +346,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def table(header: list[str], rows: Iterable[list[str]], names: int = 1) -> str:
-    """A table in Markdown that reads well in a terminal too; its first `names` columns are aligned to the left."""
+    """A Markdown table that is legible in a terminal, too; its first `names` columns are left-aligned."""
     cells = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]

@@ -1,11 +1,12 @@
-"""What the recipes share: arguments, data and models."""
+"""Arguments, data and models that the recipes share."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import DatasetDict
 from transformers import (
     AutoConfig,
     HfArgumentParser,
@@ -16,27 +17,30 @@ from transformers import (
 from hf_dynmask import DynMaskConfig, from_transformers
 from support.samples import resolve_dataset
 
-IGNORED = -100  # the label of what is no target
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+IGNORED = -100  # the label of tokens that are no targets
 
 TRAINING_DEFAULTS = {
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
     "save_strategy": "no",
     "dataloader_pin_memory": torch.accelerator.is_available(),
-    "use_cpu": not torch.accelerator.is_available(),  # Accelerate has to be told before it joins several processes
+    "use_cpu": not torch.accelerator.is_available(),  # Accelerate must know it before it joins several processes
 }
 
 
-UNTOLD = {"output_dir", "model_card_dir", "resume_from_checkpoint"}  # arguments without which a run is the same
+UNTOLD = {"output_dir", "model_card_dir", "resume_from_checkpoint"}  # arguments that do not change a run
 
 
 @dataclass(kw_only=True)
 class ReportArguments:
     """
-    What every recipe takes.
+    Arguments of every recipe.
 
     Attributes:
-        given (`dict[str, Any]`): The arguments that are not as usual, of all dataclasses, but for names of folders.
+        given (`dict[str, Any]`): Arguments of all dataclasses that differ from the defaults, except names of folders.
     """
 
     given: dict[str, Any] = field(init=False, default_factory=dict)
@@ -47,13 +51,26 @@ class ReportArguments:
 
 @dataclass(kw_only=True)
 class CommonArguments(ReportArguments):
-    """What a recipe that trains a model takes beside what is its own."""
+    """Arguments of every recipe that trains a model."""
 
     baseline: bool = field(
         default=False,
         metadata={
-            "help": "Also train on padded batches, from the same weights: the stock model, or where there is none the "
+            "help": "Also train on padded batches from the same weights: the stock model or, if there is none, the "
             "same model."
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class DropoutArguments(CommonArguments):
+    """Arguments of a recipe whose models have their own dropout."""
+
+    dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of hidden states and attention weights. None: as the model has it; with --baseline 0, so that the "
+            "two trainings follow one course."
         },
     )
 
@@ -62,13 +79,12 @@ def parse_arguments(
     classes: Sequence[type], arguments: Sequence[str] | None, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
     """
-    One instance of each dataclass from the command line.
+    Parses the command line into an instance of each dataclass.
 
     Args:
-        classes (`list[type]`): The dataclasses, a [`ReportArguments`] first, if there is one.
-        arguments (`list[str]`, *optional*): What to read in place of the command line.
-        defaults (`dict[str, Any]`, *optional*): A recipe's own defaults of fields; those of a training begin as
-            `TRAINING_DEFAULTS`.
+        classes (`list[type]`): The dataclasses; a [`ReportArguments`] comes first.
+        arguments (`list[str]`, *optional*): Arguments to parse instead of the command line's.
+        defaults (`dict[str, Any]`, *optional*): The recipe's defaults, in addition to `TRAINING_DEFAULTS`.
     """
     parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: its annotation admits no class
     if any(issubclass(each, TrainingArguments) for each in classes):
@@ -87,17 +103,17 @@ def parse_arguments(
 
 def load_columns(source: str, *columns: str) -> DatasetDict:
     """
-    Columns of a data set.
+    Loads columns of a data set.
 
     Args:
         source (`str`): As [`resolve_dataset`] takes it.
-        columns (`str`): Their names.
+        columns (`str`): Names of the columns.
 
     Returns:
-        `DatasetDict`: The splits `train` and `test` with these columns alone.
+        `DatasetDict`: The splits `train` and `test` with only these columns.
 
     Raises:
-        ValueError: The data set has not all of them.
+        ValueError: A column is missing.
     """
     data = resolve_dataset(source)
     found = data["train"].column_names
@@ -109,14 +125,14 @@ def load_columns(source: str, *columns: str) -> DatasetDict:
 
 
 def load_texts(source: str, *columns: str) -> DatasetDict:
-    """[`load_columns`], which all hold texts, without rows where one is empty; a `ValueError` for other types."""
+    """[`load_columns`] for columns of texts, without rows that have an empty text."""
     data = load_columns(source, *columns)
     check_texts(data, *columns)
     return data.filter(lambda row: all(text and text.strip() for text in row.values()))
 
 
 def check_texts(data: DatasetDict, *columns: str) -> None:
-    """A `ValueError` where a column of `train` does not hold texts."""
+    """Raises a `ValueError` if a column of `train` does not hold texts."""
     for name in columns:
         if data["train"].features[name].dtype not in ("string", "large_string"):
             raise ValueError(f"column `{name}` must hold texts; got {data['train'].features[name].dtype}")
@@ -127,12 +143,12 @@ def check_texts(data: DatasetDict, *columns: str) -> None:
 
 def load_model(checkpoint: str, task: str, auto_class: Any, **settings: Any) -> Any:
     """
-    A DynMask model: the checkpoint as it is, or converted from a stock one.
+    Loads a DynMask checkpoint, or converts a stock one.
 
     Args:
         checkpoint (`str`): A folder or a Hub id.
-        task (`str`): As [`from_transformers`] knows it.
-        auto_class (`type`): Loads a model of the task, such as [`~transformers.AutoModelForTokenClassification`].
+        task (`str`): As in [`from_transformers`].
+        auto_class (`type`): The Auto class of the task, such as [`~transformers.AutoModelForTokenClassification`].
         settings (*optional*): Fields of the configuration.
     """
     if AutoConfig.from_pretrained(checkpoint).model_type == DynMaskConfig.model_type:
@@ -141,15 +157,22 @@ def load_model(checkpoint: str, task: str, auto_class: Any, **settings: Any) -> 
 
 
 def dropout_of(probability: float) -> dict[str, float]:
-    """What a configuration says of dropout, of hidden states and of attention weights."""
+    """Configuration fields for dropout of hidden states and attention weights."""
     return {"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability}
 
 
+def dropout_settings(recipe: DropoutArguments) -> dict[str, float]:
+    """Configuration fields for the dropout that the arguments ask for; empty if the model keeps its own."""
+    if recipe.dropout is None and not recipe.baseline:
+        return {}
+    return dropout_of(recipe.dropout or 0.0)
+
+
 def names_of(labels: Sequence[str]) -> dict[str, Any]:
-    """What a configuration says of classes: `id2label` and `label2id`."""
+    """Configuration fields for classes: `id2label` and `label2id`."""
     return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a configuration says of a tokenizer: `pad_token_id`, `bos_token_id` and `eos_token_id`."""
+    """Configuration fields of a tokenizer: `pad_token_id`, `bos_token_id` and `eos_token_id`."""
     return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}

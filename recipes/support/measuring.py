@@ -1,4 +1,4 @@
-"""A measured training run, one model after another, and what can be reached without a model."""
+"""Measured training runs of a model and its baselines, and what can be reached without a model."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,47 +27,55 @@ from support.masks_and_lengths import describe_lengths, describe_masks
 
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Any]
-Contenders = dict[str, tuple[Any, Collator]]  # names as in `cards.RUNS`, models and what makes their batches
+Baselines = dict[str, tuple[Any, Collator]]  # names as in `cards.RUNS`, models and their collators
 
 
-def compare(
-    contenders: Contenders,
-    make_trainer: Callable[[Any, Collator, Any], Trainer],
-    training: TrainingArguments,
-    auto_class: Any,
-    metrics: Sequence[str],
-) -> Results:
+def compare(trainer: Trainer, baselines: Baselines, auto_class: Any, metrics: Sequence[str]) -> Results:
     """
-    Trains one model after another, on however many processes there are. The first is saved, loaded again, and held to
-    the quality that it had before.
+    Trains a model, then its baselines, on however many processes there are. The model is saved, loaded again, and must
+    have the quality that it had before.
 
     Args:
-        contenders (`dict[str, tuple[PreTrainedModel, Callable]]`): Models and their collators, by name.
-        make_trainer (`Callable`): Takes model, collator and arguments, and gives a [`~transformers.Trainer`].
-        training ([`~transformers.TrainingArguments`]): Of the first; the others have a folder inside its own.
+        trainer ([`~transformers.Trainer`]): Of the model.
+        baselines (`dict[str, tuple[PreTrainedModel, Callable]]`):
+            Models and their collators, by name. Each is trained as the first model is, in a folder inside its own.
         auto_class (`type`): Loads the saved model.
-        metrics (`list[str]`): Measures of quality, the main one first.
+        metrics (`list[str]`): Names of the metrics, the main one first.
 
     Returns:
         `dict`: `masks` and `lengths` of the training rows, as [`describe_masks`] and [`describe_lengths`] give them,
-        `runs` (of each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are filled up) and
+        `runs` (for each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are padded) and
         `environment`.
     """
-    (first, (model, collator)), *others = contenders.items()
-    trainer = make_trainer(model, collator, training)
-    runs = {first: train_and_evaluate(trainer, *metrics)}
+    training = trainer.args
+    config: Any = trainer.model.config  # pyright: ignore[reportOptionalMemberAccess]
+    runs = {"dynmask": train_and_evaluate(trainer, *metrics)}
     share = padding_share(trainer.get_train_dataloader())
-    described = describe(model.config, trainer.train_dataset)
+    described = describe(config, trainer.train_dataset)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     reloaded = auto_class.from_pretrained(training.output_dir).to(training.device)
-    again = make_trainer(reloaded, collator, replace(training))  # DeepSpeed: arguments are for one trainer
-    check_reloaded(of_whole_model(again), metrics[0], runs[first][metrics[0]])
-    for name, (model, collator) in others:
-        trainer = make_trainer(for_fsdp2(model), collator, arguments_of(name, training))
-        runs[name] = train_and_evaluate(trainer, *metrics)
+    again = trainer_like(trainer, reloaded, trainer.data_collator, replace(training))
+    check_reloaded(of_whole_model(again), metrics[0], runs["dynmask"][metrics[0]])
+    for name, (model, collator) in baselines.items():
+        other = trainer_like(trainer, for_fsdp2(model), collator, arguments_of(name, training))
+        runs[name] = train_and_evaluate(other, *metrics)
     environment = describe_environment(training.device) | {"processes": training.world_size}
     return {**described, "runs": runs, "padding_share": share, "environment": environment}
+
+
+def trainer_like(trainer: Any, model: PreTrainedModel, collator: Collator, training: TrainingArguments) -> Trainer:
+    """A trainer of another model with the same data and measures. DeepSpeed's arguments are for one trainer each."""
+    return type(trainer)(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+        compute_metrics=trainer.compute_metrics,
+        preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
+    )
 
 
 def describe(config: PreTrainedConfig, rows: Any) -> Results:
@@ -86,33 +94,35 @@ def row_lengths(rows: Any, has_two_sides: bool) -> dict[str, list[int]]:
 
 
 def arguments_of(name: str, training: TrainingArguments) -> TrainingArguments:
-    """Those of a further model, made anew, since FSDP would look for the layers of the first one in it."""
+    """New arguments for another model; with the same ones, FSDP would look for the first model's layers in it."""
     return replace(
         training,
         output_dir=str(Path(str(training.output_dir), name)),
         resume_from_checkpoint=None,
-        # Most stock models take the mean over their own targets, however many other processes have.
+        # Most stock models average over their own targets, ignoring those of other processes.
         average_tokens_across_devices=training.average_tokens_across_devices and name != "stock",
     )
 
 
 def for_fsdp2(model: PreTrainedModel) -> PreTrainedModel:
-    """Accelerate shares out a model's input embeddings apart: what holds them cannot be shared out as one."""
+    """Accelerate shards a model's input embeddings separately, so a module that holds them cannot be sharded whole."""
     blocks = model._no_split_modules or ()
     model._no_split_modules = [block for block in blocks if not block.endswith("Embeddings")]
     return model
 
 
 def of_whole_model(trainer: Trainer) -> Trainer:
-    """A trainer to evaluate alone, on each process with all of the model: FSDP2 and DeepSpeed prepare none for that,
-    but for ZeRO-3, which has it in parts when it is loaded."""
+    """A trainer that only evaluates, with the whole model on each process, as FSDP2 and DeepSpeed cannot prepare one.
+
+    ZeRO-3 is the exception: it partitions the model when it is loaded.
+    """
     if not is_deepspeed_zero3_enabled():
         trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
     return trainer
 
 
 def without_lengths(collator: Collator) -> Collator:
-    """A collator whose batches do not tell padding from data, so that a model computes on all of it."""
+    """A collator without lengths and masks, so that a model computes on padding, too."""
 
     def collate(examples: list[Any]) -> Batch:
         told = ("lengths", "attention_mask")
@@ -123,18 +133,19 @@ def without_lengths(collator: Collator) -> Collator:
 
 def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
     """
-    Runs a trainer and says how fast it was and how good its model became.
+    Trains and evaluates, and measures speed and quality.
 
     Args:
-        trainer ([`~transformers.Trainer`]):
-            Its `compute_metrics` gives the metrics; its arguments have `include_num_input_tokens_seen="non_padding"`
-            where its model reads ids.
-        metrics (`str`): Names of the measures of quality.
+        trainer ([`~transformers.Trainer`]): Its `compute_metrics` gives the metrics.
+        metrics (`str`): Names of the metrics.
 
     Returns:
         `dict`: The metrics under their names, `tokens_per_second` (real tokens or frames, while training),
-        `train_tokens`, `train_seconds`; of a resumed training from the checkpoint on.
+        `train_tokens`, `train_seconds`; in a resumed training counted from the checkpoint on.
     """
+    rows: Any = trainer.train_dataset
+    if "input_ids" in rows.column_names:
+        trainer.args.include_num_input_tokens_seen = "non_padding"  # a trainer counts ids alone
     beginning = Beginning()
     trainer.add_callback(beginning)
     seconds = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics["train_runtime"]
@@ -148,7 +159,7 @@ def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
 
 
 class Beginning(TrainerCallback):
-    """Where a training begins, which may be a checkpoint."""
+    """Records where a training begins, which may be at a checkpoint."""
 
     tokens = 0
     epoch = 0.0
@@ -158,7 +169,7 @@ class Beginning(TrainerCallback):
 
 
 def _tokens_seen(trainer: Any, since: Beginning) -> int:
-    """Real tokens or frames of a training, of both sides where there are two. The trainer itself counts ids alone."""
+    """Real tokens or frames of a training, on both sides of an encoder-decoder. The trainer itself counts only ids."""
     has_two_sides = trainer.model.config.is_encoder_decoder
     if trainer.state.num_input_tokens_seen and not has_two_sides:
         return trainer.state.num_input_tokens_seen - since.tokens
@@ -167,7 +178,7 @@ def _tokens_seen(trainer: Any, since: Beginning) -> int:
 
 
 def check_reloaded(trainer: Trainer, metric: str, expected: float) -> None:
-    """Holds a model that was saved and loaded again to the quality that it had before."""
+    """Raises if a saved and reloaded model has another quality than before."""
     found = trainer.evaluate()[f"eval_{metric}"]
     if found != expected:
         raise RuntimeError(f"the saved model must have the {metric} {expected}; got {found}")
@@ -180,17 +191,17 @@ def best_constant(
     lower_is_better: bool = False,
 ) -> Results:
     """
-    What can be reached without a look at the inputs.
+    What can be reached without looking at the inputs.
 
     Args:
         data (`DatasetDict`): The splits `train` and `test` with a column `text`.
-        metric (`str`): Name of the measure of quality.
-        score (`Callable`): Takes the texts and the answers, and gives the metric under its name.
-        lower_is_better (`bool`, *optional*, defaults to `False`): Whether the metric counts mistakes.
+        metric (`str`): Name of the metric.
+        score (`Callable`): Takes texts and answers, and returns the metric under its name.
+        lower_is_better (`bool`, *optional*, defaults to `False`): Whether the metric is an error rate.
 
     Returns:
-        `dict`: `what` was done, and the metric: of the 100 most frequent texts of `train` the one that is best on
-        `test` when it answers everything.
+        `dict`: `what` was done, and the metric of the best constant answer on `test` among the 100 most frequent texts
+        of `train`.
     """
     texts = list(data["test"]["text"])
     candidates = [text for text, _ in Counter(data["train"]["text"]).most_common(100)]
@@ -205,21 +216,23 @@ def perplexity_of(surprise: Any, labels: Any) -> float:
 
     Args:
         surprise (`np.ndarray` of shape `(B, T)`): Negative log-likelihood of each label.
-        labels (`np.ndarray` of shape `(B, T)`): -100 where there is none.
+        labels (`np.ndarray` of shape `(B, T)`): -100 for tokens that are no targets.
     """
     return exp(float(np.asarray(surprise)[np.asarray(labels) != IGNORED].mean(dtype=np.float64)))
 
 
 def unigram_perplexity(seen: Iterable[int], targets: Sequence[int]) -> float:
-    """Perplexity of `targets` under the frequencies of tokens `seen` in training, each one more than counted."""
+    """Perplexity of `targets` under the frequencies of tokens `seen` in training, with add-one smoothing."""
     counts = Counter(seen)
     total = sum(counts.values()) + len(counts.keys() | set(targets))
     return exp(-sum(log((counts[target] + 1) / total) for target in targets) / len(targets))
 
 
 def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Share of padding in rows that are filled up to the longest of their batch, which has `lengths`, and
-    `decoder_lengths` where there are targets: what a padded model computes for nothing, on all processes."""
+    """Share of padding, on all processes, in rows padded to the longest of their batch.
+
+    Batches have `lengths` and, for an encoder-decoder, `decoder_lengths`.
+    """
     sides = [batch[name] for batch in batches for name in ("lengths", "decoder_lengths") if name in batch]
     sums = torch.stack([torch.stack([side.sum(), len(side) * side.max()]) for side in sides]).sum(0, keepdim=True)
     real, places = gather(sums).sum(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]: a tensor of one

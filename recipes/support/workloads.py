@@ -1,6 +1,6 @@
 """What the measurements of speed run: models of certain sizes, lengths of examples, batches, and a pass over one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -180,3 +180,36 @@ def with_lengths(batch: Batch, config: PreTrainedConfig) -> Batch:
     if config.is_encoder_decoder:
         changed["decoder_lengths"] = (batch["labels"] != -100).sum(-1)
     return changed
+
+
+# --- Work ------------------------------------------------------------------------------------------------------------
+
+
+def flops(config: PreTrainedConfig, lengths: Sequence[Lengths], training: bool) -> int:
+    """Floating-point operations on examples of these lengths, as the head of `recipes/benchmark.py` counts them."""
+    forward = sum(WORK[type(config)](config, *of_one) for of_one in lengths)
+    return 3 * forward if training else forward
+
+
+def bert_work(config: Any, tokens: int) -> int:
+    layers, width = config.num_hidden_layers, config.hidden_size
+    weights = layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    return 2 * weights * tokens + 4 * layers * width * tokens**2
+
+
+def llama_work(config: Any, tokens: int) -> int:
+    layers, width = config.num_hidden_layers, config.hidden_size
+    weights = layers * (4 * width**2 + 3 * width * config.intermediate_size) + width * config.vocab_size
+    return 2 * weights * tokens + 4 * layers * width * tokens * (tokens + 1) // 2
+
+
+def bart_work(config: Any, source: int, target: int) -> int:
+    """The keys and values of cross-attention are work on tokens of the source, by weights of the decoder."""
+    width, encoders, decoders = config.d_model, config.encoder_layers, config.decoder_layers
+    of_source = encoders * (4 * width**2 + 2 * width * config.encoder_ffn_dim) + decoders * 2 * width**2
+    of_target = decoders * (6 * width**2 + 2 * width * config.decoder_ffn_dim) + width * config.vocab_size
+    pairs = encoders * source**2 + decoders * (target * (target + 1) // 2 + source * target)
+    return 2 * (of_source * source + of_target * target) + 4 * width * pairs
+
+
+WORK: dict[type, Callable[..., int]] = {BertConfig: bert_work, LlamaConfig: llama_work, BartConfig: bart_work}

@@ -596,12 +596,12 @@ def test_overrides_that_cannot_be_applied_are_named():
         ({"head_dim": 4}, "`head_dim` must be 8; got 4"),
         ({"value_head_dim": 4}, "`value_head_dim` must be 8; got 4"),
         ({"embedding_size": 12}, "`embedding_size` must be 16; got 12"),
-        ({"norm_placement": "before"}, "`norm_placement` must be 'after'; got 'before'"),
+        ({"norm_placement": "pre"}, "`norm_placement` must be 'post'; got 'pre'"),
         ({"norm_type": "rms_norm"}, "`norm_type` must be 'layer_norm'; got 'rms_norm'"),
         ({"embedding_norm": False}, "`embedding_norm` must be True; got False"),
         ({"gated_feed_forward": True}, "`gated_feed_forward` must be False; got True"),
         ({"attention_bias": False}, "`attention_bias` must be True; got False"),
-        ({"feed_forward_bias": False}, "`feed_forward_bias` must be True; got False"),
+        ({"mlp_bias": False}, "`mlp_bias` must be True; got False"),
         ({"position_offset": 2}, "`position_offset` must be 0; got 2"),
         ({"type_vocab_size": 0}, "`type_vocab_size` must be 1; got 0"),
         ({"pooler_act": "gelu"}, "`pooler_act` must be 'tanh'; got 'gelu'"),
@@ -634,16 +634,17 @@ def test_a_sliding_window_becomes_a_mask_of_as_many_keys(width):
 
 @pytest.mark.parametrize("width", [1, 2, 6, 7, 50])
 @pytest.mark.parametrize("bases", [(160000.0, 10000.0), (500.0, 500.0)])
-def test_local_layers_of_modernbert_see_as_far_to_both_sides(width, bases):
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}])
+def test_local_layers_of_modernbert_see_as_far_to_both_sides(width, bases, scaling):
+    rotary = {"full_attention": scaling, "sliding_attention": {"rope_type": "default"}}
     rotary = {
-        kind: {"rope_type": "default", "rope_theta": base}
-        for kind, base in zip(("full_attention", "sliding_attention"), bases, strict=True)
+        kind: {**parameters, "rope_theta": base} for (kind, parameters), base in zip(rotary.items(), bases, strict=True)
     }
     stock = random_stock("modernbert", "base", local_attention=width, rope_parameters=rotary)
     model = from_transformers(stock)
     half = width // 2
     assert model.config.layer_masks == ["full", f"window({half})", f"window({half})"]
-    assert model.config.rope_thetas() == [bases[0], bases[1], bases[1]]
+    assert [parameters["rope_theta"] for parameters in model.config.rope_by_layer()] == [bases[0], bases[1], bases[1]]
     batch = random_batch(stock, "base")
     with torch.no_grad():
         expected, found = stock(**batch).last_hidden_state, model(**in_lengths(batch)).last_hidden_state
@@ -667,10 +668,6 @@ def test_modernbert_with_layers_of_one_kind(kind):
         ({"attention_dropout": 0.1}, "`attention_dropout` must be 0.0; got 0.1"),
         ({"mlp_dropout": 0.1}, "`mlp_dropout` must be 0.0; got 0.1"),
         ({"decoder_bias": False}, "`decoder_bias` must be True; got False"),
-        (
-            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
-            "`rope_parameters` must be .*'full_attention': {'rope_type': 'default'.*; got .*'linear'",
-        ),
     ],
 )
 def test_settings_of_modernbert_without_counterpart_are_named(settings, message):
@@ -715,14 +712,14 @@ def test_settings_of_generation_carry_over(tmp_path):
 
 def test_a_decoder_of_our_own_becomes_a_stock_one():
     llama_like: dict[str, Any] = {
-        "norm_placement": "before",
+        "norm_placement": "pre",
         "norm_type": "rms_norm",
         "embedding_norm": False,
         "position_type": "rotary",
         "gated_feed_forward": True,
         "hidden_dropout_prob": 0.0,
         "attention_bias": False,
-        "feed_forward_bias": False,
+        "mlp_bias": False,
         "type_vocab_size": 0,
         "mask": "causal & window(3, 0)",
     }

@@ -302,7 +302,7 @@ def test_other_positions_than_the_computed_are_refused():
         ),
         ({"decoder": {"mask": "full"}}, "`decoder.mask` must be 'causal'; got 'full'"),
         ({"encoder": {"hidden_act": "relu"}}, "`encoder.hidden_act` must be 'gelu'; got 'relu'"),
-        ({"norm_placement": "before"}, "`encoder.norm_placement` must be 'after'; got 'before'"),
+        ({"norm_placement": "pre"}, "`encoder.norm_placement` must be 'post'; got 'pre'"),
         ({"embedding_scale": 3.0}, "`encoder.embedding_scale` must be 4.0; got 3.0"),
     ],
 )

@@ -36,7 +36,7 @@ def test_masked_language_model(layout, is_training):
 
 @pytest.mark.parametrize("layout", [flat, with_gaps])
 def test_causal_language_model(layout):
-    settings: dict[str, Any] = {"position_type": "rotary", "norm_placement": "before", "norm_type": "rms_norm"}
+    settings: dict[str, Any] = {"position_type": "rotary", "norm_placement": "pre", "norm_type": "rms_norm"}
     assert_same(make(DynMaskForCausalLM, num_key_value_heads=1, **settings).train(), with_labels(layout()))
 
 

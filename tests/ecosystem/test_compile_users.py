@@ -34,7 +34,7 @@ def fresh():
 # Its norm of queries and keys is in full precision, and says so.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 def test_half_precision_by_autocast():
-    model, inputs = make(DynMaskForTokenClassification, query_key_norm=True).eval(), rows()
+    model, inputs = make(DynMaskForTokenClassification, use_qk_norm=True).eval(), rows()
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(**inputs).logits
         found = compiled(model)(**inputs).logits

@@ -46,9 +46,9 @@ def tokenizer():
     )
 
 
-LIKE_LLAMA: dict[str, Any] = {"position_type": "rotary", "norm_type": "rms_norm", "norm_placement": "before"}
+LIKE_LLAMA: dict[str, Any] = {"position_type": "rotary", "norm_type": "rms_norm", "norm_placement": "pre"}
 LIKE_LLAMA |= {"embedding_norm": False, "gated_feed_forward": True, "hidden_act": "silu", "attention_bias": False}
-LIKE_LLAMA |= {"feed_forward_bias": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LIKE_LLAMA |= {"mlp_bias": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LIKE_LLAMA |= {"use_pooler": False}
 
 

@@ -1,4 +1,4 @@
-"""Processes that get a signal at one of their calls to the file system."""
+"""Processes that receive a signal at one of their file system calls."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ def die(moment: int, how: signal.Signals, act: Callable[..., Any], *args: Any) -
 
 
 def calls_of(act: Callable[..., Any], *args: Any) -> int:
-    """How many calls to the file system `act` makes."""
+    """The number of file system calls that `act` makes."""
     code, calls = _run(0, signal.SIGKILL, act, *args)
     assert code == 0
     return calls

@@ -1,4 +1,4 @@
-"""What `accelerate launch` makes of the shipped configurations."""
+"""Environments that `accelerate launch` makes from the shipped configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def launched(name: str, *options: str) -> Any:
 
 
 def deepspeed_environment(name: str, *options: str) -> dict[str, str]:
-    """What a launch by DeepSpeed tells its processes of a configuration."""
+    """The environment of processes that DeepSpeed launches with a configuration."""
     arguments = launched(name, "--main_process_port", "0", *options)
     arguments.deepspeed_fields_from_accelerate_config = "zero_stage"  # as the launcher goes on to say
     _, environment = prepare_deepspeed_cmd_env(arguments)

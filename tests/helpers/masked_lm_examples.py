@@ -1,4 +1,4 @@
-"""Masked language modeling: a small vocabulary, examples of it, and what a collator made of them."""
+"""Masked language modeling: a small vocabulary, examples, and the batches that a collator makes from them."""
 
 from functools import cache
 
@@ -19,7 +19,7 @@ SPECIAL = {
 }
 PAD, UNK, CLS, SEP, MASK = range(5)
 WORDS = range(5, 145)  # ids of tokens that begin a word
-PIECES = range(145, 205)  # ids of tokens that go on with one
+PIECES = range(145, 205)  # ids of tokens that continue one
 
 
 @cache
@@ -37,7 +37,7 @@ def make(epoch: int | None = 0, **settings):
 
 
 def texts(number, least=40, most=60, seed=0):
-    """Examples of random ids, [CLS] ... [SEP]; a third of the tokens go on with a word."""
+    """Examples of random ids, [CLS] ... [SEP]; a third of the tokens continue a word."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(least, most, number, endpoint=True)
     pieces = [generator.random(length) < 0.3 for length in lengths]

@@ -1,10 +1,10 @@
 """
-Runs a script, under a configuration of `accelerate launch` that is for several GPUs, on CPUs.
+Runs a script on CPUs under a configuration of `accelerate launch` for several GPUs.
 
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 2 --mixed_precision no \
         tests/helpers/on_cpus.py recipes/sequence_classification.py
 
-Accelerate shares weights out (FSDP2) among processes of accelerators alone. Here it takes those of gloo for such.
+Accelerate only shards weights (FSDP2) among processes with accelerators. Here it treats gloo's processes as such.
 """
 
 import os
@@ -17,7 +17,7 @@ from accelerate import DistributedType, PartialState
 
 
 def take_cpus_for_gpus() -> None:
-    """For this process, one of several that its environment tells of."""
+    """For this process, one of several according to its environment."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")

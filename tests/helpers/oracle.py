@@ -1,6 +1,6 @@
-"""What masks and attention must give, written from their definitions alone: no code of hf_dynmask is used here.
+"""Expected masks and attention, written from their definitions without any code of hf_dynmask.
 
-Speed is no aim: masks are worked out cell by cell in plain Python, attention densely, one sequence at a time.
+Speed does not matter: masks are computed cell by cell in plain Python, attention densely, one sequence at a time.
 """
 
 import ast
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Predicates for `custom`, right for integers and for tensors of them; the tests register these very functions.
+# Predicates for `custom`, for integers and integer tensors; the tests register these functions.
 PREDICATES = {
     "every_third": lambda i, j: (i + 2 * j) % 3 == 0,
     "wedge": lambda i, j: j <= 2 * i + 1,
@@ -33,7 +33,7 @@ class Sequence:
         return self.fields[f"key_{name}" if f"key_{name}" in self.fields else name][j]
 
 
-# allowed(i, j) of each leaf that says it of one pair alone; `at` is the Sequence.
+# allowed(i, j) of each leaf that depends on one pair alone; `at` is the Sequence.
 LEAVES = {
     "full": lambda at, i, j: True,
     "causal": lambda at, i, j: j <= i,

@@ -1,4 +1,4 @@
-"""What a recipe trains on in a test: a small stock checkpoint and a few texts with labels."""
+"""Inputs of a recipe in a test: a small stock checkpoint and a few texts with labels."""
 
 from pathlib import Path
 

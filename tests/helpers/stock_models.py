@@ -1,4 +1,4 @@
-"""Tiny stock models of every family that converts, with random weights."""
+"""Tiny stock models with random weights, of every family that can be converted."""
 
 from typing import Any
 
@@ -76,7 +76,7 @@ SIZES = {
 
 
 def random_stock(model_type: str, task: str, **settings) -> PreTrainedModel:
-    """A stock model in eval mode whose every parameter, biases and norms too, matters."""
+    """A stock model in eval mode in which every parameter matters, including biases and norms."""
     torch.manual_seed(0)
     settings = {"vocab_size": VOCABULARY, "max_position_embeddings": 41, **SIZES[model_type], **settings}
     model = AUTO_CLASSES[task].from_config(AutoConfig.for_model(model_type, **settings)).eval()

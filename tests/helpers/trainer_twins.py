@@ -1,4 +1,4 @@
-"""A model of each head, twice, for a Trainer: the stock model on padded rows, and ours on batches with lengths."""
+"""Pairs of models for each head for a Trainer: the stock model on padded rows, and ours on batches with lengths."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ TIMES = ("runtime", "per_second", "model_preparation_time", "total_flos")
 
 @dataclass
 class Outcome:
-    """What came of a training: what was logged step by step, the weights, and the files."""
+    """The outcome of a training: logs by step, weights and files."""
 
     logs: list[dict[str, float]]
     weights: dict[str, Tensor]
@@ -365,7 +365,7 @@ def make_trainer(
 
 
 def trained(trainer: Trainer, **settings: Any) -> Outcome:
-    """What comes of training, evaluation after it included."""
+    """The outcome of training and the evaluation after it."""
     trainer.train(**settings)
     trainer.evaluate()
     return Outcome.of(trainer)

@@ -1,4 +1,4 @@
-"""Functions run by two processes that reach each other through gloo, as `accelerate launch` would start them."""
+"""Runs functions in two processes that communicate through gloo, started as by `accelerate launch`."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ def free_port() -> int:
 
 
 def in_two_processes(function: Callable[..., Any], folder: Path, *preload: str) -> None:
-    """Call `function(folder)` in two processes.
+    """Calls `function(folder)` in two processes.
 
     Args:
         function: Of a module, by which a new process finds it.

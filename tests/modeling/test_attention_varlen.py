@@ -20,11 +20,6 @@ from strategies import cases, examples, leaves
 
 BANDS = ["full", "causal", "backward", "diagonal", "window({i})", "window({i}, {i})"]
 
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-    reason="the kernels need a CUDA device of compute capability 8.0",
-)
-
 
 def attend_varlen(plan, scaling, **options):
     return lambda *states: in_heads(attend(*map(packed, states), plan, scaling=scaling, **options)[0])
@@ -275,7 +270,7 @@ def test_what_they_can_serve(options):
 # --- CUDA ----------------------------------------------------------------------------------------------------------
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("text", ["full", "causal", "backward", "window(20, 3)", "causal & window(40, 0)", "cross"])

@@ -20,8 +20,11 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 16,
 }
+BY_TYPE = {"full_attention": {"rope_theta": 1e5}, "sliding_attention": {"rope_theta": 1e4}}
+ROTARY: dict[str, Any] = {"position_type": "rotary", "rope_parameters": BY_TYPE, "layer_types": list(BY_TYPE)}
 CONFIGS = [
     DynMaskConfig(**SIZES),
+    DynMaskConfig(**SIZES | ROTARY, use_qk_norm=True, norm_placement="pre"),
     DynMaskConfig.from_dict(
         SIZES
         | {
@@ -62,6 +65,7 @@ VALUES = [
 ]
 KEYS = [
     *["masks", "maks", "hiden_size", "validate", "to_dict", "attribute_map", "sub_configs", "__class__", "__dict__"],
+    *["query_key_norm", "feed_forward_bias", "layer_rope_theta"],
     *["num_labels", "torch_dtype", "rope_scaling", "rope_theta", "partial_rotary_factor", "per_layer_config"],
     *[
         "layer_types",
@@ -173,7 +177,7 @@ WRONG = [
     ({"pooler_act": "nothing"}, r"`pooler_act` must be the name of an activation"),
     ({"lm_head_act": "gelu "}, r"`lm_head_act` must be the name of an activation .*; got 'gelu '"),
     ({"norm_type": "batch_norm"}, r"`norm_type` must be one of 'layer_norm', 'rms_norm'; got 'batch_norm'"),
-    ({"norm_placement": "between"}, r"`norm_placement` must be one of 'after', 'before'; got 'between'"),
+    ({"norm_placement": "between"}, r"`norm_placement` must be one of 'pre', 'post'; got 'between'"),
     ({"norm_eps": 0.0}, r"`norm_eps` must be a finite number above 0; got 0.0"),
     ({"norm_eps": float("nan")}, r"`norm_eps` must be a finite number above 0; got nan"),
     ({"embedding_scale": float("inf")}, r"`embedding_scale` must be a finite number above 0; got inf"),
@@ -199,7 +203,49 @@ WRONG = [
     ),
     ({"rope_theta": -1.0}, r"`rope_theta` must be a finite number above 0; got -1.0"),
     ({"rope_scaling": "linear"}, r"`rope_scaling` must be a dictionary; got 'linear'"),
-    ({"layer_rope_theta": [1e4, 0.0]}, r"`layer_rope_theta\[1\]` must be a finite number above 0; got 0.0"),
+    ({"rope_scaling": BY_TYPE, "position_type": "rotary"}, r"`layer_types` must name types in .*; got None"),
+    (
+        {"rope_parameters": {**BY_TYPE, "rope_theta": 1e4}},
+        r"`rope_parameters.keys\(\)` must be one of .*; got 'rope_theta'",
+    ),
+    (
+        {"rope_parameters": {"full_attention": {"rope_theta": 0.0}}},
+        r"`rope_parameters\['full_attention'\]\['rope_theta'\]` must be a finite number above 0; got 0.0",
+    ),
+    (
+        {"rope_parameters": {**BY_TYPE, "sliding_attention": None}},
+        r"`rope_parameters\['sliding_attention'\]` must be a dictionary; got None",
+    ),
+    (
+        {"layer_types": ["full_attention", "conv"]},
+        r"`layer_types\[1\]` must be one of 'full_attention', .*; got 'conv'",
+    ),
+    (
+        {**ROTARY, "layer_types": ["full_attention"]},
+        r"`layer_types` must have one entry a layer, num_hidden_layers=2; got 1",
+    ),
+    (
+        {**ROTARY, "layer_types": ["full_attention", "chunked_attention"]},
+        r"`layer_types` must name types in `rope_parameters`, \['full_attention', .*\]; got 'chunked_attention'",
+    ),
+    (
+        {**ROTARY, "rope_theta": 1e4},
+        r"`rope_theta` must be in the entries of `rope_parameters`, by layer type; got 10000.0",
+    ),
+    (
+        {**ROTARY, "rope_parameters": {kind: {"partial_rotary_factor": 0.5} for kind in BY_TYPE}},
+        r"`partial_rotary_factor` must be 1.0: heads are rotated whole; got 0.5",
+    ),
+    (
+        {**ROTARY, "rope_parameters": None},
+        r"`layer_types` must be None unless `rope_parameters` is by layer type .* with position_type='rotary'",
+    ),
+    ({**ROTARY, "position_type": "none"}, r"`layer_types` must be None unless .* with position_type='none'"),
+    ({"sliding_window": 4}, r"`sliding_window` must not be given"),
+    ({"query_key_norm": True}, r"`query_key_norm` is a former name of `use_qk_norm`; got True"),
+    ({"feed_forward_bias": False}, r"`feed_forward_bias` is a former name of `mlp_bias`; got False"),
+    ({"layer_rope_theta": [1e4, 1e5]}, r"`layer_rope_theta` is a former name of `rope_parameters`; got \[10000.0, "),
+    ({"norm_placement": "before"}, r"`norm_placement` must be one of 'pre', 'post'; got 'before'"),
     ({"type_vocab_size": -1}, r"`type_vocab_size` must be at least 0; got -1"),
     ({"hidden_dropout_prob": -0.5}, r"`hidden_dropout_prob` must be a number from 0 to 1; got -0.5"),
     ({"attention_probs_dropout_prob": 2.0}, r"`attention_probs_dropout_prob` must be a number from 0 to 1; got 2.0"),
@@ -240,7 +286,7 @@ OF_TRANSFORMERS = [
     ({"attn_implementation": 5}, r"`attn_implementation` must be text, or a dictionary; got 5"),
     ({"auto_map": ["AutoModel"]}, r"`auto_map` must be a dictionary; got \['AutoModel'\]"),
     ({"auto_map": {"AutoModel": 3}}, r"`auto_map\['AutoModel'\]` must be text, or a list; got 3"),
-    ({"layer_types": 5}, r"`layer_types` must be a list; got 5"),
+    ({"layer_types": 5}, r"`layer_types` must be a list; got 5|'layer_types' with value 5"),
     (
         {"per_layer_config": {"0": {"hidden_size": 2}}},
         r"`per_layer_config` must be None: a DynMask\w+ has equal layers",

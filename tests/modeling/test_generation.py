@@ -183,6 +183,29 @@ def test_masks_of_our_own_hold_in_every_form_and_with_every_cache(prompts, mask)
     assert new_tokens(plain, padded(prompts, "right"), min_new_tokens=NEW) != expected
 
 
+def test_layer_types_select_rotary_positions_and_no_cache_drops_tokens(prompts):
+    types = ["full_attention", "sliding_attention", "chunked_attention"]
+    bases = zip(types, [1e4, 10.0, 100.0], strict=True)
+    config = DynMaskConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+        initializer_range=0.5,
+        position_type="rotary",
+        rope_parameters={kind: {"rope_theta": base} for kind, base in bases},
+        layer_types=types,
+        layer_masks=["causal", "causal & window(3, 0)", "causal & prefix(2)"],
+    )
+    torch.manual_seed(0)
+    model = DynMaskForCausalLM(config).eval()
+    inputs = padded(prompts, "right")
+    expected = new_tokens(model, inputs, min_new_tokens=NEW, use_cache=False)
+    for how in ({}, {"cache_implementation": "static"}):
+        assert new_tokens(model, inputs, min_new_tokens=NEW, **how) == expected
+
+
 def test_each_new_token_is_the_best_of_a_full_forward_pass(model, prompts):
     for tokens, prompt in zip(new_tokens(model, padded(prompts, "right"), min_new_tokens=NEW), prompts, strict=True):
         logits = model(torch.cat([prompt, torch.tensor(tokens)])[None], use_cache=False).logits[0]

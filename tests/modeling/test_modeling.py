@@ -277,13 +277,8 @@ def test_unknown_attention_implementation_lists_the_known(name):
             r"`partial_rotary_factor` must be 1.0: heads are rotated whole; got 0.5",
         ),
         (
-            {"position_type": "rotary", "layer_rope_theta": [1e4]},
-            r"`layer_rope_theta` must have one entry a layer, num_hidden_layers=2; got 1",
-        ),
-        ({"layer_rope_theta": [1e4, 1e5]}, r"`layer_rope_theta` needs position_type='rotary'; got 'learned'"),
-        (
             {"first_attention_norm": False},
-            r"`first_attention_norm` must be True with norm_placement='after'; got False",
+            r"`first_attention_norm` must be True with norm_placement='post'; got False",
         ),
         ({"head_dim": 0}, r"`head_dim` must be at least 1; got 0"),
     ],

@@ -246,14 +246,14 @@ class TestBertLike(CommonModelTests, unittest.TestCase):
 class TestLlamaLike(CommonModelTests, unittest.TestCase):
     all_model_classes = tuple(MODEL_CLASSES.values())
     options = {
-        "norm_placement": "before",
+        "norm_placement": "pre",
         "norm_type": "rms_norm",
         "position_type": "rotary",
         "gated_feed_forward": True,
         "num_key_value_heads": 2,
         "value_head_dim": 6,
         "attention_bias": False,
-        "feed_forward_bias": False,
+        "mlp_bias": False,
         "mask": "causal & window(3, 0)",
     }
 

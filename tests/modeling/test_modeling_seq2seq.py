@@ -543,7 +543,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False},
     "two vocabularies": {"share_embeddings": False, "decoder": {"vocab_size": 40}},
     "sinusoidal": {"position_type": "sinusoidal", "sinusoidal_in_halves": True, "embedding_scale": 4.0},
-    "rotary": {"position_type": "rotary", "norm_placement": "before", "norm_type": "rms_norm"},
+    "rotary": {"position_type": "rotary", "norm_placement": "pre", "norm_type": "rms_norm"},
     "masks": {"mask": "window(3)", "decoder": {"mask": "causal & window(2, 0)", "cross_mask": "window(4)"}},
 }
 

@@ -1,5 +1,6 @@
 """A recipe started by `accelerate launch` with a shipped configuration, as a user would."""
 
+import ast
 import json
 import os
 import shutil
@@ -48,3 +49,19 @@ def test_two_cpus(configuration, more, tmp_path):
     results = json.loads((tmp_path / "output" / "results.json").read_text())
     assert results["environment"]["processes"] == 2
     assert load_file(tmp_path / "output" / "model.safetensors")
+
+
+@pytest.mark.parametrize("recipe", ["benchmark"])
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(recipe):
+    statements = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text(encoding="utf-8")).body
+    first = next(each for each in statements if isinstance(each, ast.Import | ast.ImportFrom))
+    assert ast.unparse(first) == "import support.threads"
+
+
+@pytest.mark.parametrize("given, expected", [(None, "passive"), ("active", "active")])
+def test_what_the_environment_says_stands(given, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"PYTHONPATH": str(ROOT / "recipes")} | ({} if given is None else {"OMP_WAIT_POLICY": given})
+    command = "import support.threads, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [expected, "False"]

@@ -109,7 +109,7 @@ def test_index_of_metrics(file, results, card):
 def test_sections(results, card):
     headings = re.findall("(?m)^## (.+)$", card.text)
     shown = ["Results"] if "parts" in results else ["Results", "Masks and lengths", "Use"]
-    ending = ["Limits and risks", "Model and data", "How to make it again", "Training", "Environment"]
+    ending = ["Limits and risks", "Model and data", "How to reproduce", "Training", "Environment"]
     assert headings == shown + ending
     assert f"```bash\n{command(results)}\n```" in card.text
     for mask in results.get("masks", {}).values():

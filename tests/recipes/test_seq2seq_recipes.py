@@ -21,9 +21,10 @@ from hf_dynmask import DynMaskForConditionalGeneration
 from support.common import load_texts
 from support.measuring import padding_share
 from support.samples import DATASETS, resolve_dataset
-from support.seq2seq import Evaluation, task_card, train_tokenizer
+from support.seq2seq import Evaluation, train_tokenizer
 
 RECIPES: dict[str, Any] = {"translation": translation, "summarization": summarization}
+COLUMNS = {"translation": ("source", "target"), "summarization": ("text", "summary")}
 WORDS = ["red", "green", "house", "tree", "river", "small", "old", "the"]
 USUAL = "ja, das ist es"  # most targets: what a model learns first
 
@@ -32,11 +33,12 @@ USUAL = "ja, das ist es"  # most targets: what a model learns first
 def run(request, tmp_path_factory):
     """The recipe, the folder of a run with `--baseline` and what it printed."""
     recipe, folder = RECIPES[request.param], tmp_path_factory.mktemp(request.param)
+    source, target = COLUMNS[request.param]
     draw = random.Random(0)
     rows = [
         {
-            recipe.TASK.source: " ".join(draw.choices(WORDS, k=draw.randint(1, 9))),
-            recipe.TASK.target: USUAL if draw.random() < 0.7 else " ".join(draw.choices("xyz", k=3)),
+            source: " ".join(draw.choices(WORDS, k=draw.randint(1, 9))),
+            target: USUAL if draw.random() < 0.7 else " ".join(draw.choices("xyz", k=3)),
         }
         for _ in range(100)
     ]
@@ -63,7 +65,9 @@ def run(request, tmp_path_factory):
         splits = resolve_dataset(str(folder / "pairs.jsonl"))
     results = json.loads((folder / "output/results.json").read_text())
     return SimpleNamespace(
-        task=recipe.TASK,
+        about=recipe.ABOUT,
+        score=recipe.score,
+        columns=(source, target),
         folder=folder,
         output=folder / "output",
         printed=printed.getvalue(),
@@ -80,10 +84,10 @@ def test_saved_model_has_the_quality(run):
     model = AutoModelForSeq2SeqLM.from_pretrained(run.output)
     tokenizer = AutoTokenizer.from_pretrained(run.output)
     assert isinstance(model, DynMaskForConditionalGeneration)
-    sources = list(run.splits["test"][run.task.source])
+    sources = list(run.splits["test"][run.columns[0]])
     batch = tokenizer(sources, padding=True, truncation=True, max_length=12, return_tensors="pt")
     answers = tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)
-    found = run.task.score([answer.strip() for answer in answers], list(run.splits["test"][run.task.target]))
+    found = run.score([answer.strip() for answer in answers], list(run.splits["test"][run.columns[1]]))
     assert found == pytest.approx({name: run.results["runs"]["dynmask"][name] for name in found})
 
 
@@ -103,7 +107,7 @@ def test_baseline_follows_the_same_course(run):
 def test_real_tokens_of_both_sides_are_counted(run):
     tokenizer = AutoTokenizer.from_pretrained(run.output)
     tokens = 0
-    for column, limit in ((run.task.source, 12), (run.task.target, 10)):
+    for column, limit in ((run.columns[0], 12), (run.columns[1], 10)):
         encoded = tokenizer(list(run.splits["train"][column]), truncation=True, max_length=limit)
         tokens += sum(map(len, encoded["input_ids"]))
     for figures in run.results["runs"].values():
@@ -119,21 +123,21 @@ def test_what_the_results_tell(run):
     assert run.results["masks"] == {"encoder": "full", "decoder": "causal", "cross-attention": "full"}
     sums = [90 * lengths["mean"] for lengths in run.results["lengths"].values()]
     assert run.results["runs"]["dynmask"]["train_tokens"] == 4 * round(sum(sums))
-    trivial, metric = run.results["trivial"], run.task.metric
+    trivial, metric = run.results["trivial"], run.about.metrics[0]
     assert 0 <= trivial[metric] < run.results["runs"]["dynmask"][metric] <= 100
 
 
 def test_model_card_is_the_results(run):
     card = ModelCard.load(run.output / "README.md")
-    assert str(card) == str(task_card(run.task, run.results))
+    assert str(card) == str(run.about.make_card(run.results))
     metadata: Any = card.data
-    assert metadata.pipeline_tag == run.task.task
+    assert metadata.pipeline_tag == run.about.task
     for name, written in {"json": "results.json", "md": "README.md"}.items():
-        assert (run.folder / "cards" / f"{run.task.recipe}.{name}").read_text() == (run.output / written).read_text()
+        assert (run.folder / "cards" / f"{run.about.recipe}.{name}").read_text() == (run.output / written).read_text()
 
 
 def test_printed_summary_states_the_margin(run):
-    metric = run.task.metric
+    metric = run.about.metrics[0]
     margin = run.results["runs"]["dynmask"][metric] - run.results["trivial"][metric]
     assert f"The model's is {margin:+.3f} of that." in run.printed
     lines = [line for line in run.printed.splitlines() if line.startswith(("|", "Padding", "Without", "Speed-up"))]
@@ -165,7 +169,7 @@ def test_answers_are_scored_without_padding(tokenizer):
     predictions = np.full((2, max(map(len, ids)) + 2), -100)
     for row, answer in zip(predictions, ids, strict=True):
         row[: len(answer)] = answer
-    evaluation = Evaluation(translation.TASK, tokenizer, answers)
+    evaluation = Evaluation(translation.score, tokenizer, answers)
     assert evaluation(EvalPrediction(predictions, np.zeros((2, 1)))) == pytest.approx({"chrf": 100, "bleu": 100})
 
 
@@ -178,7 +182,6 @@ def test_scores():
 def test_trivial_answers():
     train, test = (Dataset.from_dict({"source": [name], "summary": [name]}) for name in ("train", "test"))
     texts = DatasetDict({"train": train, "test": test})
-    assert translation.sources(texts) == ["test"]
     assert summarization.summaries_of_others(texts) == ["train"]
 
 

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from hf_dynmask import DynMaskForSequenceClassification
-from sequence_classification import DEFAULTS, RecipeArguments, encode_labels, load_classifier, main, make_card
+from sequence_classification import DEFAULTS, RecipeArguments, encode_labels, main, make_card
 from support.cards import command, describe_source
-from support.common import load_columns, parse_arguments
+from support.common import dropout_of, dropout_settings, load_columns, load_model, names_of, parse_arguments
 from support.measuring import check_reloaded, padding_share
 from support.samples import resolve_dataset
 
@@ -72,6 +72,11 @@ def call(folder, *flags, **options):
     return printed.getvalue()
 
 
+def load_classifier(checkpoint: str, labels: list[str], dropout: float) -> Any:
+    settings = names_of(labels) | dropout_of(dropout)
+    return load_model(checkpoint, "sequence-classification", AutoModelForSequenceClassification, **settings)
+
+
 @pytest.fixture(scope="module")
 def output(run):
     return run[0]
@@ -103,7 +108,7 @@ def test_saved_model_has_the_accuracy(output, results, splits):
 
 def test_a_resumed_run_ends_where_the_other_did(output, results, folder, tmp_path):
     """Its tokens are those since the checkpoint, half of all."""
-    call(folder, output_dir=tmp_path, resume_from_checkpoint=output / "checkpoint-3")
+    call(folder, output_dir=tmp_path, dropout=0, resume_from_checkpoint=output / "checkpoint-3")
     weights = [load_file(place / "model.safetensors") for place in (tmp_path, output)]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     found, whole = (json.loads((place / "results.json").read_text())["runs"]["dynmask"] for place in (tmp_path, output))
@@ -117,7 +122,7 @@ def test_baseline_follows_the_same_course(output, folder):
     stock = AutoModelForSequenceClassification.from_pretrained(checkpoint)
     assert isinstance(stock, BertForSequenceClassification)
     set_seed(42)  # as the run did
-    before = load_classifier(str(folder / "model"), ["no", "yes"], dropout=0.0)
+    before = load_classifier(str(folder / "model"), ["no", "yes"], 0.0)
     batch = AutoTokenizer.from_pretrained(output)(
         [" ".join(WORDS), "good film", "bad"], padding=True, return_tensors="pt"
     )
@@ -194,13 +199,28 @@ def test_printed_summary_is_in_the_card(run, output, results):
 
 
 def test_model_that_is_a_dynmask_one_already(output):
-    model = load_classifier(str(output), ["a", "b"], dropout=0.25)
+    model = load_classifier(str(output), ["a", "b"], 0.25)
     assert (model.config.hidden_dropout_prob, model.config.attention_probs_dropout_prob) == (0.25, 0.25)
     assert model.config.id2label == {0: "a", 1: "b"}
     saved = load_file(output / "model.safetensors")
     assert {name: weight.tolist() for name, weight in model.state_dict().items()} == {
         name: weight.tolist() for name, weight in saved.items()
     }
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], {}),
+        (["--baseline"], dropout_of(0.0)),
+        (["--dropout", "0.3"], dropout_of(0.3)),
+        (["--dropout", "0.3", "--baseline"], dropout_of(0.3)),
+        (["--dropout", "0"], dropout_of(0.0)),
+    ],
+)
+def test_dropout_is_the_model_s_own_unless_two_trainings_are_compared(flags, expected):
+    (recipe,) = parse_arguments([RecipeArguments], flags)
+    assert dropout_settings(recipe) == expected
 
 
 def test_card_names_what_is_on_the_hub(results):

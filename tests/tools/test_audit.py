@@ -226,7 +226,7 @@ def test_what_is_shown(model, tmp_path):
         ["3-3", "█" * 25, "1"],
     ]
     assert lines[12].split() == ["12-12", "█" * 50, "2"]
-    assert "Examples that were cut off: 1" in lines
+    assert "Truncated examples: 1" in lines
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
     expected = audit_dataset(Dataset.from_dict({"text": TEXTS}), model, 4, max_length=12).batchings
     assert [row[0] for row in table] == ["plain", "grouped by length", "budget of 25 tokens"]
@@ -348,7 +348,7 @@ def test_samples_are_the_recipes(model, monkeypatch, capsys):
     """The command names the script that takes them, which hands it files."""
     result = run("sample:reviews", "--model", model)
     assert result.exit_code == 2
-    assert "run `python recipes/command.py` in place of `hf-dynmask`; got sample:reviews" in result.stderr
+    assert "run `python recipes/command.py` instead of `hf-dynmask`; got sample:reviews" in result.stderr
     data = {"train": Dataset.from_dict({"text": TEXTS})}
     monkeypatch.setattr(command, "resolve_dataset", {"sample:reviews": data}.__getitem__)
     monkeypatch.setattr(command, "resolve_model", {"sample:minilm": model}.__getitem__)

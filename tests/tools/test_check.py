@@ -113,7 +113,7 @@ def test_a_model_that_mixes_sequences(saved, monkeypatch):
 
     monkeypatch.setattr(DynMaskForTokenClassification, "forward", forward)
     wrong = wrong_lines(folder)
-    assert wrong[-2:] == [f"{how}: sequences that change as another does" for how in APART[:2]]
+    assert wrong[-2:] == [f"{how}: sequences that change when another does" for how in APART[:2]]
 
 
 def test_a_model_that_looks_at_padding(saved, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_model_that_looks_at_padding(saved, monkeypatch):
     monkeypatch.setattr(DynMaskForTokenClassification, "forward", forward)
     monkeypatch.setattr(check_module, "_agreement", lambda *arguments: [])
     monkeypatch.setattr(check_module, "_flat", check_module._rows)
-    assert wrong_lines(folder)[-1] == "lengths, in rows: sequences that change as padding does"
+    assert wrong_lines(folder)[-1] == "lengths, in rows: sequences that change when padding does"
 
 
 def test_weights_that_differ(saved, monkeypatch):
@@ -228,7 +228,7 @@ def test_there_is_no_model(tmp_path):
 
 
 def test_there_are_no_texts(with_tokenizer):
-    with pytest.raises(ValueError, match="must hold at least one text that is not empty; got none"):
+    with pytest.raises(ValueError, match="must hold at least one non-empty text; got none"):
         list(check_model(with_tokenizer, ["", "  "]))
 
 

@@ -188,17 +188,17 @@ def test_places_that_cannot_be_replaced(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="`folder` must .*loop"):
         write(tmp_path / "loop", 2)
-    with pytest.raises(ValueError, match="`folder` must be new, empty or a former export; .*file holds something else"):
+    with pytest.raises(ValueError, match="`folder` must be new, empty or an earlier export; .*file holds"):
         write(tmp_path / "file", 2)
     monkeypatch.chdir(tmp_path / "place" / "inside")
     for place in (Path(), Path(".."), tmp_path / "place"):
-        with pytest.raises(ValueError, match="`folder` must not have the working directory in it, .* got "):
+        with pytest.raises(ValueError, match="`folder` must not contain the working directory, .* got "):
             write(place, 2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name in ("empty", "inside"))
     with pytest.raises(ValueError, match="`folder` must not be a mount point, .* give a folder in .*empty"):
         write(tmp_path / "empty", 2)
-    with pytest.raises(ValueError, match="`folder` must hold no mount point, .* got .*inside"):
+    with pytest.raises(ValueError, match="`folder` must not contain a mount point, .* got .*inside"):
         write(tmp_path / "place", 2)
     assert contents(tmp_path / "place") == {"ours": "", "number": "1"}
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "loop", "place"]
@@ -212,7 +212,7 @@ def test_mount_points_that_only_the_system_knows(number, tmp_path, monkeypatch):
     write(tmp_path / "place", 1)
     (tmp_path / "place" / "mine").write_text("mine")
     monkeypatch.setattr(*((folders, "_exchange") if number == errno.EBUSY else (os, "link")), refuse)
-    with pytest.raises(ValueError, match="`folder` must (not be a|hold no) mount point, which cannot be"):
+    with pytest.raises(ValueError, match="`folder` must not (be|contain) a mount point, which cannot be"):
         write(tmp_path / "place", 2)
     assert contents(tmp_path / "place") == {"ours": "", "number": "1", "mine": "mine"}
     assert os.listdir(tmp_path) == ["place"]

@@ -151,7 +151,7 @@ def test_heads_that_differ_get_panels():
     assert titles == ["heads 0 to 1: causal", "head 2: full", "head 3: window(1, 1)"]
     panels = mask_panels(HEADS, [6], heads=4)
     assert [drawn_cells(axis) for axis in figure.axes] == [expected_cells(panel, 128) for panel in panels]
-    with pytest.raises(ValueError, match="heads that differ need panels of their own, 3 here; leave `ax` out"):
+    with pytest.raises(ValueError, match="`ax` must be left out for heads that differ, which need 3 panels"):
         plot_mask(HEADS, [6], heads=4, ax=pyplot.figure().add_subplot())
 
 
@@ -213,7 +213,7 @@ def test_masks_side_by_side():
     "expressions, lengths, message",
     [
         ([], [3], "`masks` must hold at least one expression; got none"),
-        (["full"], [1000, 25], "`lengths` must be of at most 1,024 tokens in all, to be told apart; got 1,025"),
+        (["full"], [1000, 25], "`lengths` must add up to at most 1,024 tokens, to be legible; got 1,025"),
         (["full", "causal &"], [3], "mask does not parse at column 9"),
         (["full", "segments"], [3], "reads the field `segment_ids`, which the batch lacks"),
     ],
@@ -357,7 +357,7 @@ def test_bad_requests(arguments, message):
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    message = r"pictures need matplotlib: pip install 'hf_dynmask\[plot\]'"
+    message = r"plots need matplotlib: pip install 'hf_dynmask\[plot\]'"
     with pytest.raises(ImportError, match=message):
         plot_mask("causal", [3])
     with pytest.raises(ImportError, match=message):

@@ -136,8 +136,8 @@ CHANGES = {
     edited: "changed or missing: masks.py",
     edited_and_rehashed: "unlike the installed code: masks.py",
     missing: "changed or missing: plan.py",
-    hashes_emptied: "must be one that was exported, .* lists none",
-    record_removed: "must be one that was exported, .* lists none",
+    hashes_emptied: "must be an export, .* lists none",
+    record_removed: "must be an export, .* lists none",
     one_unlisted: "not listed: masks.py",
     further_module: "not listed: extra.py",
     further_module_that_is_listed: "unlike the installed code: .*extra.py",
@@ -175,7 +175,7 @@ def test_records_of_code_that_are_none(record, folder):
     change(folder, dynmask_code=record)
     with pytest.raises(StrictDataclassError, match="`dynmask_code` must |'dynmask_code' expected a dict"):
         verify_code(str(folder))
-    with pytest.raises(ValueError, match="`folder` must be new, empty or a former export"):
+    with pytest.raises(ValueError, match="`folder` must be new, empty or an earlier export"):
         export(DynMaskForMaskedLM(DynMaskConfig(**SIZES, num_attention_heads=2, intermediate_size=8)), folder)
 
 
@@ -207,5 +207,5 @@ def test_checkpoints_without_code(tmp_path):
     assert verify_code(str(tmp_path / "ours")) is None
     assert verify_code(str(tmp_path / "stock")) is None
     for name in ("ours", "stock"):
-        with pytest.raises(ValueError, match="`folder` must be one that was exported"):
+        with pytest.raises(ValueError, match="`folder` must be an export"):
             verify(tmp_path / name)

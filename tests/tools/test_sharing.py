@@ -201,7 +201,7 @@ def elsewhere(tmp_path_factory, tokenizer):
         export(make_model("dynmask-AutoModel"), root / "wrong" / name)
     with (root / "wrong/changed/plan.py").open("a") as file:
         file.write("# another line")
-    change_config(root / "wrong/newer", config_version=2, mask="a_mask_of_the_future")
+    change_config(root / "wrong/newer", config_version=3, mask="a_mask_of_the_future")
     break_weights(root / "wrong/broken")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules")}
@@ -247,7 +247,7 @@ def test_code_that_the_user_refuses(elsewhere):
     assert "pass the argument `trust_remote_code=True`" in message
 
 
-NEWER = r"`config_version` must be at most 1, .* got 2: the checkpoint needs a newer hf_dynmask"
+NEWER = r"`config_version` must be at most 2, .* hf_dynmask .* reads; got 3: the checkpoint needs a newer hf_dynmask"
 
 
 def test_a_newer_configuration(elsewhere):
@@ -258,9 +258,9 @@ def test_a_newer_configuration(elsewhere):
     assert result.exit_code == 2
     assert re.search(NEWER, result.output)
     with pytest.raises(StrictDataclassError, match=NEWER):
-        DynMaskSeq2SeqConfig(config_version=2)
+        DynMaskSeq2SeqConfig(config_version=3)
     with pytest.raises(StrictDataclassError, match=NEWER):
-        DynMaskRecurrentConfig(config_version=2)
+        DynMaskRecurrentConfig(config_version=3)
 
 
 def test_broken_weights(elsewhere):
@@ -439,9 +439,9 @@ def a_folder(path: Path) -> None:
 @pytest.mark.parametrize("make", [a_file, a_folder, lambda path: masked_lm().save_pretrained(path)])
 def test_folders_of_others(make, tmp_path):
     make(tmp_path / "model")
-    with pytest.raises(ValueError, match="`folder` must be new, empty or a former export; .* holds something else"):
+    with pytest.raises(ValueError, match="`folder` must be new, empty or an earlier export; .* holds something else"):
         export(masked_lm(), tmp_path / "model")
-    with pytest.raises(ValueError, match="`folder` must be one that was exported, .* lists none"):
+    with pytest.raises(ValueError, match="`folder` must be an export, .* lists none"):
         verify(tmp_path / "model")
 
 
@@ -523,8 +523,11 @@ def test_a_conversion_that_is_wrong_is_not_written(tmp_path, monkeypatch):
     "command, message",
     [
         (["export", "stock", "out"], "stock must be a DynMask checkpoint; got one of type 'bert'"),
-        (["convert", "stock", "out", "--to", "bert"], "--to is for a DynMask checkpoint, which stock is not"),
-        (["convert", "stock", "stock"], "`folder` must be new, empty or a former export; stock holds something else"),
+        (
+            ["convert", "stock", "out", "--to", "bert"],
+            "--to must be left out unless the checkpoint is a DynMask one",
+        ),
+        (["convert", "stock", "stock"], "`folder` must be new, empty or an earlier export; stock holds something else"),
     ],
 )
 def test_wrong_commands(command, message, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def kinds() -> dict[str, Kind]:
         ),
         "causal, flat": Kind(
             DynMaskForCausalLM(
-                DynMaskConfig(mask="causal & topk(3)", position_type="rotary", norm_placement="before", **SHAPE)
+                DynMaskConfig(mask="causal & topk(3)", position_type="rotary", norm_placement="pre", **SHAPE)
             ),
             DataCollatorWithLengths(tokenizer, flat=True),
             options={"callbacks": [ThroughputCallback()]},
