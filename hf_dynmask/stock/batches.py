@@ -27,6 +27,7 @@ INPUTS = ("input_ids", "inputs_embeds")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 CACHES = ("cache", "past_key_values")
 MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+SPEAKING = (*INPUTS, *TARGETS, *CACHES, *MASKS, *PACKING, "lengths", "decoder_lengths", "position_ids")
 FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where sequences begin
 
 
@@ -39,8 +40,8 @@ class Batch:
         names (`Collection[str]`): Names of the model's own arguments.
         given (`dict`): Arguments by name.
         is_inner (`bool`): Whether another prepared model runs this one.
-        starts (bool `Tensor` of shape `(B, T)`, *optional*):
-            Where sequences begin, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
+        layout ([`SequenceLayout`], *optional*):
+            Where the sequences are, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
         told_by (`str`): Which of these arguments says so.
         sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
         unchecked (`dict[str, Tensor]`): By mask, whether it holds only 0 and 1; not read yet, see [`read_along`].
@@ -50,30 +51,38 @@ class Batch:
     names: Collection[str]
     given: dict[str, Any]
     is_inner: bool = False
-    starts: Tensor | None = None
+    layout: SequenceLayout | None = None
     told_by: str = ""
     sequences_separated: bool = False
     unchecked: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def read(
-        cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any], is_inner: bool = False
+        cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any], outer: Batch | None = None
     ) -> Batch:
         """Passes what the batch says about its sequences to the model in arguments that it reads.
 
-        Lengths of rows become an attention mask, and a flat batch gets its `position_ids`.
+        Lengths of rows become an attention mask, and a flat batch gets its `position_ids`. What the batch of an `outer`
+        model says is not read again if it is all that is given.
 
         Raises:
             ValueError: Arguments contradict each other, or cannot be followed.
         """
-        batch = cls(model, names, dict(given), is_inner)
+        batch = cls(model, names, dict(given), is_inner=outer is not None)
+        if outer is not None and outer.layout is not None and batch._says_the_same(outer):
+            batch.layout, batch.told_by = outer.layout, outer.told_by
+            return batch
         if getattr(batch._first_of(CACHES), "is_of_flat_batch", False):
             raise ValueError("a cache must hold one sequence a row; got one that a flat batch has filled")
         batch._read_sequences()
         batch._read_targets()
-        if not is_inner:
+        if outer is None:
             batch.unchecked = {name: ((mask == 0) | (mask == 1)).all() for name, mask in batch._masks_of_tokens()}
         return batch
+
+    def _says_the_same(self, outer: Batch) -> bool:
+        """Whether it has the very arguments of an outer model, as far as they speak of tokens and sequences."""
+        return all(self.given.get(name) is outer.given.get(name) for name in SPEAKING)
 
     def _masks_of_tokens(self) -> Iterator[tuple[str, Tensor]]:
         """The masks of real tokens that may hold numbers other than 0 and 1."""
@@ -108,8 +117,7 @@ class Batch:
             self._put_padding(told.pop(0), "attention_mask", INPUTS, layout)
         if not told:
             return
-        starts = layout.unflatten(layout.begins[None])
-        self.starts, self.told_by = first_and(starts[:, 1:]), told[0]
+        self.layout, self.told_by = layout, told[0]
         if "position_ids" in self.names and self.given.get("position_ids") is None:
             positions = layout.unflatten(layout.positions[None])
             self.given["position_ids"] = positions + _first_position(self.model)
@@ -214,14 +222,14 @@ class Batch:
 
     @property
     def is_told_flat(self) -> bool:
-        """Whether a row holds several sequences, not counting what `position_ids` say."""
-        return self.starts is not None and bool(self.starts[:, 1:].any())
+        """Whether a row holds several sequences, empty ones included, not counting what `position_ids` say."""
+        return self.layout is not None and self.layout.num_sequences != self.layout.shape[0]
 
     @property
     def is_flat(self) -> bool:
         """Whether a row holds several sequences."""
         position_ids = self.given.get("position_ids")
-        if self.starts is not None or position_ids is None or position_ids.dim() != 2:
+        if self.layout is not None or position_ids is None or position_ids.dim() != 2:
             return self.is_told_flat
         present = self._present(position_ids.shape[1])
         if present is not None:

@@ -195,7 +195,7 @@ def run_announced(
 ) -> Any:
     """Runs a model's forward pass; its recorded arguments are removed however it ends."""
     outer = batches.get()
-    batch = _enter(model, names, given, takes_others, is_inner=bool(outer))
+    batch = _enter(model, names, given, takes_others, outer[-1] if outer else None)
     try:
         batches.set((*outer, batch))
         output = forward(model, **batch.given)
@@ -207,14 +207,14 @@ def run_announced(
 
 @eager_only
 def _enter(
-    model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool, is_inner: bool
+    model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool, outer: Batch | None
 ) -> Batch:
-    if takes_others and not is_inner:
+    if takes_others and outer is None:
         _check_keywords(model, given.keys() - set(names) - KNOWN)
         _warn_of_fields(model, [name for name in FIELD_SHAPES if name not in names and given.get(name) is not None])
     if getattr(model, "_is_replica", False) and given.get("input_ids") is not None:
         check_not_scattered(given["input_ids"], given.get("lengths"), getattr(model.config, "pad_token_id", None))
-    return Batch.read(model, names, given, is_inner)
+    return Batch.read(model, names, given, outer)
 
 
 @eager_only
