@@ -85,6 +85,7 @@ def _required(config: PreTrainedConfig, task: str) -> Settings:
 
 
 BART = Family(
+    model_types=("bart",),
     modules=MODULES,
     heads={
         **HEADS,

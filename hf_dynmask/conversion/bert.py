@@ -48,6 +48,7 @@ def restored(config: DynMaskConfig, task: str) -> Settings:
 
 
 BERT = Family(
+    model_types=("bert",),
     modules=ENCODER,
     heads={
         "base": {"pooler.dense": "pooler.dense"},

@@ -36,6 +36,7 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
 _POOLED: Names = {"model.pooler.dense": "pre_classifier", "classifier": "classifier"}
 
 DISTILBERT = Family(
+    model_types=("distilbert",),
     modules={
         "embeddings.word_embeddings": "embeddings.word_embeddings",
         "embeddings.position_embeddings": "embeddings.position_embeddings",

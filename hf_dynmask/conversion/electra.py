@@ -43,6 +43,7 @@ def _required(config: PreTrainedConfig, task: str) -> Settings:
 
 
 ELECTRA = Family(
+    model_types=("electra",),
     modules={**ENCODER, "embeddings.projection": "embeddings_project"},
     heads={
         "base": {},

@@ -46,18 +46,7 @@ from ..modeling.modeling_dynmask_seq2seq import (
     DynMaskSeq2SeqModel,
 )
 from ..stock.batches import CONFIG_ENTRY
-from .bart import BART
-from .bert import BERT
-from .distilbert import DISTILBERT
-from .electra import ELECTRA
-from .family import Family, OurConfig, Settings, classifier_dropout
-from .gpt2 import GPT2
-from .llama import LLAMA
-from .marian import MARIAN
-from .mistral import MISTRAL
-from .modernbert import MODERNBERT
-from .qwen import QWEN2, QWEN3
-from .roberta import ROBERTA
+from .family import Family, OurConfig, Settings, all_families, classifier_dropout
 from .weights import to_ours, to_theirs
 from .zero3 import whole_weights
 
@@ -87,21 +76,7 @@ TASKS = {
     "multiple-choice": Task(MODEL_FOR_MULTIPLE_CHOICE_MAPPING, (DynMaskForMultipleChoice,)),
 }
 
-FAMILIES = {
-    "bart": BART,
-    "bert": BERT,
-    "distilbert": DISTILBERT,
-    "electra": ELECTRA,
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "marian": MARIAN,
-    "mistral": MISTRAL,
-    "modernbert": MODERNBERT,
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "roberta": ROBERTA,
-    "xlm-roberta": ROBERTA,
-}
+FAMILIES = all_families()
 
 # Stock settings, some from older releases, that change the function or have no counterpart here.
 REQUIRED = {

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -31,6 +34,7 @@ class Family:
     mention has its default.
 
     Args:
+        model_types (`tuple[str, ...]`): The stock configurations' `model_type`.
         modules (`dict[str | tuple[str, ...], str]`):
             Modules of the bare model that hold weights; `{i}` is the index of the layer. Several of ours may be equal
             parts of one of theirs.
@@ -52,6 +56,7 @@ class Family:
             The class of our configuration. `renamed` and `implied` may name any field that its constructor takes.
     """
 
+    model_types: tuple[str, ...]
     modules: Names
     heads: Mapping[str, Names]
     renamed: Mapping[str, str]
@@ -75,6 +80,14 @@ class Family:
                 full = tuple(f"{our_place}{own}".format(i=i) for own in names)
                 links[f"{their_place}{name}".format(i=i)] = Link(full, transposed)
         return links
+
+
+def all_families() -> dict[str, Family]:
+    """The families by model type: all that the files beside this one declare."""
+    package = __name__.rpartition(".")[0]
+    modules = [import_module(f"{package}.{found.name}") for found in iter_modules([str(Path(__file__).parent)])]
+    families = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
+    return {model_type: family for family in families for model_type in family.model_types}
 
 
 def classifier_dropout(config: PreTrainedConfig) -> float:

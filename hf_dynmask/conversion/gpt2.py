@@ -42,6 +42,7 @@ def _required(config: PreTrainedConfig, task: str) -> Settings:
 
 
 GPT2 = Family(
+    model_types=("gpt2",),
     modules={
         "embeddings.word_embeddings": "wte",
         "embeddings.position_embeddings": "wpe",

@@ -61,6 +61,7 @@ def decoder(config: PreTrainedConfig, task: str) -> Settings:
 
 
 LLAMA = Family(
+    model_types=("llama",),
     modules=DECODER,
     heads=HEADS,
     renamed=RENAMED,

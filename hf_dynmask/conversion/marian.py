@@ -46,6 +46,7 @@ _UNSHARED = {
 }
 
 MARIAN = Family(
+    model_types=("marian",),
     modules=MODULES,
     heads={
         "base": {**HEADS["base"], **_UNSHARED},

@@ -34,4 +34,6 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
     return {"sliding_window": widths.pop() if len(widths) == 1 else None, **restored_head_dropout(config, task)}
 
 
-MISTRAL = Family(modules=DECODER, heads=HEADS, renamed=RENAMED, implied=_implied, restored=_restored)
+MISTRAL = Family(
+    model_types=("mistral",), modules=DECODER, heads=HEADS, renamed=RENAMED, implied=_implied, restored=_restored
+)

@@ -52,6 +52,7 @@ def _required(config: PreTrainedConfig, task: str) -> Settings:
 
 
 MODERNBERT = Family(
+    model_types=("modernbert",),
     modules={
         "embeddings.word_embeddings": "embeddings.tok_embeddings",
         "embeddings.norm": "embeddings.norm",

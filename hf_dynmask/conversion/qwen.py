@@ -38,8 +38,11 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
     }
 
 
-QWEN2 = Family(modules=DECODER, heads=HEADS, renamed=RENAMED, implied=_implied_qwen2, restored=_restored)
+QWEN2 = Family(
+    model_types=("qwen2",), modules=DECODER, heads=HEADS, renamed=RENAMED, implied=_implied_qwen2, restored=_restored
+)
 QWEN3 = Family(
+    model_types=("qwen3",),
     modules={
         **DECODER,
         "layers.{i}.attention.q_norm": "layers.{i}.self_attn.q_norm",

@@ -22,6 +22,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
 
 
 ROBERTA = Family(
+    model_types=("roberta", "xlm-roberta"),
     modules=ENCODER,
     heads={
         "base": {"pooler.dense": "pooler.dense"},

@@ -1,4 +1,4 @@
-"""Who sees whom in a model and how long its training rows are: as plain values, in words, and as a figure."""
+"""A model's masks and the lengths of its training rows: as plain values, in words, and as a figure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -14,7 +14,7 @@ from hf_dynmask.tools.plotting import COLOURS, plot_mask
 
 Described = dict[str, Any]
 
-# What a token sees, by leaf of the mask language and by whether a field stands in for its argument.
+# What a token sees, by leaf of the mask language, and separately for leaves that read a field instead of an argument.
 WORDS = {
     "full": "every token",
     "causal": "itself and the tokens before it",
@@ -48,7 +48,7 @@ WORDS_OF_FIELDS = {
 
 def describe_masks(config: PreTrainedConfig) -> dict[str, str]:
     """
-    The expressions that a model follows, by who does.
+    A model's mask expressions by the layers and heads that follow them.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): A `DynMaskConfig` or `DynMaskSeq2SeqConfig`.
@@ -65,7 +65,7 @@ def describe_masks(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def _by_layer(side: str, config: Any, masks: Sequence[Mask]) -> dict[str, str]:
-    """Expressions of neighbouring layers, and of neighbouring heads where they differ."""
+    """Groups neighbouring layers with equal expressions, and neighbouring heads if they differ."""
     heads = config.num_attention_heads
     found = {}
     for mask, group in groupby(range(len(masks)), key=lambda layer: masks[layer]):
@@ -77,7 +77,7 @@ def _by_layer(side: str, config: Any, masks: Sequence[Mask]) -> dict[str, str]:
 
 
 def _places(what: str, numbers: Sequence[int], count: int) -> str:
-    """Which of `count` layers or heads they are; nothing where they are all."""
+    """The numbers of layers or heads; empty if they are all `count`."""
     if len(numbers) == count:
         return ""
     return f"{what} {numbers[0]}" if len(numbers) == 1 else f"{what}s {numbers[0]} to {numbers[-1]}"
@@ -85,14 +85,14 @@ def _places(what: str, numbers: Sequence[int], count: int) -> str:
 
 def describe_lengths(lengths: Iterable[int]) -> Described:
     """
-    How long rows are.
+    Statistics of the lengths of rows.
 
     Args:
-        lengths (`list[int]`): Of each row.
+        lengths (`list[int]`): The length of each row.
 
     Returns:
-        `dict`: `mean`; `quartiles`, from the least to the most; `counts` of rows in bins of `width` lengths, of which
-        the first begins at the least.
+        `dict`: `mean`; `quartiles`, including minimum and maximum; `counts` of rows in bins of `width` lengths, which
+        begin at the minimum.
     """
     numbers = list(lengths)
     first, *_ = bins = histogram(numbers)
@@ -108,7 +108,7 @@ def describe_lengths(lengths: Iterable[int]) -> Described:
 
 
 def mask_in_words(mask: Mask) -> str:
-    """What a token sees of its sequence."""
+    """Describes what a token sees of its sequence."""
     match mask:
         case And():
             first, *rest = map(_operand, mask.parts)
@@ -128,7 +128,7 @@ def _operand(mask: Mask) -> str:
 
 
 def masks_in_words(masks: Mapping[str, str]) -> str:
-    """A list in Markdown of what [`describe_masks`] gives."""
+    """The result of [`describe_masks`] as a Markdown list."""
     return "\n".join(
         f"- {who}: `{text}`. "
         + ("In the source, each token of the target" if who.startswith("cross") else "In its own sequence, each token")
@@ -138,7 +138,7 @@ def masks_in_words(masks: Mapping[str, str]) -> str:
 
 
 def lengths_in_words(lengths: Mapping[str, Described]) -> str:
-    """A list in Markdown of what [`describe_lengths`] gives of each column."""
+    """The results of [`describe_lengths`] by column as a Markdown list."""
     lines = []
     for column, of_rows in lengths.items():
         least, lower, middle, upper, most = (f"{quartile:,}" for quartile in of_rows["quartiles"])
@@ -154,8 +154,8 @@ def lengths_in_words(lengths: Mapping[str, Described]) -> str:
 
 def draw(results: Described) -> Figure:
     """
-    A panel for each mask, over three sequences as long as the quartiles of the training rows, and one for the lengths
-    of each column.
+    Draws a panel per mask, over three sequences whose lengths are the quartiles of the training rows, and a panel with
+    the lengths of each column.
 
     Args:
         results (`dict`): Has `masks`, as [`describe_masks`] gives them, and `lengths`, as [`describe_lengths`] does.

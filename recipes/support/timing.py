@@ -1,4 +1,4 @@
-"""Time and memory of methods that do the same work, measured in turns."""
+"""Measures time and memory of methods that do the same work, alternating between them."""
 
 import ctypes
 import sys
@@ -16,7 +16,7 @@ Job = Callable[[], object]  # does some work; what it returns is freed after the
 def time_in_turns(jobs: Mapping[str, Sequence[Job]], repeats: int, device: torch.device) -> dict[str, float]:
     """Seconds of each method for all its jobs: the sum of each job's median over the repeats.
 
-    The methods take turns job by job, so that whatever else slows the machine down meets all of them.
+    The methods alternate job by job, so that a slowdown of the machine affects all of them.
     """
     timed = {method: [(job, []) for job in jobs[method]] for method in jobs}
     for _ in range(1 + repeats):  # the first round warms up
@@ -42,12 +42,12 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_memory(jobs: Iterable[Job], device: torch.device) -> float | None:
-    """MiB that jobs need at their peak beyond what is in use before them; `None` where the system does not tell."""
+    """Peak memory of jobs in MiB beyond what was in use before; `None` if the system does not report it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before, peak = torch.cuda.memory_allocated(device), partial(torch.cuda.max_memory_allocated, device)
     elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # hands freed memory back, so that it counts again
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that it counts again
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
         before, peak = _peak_resident(), _peak_resident
     else:

@@ -327,7 +327,9 @@ def test_a_config_that_the_family_cannot_represent_names_the_field(settings, mes
 
 
 def test_one_side_is_not_two():
-    with pytest.raises(ValueError, match="'bart' cannot .* has a DynMaskSeq2SeqConfig, and the model a DynMaskConfig"):
+    with pytest.raises(
+        ValueError, match="'bart' cannot .* configuration is a DynMaskSeq2SeqConfig, and the model's a DynMaskConfig"
+    ):
         to_transformers(DynMaskModel(DynMaskConfig(hidden_size=16, num_hidden_layers=1)), "bart")
 
 

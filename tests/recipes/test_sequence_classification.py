@@ -255,7 +255,7 @@ def test_labels_keep_their_order():
 
 def test_one_class():
     rows = Dataset.from_dict({"label": ["yes", "yes"]})
-    with pytest.raises(ValueError, match="`label` must tell at least two classes apart; got yes"):
+    with pytest.raises(ValueError, match="`label` must have at least two classes; got yes"):
         encode_labels(DatasetDict({"train": rows, "test": rows}))
 
 

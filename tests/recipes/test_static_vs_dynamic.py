@@ -176,7 +176,7 @@ def test_the_last_variant_is_set_against_each_other_one():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_seeds": 1}, "`num_seeds` must be at least 2, to tell a difference from chance; got 1"),
+        ({"num_seeds": 1}, "`num_seeds` must be at least 2, to distinguish a difference from chance; got 1"),
         ({"parts": "padding", "dataset": "documents.csv"}, "must have the columns `text` and `label`; got text"),
         ({"parts": "masks", "documents": "numbers.csv"}, "column `text` must hold texts; got int64"),
         ({"parts": "targets", "dataset": "numbers.csv"}, "column `text` must hold texts; got int64"),

@@ -74,6 +74,7 @@ def run(recipe: str, folder: Path, name: str, batch_size: int) -> None:
         "save_strategy": "steps",
         "save_steps": STEPS,
         "logging_steps": 1,
+        "dropout": 0,  # also without a baseline
         "learning_rate": 1e-3,
     }
     arguments = [text for option, value in options.items() for text in (f"--{option}", str(value))]

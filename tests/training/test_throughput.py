@@ -365,6 +365,17 @@ def test_missing_tokens_are_not_counted(tmp_path):
     assert logged(history, "train_real_tokens") == [(4, sum(LENGTHS) - 7)]
 
 
+def test_empty_places_of_a_flat_row_of_fixed_size(tmp_path):
+    """They are no tokens, and have no work that a model needs, but are computed."""
+    collator = DataCollatorWithLengths(TOKENIZER, flat=True, max_tokens=12, max_sequences=3)
+    model = DynMaskForMaskedLM(CONFIG)
+    history = train(model, collator, examples(**TAGGED), tmp_path)
+    flops = 3 * model_flops(model).forward_flops(ONE_SIDE, sum(LENGTHS) - 8)
+    assert logged(history, "train_real_tokens") == [(4, sum(LENGTHS))]
+    assert logged(history, "train_real_flops") == [(4, flops)]
+    assert logged(history, "train_padding_avoided") == [(4, pytest.approx(1 - 4 * 12 / sum(padded(LENGTHS))))]
+
+
 def test_evaluation_is_not_counted(tmp_path):
     """Nor its time, nor that of saving; every evaluation and checkpoint is a tick of the clock."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
