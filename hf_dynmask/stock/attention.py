@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling.attention import attend as attend_by_plan
-from ..modeling.layout import eager_only
+from ..modeling.layout import SequenceLayout, eager_only, packed
 from ..modeling.modeling_base import warn_of_adapters_alone
 from ..modeling.plan import MaskPlan
 from ..modeling.softmax import masked_softmax, repeated
@@ -163,9 +163,17 @@ def _unnoted(
 def _by_plan(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling: float, dropout: float) -> Tensor:
     """Attention `(B, T, H, Dv)` on real tokens only; 0 elsewhere."""
     queries, keys = plan.layout, plan.key_layout
+    if _is_whole(queries) and _is_whole(keys):
+        output, _ = attend_by_plan(packed(query), packed(key), packed(value), plan, scaling=scaling, dropout=dropout)
+        return output.unsqueeze(0)
     states = (side.flatten(x.transpose(1, 2)).squeeze(0) for x, side in ((query, queries), (key, keys), (value, keys)))
     output, _ = attend_by_plan(*states, plan, scaling=scaling, dropout=dropout)
     return queries.unflatten(output.unsqueeze(0))
+
+
+def _is_whole(layout: SequenceLayout) -> bool:
+    """Whether all places of one row are tokens, or of a tail that nothing reads: no value has to be moved."""
+    return layout.indices is None and layout.shape == (1, layout.num_tokens)
 
 
 def _apart(

@@ -5,10 +5,12 @@ Shape legend: B rows, T columns, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ INPUTS = ("input_ids", "inputs_embeds")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 CACHES = ("cache", "past_key_values")
 MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
-SPEAKING = (*INPUTS, *TARGETS, *CACHES, *MASKS, *PACKING, "lengths", "decoder_lengths", "position_ids")
+SPEAKING = (*INPUTS, *CACHES, *MASKS, *PACKING, "lengths", "decoder_lengths", "position_ids")
 FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where sequences begin
 
 
@@ -269,10 +271,27 @@ def current_batches() -> tuple[Batch, ...]:
 # --- What models are like --------------------------------------------------------------------------------------------
 
 
+T = TypeVar("T")
+
+
+def kept(find: Callable[[PreTrainedModel], T]) -> Callable[[PreTrainedModel], T]:
+    """Keeps what is found in a model's modules, which takes long to go through in every forward pass."""
+    found: WeakKeyDictionary[PreTrainedModel, T] = WeakKeyDictionary()
+
+    @wraps(find)
+    def looked_up(model: PreTrainedModel) -> T:
+        if model not in found:
+            found[model] = find(model)
+        return found[model]
+
+    return looked_up
+
+
 def has_cross_attention(config: PreTrainedConfig) -> bool:
     return getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
 
 
+@kept
 def _first_position(model: PreTrainedModel) -> int:
     """The position of a sequence's first token: 0 or, in RoBERTa's family, the one after that of padding."""
     for name, part in model.named_modules():
@@ -281,6 +300,7 @@ def _first_position(model: PreTrainedModel) -> int:
     return 0
 
 
+@kept
 def token_mixing_outside_attention(model: PreTrainedModel) -> str | None:
     """What mixes tokens of a row outside attention, if anything."""
     others = sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
@@ -295,7 +315,11 @@ def token_mixing_outside_attention(model: PreTrainedModel) -> str | None:
 
 def has_neftune(model: PreTrainedModel) -> bool:
     """Whether the Trainer adds noise to the embeddings (NEFTune, arXiv:2310.05914)."""
-    return any(part.training and getattr(part, "neftune_noise_alpha", None) for part in model.modules())
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # the Trainer cannot find them either
+        return False
+    return embeddings is not None and embeddings.training and bool(getattr(embeddings, "neftune_noise_alpha", None))
 
 
 # --- Sequences -------------------------------------------------------------------------------------------------------

@@ -133,8 +133,15 @@ def _rebind(model: PreTrainedModel) -> None:
             setattr(model, name, MethodType(ours, model))
 
 
-# Keeps `torch.compile` out of this function only: the layers that it runs may be compiled.
-eager_only_itself = torch.compiler.disable(recursive=False)
+def eager_only_itself(function: Callable) -> Callable:
+    """As [`eager_only`], for this function alone: the layers that it runs may be compiled."""
+    outside = torch.compiler.disable(function, recursive=False)
+
+    @wraps(function)
+    def called(*args, **kwargs):
+        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return called
 
 
 def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callable:
