@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.batch import PACKING, frames_of_batch
+from ..modeling.batch import PACKING, frames_of_batch, layout_of_batch
 from ..modeling.layout import SequenceLayout, integers, not_binary, reads_are_free
 
 NAME = "dynmask"
@@ -266,6 +266,71 @@ batches: ContextVar[tuple[Batch, ...]] = globals().get("batches") or ContextVar(
 def current_batches() -> tuple[Batch, ...]:
     """The arguments of all forward passes that are running, the outermost first."""
     return batches.get()
+
+
+# --- In a graph ---
+
+
+@dataclass(eq=False)
+class GraphBatch:
+    """What layers in a graph of `torch.compile` or `torch.export` look up, of a flat batch.
+
+    Attributes:
+        layout ([`SequenceLayout`]): Where the sequences are.
+        given (`dict`): Arguments by name.
+        sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
+    """
+
+    layout: SequenceLayout
+    given: dict[str, Any]
+    sequences_separated: bool = False
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, given: dict[str, Any]) -> GraphBatch:
+        """As [`Batch.read`], of arguments that [`is_for_graph`]."""
+        tokens = next(given[name] for name in INPUTS if given.get(name) is not None)
+        position_ids = given.get("position_ids")
+        layout = layout_of_batch(
+            tuple(tokens.shape[:2]),
+            tokens.device,
+            given.get("lengths"),
+            None,
+            position_ids=position_ids,
+            packing={name: given.get(name) for name in PACKING[:2]},
+        )
+        given = {name: value for name, value in given.items() if name not in PACKING}
+        if position_ids is None:
+            given["position_ids"] = layout.unflatten(layout.positions[None]) + _first_position(model)
+        return cls(layout, given)
+
+
+class InGraph:
+    """Holds the batch while its model's forward pass is traced: a graph does not know context variables.
+
+    When the graph is made nothing is left here.
+    """
+
+    batch: GraphBatch | None = None
+
+
+IN_GRAPH = InGraph()
+
+
+def is_for_graph(model: PreTrainedModel, names: Collection[str], given: dict[str, Any]) -> bool:
+    """Whether a graph can serve a batch: a flat one that says where its sequences are, and needs nothing else."""
+    own = {name for name, value in given.items() if value is not None}
+    tokens = next((given[name] for name in INPUTS if name in own), None)
+    told = next((given[name] for name in FLAT_ARGUMENTS if name in own), None)
+    if tokens is None or tokens.shape[0] != 1 or not isinstance(told, Tensor) or told.dim() != 1:
+        return False
+    if told.shape[0] == (1 if "lengths" in own else 2):  # a row
+        return False
+    position_ids = given.get("position_ids")
+    if "position_ids" not in names or position_ids is not None and position_ids.shape != _places(tokens):
+        return False
+    needs_more = not own.isdisjoint((*MASKS, *CACHES, *TARGETS[:2], "decoder_lengths", "seq_idx", "output_attentions"))
+    is_other = has_cross_attention(model.config) or model.config.output_attentions or model.config.sub_configs
+    return not (needs_more or is_other or has_neftune(model) or token_mixing_outside_attention(model))
 
 
 # --- What models are like --------------------------------------------------------------------------------------------

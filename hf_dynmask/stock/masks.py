@@ -21,12 +21,14 @@ from transformers import PreTrainedConfig, masking_utils
 
 from ..modeling import masks
 from ..modeling.fields import Fields
+from ..modeling.graph_attention import GraphPlan, fields_of
 from ..modeling.layout import SequenceLayout, eager_only
 from ..modeling.masks import Mask, allowed_by_head, parse
 from ..modeling.plan import MaskPlan
 from .batches import (
     CONFIG_ENTRY,
     FLAT_ARGUMENTS,
+    IN_GRAPH,
     NAME,
     Batch,
     current_batches,
@@ -126,10 +128,16 @@ def _in_each_sequence(function: Callable, sequence_ids: Tensor, positions: Tenso
     return inner
 
 
+@torch.compiler.assume_constant_result
+def _text_of(function: Callable) -> str | None:
+    """The expression of a mask function; `None` if there is none that stands without fields."""
+    found = MaskFunction.read(function)
+    return None if found.expression is None or found.expression.fields else str(found.expression)
+
+
 # --- Masks -----------------------------------------------------------------------------------------------------------
 
 
-@eager_only
 def dynmask_mask(
     batch_size: int,
     q_length: int,
@@ -142,7 +150,7 @@ def dynmask_mask(
     device: torch.device | str = "cpu",
     config: PreTrainedConfig | None = None,
     **kwargs,
-) -> DeferredMask:
+) -> DeferredMask | GraphPlan:
     """The mask function that transformers' `AttentionMaskInterface` calls.
 
     Args:
@@ -152,21 +160,63 @@ def dynmask_mask(
         attention_mask (bool `Tensor` of shape `(B, columns)`, *optional*): False for absent tokens.
         use_vmap (`bool`): Whether `mask_function` takes one cell at a time.
         config ([`~transformers.PreTrainedConfig`], *optional*): The model's.
+
+    Returns:
+        [`DeferredMask`]; in the graph of a flat batch the plan itself.
     """
+    batch = IN_GRAPH.batch
+    if batch is not None and torch.compiler.is_compiling():
+        text = getattr(config, CONFIG_ENTRY, None) or _text_of(mask_function)
+        is_of_batch = (batch_size, q_length) == batch.layout.shape and q_length == kv_length
+        if text is not None and attention_mask is None and is_of_batch:
+            batch.sequences_separated = True
+            fields = {name: batch.given[name] for name in fields_of(text)}
+            return GraphPlan(text, batch.layout, batch.layout, fields)
+    return _deferred(
+        (batch_size, 1, q_length, kv_length),
+        (q_offset, kv_offset),
+        mask_function,
+        attention_mask,
+        use_vmap,
+        device,
+        config,
+    )
+
+
+@eager_only
+def _deferred(
+    shape: tuple[int, int, int, int],
+    offsets: tuple[int | Tensor, int],
+    mask_function: Callable,
+    attention_mask: Tensor | DeferredMask | None,
+    use_vmap: bool,
+    device: torch.device | str,
+    config: PreTrainedConfig | None,
+) -> DeferredMask:
     if isinstance(attention_mask, DeferredMask):  # `generate` has made it before the forward pass
         return attention_mask
-    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padding = masking_utils.prepare_padding_mask(attention_mask, shape[3], offsets[1])
     text = getattr(config, CONFIG_ENTRY, None)
     return DeferredMask(
-        shape=(batch_size, 1, q_length, kv_length),
-        offsets=(int(q_offset), int(kv_offset)),
+        shape=shape,
+        offsets=(int(offsets[0]), int(offsets[1])),
         function=mask_function,
         use_vmap=use_vmap,
-        padding=None if padding is None or _all(padding) else padding.expand(batch_size, -1),
+        padding=None if padding is None or _all(padding) else padding.expand(shape[0], -1),
         chosen=None if text is None else parse(text),
         device=torch.device(device),
         model_type=getattr(config, "model_type", "stock"),
     )
+
+
+def states_sequences(config: PreTrainedConfig) -> bool:
+    """Whether a model runs with this attention on a batch that says where its sequences are."""
+    if config._attn_implementation != NAME:
+        return False
+    if torch.compiler.is_compiling():
+        return IN_GRAPH.batch is not None
+    batches = current_batches()
+    return bool(batches) and batches[-1].layout is not None
 
 
 def _all(padding: Tensor) -> bool:
