@@ -97,7 +97,7 @@ def attend(
             implementation=implementation,
         )
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # the operator runs where autocast is over
+    if device != "meta" and torch.is_autocast_enabled(device):  # the operator runs where autocast is over
         query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
     if device != "cpu" and key_scores is None and apply_mask_to == "scores":
         for name, (attend_traced, unsupported) in TRACED.items():

@@ -5,6 +5,7 @@ Shape legend: B rows, T columns, S sequences.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 CACHES = ("cache", "past_key_values")
 MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 SPEAKING = (*INPUTS, *CACHES, *MASKS, *PACKING, "lengths", "decoder_lengths", "position_ids")
+BOUNDS = ("max_length_q", "max_length_k")  # a graph that looked at these numbers would be of one batch
 FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where sequences begin
 
 
@@ -304,13 +306,17 @@ class GraphBatch:
         return cls(layout, given)
 
 
-class InGraph:
-    """Holds the batch while its model's forward pass is traced: a graph does not know context variables.
+class InGraph(threading.local):
+    """What a graph can look up: it does not know context variables.
 
-    When the graph is made nothing is left here.
+    Attributes:
+        batch ([`GraphBatch`], *optional*): While a model's forward pass is traced; nothing is left when that is done.
+        has_outer (`bool`): Whether a model that runs outside has a batch that its parts look up in [`current_batches`].
     """
 
-    batch: GraphBatch | None = None
+    def __init__(self):
+        self.batch: GraphBatch | None = None
+        self.has_outer = False
 
 
 IN_GRAPH = InGraph()
@@ -318,7 +324,7 @@ IN_GRAPH = InGraph()
 
 def is_for_graph(model: PreTrainedModel, names: Collection[str], given: dict[str, Any]) -> bool:
     """Whether a graph can serve a batch: a flat one that says where its sequences are, and needs nothing else."""
-    own = {name for name, value in given.items() if value is not None}
+    own = {name for name, value in given.items() if name not in BOUNDS and value is not None}
     tokens = next((given[name] for name in INPUTS if name in own), None)
     told = next((given[name] for name in FLAT_ARGUMENTS if name in own), None)
     if tokens is None or tokens.shape[0] != 1 or not isinstance(told, Tensor) or told.dim() != 1:
@@ -345,6 +351,8 @@ def kept(find: Callable[[PreTrainedModel], T]) -> Callable[[PreTrainedModel], T]
 
     @wraps(find)
     def looked_up(model: PreTrainedModel) -> T:
+        if torch.compiler.is_compiling():  # a graph that read what is kept would be made again when that changes
+            return find(model)
         if model not in found:
             found[model] = find(model)
         return found[model]

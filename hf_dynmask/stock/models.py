@@ -177,7 +177,7 @@ def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callabl
                 if IN_GRAPH.batch is not None:  # of the model that runs this one
                     return forward(self, *args, **kwargs)
                 given = dict(zip(names, args, strict=False)) | kwargs
-                if len(args) <= len(names) and _is_for_graph(self, names, given):
+                if not IN_GRAPH.has_outer and len(args) <= len(names) and _is_for_graph(self, names, given):
                     return run_in_graph(forward, self, given)
             return announced(self, args, kwargs)
         check_followed(self.config, self.config._attn_implementation, type(self).__name__)
@@ -223,9 +223,11 @@ def run_announced(
     batch = _enter(model, names, given, takes_others, outer[-1] if outer else None)
     try:
         batches.set((*outer, batch))
+        IN_GRAPH.has_outer = True
         output = forward(model, **batch.given)
     finally:
         batches.set(outer)
+        IN_GRAPH.has_outer = bool(outer)
     _leave(batch, output)
     return output
 
