@@ -210,6 +210,7 @@ def _apart(
     *settings: float,
 ) -> tuple[Tensor, Tensor | None]:
     """[`_by_cells`] or [`_by_scores`] with one row per sequence, see [`MaskPlan.in_rows`]; 0 for absent tokens."""
+    plan = plan.trimmed
     rows = plan.in_rows
     sides = (query, plan.layout, rows.layout), *((x, plan.key_layout, rows.key_layout) for x in (key, value))
     states = (after.unflatten_heads(before.flatten_heads(x)) for x, before, after in sides)
