@@ -123,7 +123,7 @@ def _outside(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: DeferredMask | Tensor | None,
+    attention_mask: DeferredMask | GraphPlan | Tensor | None,
     scaling: float,
     dropout: float,
     is_causal: bool | None,
@@ -131,7 +131,12 @@ def _outside(
     attend: Callable[..., tuple[Tensor, Tensor | None]],
     passed: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Outside of graphs, [`_by_cells`] or [`_by_scores`] where the plan alone does not say all."""
+    """Attention outside of graphs: by the plan or, where that does not say all, by [`_by_cells`] or [`_by_scores`]."""
+    if isinstance(attention_mask, GraphPlan):
+        raise ValueError(
+            f"attention in a graph needs a layer without softcap, sinks, position bias and output of weights; got "
+            f"{type(module).__name__}"
+        )
     if attention_mask is None or isinstance(attention_mask, Tensor):
         _check_unnoted(module, query, attention_mask)
         answer, added = _unnoted(module, query, key, attention_mask, is_causal)
@@ -190,8 +195,10 @@ def _by_plan(
     if _is_whole(queries) and _is_whole(keys):
         output, _ = attend_by_plan(packed(query), packed(key), packed(value), plan, scaling=scaling, dropout=dropout)
         return output.unsqueeze(0)
-    states = (side.flatten(x.transpose(1, 2)).squeeze(0) for x, side in ((query, queries), (key, keys), (value, keys)))
-    output, _ = attend_by_plan(*states, plan, scaling=scaling, dropout=dropout)
+    query, key, value = (
+        side.flatten(x.transpose(1, 2)).squeeze(0) for x, side in ((query, queries), (key, keys), (value, keys))
+    )
+    output, _ = attend_by_plan(query, key, value, plan, scaling=scaling, dropout=dropout)
     return queries.unflatten(output.unsqueeze(0))
 
 

@@ -1,6 +1,6 @@
 """Stock models on flat batches under `torch.compile`: one graph, and one alone, that gives what eager mode gives."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import pad
 
 from graphs import CLOSE, compiled, run
-from hf_dynmask import set_mask
+from hf_dynmask import SequenceLayout, set_mask
+from hf_dynmask.modeling.graph_attention import GraphPlan
+from hf_dynmask.stock.attention import dynmask_attention_forward
 from stock_models import VOCABULARY, random_stock
 
 WIDTH, SEQUENCES = 23, 5
@@ -209,6 +211,15 @@ def test_contradictions(told, message):
     model = make("bert")
     with pytest.raises(ValueError, match=message):
         compiled(model)(**flat() | told)
+
+
+def test_scores_of_a_layer_in_a_graph():
+    states = torch.zeros(1, 1, 3, 8)
+    layout = SequenceLayout.full((1, 3), states.device)
+    with pytest.raises(ValueError, match="needs a layer without softcap, .*; got Identity"):
+        dynmask_attention_forward(
+            torch.nn.Identity(), states, states, states, GraphPlan("full", layout, layout, {}), softcap=3.0
+        )
 
 
 def test_an_unknown_keyword():

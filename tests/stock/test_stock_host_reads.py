@@ -1,6 +1,6 @@
-"""Stock models on flat batches: on the device `meta`, where every look at a value raises, a training step reads none."""
+"""Stock models on flat batches, on the device `meta`, where every look at a value raises: a step reads none."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import pytest
 import torch
