@@ -32,6 +32,11 @@ class GraphPlan(NamedTuple):
     key_layout: SequenceLayout
     fields: dict[str, Tensor]
 
+    def outside(self) -> MaskPlan:
+        """The plan for attention that runs outside, where the graph has ended early."""
+        described = self.layout.described, self.key_layout.described
+        return _plan(*described, list(self.fields.values()), self.mask, " ".join(self.fields))  # type: ignore[arg-type]
+
     @property
     def band(self) -> Band | None:
         """As [`MaskPlan.band`]."""

@@ -133,11 +133,8 @@ def _outside(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention outside of graphs: by the plan or, where that does not say all, by [`_by_cells`] or [`_by_scores`]."""
     if isinstance(attention_mask, GraphPlan):
-        raise ValueError(
-            f"attention in a graph needs a layer without softcap, sinks, position bias and output of weights; got "
-            f"{type(module).__name__}"
-        )
-    if attention_mask is None or isinstance(attention_mask, Tensor):
+        answer = attention_mask.outside()
+    elif attention_mask is None or isinstance(attention_mask, Tensor):
         _check_unnoted(module, query, attention_mask)
         answer, added = _unnoted(module, query, key, attention_mask, is_causal)
         bias = added if bias is None or added is None else bias + added

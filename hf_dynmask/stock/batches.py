@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling.batch import PACKING, frames_of_batch, layout_of_batch
+from ..modeling.graph_layout import known
 from ..modeling.layout import SequenceLayout, integers, not_binary, reads_are_free
 
 NAME = "dynmask"
@@ -267,7 +268,7 @@ batches: ContextVar[tuple[Batch, ...]] = globals().get("batches") or ContextVar(
 
 def current_batches() -> tuple[Batch, ...]:
     """The arguments of all forward passes that are running, the outermost first."""
-    return batches.get()
+    return batches.get() if IN_GRAPH.batch is None else (IN_GRAPH.batch.outside(),)
 
 
 # --- In a graph ---
@@ -279,16 +280,18 @@ class GraphBatch:
 
     Attributes:
         layout ([`SequenceLayout`]): Where the sequences are.
-        given (`dict`): Arguments by name.
+        model, names, given: As in [`Batch`].
         sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
     """
 
     layout: SequenceLayout
+    model: PreTrainedModel
+    names: Collection[str]
     given: dict[str, Any]
     sequences_separated: bool = False
 
     @classmethod
-    def read(cls, model: PreTrainedModel, given: dict[str, Any]) -> GraphBatch:
+    def read(cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any]) -> GraphBatch:
         """As [`Batch.read`], of arguments that [`is_for_graph`]."""
         tokens = next(given[name] for name in INPUTS if given.get(name) is not None)
         position_ids = given.get("position_ids")
@@ -303,14 +306,19 @@ class GraphBatch:
         given = {name: value for name, value in given.items() if name not in PACKING}
         if position_ids is None:
             given["position_ids"] = layout.unflatten(layout.positions[None]) + _first_position(model)
-        return cls(layout, given)
+        return cls(layout, model, names, given)
+
+    def outside(self) -> Batch:
+        """The batch for a layer that runs outside, where the graph has ended early."""
+        layout = known(self.layout.described).layout  # type: ignore[arg-type]
+        return Batch(self.model, self.names, self.given, layout=layout, told_by="lengths", sequences_separated=True)
 
 
 class InGraph(threading.local):
     """What a graph can look up: it does not know context variables.
 
     Attributes:
-        batch ([`GraphBatch`], *optional*): While a model's forward pass is traced; nothing is left when that is done.
+        batch ([`GraphBatch`], *optional*): While a model's forward pass is traced, or runs on outside of the graph.
         has_outer (`bool`): Whether a model that runs outside has a batch that its parts look up in [`current_batches`].
     """
 

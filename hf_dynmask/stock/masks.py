@@ -165,11 +165,11 @@ def dynmask_mask(
         [`DeferredMask`]; in the graph of a flat batch the plan itself.
     """
     batch = IN_GRAPH.batch
-    if batch is not None and torch.compiler.is_compiling():
+    if batch is not None:
+        batch.sequences_separated = True
         text = getattr(config, CONFIG_ENTRY, None) or _text_of(mask_function)
         is_of_batch = (batch_size, q_length) == batch.layout.shape and q_length == kv_length
         if text is not None and attention_mask is None and is_of_batch:
-            batch.sequences_separated = True
             fields = {name: batch.given[name] for name in fields_of(text)}
             return GraphPlan(text, batch.layout, batch.layout, fields)
     return _deferred(
@@ -213,7 +213,7 @@ def states_sequences(config: PreTrainedConfig) -> bool:
     """Whether a model runs with this attention on a batch that says where its sequences are."""
     if config._attn_implementation != NAME:
         return False
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or IN_GRAPH.batch is not None:
         return IN_GRAPH.batch is not None
     batches = current_batches()
     return bool(batches) and batches[-1].layout is not None

@@ -173,12 +173,12 @@ def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callabl
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
         if self.config._attn_implementation == NAME:
+            if IN_GRAPH.batch is not None:  # of the model that runs this one
+                return forward(self, *args, **kwargs)
             if torch.compiler.is_compiling():
-                if IN_GRAPH.batch is not None:  # of the model that runs this one
-                    return forward(self, *args, **kwargs)
                 given = dict(zip(names, args, strict=False)) | kwargs
                 if not IN_GRAPH.has_outer and len(args) <= len(names) and _is_for_graph(self, names, given):
-                    return run_in_graph(forward, self, given)
+                    return run_in_graph(forward, self, names, given)
             return announced(self, args, kwargs)
         check_followed(self.config, self.config._attn_implementation, type(self).__name__)
         return forward(self, *args, **kwargs)
@@ -241,10 +241,11 @@ def _is_for_graph(model: PreTrainedModel, names: list[str], given: dict[str, Any
     return known and not unread and is_for_graph(model, names, given)
 
 
-def run_in_graph(forward: Callable, model: PreTrainedModel, given: dict[str, Any]) -> Any:
-    """As [`run_announced`], traced into the graph."""
-    batch = IN_GRAPH.batch = GraphBatch.read(model, given)
+def run_in_graph(forward: Callable, model: PreTrainedModel, names: list[str], given: dict[str, Any]) -> Any:
+    """As [`run_announced`], traced into the graph; where that ends early, layers outside find the batch as well."""
+    batch = GraphBatch.read(model, names, given)
     try:
+        IN_GRAPH.batch = batch
         output = forward(model, **batch.given)
     finally:
         IN_GRAPH.batch = None

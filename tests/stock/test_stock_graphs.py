@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from graphs import CLOSE, compiled, run
-from hf_dynmask import SequenceLayout, set_mask
-from hf_dynmask.modeling.graph_attention import GraphPlan
-from hf_dynmask.stock.attention import dynmask_attention_forward
+from hf_dynmask import set_mask
+from hf_dynmask.stock.batches import IN_GRAPH
 from stock_models import VOCABULARY, random_stock
 
 WIDTH, SEQUENCES = 23, 5
@@ -178,6 +178,34 @@ def test_on_a_device_whose_values_are_not_read():
 # --- Outside of graphs ---
 
 
+def test_a_graph_that_ends_between_layers():
+    """Layers behind its end find the batch; a forward pass that fails leaves none behind."""
+    model, fails = make("bert"), False
+
+    @torch.compiler.disable
+    def look(states):
+        if fails:
+            raise RuntimeError("a hook has failed")
+        return states
+
+    model.bert.encoder.layer[0].register_forward_hook(lambda module, inputs, output: look(output))
+    function = torch.compile(model, backend="eager")
+    assert_compiles(model, of_transformers_collator(), function)
+    fails = True
+    with pytest.raises(RuntimeError, match="a hook has failed"):
+        function(**of_transformers_collator())
+    assert IN_GRAPH.batch is None
+    fails = False
+    assert_compiles(model, of_transformers_collator(random_lengths()), function)
+
+
+def test_layers_with_scores_end_the_graph():
+    sizes = {"hidden_size": 16, "intermediate_size": 19, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Gemma2Config(vocab_size=VOCABULARY, num_hidden_layers=2, head_dim=8, use_cache=False, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="dynmask")
+    assert_compiles(model, of_transformers_collator(), torch.compile(model, backend="eager"))
+
+
 ELSEWHERE = {
     "rows": {"input_ids": torch.randint(3, VOCABULARY, (3, 5)), "attention_mask": torch.ones(3, 5).tril(2).long()},
     "a row": {"input_ids": torch.randint(3, VOCABULARY, (1, 5)), "lengths": torch.tensor([4])},
@@ -211,15 +239,6 @@ def test_contradictions(told, message):
     model = make("bert")
     with pytest.raises(ValueError, match=message):
         compiled(model)(**flat() | told)
-
-
-def test_scores_of_a_layer_in_a_graph():
-    states = torch.zeros(1, 1, 3, 8)
-    layout = SequenceLayout.full((1, 3), states.device)
-    with pytest.raises(ValueError, match="needs a layer without softcap, .*; got Identity"):
-        dynmask_attention_forward(
-            torch.nn.Identity(), states, states, states, GraphPlan("full", layout, layout, {}), softcap=3.0
-        )
 
 
 def test_an_unknown_keyword():
