@@ -1,6 +1,6 @@
 """Stock models on flat batches under `torch.compile`: one graph, and one alone, that gives what eager mode gives."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 
 from typing import Any
 
@@ -15,6 +15,9 @@ from graphs import CLOSE, compiled, run
 from hf_dynmask import set_mask
 from hf_dynmask.stock.batches import IN_GRAPH
 from stock_models import VOCABULARY, random_stock
+
+# torch.compile looks at every tensor's `.grad` where a graph ends.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 WIDTH, SEQUENCES = 23, 5
 LENGTHS = torch.tensor([7, 3, 4, 1, 8])
@@ -216,8 +219,6 @@ ELSEWHERE = {
 }
 
 
-# torch.compile looks at every tensor's `.grad` where a graph ends.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("kind", ELSEWHERE)
 def test_what_no_graph_serves_runs_outside(kind):
     model = make("bert", num_hidden_layers=1)
