@@ -164,7 +164,8 @@ def _by_plan(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling:
     """Attention `(B, T, H, Dv)` on real tokens only; 0 elsewhere."""
     queries, keys = plan.layout, plan.key_layout
     states = (side.flatten(x.transpose(1, 2)).squeeze(0) for x, side in ((query, queries), (key, keys), (value, keys)))
-    output, _ = attend_by_plan(*states, plan, scaling=scaling, dropout=dropout)
+    q, k, v = states
+    output, _ = attend_by_plan(q, k, v, plan, scaling=scaling, dropout=dropout)
     return queries.unflatten(output.unsqueeze(0))
 
 
