@@ -1,6 +1,6 @@
 """Exact dynamic attention masks for Hugging Face Transformers: lengths in, no work on padding.
 
-Importing the package changes five things in transformers, and has no other effect:
+Importing the package changes six things in transformers, and has no other effect:
 
 - `AutoConfig` and the `AutoModel…` classes find its models.
 - `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, by which the Trainer's label smoothing knows whose labels to shift, has the names
@@ -8,6 +8,8 @@ Importing the package changes five things in transformers, and has no other effe
 - `attn_implementation="dynmask"` is known, for transformers' own models.
 - `PreTrainedModel.get_correct_attn_implementation`, by which a model settles on its attention, is wrapped. A model
   whose configuration has a mask, see [`set_mask`], gets `"dynmask"`; another attention is an error.
+- `masking_utils._preprocess_mask_arguments` is wrapped, so that transformers looks for no sequences in `position_ids`
+  where a model runs with `"dynmask"` on a batch that says where they are.
 - The functions of `AttentionMaskInterface`, which make the masks of other attention, raise that error too: should
   another package have put its own method in place of the one above.
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    masking_utils,
 )
 
 from .modeling.configuration_dynmask import DynMaskConfig
@@ -48,7 +49,7 @@ from .modeling.modeling_dynmask_seq2seq import (
 from .stock import models as stock_models
 from .stock.attention import dynmask_attention_forward
 from .stock.batches import NAME
-from .stock.masks import dynmask_mask
+from .stock.masks import dynmask_mask, states_sequences
 
 AUTO_CLASSES = {
     DynMaskConfig: {
@@ -88,6 +89,7 @@ def register() -> None:
     AttentionInterface.register(NAME, dynmask_attention_forward)
     AttentionMaskInterface.register(NAME, dynmask_mask)
     _prepare_stock_models()
+    _trust_stated_sequences()
     _refuse_other_attention()
 
 
@@ -119,6 +121,29 @@ def _prepare_stock_models() -> None:
 
     get_correct_attn_implementation.settles_dynmask = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def _trust_stated_sequences() -> None:
+    """Keeps transformers from looking for sequences in `position_ids` where a batch has said where they are.
+
+    It would read values from the device for that, and make a mask that separates sequences which are separated already.
+    """
+    prepare = getattr(masking_utils, "_preprocess_mask_arguments", None)
+    if prepare is None or hasattr(prepare, "trusts_stated_sequences"):
+        return
+
+    @wraps(prepare)
+    def preprocess_mask_arguments(*args, **kwargs):
+        config = kwargs["config"] if "config" in kwargs else args[0]
+        if states_sequences(config):
+            if "position_ids" in kwargs:
+                kwargs["position_ids"] = None
+            else:  # the fifth argument
+                args = (*args[:4], None, *args[5:])
+        return prepare(*args, **kwargs)
+
+    preprocess_mask_arguments.trusts_stated_sequences = True  # type: ignore[attr-defined]
+    masking_utils._preprocess_mask_arguments = preprocess_mask_arguments
 
 
 def _refuse_other_attention() -> None:

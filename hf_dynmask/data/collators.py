@@ -336,7 +336,7 @@ class DataCollatorWithLengths(CollatorWithLengths):
     def _padding(self, name):
         if name != "input_ids":
             return super()._padding(name)
-        pad_token_id = self.tokenizer.pad_token_id
+        pad_token_id = getattr(self.tokenizer, "pad_token_id", None)  # a flat collator needs no tokenizer
         if not isinstance(pad_token_id, int):
             if self.flat:
                 return 0  # no model reads it, since `lengths` tells where the last sequence ends

@@ -147,17 +147,18 @@ def _checked_ends(ends: dict[str, Tensor], lengths: Tensor | None, shape: tuple[
     name, first = next(iter(ends.items()))
     if rows != 1:
         raise ValueError(f"`{name}` must come with one row that holds all sequences; got {rows} rows")
-    if first.dim() != 1 or not first.numel() or first[0] != 0 or first[-1] != width or (first.diff() < 0).any():
+    values = first.tolist()
+    if first.dim() != 1 or not values or (values[0], values[-1]) != (0, width) or values != sorted(values):
         raise ValueError(
             f"`{name}` must be a vector of non-decreasing integers from 0 to the width of the row, {width}; "
-            f"got {first.tolist()}"
+            f"got {values}"
         )
-    for other, values in ends.items():
-        if not torch.equal(values, first):
-            raise ValueError(f"`{other}` must equal `{name}`, {first.tolist()}; got {values.tolist()}")
+    for other, others in ends.items():
+        if not torch.equal(others, first):
+            raise ValueError(f"`{other}` must equal `{name}`, {values}; got {others.tolist()}")
     stated = first.diff()
     if lengths is not None and not torch.equal(integers("lengths", lengths), stated):
-        raise ValueError(f"`{name}` must be the running sums of `lengths`, {lengths.tolist()}; got {first.tolist()}")
+        raise ValueError(f"`{name}` must be the running sums of `lengths`, {lengths.tolist()}; got {values}")
     return stated
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling.attention import attend as attend_by_plan
-from ..modeling.layout import eager_only
+from ..modeling.graph_attention import GraphPlan
+from ..modeling.graph_attention import attend as attend_by_plan
+from ..modeling.layout import SequenceLayout, eager_only, packed
 from ..modeling.modeling_base import warn_of_adapters_alone
 from ..modeling.plan import MaskPlan
 from ..modeling.softmax import masked_softmax, repeated
@@ -64,13 +66,12 @@ def set_mask(model: PreTrainedModel, text: str | None) -> None:
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 
-@eager_only
 def dynmask_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: DeferredMask | Tensor | None,
+    attention_mask: DeferredMask | GraphPlan | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -87,8 +88,9 @@ def dynmask_attention_forward(
         query (`Tensor` of shape `(B, H, Tq, D)`): Queries.
         key (`Tensor` of shape `(B, Hk, Tk, D)`): Keys; Hk divides H.
         value (`Tensor` of shape `(B, Hk, Tk, Dv)`): Values.
-        attention_mask ([`DeferredMask`] or `Tensor` of shape `(B, 1 | H, Tq, Tk)`, *optional*):
-            A tensor is an explicit mask, boolean or added to the scores. `None`: causal or full, by `is_causal`.
+        attention_mask ([`DeferredMask`], [`GraphPlan`] or `Tensor` of shape `(B, 1 | H, Tq, Tk)`, *optional*):
+            What [`dynmask_mask`] has returned. A tensor is an explicit mask, boolean or added to the scores. `None`:
+            causal or full, by `is_causal`.
         scaling (`float`, *optional*): Factor of the scores. `None`: `D ** -0.5`.
         dropout (`float`, *optional*, defaults to 0.0): Dropout probability of the attention weights.
         is_causal (`bool`, *optional*): Used if there is no mask. `None`: the layer's own setting.
@@ -107,7 +109,34 @@ def dynmask_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation='{NAME}' does not serve the `{name}` of {type(module).__name__}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias = position_bias
+    scored = softcap is not None or s_aux is not None or bool(output_attentions)
+    if isinstance(attention_mask, GraphPlan) and not scored and position_bias is None:
+        return _by_plan(query, key, value, attention_mask, factor, dropout), None
+    attend = partial(_by_scores, softcap=softcap, sinks=s_aux) if scored else _by_cells
+    settings = factor, dropout, is_causal, position_bias
+    return _outside(module, query, key, value, attention_mask, *settings, attend, kwargs)
+
+
+@eager_only
+def _outside(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: DeferredMask | GraphPlan | Tensor | None,
+    scaling: float,
+    dropout: float,
+    is_causal: bool | None,
+    bias: Tensor | None,
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    passed: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention outside of graphs: by the plan or, where that does not say all, by [`_by_cells`] or [`_by_scores`]."""
+    if isinstance(attention_mask, GraphPlan):
+        raise ValueError(
+            f"attention in a graph needs a layer without softcap, sinks, position bias and output of weights; got "
+            f"{type(module).__name__}"
+        )
     if attention_mask is None or isinstance(attention_mask, Tensor):
         _check_unnoted(module, query, attention_mask)
         answer, added = _unnoted(module, query, key, attention_mask, is_causal)
@@ -118,15 +147,13 @@ def dynmask_attention_forward(
                 f"{type(module).__name__} must have as many queries and keys as its mask was made for, "
                 f"{attention_mask.shape[2:]}; got {(query.shape[2], key.shape[2])}"
             )
-        answer = attention_mask.answer(query, kwargs, has_bias=bias is not None)
-    scored = softcap is not None or s_aux is not None or output_attentions
-    if isinstance(answer, MaskPlan) and bias is None and not scored:
-        return _by_plan(query, key, value, answer, factor, dropout), None
-    attend = partial(_by_scores, softcap=softcap, sinks=s_aux) if scored else _by_cells
+        answer = attention_mask.answer(query, passed, has_bias=bias is not None)
     if isinstance(answer, MaskPlan):
-        output, weights = _apart(attend, query, key, value, answer, bias, factor, dropout)
+        if bias is None and attend is _by_cells:
+            return _by_plan(query, key, value, answer, scaling, dropout), None
+        output, weights = _apart(attend, query, key, value, answer, bias, scaling, dropout)
     else:
-        output, weights = attend(query, key, value, answer, bias, factor, dropout)
+        output, weights = attend(query, key, value, answer, bias, scaling, dropout)
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -160,13 +187,24 @@ def _unnoted(
     return mask, None
 
 
-def _by_plan(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scaling: float, dropout: float) -> Tensor:
+def _by_plan(
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | GraphPlan, scaling: float, dropout: float
+) -> Tensor:
     """Attention `(B, T, H, Dv)` on real tokens only; 0 elsewhere."""
     queries, keys = plan.layout, plan.key_layout
-    states = (side.flatten(x.transpose(1, 2)).squeeze(0) for x, side in ((query, queries), (key, keys), (value, keys)))
-    q, k, v = states
-    output, _ = attend_by_plan(q, k, v, plan, scaling=scaling, dropout=dropout)
+    if _is_whole(queries) and _is_whole(keys):
+        output, _ = attend_by_plan(packed(query), packed(key), packed(value), plan, scaling=scaling, dropout=dropout)
+        return output.unsqueeze(0)
+    query, key, value = (
+        side.flatten(x.transpose(1, 2)).squeeze(0) for x, side in ((query, queries), (key, keys), (value, keys))
+    )
+    output, _ = attend_by_plan(query, key, value, plan, scaling=scaling, dropout=dropout)
     return queries.unflatten(output.unsqueeze(0))
+
+
+def _is_whole(layout: SequenceLayout) -> bool:
+    """Whether all places of one row are tokens, or of a tail that nothing reads: no value has to be moved."""
+    return layout.indices is None and layout.shape == (1, layout.num_tokens)
 
 
 def _apart(
@@ -179,6 +217,7 @@ def _apart(
     *settings: float,
 ) -> tuple[Tensor, Tensor | None]:
     """[`_by_cells`] or [`_by_scores`] with one row per sequence, see [`MaskPlan.in_rows`]; 0 for absent tokens."""
+    plan = plan.trimmed
     rows = plan.in_rows
     sides = (query, plan.layout, rows.layout), *((x, plan.key_layout, rows.key_layout) for x in (key, value))
     states = (after.unflatten_heads(before.flatten_heads(x)) for x, before, after in sides)

@@ -5,16 +5,19 @@ Shape legend: B rows, T columns, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.batch import PACKING, frames_of_batch
+from ..modeling.batch import PACKING, frames_of_batch, layout_of_batch
 from ..modeling.layout import SequenceLayout, integers, not_binary, reads_are_free
 
 NAME = "dynmask"
@@ -27,6 +30,8 @@ INPUTS = ("input_ids", "inputs_embeds")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 CACHES = ("cache", "past_key_values")
 MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+SPEAKING = (*INPUTS, *CACHES, *MASKS, *PACKING, "lengths", "decoder_lengths", "position_ids")
+BOUNDS = ("max_length_q", "max_length_k")  # a graph that looked at these numbers would be of one batch
 FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where sequences begin
 
 
@@ -39,8 +44,8 @@ class Batch:
         names (`Collection[str]`): Names of the model's own arguments.
         given (`dict`): Arguments by name.
         is_inner (`bool`): Whether another prepared model runs this one.
-        starts (bool `Tensor` of shape `(B, T)`, *optional*):
-            Where sequences begin, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
+        layout ([`SequenceLayout`], *optional*):
+            Where the sequences are, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
         told_by (`str`): Which of these arguments says so.
         sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
         unchecked (`dict[str, Tensor]`): By mask, whether it holds only 0 and 1; not read yet, see [`read_along`].
@@ -50,30 +55,38 @@ class Batch:
     names: Collection[str]
     given: dict[str, Any]
     is_inner: bool = False
-    starts: Tensor | None = None
+    layout: SequenceLayout | None = None
     told_by: str = ""
     sequences_separated: bool = False
     unchecked: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def read(
-        cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any], is_inner: bool = False
+        cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any], outer: Batch | None = None
     ) -> Batch:
         """Passes what the batch says about its sequences to the model in arguments that it reads.
 
-        Lengths of rows become an attention mask, and a flat batch gets its `position_ids`.
+        Lengths of rows become an attention mask, and a flat batch gets its `position_ids`. What the batch of an `outer`
+        model says is not read again if it is all that is given.
 
         Raises:
             ValueError: Arguments contradict each other, or cannot be followed.
         """
-        batch = cls(model, names, dict(given), is_inner)
+        batch = cls(model, names, dict(given), is_inner=outer is not None)
+        if outer is not None and outer.layout is not None and batch._says_the_same(outer):
+            batch.layout, batch.told_by = outer.layout, outer.told_by
+            return batch
         if getattr(batch._first_of(CACHES), "is_of_flat_batch", False):
             raise ValueError("a cache must hold one sequence a row; got one that a flat batch has filled")
         batch._read_sequences()
         batch._read_targets()
-        if not is_inner:
+        if outer is None:
             batch.unchecked = {name: ((mask == 0) | (mask == 1)).all() for name, mask in batch._masks_of_tokens()}
         return batch
+
+    def _says_the_same(self, outer: Batch) -> bool:
+        """Whether it has the very arguments of an outer model, as far as they speak of tokens and sequences."""
+        return all(self.given.get(name) is outer.given.get(name) for name in SPEAKING)
 
     def _masks_of_tokens(self) -> Iterator[tuple[str, Tensor]]:
         """The masks of real tokens that may hold numbers other than 0 and 1."""
@@ -108,8 +121,7 @@ class Batch:
             self._put_padding(told.pop(0), "attention_mask", INPUTS, layout)
         if not told:
             return
-        starts = layout.unflatten(layout.begins[None])
-        self.starts, self.told_by = first_and(starts[:, 1:]), told[0]
+        self.layout, self.told_by = layout, told[0]
         if "position_ids" in self.names and self.given.get("position_ids") is None:
             positions = layout.unflatten(layout.positions[None])
             self.given["position_ids"] = positions + _first_position(self.model)
@@ -214,14 +226,14 @@ class Batch:
 
     @property
     def is_told_flat(self) -> bool:
-        """Whether a row holds several sequences, not counting what `position_ids` say."""
-        return self.starts is not None and bool(self.starts[:, 1:].any())
+        """Whether a row holds several sequences, empty ones included, not counting what `position_ids` say."""
+        return self.layout is not None and self.layout.num_sequences != self.layout.shape[0]
 
     @property
     def is_flat(self) -> bool:
         """Whether a row holds several sequences."""
         position_ids = self.given.get("position_ids")
-        if self.starts is not None or position_ids is None or position_ids.dim() != 2:
+        if self.layout is not None or position_ids is None or position_ids.dim() != 2:
             return self.is_told_flat
         present = self._present(position_ids.shape[1])
         if present is not None:
@@ -258,13 +270,101 @@ def current_batches() -> tuple[Batch, ...]:
     return batches.get()
 
 
+# --- In a graph ---
+
+
+@dataclass(eq=False)
+class GraphBatch:
+    """What layers in a graph of `torch.compile` or `torch.export` look up, of a flat batch.
+
+    Attributes:
+        layout ([`SequenceLayout`]): Where the sequences are.
+        given (`dict`): Arguments by name.
+        sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
+    """
+
+    layout: SequenceLayout
+    given: dict[str, Any]
+    sequences_separated: bool = False
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, given: dict[str, Any]) -> GraphBatch:
+        """As [`Batch.read`], of arguments that [`is_for_graph`]."""
+        tokens = next(given[name] for name in INPUTS if given.get(name) is not None)
+        position_ids = given.get("position_ids")
+        layout = layout_of_batch(
+            tuple(tokens.shape[:2]),
+            tokens.device,
+            given.get("lengths"),
+            None,
+            position_ids=position_ids,
+            packing={name: given.get(name) for name in PACKING[:2]},
+        )
+        given = {name: value for name, value in given.items() if name not in PACKING}
+        if position_ids is None:
+            given["position_ids"] = layout.unflatten(layout.positions[None]) + _first_position(model)
+        return cls(layout, given)
+
+
+class InGraph(threading.local):
+    """What a graph can look up: it does not know context variables.
+
+    Attributes:
+        batch ([`GraphBatch`], *optional*): While a model's forward pass is traced; nothing is left when that is done.
+        has_outer (`bool`): Whether a model that runs outside has a batch that its parts look up in [`current_batches`].
+    """
+
+    def __init__(self):
+        self.batch: GraphBatch | None = None
+        self.has_outer = False
+
+
+IN_GRAPH = InGraph()
+
+
+def is_for_graph(model: PreTrainedModel, names: Collection[str], given: dict[str, Any]) -> bool:
+    """Whether a graph can serve a batch: a flat one that says where its sequences are, and needs nothing else."""
+    own = {name for name, value in given.items() if name not in BOUNDS and value is not None}
+    tokens = next((given[name] for name in INPUTS if name in own), None)
+    told = next((given[name] for name in FLAT_ARGUMENTS if name in own), None)
+    if tokens is None or tokens.shape[0] != 1 or not isinstance(told, Tensor) or told.dim() != 1:
+        return False
+    if told.shape[0] == (1 if "lengths" in own else 2):  # a row
+        return False
+    position_ids = given.get("position_ids")
+    if "position_ids" not in names or position_ids is not None and position_ids.shape != _places(tokens):
+        return False
+    needs_more = not own.isdisjoint((*MASKS, *CACHES, *TARGETS[:2], "decoder_lengths", "seq_idx", "output_attentions"))
+    is_other = has_cross_attention(model.config) or model.config.output_attentions or model.config.sub_configs
+    return not (needs_more or is_other or has_neftune(model) or token_mixing_outside_attention(model))
+
+
 # --- What models are like --------------------------------------------------------------------------------------------
+
+
+T = TypeVar("T")
+
+
+def kept(find: Callable[[PreTrainedModel], T]) -> Callable[[PreTrainedModel], T]:
+    """Keeps what is found in a model's modules, which takes long to go through in every forward pass."""
+    found: WeakKeyDictionary[PreTrainedModel, T] = WeakKeyDictionary()
+
+    @wraps(find)
+    def looked_up(model: PreTrainedModel) -> T:
+        if torch.compiler.is_compiling():  # a graph that read what is kept would be made again when that changes
+            return find(model)
+        if model not in found:
+            found[model] = find(model)
+        return found[model]
+
+    return looked_up
 
 
 def has_cross_attention(config: PreTrainedConfig) -> bool:
     return getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
 
 
+@kept
 def _first_position(model: PreTrainedModel) -> int:
     """The position of a sequence's first token: 0 or, in RoBERTa's family, the one after that of padding."""
     for name, part in model.named_modules():
@@ -273,6 +373,7 @@ def _first_position(model: PreTrainedModel) -> int:
     return 0
 
 
+@kept
 def token_mixing_outside_attention(model: PreTrainedModel) -> str | None:
     """What mixes tokens of a row outside attention, if anything."""
     others = sorted(set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS)
@@ -287,7 +388,11 @@ def token_mixing_outside_attention(model: PreTrainedModel) -> str | None:
 
 def has_neftune(model: PreTrainedModel) -> bool:
     """Whether the Trainer adds noise to the embeddings (NEFTune, arXiv:2310.05914)."""
-    return any(part.training and getattr(part, "neftune_noise_alpha", None) for part in model.modules())
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # the Trainer cannot find them either
+        return False
+    return embeddings is not None and embeddings.training and bool(getattr(embeddings, "neftune_noise_alpha", None))
 
 
 # --- Sequences -------------------------------------------------------------------------------------------------------

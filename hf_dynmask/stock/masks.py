@@ -21,12 +21,14 @@ from transformers import PreTrainedConfig, masking_utils
 
 from ..modeling import masks
 from ..modeling.fields import Fields
-from ..modeling.layout import eager_only
+from ..modeling.graph_attention import GraphPlan, fields_of
+from ..modeling.layout import SequenceLayout, eager_only
 from ..modeling.masks import Mask, allowed_by_head, parse
 from ..modeling.plan import MaskPlan
 from .batches import (
     CONFIG_ENTRY,
     FLAT_ARGUMENTS,
+    IN_GRAPH,
     NAME,
     Batch,
     current_batches,
@@ -126,10 +128,16 @@ def _in_each_sequence(function: Callable, sequence_ids: Tensor, positions: Tenso
     return inner
 
 
+@torch.compiler.assume_constant_result
+def _text_of(function: Callable) -> str | None:
+    """The expression of a mask function; `None` if there is none that stands without fields."""
+    found = MaskFunction.read(function)
+    return None if found.expression is None or found.expression.fields else str(found.expression)
+
+
 # --- Masks -----------------------------------------------------------------------------------------------------------
 
 
-@eager_only
 def dynmask_mask(
     batch_size: int,
     q_length: int,
@@ -142,7 +150,7 @@ def dynmask_mask(
     device: torch.device | str = "cpu",
     config: PreTrainedConfig | None = None,
     **kwargs,
-) -> DeferredMask:
+) -> DeferredMask | GraphPlan:
     """The mask function that transformers' `AttentionMaskInterface` calls.
 
     Args:
@@ -152,21 +160,63 @@ def dynmask_mask(
         attention_mask (bool `Tensor` of shape `(B, columns)`, *optional*): False for absent tokens.
         use_vmap (`bool`): Whether `mask_function` takes one cell at a time.
         config ([`~transformers.PreTrainedConfig`], *optional*): The model's.
+
+    Returns:
+        [`DeferredMask`]; in the graph of a flat batch the plan itself.
     """
+    batch = IN_GRAPH.batch
+    if batch is not None and torch.compiler.is_compiling():
+        text = getattr(config, CONFIG_ENTRY, None) or _text_of(mask_function)
+        is_of_batch = (batch_size, q_length) == batch.layout.shape and q_length == kv_length
+        if text is not None and attention_mask is None and is_of_batch:
+            batch.sequences_separated = True
+            fields = {name: batch.given[name] for name in fields_of(text)}
+            return GraphPlan(text, batch.layout, batch.layout, fields)
+    return _deferred(
+        (batch_size, 1, q_length, kv_length),
+        (q_offset, kv_offset),
+        mask_function,
+        attention_mask,
+        use_vmap,
+        device,
+        config,
+    )
+
+
+@eager_only
+def _deferred(
+    shape: tuple[int, int, int, int],
+    offsets: tuple[int | Tensor, int],
+    mask_function: Callable,
+    attention_mask: Tensor | DeferredMask | None,
+    use_vmap: bool,
+    device: torch.device | str,
+    config: PreTrainedConfig | None,
+) -> DeferredMask:
     if isinstance(attention_mask, DeferredMask):  # `generate` has made it before the forward pass
         return attention_mask
-    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padding = masking_utils.prepare_padding_mask(attention_mask, shape[3], offsets[1])
     text = getattr(config, CONFIG_ENTRY, None)
     return DeferredMask(
-        shape=(batch_size, 1, q_length, kv_length),
-        offsets=(int(q_offset), int(kv_offset)),
+        shape=shape,
+        offsets=(int(offsets[0]), int(offsets[1])),
         function=mask_function,
         use_vmap=use_vmap,
-        padding=None if padding is None or _all(padding) else padding.expand(batch_size, -1),
+        padding=None if padding is None or _all(padding) else padding.expand(shape[0], -1),
         chosen=None if text is None else parse(text),
         device=torch.device(device),
         model_type=getattr(config, "model_type", "stock"),
     )
+
+
+def states_sequences(config: PreTrainedConfig) -> bool:
+    """Whether a model runs with this attention on a batch that says where its sequences are."""
+    if config._attn_implementation != NAME:
+        return False
+    if torch.compiler.is_compiling():
+        return IN_GRAPH.batch is not None
+    batches = current_batches()
+    return bool(batches) and batches[-1].layout is not None
 
 
 def _all(padding: Tensor) -> bool:
@@ -241,12 +291,12 @@ class DeferredMask:
         key = (query.shape[1], query.device)
         if key not in self._answers:
             batches = current_batches()
-            starts = self._starts(batches, has_bias) if batches else self._check_rows(passed)
+            layout = self._sequences(batches, has_bias) if batches else self._check_rows(passed)
             if self._is_square and self._expression is not None:
-                self._answers[key] = self._plan(self._expression, starts, passed, query.device)
+                self._answers[key] = self._plan(self._expression, layout, passed, query.device)
             else:
-                cells = self._cells(starts, query.shape[1]).to(query.device)
-                self._answers[key] = cells if starts is None else self._plan_of_cells(cells, starts)
+                cells = self._cells(layout, query.shape[1]).to(query.device)
+                self._answers[key] = cells if layout is None else _plan_of_cells(cells, layout)
         return self._answers[key]
 
     @cached_property
@@ -275,26 +325,27 @@ class DeferredMask:
 
     # --- Sequences ---
 
-    def _starts(self, batches: tuple[Batch, ...], has_bias: bool) -> Tensor | None:
-        """Bool `(B, T)`: the columns at which sequences begin; `None`: each row is one sequence."""
+    def _sequences(self, batches: tuple[Batch, ...], has_bias: bool) -> SequenceLayout | None:
+        """The layout of the queries of a flat batch; `None`: each row is one sequence."""
         batch = batches[-1]
         crosses = any(has_cross_attention(outer.model.config) for outer in batches)
-        by_positions = None
-        if not (crosses and self._may_cross):
-            by_positions = self._by_positions(batch.given.get("position_ids"))
-        starts = by_positions if batch.starts is None else self._told(batch)
-        if starts is None or not bool(starts[:, 1:].any()):
+        position_ids = None if crosses and self._may_cross else self._own(batch.given.get("position_ids"))
+        if batch.layout is None:
+            layout = None if position_ids is None else self._divided_by(position_ids)
+        else:
+            layout = self._told(batch)
+        if layout is None:
             return None
-        self._check_flat(batch, crosses, counts_columns=by_positions is None and not has_bias)
+        self._check_flat(batch, crosses, counts_columns=position_ids is None and not has_bias)
         for heeded in batches:
             heeded.sequences_separated = True
-        return starts
+        return layout
 
     def _check_rows(self, passed: Mapping[str, Any]) -> None:
         """Raises if a model whose forward arguments are not known gets more than plain rows."""
         told = [name for name in FLAT_ARGUMENTS if passed.get(name) is not None]
-        starts = self._by_positions(passed.get("position_ids"))
-        if self._known.is_packed or starts is not None and bool(starts[:, 1:].any()):
+        position_ids = self._own(passed.get("position_ids"))
+        if self._known.is_packed or position_ids is not None and self._divided_by(position_ids) is not None:
             told.append("position_ids")
         if told:
             raise ValueError(
@@ -303,23 +354,34 @@ class DeferredMask:
                 f"(`model.set_attn_implementation('{NAME}')` makes it ready)"
             )
 
-    def _by_positions(self, position_ids: Tensor | None) -> Tensor | None:
-        """Bool `(B, T)`: the columns at which positions restart; `None` if they are not those of the queries."""
+    def _own(self, position_ids: Tensor | None) -> Tensor | None:
+        """`position_ids (B, T)` if they are those of the queries."""
         if position_ids is None or position_ids.shape[1:] != (self.shape[2],):
             return None
         position_ids = position_ids.to(self.device)
         self._check_continued(position_ids)
-        return restarts(position_ids.expand(self.shape[0], -1), self.present(0))
+        return position_ids.expand(self.shape[0], -1)
 
-    def _told(self, batch: Batch) -> Tensor:
-        """Bool `(B, T)`: where sequences begin according to the batch, which must have the shape of the queries."""
-        starts = batch.starts.to(self.device)  # type: ignore[union-attr]
-        if (self.shape[0], self.shape[2]) != starts.shape:
+    def _divided_by(self, position_ids: Tensor) -> SequenceLayout | None:
+        """The layout of rows that positions divide; `None`: they restart nowhere."""
+        present = self.present(0)
+        starts = restarts(position_ids, present)
+        return layout_of(starts, present) if bool(starts[:, 1:].any()) else None
+
+    def _told(self, batch: Batch) -> SequenceLayout | None:
+        """What a flat batch says itself of its sequences, which must be those of the queries."""
+        layout: SequenceLayout = batch.layout  # type: ignore[assignment]
+        if layout.shape != (self.shape[0], self.shape[2]):
             raise ValueError(
                 f"`{batch.told_by}` must be of the mask's queries, of shape {(self.shape[0], self.shape[2])}; got "
-                f"{tuple(starts.shape)}"
+                f"{layout.shape}"
             )
-        return starts
+        if not batch.is_told_flat:
+            return None
+        if self.padding is None:
+            return layout
+        starts = layout.unflatten(layout.begins[None]).to(self.device)  # positions count absent tokens, too
+        return layout_of(first_and(starts[:, 1:]), self.present(0))
 
     def _check_flat(self, batch: Batch, crosses: bool, counts_columns: bool) -> None:
         model = f"this {self.model_type} model"
@@ -360,32 +422,28 @@ class DeferredMask:
     # --- Plans and cells ---
 
     def _plan(
-        self, expression: Mask, starts: Tensor | None, passed: Mapping[str, Any], device: torch.device
+        self, expression: Mask, layout: SequenceLayout | None, passed: Mapping[str, Any], device: torch.device
     ) -> MaskPlan:
         given = [passed, *(batch.given for batch in current_batches())]
         fields = {name: each[name].to(device) for name in expression.fields for each in given if _has(each, name)}
         if self.chosen is None and self._known.block_ids is not None:
             fields["segment_ids"] = _unique_where_negative(self._known.block_ids).to(device)
-        present = self.present(0)
-        rows = first_and(torch.zeros(self.shape[0], self.shape[2] - 1, dtype=torch.bool, device=self.device))
-        if starts is None and present is not None and self._may_cross:
-            layout, key_layout = layout_of(rows, None), layout_of(rows, present, by_column=True).to(device)
-        else:
-            layout, key_layout = layout_of(rows if starts is None else starts, present), None
+        present, key_layout = self.present(0), None
+        if layout is None:
+            rows = SequenceLayout.full((self.shape[0], self.shape[2]), self.device)
+            layout = rows if present is None else layout_of(rows.begins.view(rows.shape), present)
+            if present is not None and self._may_cross:
+                key_layout = layout_of(rows.begins.view(rows.shape), present, by_column=True).to(device)
+                layout = rows
         return MaskPlan(expression, layout.to(device), key_layout, fields=fields)
 
-    def _plan_of_cells(self, cells: Tensor, starts: Tensor) -> MaskPlan:
-        """Cells of rows with several sequences, which the plan separates."""
-        layout = layout_of(starts, self.present(0)).to(cells.device)
-        return MaskPlan(masks.dense(), layout, fields={"attention_mask": cells})
-
-    def _cells(self, starts: Tensor | None, heads: int) -> Tensor:
+    def _cells(self, layout: SequenceLayout | None, heads: int) -> Tensor:
         if self.chosen is not None:
             return self._chosen_cells(self.chosen, heads)
         function = self.function
-        if starts is not None and not self._known.is_packed:
-            layout = layout_of(starts, self.present(0))
-            function = _in_each_sequence(function, starts.cumsum(1), layout.unflatten(layout.positions[None]))
+        if layout is not None and not self._known.is_packed:
+            of_places = (layout.unflatten(values[None]) for values in (layout.sequence_ids, layout.positions))
+            function = _in_each_sequence(function, *of_places)
         return masking_utils.sdpa_mask(  # type: ignore[return-value]
             *(self.shape[0], *self.shape[2:], *self.offsets),
             mask_function=function,
@@ -409,6 +467,11 @@ class DeferredMask:
             left = self.padding.int().argmax(1)[:, None, None]
             i, j = i - left, j - left
         return allowed_by_head(mask, heads, i[..., None], j[:, :, None], Fields()) & real[:, :, None]
+
+
+def _plan_of_cells(cells: Tensor, layout: SequenceLayout) -> MaskPlan:
+    """Cells of rows with several sequences, which the plan separates."""
+    return MaskPlan(masks.dense(), layout.to(cells.device), fields={"attention_mask": cells})
 
 
 def _unique_where_negative(block_ids: Tensor) -> Tensor:

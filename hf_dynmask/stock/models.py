@@ -26,10 +26,22 @@ from transformers.utils.generic import TransformersKwargs
 
 from ..modeling import masks
 from ..modeling.fields import FIELD_SHAPES
+from ..modeling.graph_attention import fields_of
 from ..modeling.layout import check_not_scattered, eager_only
 from ..modeling.masks import parse
 from ..modeling.modeling_base import warn_of_unread_fields
-from .batches import CACHES, CONFIG_ENTRY, INPUTS, NAME, Batch, batches, has_cross_attention
+from .batches import (
+    CACHES,
+    CONFIG_ENTRY,
+    IN_GRAPH,
+    INPUTS,
+    NAME,
+    Batch,
+    GraphBatch,
+    batches,
+    has_cross_attention,
+    is_for_graph,
+)
 
 # Arguments that any model accepts: of the batch contract, of transformers, and of decorators of `forward`.
 KNOWN = {
@@ -133,8 +145,15 @@ def _rebind(model: PreTrainedModel) -> None:
             setattr(model, name, MethodType(ours, model))
 
 
-# Keeps `torch.compile` out of this function only: the layers that it runs may be compiled.
-eager_only_itself = torch.compiler.disable(recursive=False)
+def eager_only_itself(function: Callable) -> Callable:
+    """As [`eager_only`], for this function alone: the layers that it runs may be compiled."""
+    outside = torch.compiler.disable(function, recursive=False)
+
+    @wraps(function)
+    def called(*args, **kwargs):
+        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return called
 
 
 def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callable:
@@ -154,6 +173,12 @@ def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callabl
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
         if self.config._attn_implementation == NAME:
+            if torch.compiler.is_compiling():
+                if IN_GRAPH.batch is not None:  # of the model that runs this one
+                    return forward(self, *args, **kwargs)
+                given = dict(zip(names, args, strict=False)) | kwargs
+                if not IN_GRAPH.has_outer and len(args) <= len(names) and _is_for_graph(self, names, given):
+                    return run_in_graph(forward, self, given)
             return announced(self, args, kwargs)
         check_followed(self.config, self.config._attn_implementation, type(self).__name__)
         return forward(self, *args, **kwargs)
@@ -195,26 +220,49 @@ def run_announced(
 ) -> Any:
     """Runs a model's forward pass; its recorded arguments are removed however it ends."""
     outer = batches.get()
-    batch = _enter(model, names, given, takes_others, is_inner=bool(outer))
+    batch = _enter(model, names, given, takes_others, outer[-1] if outer else None)
     try:
         batches.set((*outer, batch))
+        IN_GRAPH.has_outer = True
         output = forward(model, **batch.given)
     finally:
         batches.set(outer)
+        IN_GRAPH.has_outer = bool(outer)
     _leave(batch, output)
+    return output
+
+
+def _is_for_graph(model: PreTrainedModel, names: list[str], given: dict[str, Any]) -> bool:
+    """As [`is_for_graph`], if all keywords are known as well."""
+    text = getattr(model.config, CONFIG_ENTRY, None)
+    read = () if text is None else fields_of(text)
+    known = given.keys() <= {*names, *KNOWN} and all(given.get(name) is not None for name in read)
+    unread = [name for name in FIELD_SHAPES if given.get(name) is not None and name not in names and name not in read]
+    return known and not unread and is_for_graph(model, names, given)
+
+
+def run_in_graph(forward: Callable, model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    """As [`run_announced`], traced into the graph."""
+    batch = IN_GRAPH.batch = GraphBatch.read(model, given)
+    try:
+        output = forward(model, **batch.given)
+    finally:
+        IN_GRAPH.batch = None
+    _check_separated(model, batch.sequences_separated)
+    _mark_caches(output)
     return output
 
 
 @eager_only
 def _enter(
-    model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool, is_inner: bool
+    model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool, outer: Batch | None
 ) -> Batch:
-    if takes_others and not is_inner:
+    if takes_others and outer is None:
         _check_keywords(model, given.keys() - set(names) - KNOWN)
         _warn_of_fields(model, [name for name in FIELD_SHAPES if name not in names and given.get(name) is not None])
     if getattr(model, "_is_replica", False) and given.get("input_ids") is not None:
         check_not_scattered(given["input_ids"], given.get("lengths"), getattr(model.config, "pad_token_id", None))
-    return Batch.read(model, names, given, is_inner)
+    return Batch.read(model, names, given, outer)
 
 
 @eager_only
@@ -222,12 +270,21 @@ def _leave(batch: Batch, output: Any) -> None:
     if batch.unchecked:
         batch.read_along()
     if batch.sequences_separated:
-        for value in output.values() if isinstance(output, Mapping) else output:
-            if isinstance(value, Cache):
-                value.is_of_flat_batch = True  # type: ignore[attr-defined]
+        _mark_caches(output)
     elif not batch.has_explicit_mask and batch.is_flat:
+        _check_separated(batch.model, batch.sequences_separated)
+
+
+def _mark_caches(output: Any) -> None:
+    for value in output.values() if isinstance(output, Mapping) else output:
+        if isinstance(value, Cache):
+            value.is_of_flat_batch = True  # type: ignore[attr-defined]
+
+
+def _check_separated(model: PreTrainedModel, sequences_separated: bool) -> None:
+    if not sequences_separated:
         raise ValueError(
-            f"a flat batch needs a model whose tokens meet in attention; those of {type(batch.model).__name__} do not"
+            f"a flat batch needs a model whose tokens meet in attention; those of {type(model).__name__} do not"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     CONFIG_MAPPING,
@@ -24,6 +25,9 @@ from transformers import (
 
 import hf_dynmask
 from hf_dynmask.data import DataCollatorWithLengths
+from hf_dynmask.modeling import batch as batch_module
+from hf_dynmask.modeling import layout as layout_module
+from hf_dynmask.stock import batches as stock_batches
 
 # Of the models themselves, in transformers before 5.18.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -243,6 +247,20 @@ def test_flat_documents_equal_single_ones_and_do_not_leak(family, told_by):
     first, last = [slice(0, 5), slice(11, 20)]
     same = torch.allclose if family in ROUNDED_BY_OTHERS else torch.equal
     assert same(again[0, first], found[0, first]) and same(again[0, last], found[0, last])
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "not read, as on a GPU"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ROUNDED_BY_OTHERS])
+def test_documents_in_front_of_unused_places(family, is_read, monkeypatch):
+    if not is_read:
+        for module in (layout_module, batch_module, stock_batches):
+            monkeypatch.setattr(module, "reads_are_free", lambda device: False)
+    batch = TOLD_BY["lengths"](family)
+    used = batch["input_ids"].shape[1]
+    batch = {name: nn.functional.pad(values, (0, 4)) for name, values in batch.items()}
+    found = states(model_of(family, "dynmask"), **batch)[0, :used]
+    single = [states(model_of(family, "dynmask"), input_ids=document[None])[0] for document in DOCUMENTS]
+    torch.testing.assert_close(found, torch.cat(single), **CLOSE)
 
 
 @pytest.mark.parametrize("told_by", ["lengths", "cu_seq_lens"])

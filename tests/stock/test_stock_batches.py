@@ -108,7 +108,7 @@ def test_what_the_collator_of_transformers_sends(settings, model):
             for name, value in {"lengths": [4, 3, 5], "cu_seq_lens_q": CU_SEQ_LENS, "seq_idx": SEQ_IDX}.items()
         ),
         ({"seq_idx": SEQ_IDX[0]}, r"`seq_idx` must have the input's shape \(1, 12\); got \(12,\)"),
-        ({"lengths": [4, 3, 4]}, "`lengths` of a flat batch must add up to its width 12; got a sum of 11"),
+        ({"lengths": [4, 3, 6]}, "`lengths` of a flat batch must add up to at most its width 12; got a sum of 13"),
         ({"lengths": [4.0, 3.0, 5.0]}, "`lengths` must be integers; got dtype torch.float32"),
         ({"lengths": [[4, 3, 5]]}, r"`lengths` must be a vector; got shape \(1, 3\)"),
         ({"lengths": [-1, 13]}, "`lengths` must not be negative; got -1"),
@@ -373,3 +373,51 @@ def test_generation_refuses_them():
     model.set_attn_implementation("dynmask")
     with pytest.raises(ValueError, match="`attention_mask` must hold only 0 and 1; got 2"):
         model.generate(ROWS, attention_mask=2 * PRESENT, max_new_tokens=2)
+
+
+# --- Rows of fixed width, whose last places are of no sequence ---
+
+
+def with_unused_places(token=0):
+    tokens = torch.cat([FLAT, torch.full((1, 5), token)], dim=1)
+    return {"input_ids": tokens, "lengths": torch.tensor([4, 3, 5, 0, 0])}
+
+
+@pytest.mark.parametrize("positions", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_unused_places_are_of_no_sequence(positions, masked, model):
+    batch = with_unused_places()
+    if positions:
+        batch["position_ids"] = torch.nn.functional.pad(POSITIONS, (0, 5))
+    if masked:
+        batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    torch.testing.assert_close(logits(model, **batch)[0, :12], singles(model))
+
+
+def test_unused_places_reach_nothing(model):
+    expected = model(**with_unused_places()).logits[:, :12]
+    batch = with_unused_places(token=7)
+    embeddings = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    embeddings[:, 12:] = torch.nan
+    torch.testing.assert_close(model(inputs_embeds=embeddings, **batch).logits[:, :12], expected)
+
+
+def test_gradients_with_unused_places(stock):
+    """Of a loss without labels there."""
+    gradients = []
+    stock.set_attn_implementation("dynmask")
+    for batch in ({"input_ids": FLAT, "lengths": torch.tensor([4, 3, 5])}, with_unused_places()):
+        labels = batch["input_ids"].masked_fill(batch["input_ids"] == 0, -100)
+        stock.zero_grad()
+        loss = stock(**batch, labels=labels).loss
+        loss.backward()
+        grads = {name: weight.grad.clone() for name, weight in stock.named_parameters() if weight.grad is not None}
+        gradients.append({"loss": loss.detach(), **grads})
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["modernbert", "mistral", "qwen2", "roberta"])
+def test_unused_places_in_other_families(family):
+    model = random_stock(family, "causal-lm" if family in ("mistral", "qwen2") else "masked-lm")
+    model.set_attn_implementation("dynmask")
+    torch.testing.assert_close(logits(model, **with_unused_places())[0, :12], singles(model))
