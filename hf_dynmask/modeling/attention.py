@@ -133,7 +133,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """[`dynmask_attention`] with a plan, on packed `(N, H, D)` tensors: output `(N, H, Dv)`, and weights
     `(B, H, T, T)` from the reference."""
-    query, key, value = autocast(query, key, value)
+    if query.device.type != "cpu":  # on which PyTorch's own functions do so
+        query, key, value = autocast(query, key, value)
     if key_scores is not None:
         query, key, plan = _with_key_scores(query, key, plan, key_scores, scaling)
     elif plan.reads_scores:

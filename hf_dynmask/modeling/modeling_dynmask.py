@@ -278,7 +278,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
             "attention_mask": attention_mask if is_explicit(attention_mask) else None,
         }
         fields = given(fields)
-        warn_of_unread_fields(self, fields, self.fields_read())
+        if fields:
+            warn_of_unread_fields(self, fields, self.fields_read())
         in_graph = torch.compiler.is_compiling() and layout.described is not None and not output_attentions
         plans = self._plans(layout, whole, cache, fields, in_graph)
         cross_plan = None
@@ -440,7 +441,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         if cache is not None:
             own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
             return cached_plans(masks, layout, whole, own, fields)
-        plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
+        plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in dict.fromkeys(masks)}
         return [plans[mask] for mask in masks]
 
     def _embed(
