@@ -337,7 +337,7 @@ def _wait_policy() -> str:
 def _runs_here(text: str, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[str, str]:
     """[`auto_choice`] for a mask over one short sequence, with its reasons as text."""
     plan = MaskPlan(text, SequenceLayout.from_lengths(torch.tensor([2])))
-    states = torch.empty(1, 1, 2, HEAD_SIZE, device=device, dtype=dtype)
+    states = torch.empty(2, 1, HEAD_SIZE, device=device, dtype=dtype)
     runs, passed_over = auto_choice(plan, states, states, states, dropout)
     return runs, "\n".join(f"{other}: {reason}" for other, reason in passed_over.items())
 

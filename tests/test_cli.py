@@ -216,7 +216,9 @@ def test_env_without_an_accelerator(monkeypatch):
     assert f"torch {torch.__version__}, " in result.output
     assert "; device: cpu\n" in result.output
     reason = "chosen on CUDA devices alone; got 'cpu'"
-    rows = [(text, "all", "blocks", f"varlen: {reason}\nflex: {reason}") for text in cli.KINDS_OF_MASKS]
+    rows = [
+        (text, "all", "blocks", f"varlen: {reason}\nbanded: {reason}\nflex: {reason}") for text in cli.KINDS_OF_MASKS
+    ]
     assert rows_of_table(result.output) == rows
 
 
@@ -250,27 +252,23 @@ def test_env_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(attention_varlen, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention_varlen, "_tried", lambda *_: None)
     monkeypatch.setattr(attention_flex, "find_spec", lambda name: name)
     monkeypatch.setattr(torch, "empty", without_values(torch.empty))
     result = run("env", width=200)
     assert "; device: cuda (A GPU)\n" in result.output
     assert "OMP_WAIT_POLICY" not in result.output
     rows = rows_of_table(result.output)
-    single = "varlen: it takes torch.float16 and torch.bfloat16; got torch.float32"
-    assert rows[:4] == [
-        ("full", "bfloat16", "varlen", ""),
-        (
-            "full",
-            "bfloat16, dropout",
-            "blocks",
-            "varlen: its dropout is flash-attn's, not installed\nflex: it has no dropout",
-        ),
-        ("full", "float32", "flex", single),
-        ("full", "float32, dropout", "blocks", f"{single}\nflex: it has no dropout"),
-    ]
-    general = "varlen: it serves `full`, `causal` and windows; got 'causal | prefix(16)'"
+    assert rows[:2] == [("full", "all", "varlen", ""), ("causal", "all", "varlen", "")]
+    window = "causal & window(255, 0)"
+    assert rows[2] == (window, "bfloat16\nbfloat16, dropout", "varlen", "")
+    assert rows[3][:3] == (window, "float32\nfloat32, dropout", "banded")
+    why = rows[3][3].replace("\n", " ")
+    assert "got torch.float32; memory-efficient attention: it serves `full` and `causal`" in why
+    general = (
+        "varlen: it serves `full`, `causal` and windows; got 'causal | prefix(16)'\n"
+        "banded: it serves windows between the tokens of one layout; got 'causal | prefix(16)'"
+    )
     assert rows[-3:-1] == [
         ("causal | prefix(16)", "bfloat16\nfloat32", "flex", general),
         (

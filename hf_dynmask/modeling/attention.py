@@ -32,16 +32,18 @@ class Implementation(NamedTuple):
         unsupported (`Callable`):
             `(plan, query, key, value, dropout) -> str | None`: why it cannot serve these; `None`: it can.
         takes_tails (`bool`): Whether it takes layouts with a tail, of which the host knows no lengths.
+        is_traced (`bool`): Whether a graph may trace it, in place of calling an operator.
     """
 
     attend: Callable[..., tuple[Tensor, Tensor | None]]
     unsupported: Callable[[MaskPlan, Tensor, Tensor, Tensor, float], str | None] = lambda *_: None
     takes_tails: bool = False
+    is_traced: bool = False
 
 
 IMPLEMENTATIONS = {
-    "varlen": Implementation(attend_varlen, unsupported_by_varlen, takes_tails=True),
-    "banded": Implementation(attend_banded, unsupported_by_banded, takes_tails=True),
+    "varlen": Implementation(attend_varlen, unsupported_by_varlen, takes_tails=True, is_traced=True),
+    "banded": Implementation(attend_banded, unsupported_by_banded, takes_tails=True, is_traced=True),
     "flex": Implementation(attend_flex, unsupported_by_flex, takes_tails=True),
     "blocks": Implementation(attend_blocks),
     "reference": Implementation(attend_reference),
@@ -104,7 +106,9 @@ def dynmask_attention(
     _check_shapes(query, key, value, plan)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     output, _ = attend(
-        *map(packed, (query, key, value)),
+        packed(query),
+        packed(key),
+        packed(value),
         plan,
         scaling=factor,
         dropout=dropout,
@@ -129,6 +133,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """[`dynmask_attention`] with a plan, on packed `(N, H, D)` tensors: output `(N, H, Dv)`, and weights
     `(B, H, T, T)` from the reference."""
+    if query.device.type != "cpu":  # on which PyTorch's own functions do so
+        query, key, value = autocast(query, key, value)
     if key_scores is not None:
         query, key, plan = _with_key_scores(query, key, plan, key_scores, scaling)
     elif plan.reads_scores:
@@ -141,6 +147,14 @@ def attend(
         attend_weights = partial(attend_reference, apply_mask_to="weights")
         return _without_tail(attend_weights, query, key, value, plan, scaling, dropout)
     return _attend(implementation, query, key, value, plan, scaling, dropout)
+
+
+def autocast(*states: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values in the dtype of autocast, if it is on, which packed kernels do not ask for."""
+    device = states[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return states
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in states)
 
 
 @eager_only

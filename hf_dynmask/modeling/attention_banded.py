@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .masks import Band
 from .plan import MaskPlan
 from .softmax import softmax_attention, without_keys, without_poison
 
@@ -28,7 +27,7 @@ def attend(
     tokens = plan.layout.num_tokens
     if isinstance(tokens, int) and not tokens:
         return without_keys(query, key, value), None
-    blocks = Blocks.of(plan.band, tokens)
+    blocks = Blocks.of(_window(plan), tokens)
     query, key, value, poisoned = without_poison(query, key, value, plan.layout, plan.key_layout)
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
     states = blocks.of_queries(query), blocks.of_keys(key), blocks.of_keys(value)
@@ -39,14 +38,20 @@ def attend(
 
 def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> str | None:
     """Why it cannot serve, or `None`: it can."""
-    band = plan.band
-    if band is None or None in band or plan.layout is not plan.key_layout:
+    if None in (plan.band or (None,)) or plan.layout is not plan.key_layout:
         return f"it serves windows between the tokens of one layout; got '{plan.mask}'"
-    blocks = Blocks.of(band, plan.layout.num_tokens)
+    blocks = Blocks.of(_window(plan), plan.layout.num_tokens)
     scores = query.shape[1] * blocks.number * blocks.size * (blocks.before + blocks.size + blocks.behind)
     if scores > LARGEST:
         return f"it holds at most {LARGEST} scores at once; got {scores} with '{plan.mask}'"
     return None
+
+
+def _window(plan: MaskPlan) -> tuple[int, int]:
+    """The plan's band, which has two bounds."""
+    left, right = plan.band or (None, None)
+    assert left is not None and right is not None
+    return left, right
 
 
 class Blocks(NamedTuple):
@@ -59,7 +64,7 @@ class Blocks(NamedTuple):
     missing: int  # places of the last block that no token takes
 
     @classmethod
-    def of(cls, band: Band, tokens: int) -> Blocks:
+    def of(cls, band: tuple[int, int], tokens: int) -> Blocks:
         """Of a window, and so many tokens."""
         before, behind = (min(bound, tokens) for bound in band)
         size = max(SMALLEST_BLOCK, before, behind)
@@ -79,7 +84,7 @@ class Blocks(NamedTuple):
 
 def _allowed(plan: MaskPlan) -> Tensor:
     """Bool `(n, 1, L, K)`: which query of a block may see which key that the block reaches."""
-    layout, (left, right) = plan.layout, plan.band
+    layout, (left, right) = plan.layout, _window(plan)
     blocks = Blocks.of((left, right), layout.num_tokens)
     ids, positions = (values[None, :, None] for values in (layout.sequence_ids, layout.positions))
     distance = blocks.of_keys(positions, -1).mT - blocks.of_queries(positions, -1)

@@ -86,7 +86,7 @@ class Side(NamedTuple):
     def put_back(self, states: list[Tensor]) -> Tensor:
         """The inverse of [`take`]."""
         tokens = states[0] if len(states) == 1 else torch.cat(states)
-        if self.taken is not None:
+        if self.place_of is not None:
             is_small = tokens.numel() <= SMALL or not tokens.requires_grad
             tokens = tokens.index_select(0, self.place_of) if is_small else _PutBack.apply(tokens, self.place_of)
         return tokens
@@ -153,7 +153,7 @@ def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Side, Side]:
     device = plan.layout.device
     buckets = [_alone(plan, run[0]) if sizes[0] < 0 else _joined(plan, run, *sizes, device) for sizes, run in runs]
     buckets = buckets or [_alone(plan, GroupPlan(0, 0, 0))]
-    return buckets, *(_side(plan, buckets, side) for side in (0, 1))
+    return buckets, _side(plan, buckets, 0), _side(plan, buckets, 1)
 
 
 def _side(plan: MaskPlan, buckets: list[Bucket], side: int) -> Side:

@@ -106,17 +106,9 @@ def attend(
         return without_keys(query, key, value), None
     of_queries, of_keys = plan.layout, plan.key_layout
     ends, key_ends = plan.derived(_ends)
-    packed = Packed(
-        query,
-        key,
-        value,
-        ends,
-        key_ends,
-        *(max(layout.longest, TAIL_PIECE) for layout in (of_queries, of_keys)),
-        plan.band,
-        scaling,
-        dropout,
-    )
+    longest, key_longest = (max(layout.longest, TAIL_PIECE) for layout in (of_queries, of_keys))
+    band = plan.band or (None, None)
+    packed = Packed(query, key, value, ends, key_ends, longest, key_longest, band, scaling, dropout)
     kernel, _ = _kernel(plan, query, key, value)
     assert kernel is not None
     output = kernel(packed)
@@ -204,7 +196,7 @@ def _refusal(name: str, device_type: str, index: int | None, dtype: torch.dtype)
 
 @lru_cache
 def _tried(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
-    device = torch.device(device_type, index) if device_type == "cuda" else torch.device(device_type)
+    device = torch.device(device_type, index) if index is not None else torch.device(device_type)
     with torch.enable_grad(), torch.autocast(device_type, enabled=False) if device_type == "cuda" else _nothing():
         states = torch.ones(8, 1, 16, device=device, dtype=dtype, requires_grad=True)
         ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
@@ -224,7 +216,7 @@ def _nothing() -> Any:
 def _ends(plan: MaskPlan) -> tuple[Tensor, Tensor]:
     """Where the sequences of queries and of keys end, tails included."""
     layouts = plan.layout, plan.key_layout
-    pieces = max((-(-layout.num_tokens // TAIL_PIECE) for layout in layouts if layout.has_tail), default=0)
+    pieces = max([0, *(-(-layout.num_tokens // TAIL_PIECE) for layout in layouts if layout.has_tail)])
     ends = _ends_of(plan.layout, pieces)
     return ends, ends if plan.key_layout is plan.layout else _ends_of(plan.key_layout, pieces)
 

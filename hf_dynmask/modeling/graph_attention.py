@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .attention import IMPLEMENTATIONS, autocast
 from .attention import attend as attend_outside
-from .attention_banded import attend as attend_banded
-from .attention_banded import unsupported as unsupported_by_banded
-from .attention_varlen import attend as attend_varlen
-from .attention_varlen import unsupported as unsupported_by_varlen
 from .compile_ops import operator
 from .graph_layout import known
 from .layout import SequenceLayout
@@ -64,13 +61,6 @@ def band_of(mask: str) -> Band | None:
     return parse(mask).band()
 
 
-# Implementations that are traced into the graph, where the device is not the CPU.
-TRACED = {
-    "varlen": (attend_varlen, unsupported_by_varlen),
-    "banded": (attend_banded, unsupported_by_banded),
-}
-
-
 def attend(
     query: Tensor,
     key: Tensor,
@@ -101,13 +91,14 @@ def attend(
             key_scores=key_scores,
             implementation=implementation,
         )
-    device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # the operator runs where autocast is over
-        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
-    if device != "cpu" and key_scores is None and apply_mask_to == "scores":
-        for name, (attend_traced, unsupported) in TRACED.items():
-            if implementation in ("auto", name) and unsupported(plan, query, key, value, dropout) is None:
-                return attend_traced(query, key, value, plan, scaling=scaling, dropout=dropout)
+    query, key, value = autocast(query, key, value)  # operators run where autocast is over
+    if query.device.type != "cpu" and key_scores is None and apply_mask_to == "scores":
+        for name, chosen in IMPLEMENTATIONS.items():
+            if not chosen.is_traced or implementation not in ("auto", name):
+                continue
+            traced = cast(MaskPlan, plan)  # of which these look at what a `GraphPlan` has as well
+            if chosen.unsupported(traced, query, key, value, dropout) is None:
+                return chosen.attend(query, key, value, traced, scaling=scaling, dropout=dropout)
     seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else None
     layouts = plan.layout.described, plan.key_layout.described
     tensors = query, key, value, key_scores, seed, *layouts, list(plan.fields.values())

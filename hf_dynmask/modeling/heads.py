@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, given_input, is_explicit, layout_of_batch
-from .layout import SequenceLayout, eager_only, reads_are_free
+from .layout import SequenceLayout
 from .losses import flat_labels, sequence_loss, token_loss
 from .modeling_base import DynMaskBaseModel, known_keywords
 
@@ -186,28 +186,10 @@ def in_columns(
     values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
     """A function of values `(1, N, …)` as `(B, columns, …)`: of the last columns alone, or of these; 0: of all. It is 0
-    where no token is, and, where lengths can be looked at, not computed elsewhere."""
+    where no token is, and computed for these columns alone."""
     if isinstance(to_keep, int) and to_keep == 0:
         return layout.unflatten(function(values))
-    if not reads_are_free(values.device):
-        columns = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep.to(values.device)
-        return layout.unflatten(function(values))[:, columns]
-    return _in_some_columns(values, layout, to_keep, function)
-
-
-@eager_only
-def _in_some_columns(
-    values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor]
-) -> Tensor:
-    rows, width = layout.shape
-    if isinstance(to_keep, int):
-        to_keep = torch.arange(max(width - to_keep, 0), width, device=values.device)
-    columns = to_keep.to(values.device)
-    place = torch.full((width,), -1, device=values.device)
-    place[columns] = torch.arange(len(columns), device=values.device)
-    row, column = layout.places // max(width, 1), place[layout.places % max(width, 1)]
-    kept = column >= 0
-    computed = function(values[0, kept])
-    padded = computed.new_zeros(rows * len(columns), *computed.shape[1:])
-    padded.index_copy_(0, (row * len(columns) + column)[kept], computed)
-    return padded.view(rows, len(columns), *computed.shape[1:])
+    columns = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep.to(values.device)
+    computed = function(layout.unflatten(values)[:, columns])
+    is_real = layout.unflatten(values.new_ones(1, layout.num_tokens, dtype=torch.bool))[:, columns]
+    return computed.where(is_real.view(*is_real.shape, *(1,) * (computed.dim() - 2)), 0)

@@ -36,14 +36,7 @@ from .fields import TOKEN_FIELDS, key_name
 from .generation import DynMaskGenerationMixin
 from .graph_attention import GraphPlan, fields_of
 from .heads import SequenceClassification, TaskModel, TokenClassification, in_columns
-from .kv_cache import (
-    CACHE_NAME,
-    cached_plans,
-    given_cache,
-    last_columns,
-    num_cached_tokens,
-    output_with_cache,
-)
+from .kv_cache import CACHE_NAME, cached_plans, given_cache, last_columns, num_cached_tokens, output_with_cache
 from .layout import SequenceLayout, eager_only, integers, select_targets
 from .losses import aligned_targets, ctc_loss, flat_labels, position_loss, token_loss
 from .masks import Dense, TopK, parse
@@ -149,11 +142,6 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
             init.zeros_(module.scale)
         if isinstance(module, DynMaskSinusoidalEmbedding):
             init.copy_(module.weight, module.table(*module.weight.shape, device=module.weight.device))
-
-
-def _is_traced(*layouts: SequenceLayout) -> bool:
-    """Whether a graph is being made, of layouts that its operators know."""
-    return torch.compiler.is_compiling() and all(layout.described is not None for layout in layouts)
 
 
 class DynMaskModel(DynMaskPreTrainedModel):
@@ -290,11 +278,13 @@ class DynMaskModel(DynMaskPreTrainedModel):
             "attention_mask": attention_mask if is_explicit(attention_mask) else None,
         }
         fields = given(fields)
-        warn_of_unread_fields(self, fields, self.fields_read())
-        plans = self._plans(layout, whole, cache, fields)
+        if fields:
+            warn_of_unread_fields(self, fields, self.fields_read())
+        in_graph = torch.compiler.is_compiling() and layout.described is not None and not output_attentions
+        plans = self._plans(layout, whole, cache, fields, in_graph)
         cross_plan = None
         if encoder_hidden_states is not None:
-            cross_plan = self._cross_plan(layout, encoder_layout, fields, encoder_fields or {})
+            cross_plan = self._cross_plan(layout, encoder_layout, fields, encoder_fields or {}, in_graph)
 
         settings = AttentionSettings.of(self.config)
         states = states.squeeze(0)
@@ -408,6 +398,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         encoder_layout: SequenceLayout,
         fields: dict[str, Tensor],
         encoder_fields: dict[str, Tensor],
+        in_graph: bool,
     ) -> MaskPlan | GraphPlan:
         """The plan of cross-attention. Fields of tokens are of both sides, others speak of the encoder's tokens."""
         of_both = dict(encoder_fields)
@@ -416,7 +407,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 of_both[key_name(name)] = of_both.pop(name)
             if name in fields:
                 of_both[name] = fields[name][:, -layout.shape[1] :]
-        if _is_traced(layout, encoder_layout):
+        if in_graph and encoder_layout.described is not None:
             return GraphPlan(self.config.cross_mask, layout, encoder_layout, of_both)
         return self._cross_plan_outside(layout, encoder_layout, of_both)
 
@@ -427,10 +418,15 @@ class DynMaskModel(DynMaskPreTrainedModel):
         return MaskPlan(self.config.cross_mask, layout, encoder_layout, fields=fields)
 
     def _plans(
-        self, layout: SequenceLayout, whole: SequenceLayout, cache: Cache | None, fields: dict[str, Tensor]
+        self,
+        layout: SequenceLayout,
+        whole: SequenceLayout,
+        cache: Cache | None,
+        fields: dict[str, Tensor],
+        in_graph: bool,
     ) -> list[MaskPlan] | list[GraphPlan]:
         """Each layer's plan; layers with the same mask share one."""
-        if cache is None and _is_traced(layout):
+        if in_graph and cache is None:
             end = " & dense" if "attention_mask" in fields else ""
             return [GraphPlan(f"({text}){end}", layout, layout, fields) for text in mask_texts(self.config)]
         return self._plans_outside(layout, whole, cache, fields)
@@ -445,7 +441,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         if cache is not None:
             own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
             return cached_plans(masks, layout, whole, own, fields)
-        plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in masks}
+        plans = {mask: MaskPlan(mask, layout, fields=fields) for mask in dict.fromkeys(masks)}
         return [plans[mask] for mask in masks]
 
     def _embed(

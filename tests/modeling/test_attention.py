@@ -16,7 +16,7 @@ from hf_dynmask import masks
 from hf_dynmask.modeling import attention, attention_flex, attention_varlen
 from hf_dynmask.modeling.attention import auto_choice, dynmask_attention
 from hf_dynmask.modeling.attention_reference import attend as attend_reference
-from hf_dynmask.modeling.layout import SequenceLayout
+from hf_dynmask.modeling.layout import SequenceLayout, in_heads
 from hf_dynmask.modeling.plan import MaskPlan
 from hf_dynmask.modeling.softmax import masked_weights
 from strategies import LEAVES, batch_of, case_of, cases, examples, flat_side, leaves, without_some
@@ -360,15 +360,14 @@ def test_dropout_keeps_the_expectation_and_its_gradient(text, implementation):
 def fake_gpu(monkeypatch):
     """What implementations ask about a GPU, answered for a recent one."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(attention_varlen, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention_varlen, "_tried", lambda *_: None)
     monkeypatch.setattr(attention_flex, "find_spec", lambda name: name)
 
 
 def states_on(device, dtype):
-    """Queries, keys or values that hold no values."""
+    """Packed queries, keys or values that hold no values."""
     with FakeTensorMode():
-        return torch.empty(1, 2, 5, 64, device=device, dtype=dtype)
+        return torch.empty(5, 2, 64, device=device, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -379,11 +378,16 @@ def states_on(device, dtype):
         ("mps", torch.bfloat16, "causal", 0.0, "blocks"),
         *(("cuda", torch.bfloat16, text, 0.0, "varlen") for text in ("full", "causal", "causal & window(2, 0)")),
         ("cuda", torch.float16, "causal", 0.0, "varlen"),
-        ("cuda", torch.float32, "causal", 0.0, "flex"),
+        ("meta", torch.bfloat16, "causal", 0.1, "varlen"),
+        ("cuda", torch.float32, "causal", 0.0, "varlen"),
+        ("cuda", torch.float32, "full", 0.1, "varlen"),
+        ("cuda", torch.float32, "causal & window(2, 0)", 0.1, "banded"),
+        ("cuda", torch.float32, "backward", 0.0, "flex"),
         ("cuda", torch.bfloat16, "causal | prefix(2)", 0.0, "flex"),
         ("cuda", torch.bfloat16, "heads(causal, full)", 0.0, "flex"),
         ("cuda", torch.float64, "causal", 0.0, "blocks"),
-        ("cuda", torch.bfloat16, "causal", 0.1, "blocks"),
+        ("cuda", torch.bfloat16, "causal", 0.1, "varlen"),
+        ("cuda", torch.bfloat16, "causal | prefix(2)", 0.1, "blocks"),
         ("cuda", torch.bfloat16, "causal & topk(2)", 0.0, "blocks"),
     ],
 )
@@ -392,17 +396,19 @@ def test_auto_chooses_by_device_dtype_and_mask(device, dtype, text, dropout, cho
     states = states_on(device, dtype)
     name, passed_over = auto_choice(plan, states, states, states, dropout)
     assert name == chosen
-    assert list(passed_over) == {"varlen": [], "flex": ["varlen"], "blocks": ["varlen", "flex"]}[chosen]
+    order = ["varlen", "banded", "flex", "blocks"]
+    assert list(passed_over) == order[: order.index(chosen)]
 
 
-@pytest.mark.parametrize("chosen", ["varlen", "flex", "blocks"])
+@pytest.mark.parametrize("chosen", ["varlen", "banded", "flex", "blocks"])
 def test_auto_runs_what_it_chooses(chosen, monkeypatch):
     layout = SequenceLayout.from_lengths(torch.tensor([3]))
     inputs = random_inputs(layout, layout, (2, 2, 4, 4))[:3]
-    result = torch.zeros(1)
+    result = torch.rand(3, 2, 4)
+    monkeypatch.setattr(attention, "CUDA_LIKE", ("cpu",))
     monkeypatch.setattr(attention, "auto_choice", lambda *_: (chosen, {}))
     monkeypatch.setitem(attention.IMPLEMENTATIONS, chosen, attention.Implementation(lambda *_, **__: (result, None)))
-    assert attend_with("auto", "full", layout)(*inputs) is result
+    assert torch.equal(attend_with("auto", "full", layout)(*inputs), in_heads(result))
 
 
 def test_flex_by_name_on_cpu():
@@ -470,10 +476,13 @@ def test_an_implementation_that_cannot_serve_gives_the_reason_and_names_those_th
 
 def test_a_dtype_that_an_implementation_cannot_serve(fake_gpu):
     layout = SequenceLayout.from_lengths(torch.tensor([5]))
-    states = states_on("cuda", torch.float32)
-    message = "'varlen' cannot serve this: it takes .*bfloat16; got torch.float32. Those that can: 'flex', 'blocks'"
+    states = in_heads(states_on("cuda", torch.float32))
+    message = (
+        "'varlen' cannot serve this: flash attention: it takes .*bfloat16; got torch.float32; memory-efficient "
+        "attention: it serves `full` and `causal`; got the window .* Those that can: 'banded', 'flex', 'blocks'"
+    )
     with pytest.raises(ValueError, match=message):
-        attend_with("varlen", "causal", layout)(states, states, states)
+        attend_with("varlen", "window(2, 0)", layout)(states, states, states)
 
 
 def test_a_missing_field_is_named():

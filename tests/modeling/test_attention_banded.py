@@ -26,10 +26,11 @@ def small_blocks(monkeypatch):
 def test_output_and_gradients_equal_the_oracle(case):
     plan = case.plan()
     *inputs, grad = inputs_of(case, 4, 4)
-    assume(unsupported(plan, *map(packed, inputs)) is None)
+    query, key, value = map(packed, inputs)
+    assume(unsupported(plan, query, key, value) is None)
     expected = with_gradients(oracle_attention(case, scaling=0.3), *inputs, grad=grad)
     found = with_gradients(
-        lambda *states: in_heads(attend(*map(packed, states), plan, scaling=0.3)[0]), *inputs, grad=grad
+        lambda q, k, v: in_heads(attend(packed(q), packed(k), packed(v), plan, scaling=0.3)[0]), *inputs, grad=grad
     )
     check_close(found, expected, torch.float64)
 
@@ -37,12 +38,13 @@ def test_output_and_gradients_equal_the_oracle(case):
 def test_nan_stays_in_its_sequence():
     layout = SequenceLayout.from_lengths(torch.tensor([5, 2, 6]))
     plan = MaskPlan("window(2)", layout)
-    states = [packed(x) for x in random_inputs(layout, layout, (2, 2, 8, 8))[:3]]
+    query, key, value = states = [packed(x) for x in random_inputs(layout, layout, (2, 2, 8, 8))[:3]]
+    right = attend(query, key, value, plan, scaling=0.5)[0]
     for poisoned in range(3):
         inputs = [x.clone() for x in states]
         inputs[poisoned][6] = torch.nan
-        output = attend(*inputs, plan, scaling=0.5)[0]
-        right = attend(*states, plan, scaling=0.5)[0]
+        query, key, value = inputs
+        output = attend(query, key, value, plan, scaling=0.5)[0]
         others = layout.sequence_ids != 1
         assert torch.equal(output[others], right[others])
         assert output[~others].isnan().all()

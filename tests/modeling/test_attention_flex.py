@@ -33,7 +33,7 @@ def forget_compiled():
 
 
 def attend_flex(case, scaling=0.3):
-    return lambda *states: in_heads(attend(*map(packed, states), case.plan(), scaling=scaling)[0])
+    return lambda q, k, v: in_heads(attend(packed(q), packed(k), packed(v), case.plan(), scaling=scaling)[0])
 
 
 def dense_blocks(numbers, columns):

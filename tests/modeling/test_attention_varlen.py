@@ -22,7 +22,7 @@ BANDS = ["full", "causal", "backward", "diagonal", "window({i})", "window({i}, {
 
 
 def attend_varlen(plan, scaling, **options):
-    return lambda *states: in_heads(attend(*map(packed, states), plan, scaling=scaling, **options)[0])
+    return lambda q, k, v: in_heads(attend(packed(q), packed(k), packed(v), plan, scaling=scaling, **options)[0])
 
 
 # --- what the kernels are called with ----------------------------------------------------------------------------

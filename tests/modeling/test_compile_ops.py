@@ -8,9 +8,10 @@ import importlib
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from graphs import CLOSE, LAYOUTS, LENGTHS, ROWS, WIDTH, assert_same, compiled, ids, make, present, rows, with_gaps
+from graphs import CLOSE, LAYOUTS, LENGTHS, ROWS, WIDTH, assert_same, compiled, ids, make, present, rows, run, with_gaps
 from hf_dynmask import DynMaskModel
 from hf_dynmask.modeling import compile_ops, graph_attention, graph_layout
 from hf_dynmask.modeling.batch import layout_of_batch
@@ -28,6 +29,21 @@ def fresh():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout):
     assert_same(make(DynMaskModel, mask="causal & window(2, 0)").eval(), layout())
+
+
+def test_fixed_flat_rows_are_compiled_once():
+    """Whatever the lengths of their sequences."""
+    model, places, slots = make(DynMaskModel, mask="causal & window(2, 0)").train(), 24, 6
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(model, backend=counter)
+    for number in range(20):
+        generator = torch.Generator().manual_seed(number)
+        lengths = torch.randint(0, 5, (slots,), generator=generator)
+        inputs = {"input_ids": ids(1, places), "lengths": lengths}
+        expected, found = run(model, model, inputs), run(function, model, inputs)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, **CLOSE)
+    assert counter.frame_count == 1
 
 
 # --- Masks ------------------------------------------------------------------------------------------------------------
@@ -131,7 +147,7 @@ def test_dropout_is_the_same_in_forward_and_backward(is_checkpointed):
     class Linear(nn.Module):
         def forward(self, values):
             layout = layout_of_batch((ROWS, WIDTH), values.device, LENGTHS, None)
-            (plan,) = model._plans(layout, layout, None, {})
+            (plan,) = model._plans(layout, layout, None, {}, in_graph=True)
             flat = layout.flatten(values)[0]
             if is_checkpointed:
                 return layout.unflatten(checkpoint(attention, flat, plan, SETTINGS, use_reentrant=False)[0][None])

@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -140,3 +142,27 @@ def test_a_step_takes_no_more_operators_than_stock_berts(share):
     with Operators() as theirs:
         stock(zeros(SLOTS, TOKENS // SLOTS), labels=zeros(SLOTS)).loss.backward()
     assert ours.calls.total() <= theirs.calls.total()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal & window(5, 0)"])
+@pytest.mark.parametrize("head", LABELS)
+@pytest.mark.filterwarnings("ignore:aten.*an autograd kernel was not registered:UserWarning")
+def test_a_graph_of_a_flat_row_hides_nothing(head, mask, dtype):
+    """One graph forward and one backward, with attention in them, and no operator that CUDA graphs could not take."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    model = make(head, DynMaskConfig(**SIZES, mask=mask, **dropout(0.1)), dtype)
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    for _ in range(2):
+        compiled(**flat(), **LABELS[head]()).loss.backward()
+    assert len(graphs) == 2
+    operators = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "dynmask" in name or "local_scalar" in name or "nonzero" in name]
+    kernel = "_flash" if dtype == torch.bfloat16 else "_efficient" if mask == "full" else "softmax"
+    assert any(kernel in name and "backward" not in name for name in operators)

@@ -322,7 +322,7 @@ def test_an_interrupt_in_attention(name, other, monkeypatch):
         right = model(**inputs)[0]
         with monkeypatch.context() as patch:
             places = {
-                "attention": (stock_attention, "dynmask_attention"),
+                "attention": (stock_attention, "attend_by_plan"),
                 "the mask": (stock_masks.DeferredMask, "_plan"),
                 "the end": (stock_models, "_leave"),
             }

@@ -249,7 +249,9 @@ def test_bad_batches(head, change, message):
 
 
 def test_flat_batch_that_was_split():
-    with pytest.raises(ValueError, match=r"must add up to its width 9; got a sum of 16.*cannot be split over devices"):
+    with pytest.raises(
+        ValueError, match=r"must add up to at most its width 9; got a sum of 16.*cannot be split over devices"
+    ):
         DynMaskModel(config())(torch.ones(1, 9, dtype=torch.long), lengths=LENGTHS[3:] + 1)
 
 

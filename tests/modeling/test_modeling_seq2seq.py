@@ -760,7 +760,7 @@ def test_texts_are_generated_in_evaluation(tokenizer, tmp_path):
     ("change", "message"),
     [
         ({"decoder_lengths": None}, "`decoder_lengths` must be of as many sequences as the encoder's 5; got 1"),
-        ({"decoder_lengths": TARGETS[:4]}, r"of the decoder's inputs: `lengths` .* width 22; got a sum of 17 over 4"),
+        ({"decoder_lengths": TARGETS[:4]}, "`decoder_lengths` must be of as many sequences as the encoder's 5; got 4"),
         ({"decoder_lengths": torch.tensor([22])}, "`decoder_lengths` must be of as many sequences as .* 5; got 1"),
         ({"decoder_lengths": TARGETS + 1}, "of the decoder's inputs: `lengths` .* width 22; got a sum of 27 over 5"),
         ({"lengths": SOURCES + 1}, "^`lengths` of a flat batch .* width 24; got a sum of 29 over 5"),
