@@ -265,9 +265,8 @@ def plot_attention(
     if plan.layout.shape[0] != 1:
         raise ValueError(f"`inputs` must hold one row; got {plan.layout.shape[0]}")
 
-    order = plan.layout.indices.argsort()  # the tokens in the order of the row
-    places = plan.layout.indices[order]
-    sizes = plan.layout.sequence_ids[order].unique_consecutive(return_counts=True)[1].tolist()
+    places = plan.layout.places
+    sizes = plan.layout.sequence_ids.unique_consecutive(return_counts=True)[1].tolist()
     # What the mask allows before `topk` chooses; what it did not choose has weight 0.
     allowed = MaskPlan(plan.mask.without_choice(), plan.layout, fields=inputs).dense(model.config.num_attention_heads)
     allowed, weights = (cells[0, head % cells.shape[1]][places][:, places].cpu() for cells in (allowed, weights))
@@ -277,7 +276,7 @@ def plot_attention(
     labels = None
     if tokenizer is not None and "input_ids" in inputs and len(places) <= MOST_LABELS:
         labels = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0][places].tolist())
-    _mark_positions(axis, sizes, plan.layout.positions[order].tolist(), labels)
+    _mark_positions(axis, sizes, plan.layout.positions.tolist(), labels)
     _title(axis, f"layer {layer}, head {head}", str(plan.mask.resolved(head, model.config.num_attention_heads)))
     _legend(axis, _WEIGHTS_LEGEND, outside=True)
     return cast("Figure", axis.figure)

@@ -632,7 +632,7 @@ def test_weights_of_a_flat_batch_are_those_of_its_sequences(apply_mask_to):
     plan, sizes = case.plan(), case.layout.sizes
     _, weights = attend_reference(query, key, value, plan, scaling=0.5, apply_mask_to=apply_mask_to)
     assert weights.shape == (1, 4, *case.layout.shape[1:], *case.layout.shape[1:])
-    flat = weights[0][:, case.layout.indices][:, :, case.layout.indices]
+    flat = weights[0][:, case.layout.places][:, :, case.layout.places]
     ends = torch.tensor(sizes).cumsum(0).tolist()
     for start, stop in zip([0, *ends], ends, strict=False):
         own = SequenceLayout.from_attention_mask(torch.ones(1, stop - start))
