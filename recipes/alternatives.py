@@ -27,6 +27,8 @@ methods are exact. The runs take turns, and a time is the median over the repeat
 batches before that.
 """
 
+import support.threads  # noqa: F401
+
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field

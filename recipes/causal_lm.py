@@ -14,6 +14,8 @@ With your own checkpoint and data, from the Hub or from disk (column `text`):
 All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
+import support.threads  # noqa: F401
+
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any

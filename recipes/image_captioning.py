@@ -15,6 +15,8 @@ With your own pictures beside a `metadata.csv` with the columns `file_name` and 
 All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
+import support.threads  # noqa: F401
+
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field

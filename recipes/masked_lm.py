@@ -16,6 +16,8 @@ With your own model and data, from the Hub or from disk (column `text`), and spa
 All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
+import support.threads  # noqa: F401
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -16,6 +16,8 @@ Results, model card and model are written to `--output_dir`. The metrics are SQu
 would fetch them from the Hub.
 """
 
+import support.threads  # noqa: F401
+
 import re
 import string
 from collections import Counter

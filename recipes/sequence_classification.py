@@ -14,6 +14,8 @@ With your own model and data, from the Hub or from disk (columns `text` and `lab
 All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
+import support.threads  # noqa: F401
+
 from dataclasses import dataclass, field
 
 import numpy as np

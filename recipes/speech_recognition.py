@@ -16,6 +16,8 @@ Log-mel frames go through two convolutions and an encoder; connectionist tempora
 All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
+import support.threads  # noqa: F401
+
 import copy
 import json
 import re

@@ -17,6 +17,8 @@ Other options of `TrainingArguments` apply to every part; `--num_train_epochs` i
 figure are written to `--output_dir`.
 """
 
+import support.threads  # noqa: F401
+
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import log

@@ -15,6 +15,8 @@ All options of `Seq2SeqTrainingArguments` apply. Results, model card and model a
 metrics are rouge-score's own, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
+import support.threads  # noqa: F401
+
 import random
 from dataclasses import dataclass, field
 from statistics import fmean

@@ -17,6 +17,8 @@ All options of `TrainingArguments` apply. Results, model card and model are writ
 are seqeval's own, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
+import support.threads  # noqa: F401
+
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -15,6 +15,8 @@ All options of `Seq2SeqTrainingArguments` apply. Results, model card and model a
 metrics are sacrebleu's own chrF and BLEU, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
 """
 
+import support.threads  # noqa: F401
+
 from dataclasses import dataclass, field
 
 from sacrebleu import corpus_bleu, corpus_chrf

@@ -1,6 +1,6 @@
 """Keys and values remembered from earlier tokens: which columns of a batch a cache holds, and what masks make of them.
 
-Shape legend: B rows; T columns seen so far, those of now included; Tq columns of now.
+Shape legend: B rows; T columns seen so far, the current ones included; Tq current columns.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def cached_plans(
     cache: Cache,
     fields: Mapping[str, Tensor],
 ) -> list[MaskPlan]:
-    """Each layer's plan, queries of now against the columns that its cache hands back.
+    """Each layer's plan, current queries against the columns that its cache returns.
 
     Args:
         masks (`list[Mask]`): One a layer.
-        queries (`SequenceLayout`): Of the columns of now, `(B, Tq)`.
+        queries (`SequenceLayout`): Of the current columns, `(B, Tq)`.
         whole (`SequenceLayout`): Of all columns seen, `(B, T)`.
         cache (`Cache`): Asked for the columns of each layer.
         fields (`dict[str, Tensor]`): Fields of the whole.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable)
-IGNORE_INDEX = -100  # of a label that is none
+IGNORE_INDEX = -100  # of a label that is no target
 
 
 def eager_only(function: F) -> F:
@@ -164,11 +164,11 @@ class SequenceLayout:
             cu_seq_lens (`Tensor` of shape `(S + 1,)`, integer): 0, then the end of each sequence.
 
         Raises:
-            ValueError: `cu_seq_lens` is not a vector of integers that starts at 0 and never falls.
+            ValueError: `cu_seq_lens` is not a vector of integers that starts at 0 and is non-decreasing.
         """
         cu_seq_lens = vector("cu_seq_lens", cu_seq_lens)
         if cu_seq_lens.numel() == 0 or cu_seq_lens[0] != 0 or (cu_seq_lens.diff() < 0).any():
-            raise ValueError(f"`cu_seq_lens` must start at 0 and never fall; got {cu_seq_lens.tolist()}")
+            raise ValueError(f"`cu_seq_lens` must start at 0 and be non-decreasing; got {cu_seq_lens.tolist()}")
         return cls.from_lengths(cu_seq_lens.diff(), (1, int(cu_seq_lens[-1])))
 
     @classmethod

@@ -473,7 +473,7 @@ class DynMaskTaskModel(TaskModel, DynMaskPreTrainedModel):
 
 class DynMaskForMaskedLM(DynMaskTaskModel):
     """Masked language modelling; `labels (B, T)`. While training, logits are computed for the targets alone and not
-    handed back (`logits` is `None`)."""
+    returned (`logits` is `None`)."""
 
     output_class = MaskedLMOutput
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
@@ -503,7 +503,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
     """Causal language modelling and generation; `labels (B, T)` are the inputs, shifted here.
 
     Without a mask in its configuration the model is `causal`. While training with labels, logits are computed for the
-    targets alone and not handed back (`logits` is `None`). No token is a target of another sequence.
+    targets alone and not returned (`logits` is `None`). No token is a target of another sequence.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}

@@ -406,7 +406,7 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
     """Sequence to sequence: translation, summarisation, speech, captions.
 
     `labels (B, U)`, or flat `(1, N)`, logits `(B, U, V)`. Decoder inputs are by default the labels, moved to the right.
-    While training with labels, logits are computed for the targets alone and not handed back (`logits` is `None`).
+    While training with labels, logits are computed for the targets alone and not returned (`logits` is `None`).
     """
 
     def __init__(self, config: DynMaskSeq2SeqConfig):

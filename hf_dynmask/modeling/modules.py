@@ -239,9 +239,9 @@ class DynMaskAttention(nn.Module):
         return self.o_proj(output.flatten(1)), weights
 
     def _update_cache(self, key: Tensor, value: Tensor, plan: MaskPlan, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Keys and values `(N, Hk, D)` of now with those of earlier columns: of all tokens in the key layout."""
+        """Current keys and values `(N, Hk, D)` with those of earlier columns: of all tokens in the key layout."""
         rows = (plan.layout.unflatten_heads(in_heads(states)) for states in (key, value))
-        columns = plan.key_layout.shape[1]  # a static cache hands back its empty columns, too
+        columns = plan.key_layout.shape[1]  # a static cache returns its empty columns, too
         both = cache.update(*rows, self.layer_idx)
         key, value = (packed(plan.key_layout.flatten_heads(states[:, :, :columns])) for states in both)
         return key, value
@@ -349,7 +349,7 @@ class DynMaskLayer(GradientCheckpointingLayer):
         return states, weights, cross_weights
 
     def _sublayer(self, states: Tensor, norm: nn.Module, function: nn.Module, *arguments) -> tuple[Tensor, Any]:
-        """`function` with a residual and its norm; what it gives beside states is handed on."""
+        """`function` with a residual and its norm; what it returns beside states is returned, too."""
         output = function(norm(states) if self.norm_before else states, *arguments)
         output, further = output if isinstance(output, tuple) else (output, None)
         states = states + self.dropout(output)

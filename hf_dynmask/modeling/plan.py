@@ -23,7 +23,7 @@ from .masks import Band, Mask, allowed_by_head, head_runs, parse
 
 BLOCK_SIZE = 128
 LARGEST_TILE = 2**22  # cells of a partial tile, whose mask is made cell by cell
-KEPT_CELLS = 2**25  # cells of masks that are kept for the next layer; more are made anew
+KEPT_CELLS = 2**25  # cells of masks that are kept for the next layer; more are made again
 T = TypeVar("T")
 
 

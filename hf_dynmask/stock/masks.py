@@ -337,8 +337,8 @@ class DeferredMask:
         if layout is None:
             return None
         self._check_flat(batch, crosses, counts_columns=position_ids is None and not has_bias)
-        for heeded in batches:
-            heeded.sequences_separated = True
+        for outer in batches:
+            outer.sequences_separated = True
         return layout
 
     def _check_rows(self, passed: Mapping[str, Any]) -> None:

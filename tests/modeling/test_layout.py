@@ -227,8 +227,8 @@ def test_bad_attention_masks(mask, message):
 @pytest.mark.parametrize(
     "cu_seq_lens, message",
     [
-        ([1, 2], r"`cu_seq_lens` must start at 0 and never fall; got \[1, 2\]"),
-        ([0, 3, 2], r"`cu_seq_lens` must start at 0 and never fall; got \[0, 3, 2\]"),
+        ([1, 2], r"`cu_seq_lens` must start at 0 and be non-decreasing; got \[1, 2\]"),
+        ([0, 3, 2], r"`cu_seq_lens` must start at 0 and be non-decreasing; got \[0, 3, 2\]"),
         ([[0, 3]], r"`cu_seq_lens` must be a vector; got shape \(1, 2\)"),
         ([0.0, 3.0], r"`cu_seq_lens` must be integers; got dtype torch.float32"),
     ],
@@ -271,7 +271,7 @@ def test_integers_of_any_size(dtype):
         assert torch.equal(found.places, right.places) and torch.equal(found.positions, right.positions)
     cu_seq_lens = torch.tensor([0, 100, 100, 120])
     assert SequenceLayout.from_cu_seq_lens(cu_seq_lens.to(dtype)).sizes == (100, 0, 20)
-    with pytest.raises(ValueError, match=r"`cu_seq_lens` must start at 0 and never fall; got \[0, 120, 20\]"):
+    with pytest.raises(ValueError, match=r"`cu_seq_lens` must start at 0 and be non-decreasing; got \[0, 120, 20\]"):
         SequenceLayout.from_cu_seq_lens(torch.tensor([0, 120, 20], dtype=dtype))
     mask = torch.tensor([[1, 0, 1], [0, 0, 0]])
     assert SequenceLayout.from_attention_mask(mask.to(dtype)).sizes == (2, 0)
