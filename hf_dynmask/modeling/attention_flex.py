@@ -79,6 +79,9 @@ def attend(
     """Attention on packed `(N, H, D)` tensors; weights are not computed. See [`unsupported`]."""
     if not (plan.layout.num_tokens and plan.key_layout.num_tokens):  # which the kernels do not take
         return without_keys(query, key, value), None
+    if query.device.type == "meta":  # without values there is nothing but shapes, and what is made for a kernel
+        block_mask(plan, query.shape[1])
+        return without_keys(query, key, value), None
     poisoned = None
     if query.device.type == "cpu":
         query, key, value, poisoned = without_poison(query, key, value, plan.layout, plan.key_layout)
@@ -102,7 +105,7 @@ def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropo
     if query.device.type == "cpu":
         needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
         return "it has no backward pass on CPU" if needs_grad else None
-    if query.device.type != "cuda":
+    if query.device.type not in ("cuda", "meta"):
         return f"it runs on CUDA devices and, without gradients, on CPU; got '{query.device.type}'"
     return _unsupported_tensors(plan, query, value) or _unsupported_here(query.device)
 
@@ -118,6 +121,8 @@ def _unsupported_tensors(plan: MaskPlan, query: Tensor, value: Tensor) -> str | 
 
 
 def _unsupported_here(device: torch.device) -> str | None:
+    if device.type == "meta":
+        return None
     if find_spec("triton") is None:
         return "it needs Triton, not installed"
     capability = torch.cuda.get_device_capability(device)

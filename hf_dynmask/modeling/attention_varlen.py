@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -196,21 +196,22 @@ def _refusal(name: str, device_type: str, index: int | None, dtype: torch.dtype)
 
 @lru_cache
 def _tried(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """Two sequences whose queries count all keys the same: outputs are means of the values so far."""
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
-    with torch.enable_grad(), torch.autocast(device_type, enabled=False) if device_type == "cuda" else _nothing():
-        states = torch.ones(8, 1, 16, device=device, dtype=dtype, requires_grad=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        query = torch.ones(8, 1, 16, device=device, dtype=dtype)
+        value = torch.arange(8, device=device, dtype=dtype)[:, None, None].repeat(1, 1, 16).requires_grad_()
         ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
         try:
-            output = globals()[name](Packed(states, states, states, ends, ends, 8, 8, (None, 0), 0.25, 0.0))
-            (grad,) = torch.autograd.grad(output.float().sum(), states)
-            is_right = device_type == "meta" or bool(((output - 1).abs() < 1e-2).all() & grad.isfinite().all())
+            output = globals()[name](Packed(query, query, value, ends, ends, 8, 8, (None, 0), 0.25, 0.0))
+            (grad,) = torch.autograd.grad(output.float().sum(), value)
+        except torch.OutOfMemoryError:
+            raise  # which says nothing of the operator
         except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
             return f"PyTorch's operator does not work here: {error}"
+    means = torch.tensor([0, 0.5, 1, 3, 3.5, 4, 4.5, 5], device=device)[:, None, None]
+    is_right = device_type == "meta" or bool(((output - means).abs() < 0.05).all() & grad.isfinite().all())
     return None if is_right else "PyTorch's operator gives wrong values here"
-
-
-def _nothing() -> Any:
-    return torch.autograd.set_grad_enabled(True)
 
 
 def _ends(plan: MaskPlan) -> tuple[Tensor, Tensor]:

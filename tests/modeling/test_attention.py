@@ -385,6 +385,7 @@ def states_on(device, dtype):
         ("cuda", torch.float32, "backward", 0.0, "flex"),
         ("cuda", torch.bfloat16, "causal | prefix(2)", 0.0, "flex"),
         ("cuda", torch.bfloat16, "heads(causal, full)", 0.0, "flex"),
+        ("meta", torch.bfloat16, "heads(causal, full)", 0.0, "flex"),
         ("cuda", torch.float64, "causal", 0.0, "blocks"),
         ("cuda", torch.bfloat16, "causal", 0.1, "varlen"),
         ("cuda", torch.bfloat16, "causal | prefix(2)", 0.1, "blocks"),

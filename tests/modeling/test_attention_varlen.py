@@ -143,6 +143,26 @@ def test_torch_takes_what_it_is_called_with(text, key_heads, dtype):
     assert [result.shape for result in results] == [grad.shape, *(x.shape for x in inputs)]
 
 
+@pytest.mark.parametrize("kernel", ["_flash", "_efficient"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_operators_are_tried_in_any_mode(mode, kernel):
+    attention_varlen._tried.cache_clear()
+    with mode():
+        assert attention_varlen._tried(kernel, "meta", None, torch.bfloat16) is None
+
+
+def test_an_operator_that_is_wrong_is_said(monkeypatch):
+    monkeypatch.setattr(attention_varlen, "_efficient", lambda packed: packed.value * 1.2)
+    try:
+        found = attention_varlen._tried("_efficient", "cpu", None, torch.float64)
+        assert found == "PyTorch's operator gives wrong values here"
+        monkeypatch.setattr(attention_varlen, "_efficient", documented_attention)
+        attention_varlen._tried.cache_clear()
+        assert attention_varlen._tried("_efficient", "cpu", None, torch.float64) is None
+    finally:
+        attention_varlen._tried.cache_clear()
+
+
 def test_an_operator_that_is_gone_is_said(monkeypatch):
     def missing(packed):
         raise AttributeError("no such operator")

@@ -112,6 +112,13 @@ def test_plans_and_block_masks_read_nothing(mask):
     assert block_mask(MaskPlan(mask, layout, fields=fields), 2).shape[2:] == (TOKENS, TOKENS)
 
 
+@pytest.mark.parametrize("mask", ["causal | prefix", "segments & causal"])
+def test_a_training_step_with_other_masks_reads_nothing(mask):
+    model = make("DynMaskForTokenClassification", DynMaskConfig(**SIZES, mask=mask, **dropout(0.0)))
+    fields = {"segment_ids": zeros(1, TOKENS)} if "segments" in mask else {"prefix_lengths": zeros(SLOTS)}
+    model(**flat(), **fields, labels=zeros(1, TOKENS)).loss.backward()
+
+
 @pytest.mark.parametrize("head", LABELS)
 def test_rows_are_read_once(head):
     model, width = make(head, DynMaskConfig(**SIZES)), TOKENS // SLOTS
