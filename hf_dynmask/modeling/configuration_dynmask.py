@@ -300,6 +300,11 @@ class DynMaskConfig(DynMaskBaseConfig):
         """Tokens that transformers' caches keep in layers of type `"sliding_attention"`: all, as masks may change."""
         return LARGEST if self.layer_types else None
 
+    @sliding_window.setter
+    def sliding_window(self, value: int | None) -> None:
+        if value is not None:
+            raise ValueError(f"`sliding_window` must be None: windows are in `layer_masks`; got {value}")
+
     @property
     def attention_chunk_size(self) -> int | None:
         """The same for layers of type `"chunked_attention"`."""

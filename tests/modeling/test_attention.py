@@ -16,7 +16,7 @@ from hf_dynmask import masks
 from hf_dynmask.modeling import attention, attention_flex, attention_varlen
 from hf_dynmask.modeling.attention import auto_choice, dynmask_attention
 from hf_dynmask.modeling.attention_reference import attend as attend_reference
-from hf_dynmask.modeling.layout import SequenceLayout, in_heads
+from hf_dynmask.modeling.layout import SequenceLayout, in_heads, packed
 from hf_dynmask.modeling.plan import MaskPlan
 from hf_dynmask.modeling.softmax import masked_weights
 from strategies import LEAVES, batch_of, case_of, cases, examples, flat_side, leaves, without_some
@@ -301,7 +301,7 @@ FIRST_THREE = torch.tensor([[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 1]] * 2, dtype=
 def weights_of(text, batch, fields, apply_mask_to):
     """Weights (batch, 2, 5, 5) of random queries and keys under a mask, and those under no mask."""
     layout = SequenceLayout.from_lengths(torch.tensor([5] * batch), (batch, 5))
-    query, key, value, _ = random_inputs(layout, layout, (2, 2, 4, 3))
+    query, key, value, _ = map(packed, random_inputs(layout, layout, (2, 2, 4, 3)))
     weights, free = (
         attend_reference(query, key, value, plan, scaling=0.5, apply_mask_to=apply_mask_to)[1]
         for plan in (MaskPlan(text, layout, fields=fields), MaskPlan("full", layout))
@@ -630,6 +630,7 @@ def test_weights_of_a_flat_batch_are_those_of_its_sequences(apply_mask_to):
     case = apart("missing", "causal & window(2, 0)")
     query, key, value, _ = inputs_of(case, 4, 4)
     key[:, :, 8] = torch.nan
+    query, key, value = packed(query), packed(key), packed(value)
     plan, sizes = case.plan(), case.layout.sizes
     _, weights = attend_reference(query, key, value, plan, scaling=0.5, apply_mask_to=apply_mask_to)
     assert weights.shape == (1, 4, *case.layout.shape[1:], *case.layout.shape[1:])

@@ -273,7 +273,7 @@ def test_broken_weights(elsewhere):
 
 
 def test_the_code_needs_nothing_but_torch_and_transformers(elsewhere):
-    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
+    allowed = {"torch", "numpy", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
     for folder in ("dynmask-AutoModel", "dynmask_seq2seq-AutoModel", "dynmask_recurrent-AutoModel"):
         files = list((elsewhere[0] / folder / "model").glob("*.py"))
         assert len(files) > 10
