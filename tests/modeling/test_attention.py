@@ -639,7 +639,7 @@ def test_weights_of_a_flat_batch_are_those_of_its_sequences(apply_mask_to):
     for start, stop in zip([0, *ends], ends, strict=False):
         own = SequenceLayout.from_attention_mask(torch.ones(1, stop - start))
         own = replace(own, positions=case.layout.positions[start:stop])
-        q, k, v = (states[:, :, start:stop] for states in (query, key, value))
+        q, k, v = (states[start:stop] for states in (query, key, value))
         _, expected = attend_reference(q, k, v, MaskPlan(plan.mask, own), scaling=0.5, apply_mask_to=apply_mask_to)
         torch.testing.assert_close(flat[:, start:stop, start:stop], expected[0], equal_nan=True)
         assert (flat[:, start:stop, :start] == 0).all() and (flat[:, start:stop, stop:] == 0).all()
