@@ -18,9 +18,12 @@ F = TypeVar("F", bound=Callable)
 IGNORE_INDEX = -100  # of a label that is no target
 
 
-def eager_only(function: F) -> F:
-    """Keep `torch.compile` out of `function`: lengths are values of the host, and every batch has others."""
-    outside = torch.compiler.disable(function, reason="it reads lengths on the host")
+def eager_only(function: F, recursive: bool = True) -> F:
+    """Keep `torch.compile` out of `function`: lengths are values of the host, and every batch has others.
+
+    With `recursive=False` what it calls, such as the layers of a model, may be compiled.
+    """
+    outside = torch.compiler.disable(function, recursive, reason="it reads lengths on the host")
 
     @wraps(function)
     def called(*args, **kwargs):  # the compiler's own wrapper takes time where no graph is made
@@ -235,14 +238,15 @@ class SequenceLayout:
         if kept is not None:
             sequence_ids = sequence_ids.where(kept, self.num_sequences)
             positions = positions.where(kept, 0)
+        sequence_ids, positions = sequence_ids[tokens], positions[tokens]
         return replace(
             self,
             num_tokens=tokens.shape[0],
             lengths=lengths,
-            sequence_ids=sequence_ids[tokens],
-            positions=positions[tokens],
+            sequence_ids=sequence_ids,
+            positions=positions,
             indices=self.places[tokens],
-            has_gaps=True,
+            has_gaps=may_have_gaps(lengths, sequence_ids, positions),
         )
 
     @eager_only
@@ -413,11 +417,11 @@ class SequenceLayout:
 
     def flatten_values(self, padded: Tensor, fill: float | int | bool = 0) -> Tensor:
         """[`flatten`] with `fill` in the tail, in which any value may stand, NaN included."""
-        flat = self.flatten(padded)
-        if not self.has_tail:
-            return flat
-        is_real = self.is_real.view(1, -1, *(1,) * (flat.dim() - 2))
-        return flat.masked_fill(~is_real, fill)
+        return self._with_tail(self.flatten(padded), fill)
+
+    def _with_tail(self, flat: Tensor, fill: float | int | bool) -> Tensor:
+        """`flat (1, N, ...)` with `fill` in the tail."""
+        return flat.masked_fill(~self.is_real.view(1, -1, *(1,) * (flat.dim() - 2)), fill) if self.has_tail else flat
 
     def unflatten(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
         """Put the real tokens back where they came from; the inverse of [`flatten`].
@@ -435,8 +439,7 @@ class SequenceLayout:
         if tuple(flat.shape[:2]) != (1, self.num_tokens):
             raise ValueError(f"`flat` must have shape {(1, self.num_tokens, '...')}; got {tuple(flat.shape)}")
         rows, width = self.shape
-        if self.has_tail:
-            flat = flat.masked_fill(~self.is_real.view(1, -1, *(1,) * (flat.dim() - 2)), fill)
+        flat = self._with_tail(flat, fill)
         if self.indices is None and self.num_tokens == rows * width:
             return flat[0].unflatten(0, (rows, width))
         padded = flat.new_full((rows * width, *flat.shape[2:]), fill)
@@ -553,6 +556,13 @@ def ids_and_positions(lengths: Tensor, tokens: int, has_tail: bool = False) -> t
     starts = torch.nn.functional.pad(starts, (0, 1))
     positions = places - starts[sequence_ids]
     return sequence_ids, positions.where(sequence_ids < lengths.shape[0], 0)
+
+
+def may_have_gaps(lengths: Tensor, sequence_ids: Tensor, positions: Tensor) -> bool:
+    """Whether `positions (N,)` differ from each token's place in its sequence; True where that cannot be looked at."""
+    if not reads_are_free(positions.device):
+        return True
+    return not torch.equal(ids_and_positions(lengths, positions.shape[0])[1], positions)
 
 
 def rolled(values: Tensor, steps: int) -> Tensor:

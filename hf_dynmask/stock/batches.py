@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling.batch import PACKING, frames_of_batch, layout_of_batch
 from ..modeling.graph_layout import known
-from ..modeling.layout import SequenceLayout, integers, not_binary, reads_are_free
+from ..modeling.layout import SequenceLayout, integers, may_have_gaps, not_binary
 
 NAME = "dynmask"
 CONFIG_ENTRY = "dynmask_mask"  # where `set_mask` stores its text in a stock model's configuration
@@ -444,10 +444,6 @@ def layout_of(starts: Tensor, present: Tensor | None, by_column: bool = False) -
     if not by_column:
         origins = torch.full_like(origins, first.numel()).scatter_reduce(0, sequence, places, "amin")
     positions = places - origins[sequence]
-    has_gaps = present is not None
-    if has_gaps and reads_are_free(places.device):
-        in_order = torch.arange(len(places), device=places.device) - (sizes.cumsum(0) - sizes)[sequence]
-        has_gaps = not torch.equal(in_order, positions)
     return SequenceLayout(
         shape=(starts.shape[0], starts.shape[1]),
         num_tokens=places.numel(),
@@ -455,6 +451,6 @@ def layout_of(starts: Tensor, present: Tensor | None, by_column: bool = False) -
         sequence_ids=sequence,
         positions=positions,
         indices=None if present is None else places,
-        has_gaps=has_gaps,
+        has_gaps=present is not None and may_have_gaps(sizes, sequence, positions),
         longest=starts.shape[1],
     )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from importlib import import_module
 from inspect import Parameter, Signature, getsource, signature, unwrap
 from textwrap import dedent
@@ -145,24 +145,13 @@ def _rebind(model: PreTrainedModel) -> None:
             setattr(model, name, MethodType(ours, model))
 
 
-def eager_only_itself(function: Callable) -> Callable:
-    """As [`eager_only`], for this function alone: the layers that it runs may be compiled."""
-    outside = torch.compiler.disable(function, recursive=False)
-
-    @wraps(function)
-    def called(*args, **kwargs):
-        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
-
-    return called
-
-
 def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callable:
     """Wraps a `forward` so that the layers can look up its arguments if its model runs with `"dynmask"`."""
     own = _signature(forward, model_class)
     names = [name for name, one in own.parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
     takes_others = Parameter.VAR_KEYWORD in {parameter.kind for parameter in own.parameters.values()}
 
-    @eager_only_itself
+    @partial(eager_only, recursive=False)
     def announced(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Any:
         if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
             return forward(model, *args, **kwargs)  # which raises
@@ -214,7 +203,7 @@ def _written(model_class: type) -> Signature | None:
     return None
 
 
-@eager_only_itself
+@partial(eager_only, recursive=False)
 def run_announced(
     forward: Callable, model: PreTrainedModel, names: list[str], given: dict[str, Any], takes_others: bool
 ) -> Any:

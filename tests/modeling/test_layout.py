@@ -94,7 +94,7 @@ def test_missing_tokens_leave_and_the_others_keep_their_positions(mask, seed):
     positions = mask.bool().cumsum(1) - 1
     assert torch.equal(layout.positions, torch.cat([positions[b][kept[b]] for b in rows]))
     assert layout.num_positions == max((int(place) + 1 for place in layout.positions), default=0)
-    assert layout.has_gaps or not any(
+    assert layout.has_gaps == any(
         layout.positions[start:stop].tolist() != list(range(stop - start))
         for start, stop in itertools.pairwise(layout.cu_seq_lens.tolist())
     )
