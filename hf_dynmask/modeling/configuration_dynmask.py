@@ -296,16 +296,14 @@ class DynMaskConfig(DynMaskBaseConfig):
         )
 
     @property
-    def sliding_window(self) -> int | None:
+    def sliding_window(self) -> int:
         """Tokens that transformers' caches keep in layers of type `"sliding_attention"`: all, as masks may change."""
-        return LARGEST if self.layer_types else None
-
-    @sliding_window.setter
-    def sliding_window(self, value: int | None) -> None:
-        """Code of transformers assigns it to any configuration that has it; windows are in `layer_masks` alone."""
+        if not self.layer_types:
+            raise AttributeError("a configuration without `layer_types` has no `sliding_window`; see `layer_masks`")
+        return LARGEST
 
     @property
-    def attention_chunk_size(self) -> int | None:
+    def attention_chunk_size(self) -> int:
         """The same for layers of type `"chunked_attention"`."""
         return self.sliding_window
 

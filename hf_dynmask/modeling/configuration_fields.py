@@ -276,7 +276,7 @@ def checked_settings(config: PreTrainedConfig, given: dict[str, Any], of_parts: 
 def _check_free(config_class: type[PreTrainedConfig], name: str, value: Any) -> None:
     taken = getattr_static(config_class, name, None)
     if isinstance(taken, property):
-        is_code = taken.fset is None or name == "sliding_window"  # which transformers alone assigns
+        is_code = taken.fset is None
     else:  # a subclass may have defaults that are no fields
         is_code = hasattr(taken, "__get__") or hasattr(PreTrainedConfig, name) and name != "model_type"
     if is_code or name.startswith("__"):
