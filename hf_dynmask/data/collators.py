@@ -263,6 +263,9 @@ class DataCollatorWithLengths(CollatorWithLengths):
         column_sizes (`Mapping[str, int]`, *optional*):
             The most `hidden_spans` of an example, `{"hidden_spans": K}`. `None`: the most in the batch. Required with
             `max_sequences` if there are such columns, since all batches must have the same K.
+        max_length (`int`, *optional*):
+            With `flat`: the most tokens of an example. The batch carries it as `max_length_q`, and kernels on a GPU are
+            started for sequences of that size, not of the whole row. [`TokenBudgetMixin`] sets it itself.
 
     Returns:
         `dict[str, Tensor]`: For B examples of N tokens in total, the longest of which has T:
@@ -288,11 +291,12 @@ class DataCollatorWithLengths(CollatorWithLengths):
     Raises:
         ValueError: `column_roles` has an unknown role, or one that does not fit the column. `max_tokens` and
             `max_sequences` come without `flat`, only one of them is given, or one is not a positive integer.
-            `column_sizes` has an unknown column or a negative size. When called: there are no examples; `input_ids` is
-            missing or not a list of integers; the role of a column is not known; a column does not have the shape of
-            its role, is missing in some examples, or does not hold numbers or text; labels are text; `lengths` is
-            wrong; rows need padding and the tokenizer has no pad token; the examples do not fit `max_tokens`,
-            `max_sequences` or `column_sizes`, or a size in `column_sizes` is missing.
+            `max_length` comes without `flat`, or is not a positive integer. `column_sizes` has an unknown column or a
+            negative size. When called: there are no examples; `input_ids` is missing or not a list of integers; the
+            role of a column is not known; a column does not have the shape of its role, is missing in some examples, or
+            does not hold numbers or text; labels are text; `lengths` is wrong; rows need padding and the tokenizer has
+            no pad token; the examples do not fit `max_tokens`, `max_sequences`, `max_length` or `column_sizes`, or a
+            size in `column_sizes` is missing.
 
     Example:
 
@@ -314,16 +318,34 @@ class DataCollatorWithLengths(CollatorWithLengths):
     max_tokens: int | None = None
     max_sequences: int | None = None
     column_sizes: Mapping[str, int] | None = None
+    max_length: int | None = None
 
     main: ClassVar[str] = "input_ids"
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = super().__call__(features)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length is not None:
+            check_count("max_length", self.max_length, least=1)
+            if not self.flat:
+                raise ValueError(f"`max_length` must come with `flat=True`; got max_length={self.max_length}")
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().__call__(features)
+        if self.max_length is not None:
+            batch["max_length_q"] = self.max_length
         if self.return_position_ids and "position_ids" not in batch:
             batch["position_ids"] = self._join("position_ids", [torch.arange(n) for n in batch["lengths"].tolist()])
         if self.count_answers:
             batch.update(counted_answers(batch))
         return batch
+
+    def _check_room(self, lengths: Tensor) -> None:
+        super()._check_room(lengths)
+        if self.max_length is not None and int(lengths.max()) > self.max_length:
+            raise ValueError(
+                f"an example must have at most `max_length`={self.max_length} tokens; got {lengths.max()} in example "
+                f"{lengths.argmax()}. Raise it, or truncate the example"
+            )
 
     def _check_main(self, values):
         for ids in values:

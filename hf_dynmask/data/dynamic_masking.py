@@ -82,7 +82,8 @@ class DataCollatorForDynamicMasking:
         column_roles (`Mapping[str, str]`, *optional*): As in [`DataCollatorWithLengths`].
         max_tokens, max_sequences (`int`, *optional*): Give all flat batches one shape, as in
             [`DataCollatorWithLengths`].
-        column_sizes (`Mapping[str, int]`, *optional*): As in [`DataCollatorWithLengths`].
+        column_sizes (`Mapping[str, int]`, *optional*), max_length (`int`, *optional*): As in
+            [`DataCollatorWithLengths`].
 
     The examples may have these columns, which are not in the batch:
 
@@ -140,6 +141,7 @@ class DataCollatorForDynamicMasking:
     max_tokens: int | None = None
     max_sequences: int | None = None
     column_sizes: Mapping[str, int] | None = None
+    max_length: int | None = None
 
     uneven: ClassVar[tuple[str, ...]] = DataCollatorWithLengths.uneven
     _vocabulary: "_Vocabulary" = field(init=False, repr=False, compare=False)
@@ -198,7 +200,7 @@ class DataCollatorForDynamicMasking:
 
     def _collator(self) -> DataCollatorWithLengths:
         """Makes the batch that targets are then drawn in."""
-        names = ("flat", "column_roles", "max_tokens", "max_sequences", "column_sizes")
+        names = ("flat", "column_roles", "max_tokens", "max_sequences", "column_sizes", "max_length")
         return DataCollatorWithLengths(self.tokenizer, **{name: getattr(self, name) for name in names})
 
     def _epoch_of_targets(self) -> int:

@@ -59,7 +59,8 @@ def in_rows(collator: Any) -> Any:
     """A flat collator's counterpart with one row per example; any other collator is returned as it is."""
     if not is_flat(collator):
         return collator
-    sizes = {name: None for name in ("max_tokens", "max_target_tokens", "max_sequences") if hasattr(collator, name)}
+    names = ("max_tokens", "max_target_tokens", "max_sequences", "max_length")
+    sizes = {name: None for name in names if hasattr(collator, name)}
     return with_settings(collator, flat=False, **sizes)
 
 

@@ -26,7 +26,7 @@ HALF = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 LARGEST_TRAINED_HEAD = 192  # of the backward pass on every GPU
 FIRST_CAPABILITY = (8, 0)  # of flash attention and of bfloat16
-TAIL_PIECE = 128  # tokens of a tail are attended to in sequences of so many: one block of the kernels
+TAIL_PIECES = (128, 512)  # a tail is attended to in sequences: at least one block of the kernels, never much work
 ON_META = (8, 0)  # the compute capability that tensors without values stand for
 
 
@@ -106,16 +106,22 @@ def attend(
         return without_keys(query, key, value), None
     of_queries, of_keys = plan.layout, plan.key_layout
     ends, key_ends = plan.derived(_ends)
-    longest, key_longest = (max(layout.longest, TAIL_PIECE) for layout in (of_queries, of_keys))
+    longest, key_longest = (_longest(plan, layout) for layout in (of_queries, of_keys))
     band = plan.band or (None, None)
-    packed = Packed(query, key, value, ends, key_ends, longest, key_longest, band, scaling, dropout)
     kernel, _ = _kernel(plan, query, key, value)
     assert kernel is not None
-    output = kernel(packed)
-    if kernel is _efficient and of_queries is not of_keys:  # which leaves queries of empty key sequences undefined
-        is_seeing = nn.functional.pad(of_keys.lengths > 0, (0, 1), value=True)[of_queries.sequence_ids]
-        output = output.where(is_seeing[:, None, None], 0)
-    return output, None
+    if kernel is not _efficient or of_queries is of_keys:
+        return kernel(Packed(query, key, value, ends, key_ends, longest, key_longest, band, scaling, dropout)), None
+    # This kernel writes neither outputs nor gradients of a sequence that has no tokens on the other side.
+    sees, seen = _facing(of_queries, of_keys), _facing(of_keys, of_queries)
+    query, key, value = query.where(sees, 0), key.where(seen, 0), value.where(seen, 0)
+    output = kernel(Packed(query, key, value, ends, key_ends, longest, key_longest, band, scaling, dropout))
+    return output.where(sees, 0), None
+
+
+def _facing(layout: SequenceLayout, other: SequenceLayout) -> Tensor:
+    """Bool `(N, 1, 1)`: tokens whose sequence has tokens in the other layout, too; those of the tail have none."""
+    return nn.functional.pad(other.lengths > 0, (0, 1))[layout.sequence_ids, None, None]
 
 
 def _is_empty(states: Tensor) -> bool:
@@ -216,16 +222,27 @@ def _tried(name: str, device_type: str, index: int | None, dtype: torch.dtype) -
 
 def _ends(plan: MaskPlan) -> tuple[Tensor, Tensor]:
     """Where the sequences of queries and of keys end, tails included."""
-    layouts = plan.layout, plan.key_layout
-    pieces = max([0, *(-(-layout.num_tokens // TAIL_PIECE) for layout in layouts if layout.has_tail)])
-    ends = _ends_of(plan.layout, pieces)
-    return ends, ends if plan.key_layout is plan.layout else _ends_of(plan.key_layout, pieces)
+    layouts, piece = (plan.layout, plan.key_layout), _tail_piece(plan)
+    pieces = max([0, *(-(-layout.num_tokens // piece) for layout in layouts if layout.has_tail)])
+    ends = _ends_of(plan.layout, pieces, piece)
+    return ends, ends if plan.key_layout is plan.layout else _ends_of(plan.key_layout, pieces, piece)
 
 
-def _ends_of(layout: SequenceLayout, pieces: int) -> Tensor:
+def _tail_piece(plan: MaskPlan) -> int:
+    smallest, largest = TAIL_PIECES
+    return max(smallest, min(largest, plan.layout.longest, plan.key_layout.longest))
+
+
+def _longest(plan: MaskPlan, layout: SequenceLayout) -> int:
+    """A bound of the longest sequence and of the pieces of a tail; kernels take none beyond the tokens there are."""
+    bound = max(layout.longest, _tail_piece(plan)) if layout.has_tail else layout.longest
+    return min(bound, layout.num_tokens)
+
+
+def _ends_of(layout: SequenceLayout, pieces: int, piece: int) -> Tensor:
     """`(S + 1 + pieces,)` int32: `cu_seq_lens`, and the tail cut into so many, of which those left over are empty."""
     ends = layout.cu_seq_lens
     if not pieces:
         return ends
-    further = torch.arange(1, pieces + 1, dtype=torch.int32, device=ends.device) * TAIL_PIECE
+    further = torch.arange(1, pieces + 1, dtype=torch.int32, device=ends.device) * piece
     return torch.cat([ends, (ends[-1:] + further).clamp(max=layout.num_tokens)])

@@ -47,7 +47,7 @@ def layout_of_batch(
     lengths = stated_lengths(lengths, packing, shape, device)
     if torch.compiler.is_compiling() and "seq_idx" not in packing:
         explicit = is_explicit(attention_mask)
-        return layout_in_graph(
+        layout = layout_in_graph(
             shape,
             device,
             lengths,
@@ -55,6 +55,7 @@ def layout_of_batch(
             missing,
             None if explicit or position_ids is None else per_token(position_ids, shape),
         )
+        return _bounded(layout, packing)
     return frames_of_batch(
         shape, device, lengths, attention_mask, missing, position_ids=position_ids, packing=packing
     ).present
@@ -80,7 +81,7 @@ def frames_of_batch(
     if position_ids is not None and not is_explicit(attention_mask):
         is_stated = lengths is not None or "seq_idx" in packing
         whole = whole.divided_by_positions(per_token(position_ids, shape), is_stated)
-    _check_bounds(whole, packing)
+    whole = _bounded(whole, packing)
     return Frames(whole, whole if missing is None else whole.without(missing))
 
 
@@ -175,9 +176,19 @@ def _divided_by_index(whole: SequenceLayout, seq_idx: Tensor, is_stated: bool) -
     return whole.divided(begins)
 
 
-def _check_bounds(whole: SequenceLayout, packing: Mapping[str, Any]) -> None:
-    for name in ("max_length_q", "max_length_k") if reads_are_free(whole.device) else ():
-        if name in packing and int(packing[name]) < whole.max_length:
-            raise ValueError(
-                f"`{name}` must be at least the longest sequence's length, {whole.max_length}; got {int(packing[name])}"
-            )
+def _bounded(whole: SequenceLayout, packing: Mapping[str, Any]) -> SequenceLayout:
+    """The layout with the bounds of the longest sequence that the batch gives.
+
+    On a device that is not read it checks them by itself, and does not go on where a sequence is longer.
+    """
+    for name in ("max_length_q", "max_length_k"):
+        bound = packing.get(name)
+        if reads_are_free(whole.device):
+            if bound is not None and int(bound) < whole.max_length:
+                raise ValueError(
+                    f"`{name}` must be at least the longest sequence's length, {whole.max_length}; got {int(bound)}"
+                )
+        elif isinstance(bound, int) and bound < whole.longest and whole.has_tail:  # rows are as wide as their longest
+            torch.ops.aten._assert_async((whole.lengths <= bound).all())
+            whole = whole.bounded(bound)
+    return whole

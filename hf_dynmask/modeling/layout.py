@@ -63,7 +63,7 @@ class SequenceLayout:
             a view.
         has_gaps (`bool`): Whether sequences may lack tokens, or begin behind position 0.
         has_tail (`bool`): Whether the last of the N tokens may be of no sequence: places that a flat batch left unused.
-        longest (`int`): A bound of the positions in a sequence.
+        longest (`int`): A bound of the positions in a sequence, which kernels are started for.
         described (`Tensor`, *optional*): In a graph, what its operators know the layout by.
     """
 
@@ -263,6 +263,10 @@ class SequenceLayout:
             indices=None if self.indices is None else self.indices[:tokens],
             has_tail=False,
         )
+
+    def bounded(self, longest: int) -> SequenceLayout:
+        """The layout where it is known that no sequence has more positions than `longest`."""
+        return replace(self, longest=longest) if longest < self.longest else self
 
     def divided(self, begins: Tensor) -> SequenceLayout:
         """The same tokens as more sequences, whose positions count from 0 again.

@@ -266,6 +266,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 position_ids=position_ids if seen == 0 else None,
                 packing=packing,
             )
+        room = self.embeddings.room
+        if room is not None and position_ids is None:
+            layout = layout.bounded(room)
         whole, layout = layout, last_columns(layout, width) if cache is not None else layout
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
         rotary = self._rotary(states, position_ids)

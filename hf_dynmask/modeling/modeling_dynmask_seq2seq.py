@@ -306,8 +306,9 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         Args:
             source, target (`dict`): Inputs of the encoder and of the decoder by their names in [`DynMaskModel`].
             encoder_outputs, cache, use_cache: As there.
-            kwargs: `output_hidden_states` and `output_attentions` are of both sides.
+            kwargs: `output_hidden_states` and `output_attentions` are of both sides, `max_length_q` is of the encoder.
         """
+        bound = {"max_length_q": kwargs.pop("max_length_q", None)}
         for name in PACKING:
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -322,7 +323,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         warn_of_unread_fields(self, encoder_fields, read_by_encoder | self.decoder.fields_read())
         if encoder_outputs is None:
             own = source | {name: None for name in FIELDS if name not in read_by_encoder}
-            encoder, encoder_layout = run_encoder(self.encoder, **own, **asked)
+            encoder, encoder_layout = run_encoder(self.encoder, **own, **asked, **bound)
         else:
             encoder, encoder_layout = self._given(encoder_outputs, source)
         tokens, seen, mask = self._target_tokens(target), num_cached_tokens(cache), target["attention_mask"]

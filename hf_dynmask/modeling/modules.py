@@ -124,11 +124,17 @@ class DynMaskEmbeddings(nn.Module):
         flat = layout.flatten(per_token(position_ids, layout.shape))
         return flat + offset * (flat == layout.positions).all() if offset else flat
 
+    @property
+    def room(self) -> int | None:
+        """Positions that a sequence may have; `None`: any number."""
+        has_table = self.config.position_type in ("learned", "sinusoidal")
+        return self.config.max_position_embeddings - self.config.position_offset if has_table else None
+
     def _check_room(self, layout: SequenceLayout) -> None:
-        if not reads_are_free(layout.device):  # lengths are not known; the table itself takes no others
+        room = self.room
+        if room is None or not reads_are_free(layout.device):  # the table itself takes no positions beyond
             return
-        room = self.config.max_position_embeddings - self.config.position_offset
-        if self.config.position_type in ("learned", "sinusoidal") and layout.num_positions > room:
+        if layout.num_positions > room:
             raise ValueError(
                 f"a sequence must have at most {room} tokens (`max_position_embeddings`); got {layout.num_positions}"
             )

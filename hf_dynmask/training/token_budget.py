@@ -159,6 +159,8 @@ class TokenBudgetMixin(ResumingMixin):
         if isinstance(batches, TokenBudgetBatchSampler):
             found = list_sizes(self.train_dataset, collator.uneven)
             sizes["column_sizes"] = found | dict(collator.column_sizes or {})
+            if hasattr(collator, "max_length"):
+                sizes["max_length"] = collator.max_length or int(max(1, *batches.lengths))
         return with_settings(collator, **sizes)
 
     def _sizes_of_sides(self, batches: Batches) -> dict[str, int]:

@@ -191,7 +191,8 @@ def make_batches(workload: Workload, number: int) -> Batches:
         places = -(-round(sum(pool) / len(pool) * size) // 64) * 64
         groups = list(TokenBudgetBatchSampler(pool, max(places, workload.longest)))[:number]
         sequences = max(map(len, groups))
-        return of(groups, lambda examples: _fixed(flat_row(examples, config), max(places, workload.longest), sequences))
+        sizes = max(places, workload.longest), sequences, workload.longest
+        return of(groups, lambda examples: _fixed(flat_row(examples, config), *sizes))
 
     def equal_rows() -> tuple[list[Batch], list[int]]:
         means = [round(sum(pool[k] for k in group) / size) for group in drawn]
@@ -224,9 +225,9 @@ def flat_row(examples: Sequence[Batch], config: PreTrainedConfig) -> Batch:
     }
 
 
-def _fixed(batch: Batch, places: int, sequences: int) -> Batch:
+def _fixed(batch: Batch, places: int, sequences: int, longest: int) -> Batch:
     """The flat row with a fixed number of places and sequences. Those behind the last sequence are absent."""
-    return {
+    fixed: Batch = {
         name: nn.functional.pad(
             values,
             (0, (sequences if name == "lengths" else places) - values.shape[-1]),
@@ -234,6 +235,7 @@ def _fixed(batch: Batch, places: int, sequences: int) -> Batch:
         )
         for name, values in batch.items()
     }
+    return fixed | {"max_length_q": longest}
 
 
 def _wide(batch: Batch, width: int) -> Batch:

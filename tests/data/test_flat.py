@@ -430,3 +430,31 @@ def test_settings_that_do_not_go_together(make, settings, message):
 def test_settings_of_pairs(settings, message):
     with pytest.raises(ValueError, match=message):
         DataCollatorForSeq2SeqWithLengths(TOKENIZER, **settings)
+
+
+# --- the longest example -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{}, {"max_tokens": 6, "max_sequences": 4}], ids=["free", "fixed"])
+@pytest.mark.parametrize("make", [DataCollatorWithLengths, DataCollatorForDynamicMasking])
+def test_flat_batches_carry_the_bound_that_they_are_given(make, sizes):
+    tokenizer = TOKENIZER if make is DataCollatorWithLengths else make_tokenizer()
+    collate = make(tokenizer, flat=True, max_length=3, **sizes)
+    collate = getattr(collate, "for_evaluation", lambda: collate)()
+    assert collate(ids([5, 6], [7, 8, 9]))["max_length_q"] == 3
+    with pytest.raises(ValueError, match=r"at most `max_length`=3 tokens; got 4 in example 1. Raise it, or truncate"):
+        collate(ids([5, 6], [5, 6, 7, 8]))
+    assert "max_length_q" not in in_rows(collate)(ids([5, 6, 7, 8]))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_length": 4}, "`max_length` must come with `flat=True`; got max_length=4"),
+        ({"max_length": 0, "flat": True}, "`max_length` must be an integer of at least 1; got 0"),
+        ({"max_length": 2.0, "flat": True}, "`max_length` must be an integer of at least 1; got 2.0"),
+    ],
+)
+def test_wrong_bounds(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataCollatorWithLengths(TOKENIZER, **settings)

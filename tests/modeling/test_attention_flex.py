@@ -397,7 +397,7 @@ def test_compiled_output_and_gradients_are_no_worse_than_twice_the_eager_error(t
 
     def results(implementation, dtype):
         def run(*states):
-            return implementation(*states, plan, scaling=0.3)[0]
+            return in_heads(implementation(*map(packed, states), plan, scaling=0.3)[0])
 
         *states, grad = (x.to(dtype) for x in inputs)
         return run(*states), *with_gradients(run, *states, grad=grad)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracle
 from hf_dynmask.modeling import attention_varlen
 from hf_dynmask.modeling.attention_reference import attend as attend_reference
-from hf_dynmask.modeling.attention_varlen import TAIL_PIECE, attend, unsupported
+from hf_dynmask.modeling.attention_varlen import TAIL_PIECES, attend, unsupported
 from hf_dynmask.modeling.layout import SequenceLayout, in_heads, packed
 from hf_dynmask.modeling.plan import MaskPlan
 from strategies import cases, examples, leaves
@@ -72,10 +72,14 @@ def test_output_and_gradients_equal_the_oracle(case):
     check_close(found, expected, torch.float64)
 
 
-@pytest.mark.parametrize("places", [10, 11, 10 + TAIL_PIECE, 10 + 3 * TAIL_PIECE + 5])
-def test_a_tail_is_of_sequences_of_its_own(places, monkeypatch):
+SMALLEST, LARGEST = TAIL_PIECES
+
+
+@pytest.mark.parametrize("bound", [7, SMALLEST + 9, 9 * LARGEST])
+@pytest.mark.parametrize("places", [10, 11, 10 + SMALLEST, 10 + 3 * LARGEST + 5])
+def test_a_tail_is_of_sequences_of_its_own(places, bound, monkeypatch):
     monkeypatch.setattr("hf_dynmask.modeling.layout.reads_are_free", lambda device: False)
-    layout = SequenceLayout.from_lengths(torch.tensor([7, 0, 3, 0, 0]), (1, places))
+    layout = SequenceLayout.from_lengths(torch.tensor([7, 0, 3, 0, 0]), (1, places)).bounded(bound)
     assert layout.num_tokens == places
     packed = []
     with kernel(lambda arguments: packed.append(arguments) or arguments.query):
@@ -83,7 +87,8 @@ def test_a_tail_is_of_sequences_of_its_own(places, monkeypatch):
         attend_varlen(MaskPlan("causal", layout), 0.5)(*inputs)
     sizes = packed[0].ends.diff()
     assert sizes[:5].tolist() == [7, 0, 3, 0, 0]
-    assert sizes.sum() == places and sizes[5:].max() <= TAIL_PIECE
+    assert sizes.sum() == places and sizes[5:].max() <= max(SMALLEST, min(bound, LARGEST))
+    assert sizes.max() <= packed[0].longest <= min(places, max(bound, SMALLEST))
 
 
 class Recorded(TorchDispatchMode):
@@ -105,7 +110,7 @@ class Recorded(TorchDispatchMode):
     ("backward", False, (0, -1)),
     ("causal & window(2, 5)", False, (2, 0)),
     ("window(3) & window(9, 1)", False, (3, 1)),
-    (f"window({2**62}, 0)", False, (128, 0)),
+    (f"window({2**62}, 0)", False, (7, 0)),
 ])  # fmt: skip
 def test_what_flash_attention_is_given(text, is_causal, window):
     layout = SequenceLayout.from_lengths(torch.tensor([7, 3]), (2, 7)).to("meta")
@@ -291,9 +296,9 @@ def test_what_they_can_serve(options):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
-@pytest.mark.parametrize("text", ["full", "causal", "backward", "window(20, 3)", "causal & window(40, 0)", "cross"])
+@pytest.mark.parametrize("text", ["full", "causal", "cross", "backward", "window(20, 3)", "causal & window(40, 0)"])
 def test_output_and_gradients_are_no_worse_than_twice_the_eager_error(text, heads, dtype):
     layout = key_layout = SequenceLayout.from_lengths(torch.tensor([257, 0, 1, 100, 257])).to("cuda")
     if text == "cross":
@@ -301,7 +306,12 @@ def test_output_and_gradients_are_no_worse_than_twice_the_eager_error(text, head
     plan = MaskPlan(text, layout, key_layout)
     inputs = [x.cuda() for x in random_inputs(layout, key_layout, (*heads, 64, 64))]
     query, key, value = (packed(x.to(dtype)) for x in inputs[:3])
+    if dtype == torch.float32 and text not in ("full", "causal"):
+        assert unsupported(plan, query, key, value) is not None
+        return
     assert unsupported(plan, query, key, value) is None
+    poison = [torch.full_like(state, torch.nan) for state in (query, key, value) * 8]
+    del poison  # what a kernel does not write is NaN
 
     def results(implementation, dtype):
         *states, grad = (x.to(dtype) for x in inputs)
@@ -313,4 +323,6 @@ def test_output_and_gradients_are_no_worse_than_twice_the_eager_error(text, head
     names = "output", "query gradient", "key gradient", "value gradient"
     for name, right, expected, got in zip(names, exact, eager, results(attend, dtype), strict=True):
         error, eager_error = ((x.double() - right).norm().item() for x in (got, expected))
-        assert error <= 2 * eager_error, f"{name}: error {error:.2e}, eager {eager_error:.2e}"
+        assert error <= 2 * eager_error + 1e-6 * right.norm().item(), (
+            f"{name}: error {error:.2e}, eager {eager_error:.2e}"
+        )

@@ -27,7 +27,6 @@ import hf_dynmask
 from hf_dynmask.data import DataCollatorWithLengths
 from hf_dynmask.modeling import batch as batch_module
 from hf_dynmask.modeling import layout as layout_module
-from hf_dynmask.stock import batches as stock_batches
 
 # Of the models themselves, in transformers before 5.18.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -253,7 +252,7 @@ def test_flat_documents_equal_single_ones_and_do_not_leak(family, told_by):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ROUNDED_BY_OTHERS])
 def test_documents_in_front_of_unused_places(family, is_read, monkeypatch):
     if not is_read:
-        for module in (layout_module, batch_module, stock_batches):
+        for module in (layout_module, batch_module):
             monkeypatch.setattr(module, "reads_are_free", lambda device: False)
     batch = TOLD_BY["lengths"](family)
     used = batch["input_ids"].shape[1]

@@ -84,7 +84,8 @@ class Shapes:
 
     def look(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> None:
         if model.training:
-            shapes = {name: values.shape for name, values in batch.items() if name != "num_items_in_batch"}
+            others = ("num_items_in_batch", "max_length_q")
+            shapes = {name: values.shape for name, values in batch.items() if name not in others}
             self.found.add(tuple(sorted(shapes.items())))
 
 

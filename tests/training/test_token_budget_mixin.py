@@ -194,7 +194,7 @@ def test_a_column_of_lengths_reaches_no_model(column, remove, flat, tmp_path):
     trainer = make_trainer(tmp_path, data, max_steps=2, remove_unused_columns=remove, **settings)
     trainer.data_collator = DataCollatorWithLengths(TOKENIZER, flat=flat)
     for batch in trainer.get_train_dataloader():
-        assert set(batch) - {"attention_mask"} == {"input_ids", "lengths", "labels"}
+        assert set(batch) - {"attention_mask", "max_length_q"} == {"input_ids", "lengths", "labels"}
     trainer.train()
     assert isinstance(trainer.data_collator, DataCollatorWithLengths)
 
@@ -209,7 +209,7 @@ def loader_of(folder, data, collator, trainer_class: Any = with_budget, **settin
 
 
 def shapes(batch):
-    return {name: tuple(values.shape) for name, values in batch.items()}
+    return {name: tuple(values.shape) for name, values in batch.items() if name != "max_length_q"}
 
 
 def batches_of_epochs(loader, epochs=3):
@@ -278,6 +278,14 @@ def test_truncated_examples_fit(tmp_path):
     for some in data, data.to_iterable_dataset():
         for batch in loader_of(tmp_path, some, DataCollatorWithLengths(TOKENIZER, flat=True), **settings):
             assert batch["input_ids"].shape == batch["labels"].shape == (1, 6)
+
+
+@pytest.mark.parametrize("given, truncate, expected", [(None, False, None), (30, False, 30), (None, True, 6)])
+def test_flat_batches_carry_a_bound_of_the_longest(given, truncate, expected, tmp_path):
+    collator, settings = DataCollatorWithLengths(TOKENIZER, flat=True, max_length=given), {"max_steps": 3}
+    settings |= {"max_tokens": 6, "truncate": True} if truncate else {}
+    expected = expected or max(map(len, rows()["input_ids"]))
+    assert {batch["max_length_q"] for batch in loader_of(tmp_path, rows(), collator, **settings)} == {expected}
 
 
 @pytest.mark.parametrize("column_sizes, expected", [(None, 2), ({"hidden_spans": 4}, 4)])
