@@ -5,7 +5,7 @@ Shape legend: n sequences of a group, L tokens each, H heads, N real tokens, D a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -43,80 +43,111 @@ class Bucket(NamedTuple):
     sizes: list[tuple[int, int]]
 
 
+class Places(NamedTuple):
+    """Where the tokens of a bucket stand: n tokens at P places.
+
+    Attributes:
+        taken (`Tensor` of shape `(P,)`): The token at each place. Sequences are filled up with copies of their last
+            token, which no query sees.
+        tokens (`Tensor` of shape `(n,)`): The bucket's tokens, ascending.
+        place_of (`Tensor` of shape `(n,)`): The place of each of them.
+    """
+
+    taken: Tensor
+    tokens: Tensor
+    place_of: Tensor
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, sizes: list[int], filled: int, device: torch.device) -> Places:
+        """Of the tokens of sequences of `sizes` one after another, each filled up to `filled`."""
+        own = np.array(sizes)[:, None]
+        starts = own.cumsum()[:, None] - own
+        inside = np.arange(filled)
+        taken = tokens[(starts + np.minimum(inside, own - 1))].ravel()
+        (place_of,) = (inside < own).ravel().nonzero()
+        ascending = tokens.argsort()
+        places = taken, tokens[ascending], place_of[ascending]
+        return cls(*(torch.from_numpy(each).to(device) for each in places))
+
+
 class Side(NamedTuple):
     """How the tokens of a side, queries or keys, come to their buckets and back.
 
     Attributes:
-        sizes (`list[int]`): Places of each bucket, P in all.
-        taken (`Tensor` of shape `(P,)`, *optional*): The token at each place. Sequences are filled up with copies of
-            their last token, which no query sees. `None`: tokens stand as they are to stand.
-        place_of (`Tensor` of shape `(N,)`, *optional*): The place of each token.
+        num_tokens (`int`): N.
+        pieces (`list[slice | Places]`): The tokens of each bucket; a slice where they stand as they are to stand.
     """
 
-    sizes: list[int]
-    taken: Tensor | None = None
-    place_of: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls, sizes: list[int], real: list[int], filled: list[int], order: np.ndarray | None, device: torch.device
-    ) -> Side:
-        """Of buckets of so many places; `real` tokens of each sequence in turn are filled up. `order (N,)` is the token
-        at each place before that."""
-        if order is None and real == filled:
-            return cls(sizes)
-        own, to = np.array(real, dtype=np.int64), np.array(filled, dtype=np.int64)
-        starts, starts_filled = own.cumsum() - own, to.cumsum() - to
-        inside = np.arange(to.sum()) - np.repeat(starts_filled, to)
-        taken = np.minimum(inside, np.repeat(own - 1, to)) + np.repeat(starts, to)
-        place_of = np.repeat(starts_filled - starts, own) + np.arange(own.sum())
-        if order is not None:
-            taken, in_order = order[taken], place_of
-            place_of = np.empty_like(in_order)
-            place_of[order] = in_order
-        return cls(sizes, *(torch.from_numpy(places).to(device) for places in (taken, place_of)))
+    num_tokens: int
+    pieces: list[slice | Places]
 
     def take(self, states: Tensor) -> tuple[Tensor, ...]:
         """`(N, H, D)` as what stands at the places of each bucket, `(places, H, D)`."""
-        if self.taken is not None:
-            is_small = states.numel() <= SMALL or not states.requires_grad
-            states = states.index_select(0, self.taken) if is_small else _Take.apply(states, self.taken, self.place_of)
-        return states.split(self.sizes) if len(self.sizes) > 1 else (states,)
+        return _Take.apply(states, self) if self._needs_own_gradient(states) else self.taken(states)
 
     def put_back(self, states: list[Tensor]) -> Tensor:
         """The inverse of [`take`]."""
-        tokens = states[0] if len(states) == 1 else torch.cat(states)
-        if self.place_of is not None:
-            is_small = tokens.numel() <= SMALL or not tokens.requires_grad
-            tokens = tokens.index_select(0, self.place_of) if is_small else _PutBack.apply(tokens, self.place_of)
-        return tokens
+        return _PutBack.apply(self, *states) if self._needs_own_gradient(*states) else self.placed(states)
+
+    def _needs_own_gradient(self, *states: Tensor) -> bool:
+        """Whether PyTorch's own gradients, which add up tensors of all tokens, would take longer."""
+        is_small = len(self.pieces) == 1 and states[0].numel() <= SMALL
+        return not is_small and any(each.requires_grad for each in states)
+
+    def taken(self, states: Tensor) -> tuple[Tensor, ...]:
+        """[`take`] without a gradient of its own."""
+        return tuple(
+            states[piece] if isinstance(piece, slice) else states.index_select(0, piece.taken) for piece in self.pieces
+        )
+
+    def placed(self, states: Sequence[Tensor]) -> Tensor:
+        """Tokens of buckets, `(tokens, H, D)` or what stands at their places, as `(N, H, D)`."""
+        found = [
+            states if isinstance(piece, slice) else states.index_select(0, piece.place_of)
+            for states, piece in zip(states, self.pieces, strict=True)
+        ]
+        if len(found) == 1:
+            return found[0]
+        whole = found[0].new_empty(self.num_tokens, *found[0].shape[1:])
+        for values, piece in zip(found, self.pieces, strict=True):
+            if isinstance(piece, slice):
+                whole[piece] = values
+            else:
+                whole.index_copy_(0, piece.tokens, values)
+        return whole
 
 
 class _Take(torch.autograd.Function):
-    """`index_select` in which only the copy of a token at `place_of` has a gradient: no query sees the others."""
+    """[`Side.taken`], in which only one copy of a token has a gradient: no query sees the others."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, taken: Tensor, place_of: Tensor) -> Tensor:
-        ctx.place_of = place_of
-        return states.index_select(0, taken)
+    def forward(ctx, states: Tensor, side: Side) -> tuple[Tensor, ...]:
+        ctx.side = side
+        return side.taken(states)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        return grad_output.index_select(0, ctx.place_of), None, None
+    def backward(ctx, *grads: Tensor):
+        return ctx.side.placed(grads), None
 
 
 class _PutBack(torch.autograd.Function):
-    """`index_select` of places that differ: its gradient is a copy, where that of `index_select` would add up."""
+    """[`Side.placed`]; copies of tokens have no gradient."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, place_of: Tensor) -> Tensor:
-        ctx.place_of, ctx.places = place_of, states.shape[0]
-        return states.index_select(0, place_of)
+    def forward(ctx, side: Side, *states: Tensor) -> Tensor:
+        ctx.side, ctx.places = side, [len(each) for each in states]
+        return side.placed(states)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        places = grad_output.new_zeros(ctx.places, *grad_output.shape[1:])
-        return places.index_copy_(0, ctx.place_of, grad_output), None
+        grads = []
+        for piece, places in zip(ctx.side.pieces, ctx.places, strict=True):
+            if isinstance(piece, slice):
+                grads.append(grad_output[piece])
+            else:
+                own = grad_output.new_zeros(places, *grad_output.shape[1:])
+                grads.append(own.index_copy_(0, piece.place_of, grad_output.index_select(0, piece.tokens)))
+        return None, *grads
 
 
 @eager_only
@@ -158,12 +189,20 @@ def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Side, Side]:
 
 def _side(plan: MaskPlan, buckets: list[Bucket], side: int) -> Side:
     """The queries (0) or the keys (1)."""
-    of_group = [(bucket.group.queries, bucket.group.keys)[side] for bucket in buckets]
-    counts = [bucket.group.count for bucket in buckets]
-    real = [sizes[side] for bucket in buckets for sizes in bucket.sizes]
-    filled = [size for size, count in zip(of_group, counts, strict=True) for _ in range(count)]
-    places = [size * count for size, count in zip(of_group, counts, strict=True)]
-    return Side.of(places, real, filled, plan.token_orders[side], plan.layout.device)
+    tokens = (plan.layout, plan.key_layout)[side].num_tokens
+    order = plan.token_orders[side]
+    order = np.arange(tokens) if order is None else order
+    pieces, first = [], 0
+    for bucket in buckets:
+        sizes = [both[side] for both in bucket.sizes]
+        filled = (bucket.group.queries, bucket.group.keys)[side]
+        own = order[first : first + sum(sizes)]
+        first += len(own)
+        in_place = all(size == filled for size in sizes) and (np.diff(own) == 1).all()
+        start = int(own[0]) if len(own) else 0
+        stands = slice(start, start + len(own))
+        pieces.append(stands if in_place else Places.of(own, sizes, filled, plan.layout.device))
+    return Side(tokens, pieces)
 
 
 def _filled(size: int) -> int:
