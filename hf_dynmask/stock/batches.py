@@ -125,7 +125,7 @@ class Batch:
         self.layout, self.told_by = layout, told[0]
         if "position_ids" in self.names and self.given.get("position_ids") is None:
             positions = layout.unflatten(layout.positions[None])
-            self.given["position_ids"] = positions + _first_position(self.model)
+            self.given["position_ids"] = positions + first_position(self.model)
 
     def _read_targets(self) -> None:
         name = "decoder_lengths"
@@ -305,7 +305,7 @@ class GraphBatch:
         )
         given = {name: value for name, value in given.items() if name not in PACKING}
         if position_ids is None:
-            given["position_ids"] = layout.unflatten(layout.positions[None]) + _first_position(model)
+            given["position_ids"] = layout.unflatten(layout.positions[None]) + first_position(model)
         return cls(layout, model, names, given)
 
     def outside(self) -> Batch:
@@ -373,7 +373,7 @@ def has_cross_attention(config: PreTrainedConfig) -> bool:
 
 
 @kept
-def _first_position(model: PreTrainedModel) -> int:
+def first_position(model: PreTrainedModel) -> int:
     """The position of a sequence's first token: 0 or, in RoBERTa's family, the one after that of padding."""
     for name, part in model.named_modules():
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:

@@ -42,6 +42,7 @@ from .batches import (
     has_cross_attention,
     is_for_graph,
 )
+from .unpadding import Unpadded
 
 # Arguments that any model accepts: of the batch contract, of transformers, and of decorators of `forward`.
 KNOWN = {
@@ -210,6 +211,8 @@ def run_announced(
     """Runs a model's forward pass; its recorded arguments are removed however it ends."""
     outer = batches.get()
     batch = _enter(model, names, given, takes_others, outer[-1] if outer else None)
+    unpadded = _unpad(batch, outer)
+    batch = batch if unpadded is None else unpadded.batch
     try:
         batches.set((*outer, batch))
         IN_GRAPH.has_outer = True
@@ -218,7 +221,7 @@ def run_announced(
         batches.set(outer)
         IN_GRAPH.has_outer = bool(outer)
     _leave(batch, output)
-    return output
+    return output if unpadded is None else unpadded.in_rows(output)
 
 
 def _is_for_graph(model: PreTrainedModel, names: list[str], given: dict[str, Any]) -> bool:
@@ -253,6 +256,11 @@ def _enter(
     if getattr(model, "_is_replica", False) and given.get("input_ids") is not None:
         check_not_scattered(given["input_ids"], given.get("lengths"), getattr(model.config, "pad_token_id", None))
     return Batch.read(model, names, given, outer)
+
+
+@eager_only
+def _unpad(batch: Batch, outer: tuple[Batch, ...]) -> Unpadded | None:
+    return Unpadded.of(batch, outer)
 
 
 @eager_only

@@ -2,19 +2,17 @@
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
-from collections import Counter
-
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_dynmask
 from hf_dynmask import DynMaskConfig, DynMaskSeq2SeqConfig, SequenceLayout
 from hf_dynmask.modeling.attention_flex import block_mask
 from hf_dynmask.modeling.plan import MaskPlan
+from operators import Operators
 
 TOKENS, SLOTS, TARGETS = 48, 6, 32
 SIZES = {"vocab_size": 37, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -23,24 +21,6 @@ MASKS = ["full", "causal", "window(3)", "causal & window(5, 0)"]
 FLEX_MASKS = ["causal | prefix", "segments & causal", "visible", "shared_question", "global_tokens | window(3)"]
 FLEX_MASKS += ["select(full, causal)", "heads(full, causal | prefix(2))", "random(0.5, 3)", "dilated(3, 2)", "chunk(4)"]
 FLEX_MASKS += ["chunk_causal(4)", "~span(3, 2)", "global_tokens(2) | diagonal"]
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators, and gives one number for every value that is read."""
-
-    def __init__(self, value=None):
-        super().__init__()
-        self.value, self.calls = value, Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls[str(function)] += 1
-        if self.value is not None and function is torch.ops.aten._local_scalar_dense.default:
-            return self.value
-        return function(*args, **kwargs or {})
-
-    @property
-    def reads(self):
-        return self.calls["aten._local_scalar_dense.default"]
 
 
 def zeros(*shape, dtype=torch.long):

@@ -191,7 +191,8 @@ def test_a_model_that_is_not_ready(model_class, family):
     model = ready(family, "base")
     expected = states(model, input_ids=ROWS, attention_mask=PRESENT)
     with unwrapped(model_class):
-        assert torch.equal(states(model, input_ids=ROWS, attention_mask=PRESENT), expected)
+        found = states(model, input_ids=ROWS, attention_mask=PRESENT)
+        torch.testing.assert_close(found[PRESENT.bool()], expected[PRESENT.bool()])
         for name, told in TOLD.items():
             with pytest.raises(ValueError, match=f"`{name}` must be given to a model that is made ready"):
                 states(model, input_ids=FLAT, **told)
@@ -577,7 +578,8 @@ def test_a_class_whose_forward_is_put_back(family, monkeypatch):
     rows = states(model, input_ids=ROWS, attention_mask=PRESENT)
     for each in CLASSES[family]:
         monkeypatch.setattr(each, "forward", each.forward.announces)
-    torch.testing.assert_close(states(model, input_ids=ROWS, attention_mask=PRESENT), rows)
+    here = PRESENT.bool()
+    torch.testing.assert_close(states(model, input_ids=ROWS, attention_mask=PRESENT)[here], rows[here])
     for told in TOLD.values():
         with pytest.raises(ValueError, match="must be given to a model that is made ready"):
             states(model, input_ids=FLAT, **told)

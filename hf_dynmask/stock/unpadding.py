@@ -1,0 +1,258 @@
+"""Runs stock models on the real tokens of ordinary padded rows.
+
+The rows of a base model, one without a head, become one flat row before its forward pass, and what it returns becomes
+rows again, so that heads, losses and other code notice nothing. Where that would not give the stock outputs, the model
+runs on the rows as they are.
+
+Shape legend: B rows, T columns, N real tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from inspect import getsource, signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from ..modeling.fields import FIELD_SHAPES, TOKEN_FIELDS
+from ..modeling.layout import SequenceLayout, not_binary
+from .batches import (
+    CACHES,
+    INPUTS,
+    Batch,
+    first_position,
+    has_cross_attention,
+    has_neftune,
+    kept,
+    token_mixing_outside_attention,
+)
+
+SWITCH = "dynmask_unpad"  # an entry of a configuration; `False`: padded rows are computed as they are
+OF_TOKENS = (*INPUTS, "token_type_ids", "position_ids", *TOKEN_FIELDS)
+OF_ROWS = tuple(name for name, shape in FIELD_SHAPES.items() if len(shape) < 4 and name not in TOKEN_FIELDS)
+COUNT_TOKENS = {
+    "opt": True,
+    "biogpt": False,
+}  # models whose code counts tokens, and whether positions are these numbers
+HEADS = re.compile("For[A-Z]|HeadModel|HeadsModel")  # in names of classes; not all know which part is their base
+OUTPUTS_OF_ROWS = ("output_attentions", "output_router_logits")  # what a flat row cannot give
+
+
+def why_rows(model: PreTrainedModel) -> str | None:
+    """Why a base model computes the padding of rows; `None`: it computes real tokens alone."""
+    return f"its configuration has `{SWITCH}=False`" if is_switched_off(model) else _why_rows(model)
+
+
+def is_switched_off(model: PreTrainedModel) -> bool:
+    return getattr(model.config, SWITCH, True) is False
+
+
+@kept
+def _why_rows(model: PreTrainedModel) -> str | None:
+    config, parameters = model.config, signature(type(model).forward).parameters
+    if model.base_model is not model or HEADS.search(type(model).__name__):
+        return "it has a head"
+    parts = sorted(name for name in config.sub_configs if getattr(config, name, None) is not None)
+    if parts:
+        return f"it has parts with configurations of their own: {', '.join(parts)}"
+    if any(has_cross_attention(part.config) for part in model.modules() if isinstance(part, PreTrainedModel)):
+        return "it may have cross-attention"
+    if "masking_utils" not in _source(model):
+        return "its masks are its own"
+    if "position_ids" not in parameters and not hasattr(config, "relative_attention_num_buckets"):
+        return "it takes no `position_ids`"
+    mixing = token_mixing_outside_attention(model)
+    if mixing is not None:
+        return f"its tokens meet outside attention: {mixing}"
+    pooler = getattr(model, "pooler", None)
+    inputs = () if pooler is None else signature(pooler.forward).parameters
+    if len(inputs) > 1 or isinstance(pooler, nn.Linear) and not hasattr(model, "pooler_activation"):
+        return f"its pooler is no function of states alone: {type(pooler).__name__}"
+    return None
+
+
+def _source(model: PreTrainedModel) -> str:
+    return getsource(sys.modules[type(model).__module__])
+
+
+@kept
+def _counts_tokens(model: PreTrainedModel) -> bool | None:
+    """Whether positions that are not given count real tokens (else columns); `None`: it is not known."""
+    if not type(model).__module__.startswith("transformers.models."):
+        return None
+    return COUNT_TOKENS.get(model.config.model_type, None if "cumsum" in _source(model) else False)
+
+
+@dataclass
+class Unpadded:
+    """The forward pass of a base model on the real tokens of padded rows.
+
+    Attributes:
+        rows ([`SequenceLayout`]): Where they stand in the batch.
+        batch ([`Batch`]): The flat batch of them.
+        returns_tuple (`bool`): Whether a tuple was asked for.
+    """
+
+    rows: SequenceLayout
+    batch: Batch
+    returns_tuple: bool
+
+    @classmethod
+    def of(cls, batch: Batch, outer: Sequence[Batch]) -> Unpadded | None:
+        """The batch of a base model without its padding; `None`: it is computed as it is."""
+        model, given = batch.model, batch.given
+        if why_rows(model) is not None or not _can_be_flat(batch, outer):
+            return None
+        mask = given["attention_mask"]
+        tokens, is_binary, has_holes, starts_late = _read(mask)
+        if not is_binary:
+            raise not_binary("attention_mask", mask)
+        for each in (batch, *outer):
+            if each.given.get("attention_mask") is mask:
+                each.unchecked.pop("attention_mask", None)
+        if tokens == mask.numel():
+            given["attention_mask"] = None  # nothing more to read
+            return None
+        if tokens == 0 or has_holes or starts_late and not _can_start_late(batch):
+            return None
+        rows = _layout(mask, tokens)
+        flat = SequenceLayout(
+            (1, tokens), tokens, rows.lengths, rows.sequence_ids, rows.positions, longest=rows.longest
+        )
+        returns_tuple = not given.get("return_dict", getattr(model.config, "return_dict", True))
+        unpadded = replace(batch, given=_flat(batch, rows), layout=flat, told_by="lengths")
+        return cls(rows, unpadded, returns_tuple)
+
+    def in_rows(self, output: Any) -> Any:
+        """What the model returned, with 0 where no token is."""
+        assert isinstance(output, ModelOutput)
+        for name, value in output.items():
+            if name == "pooler_output":
+                continue
+            output[name] = tuple(map(self._rows, value)) if isinstance(value, tuple) else self._rows(value)
+        if output.get("pooler_output") is not None:
+            output["pooler_output"] = _pooled(self.batch.model, output["last_hidden_state"])
+        return output.to_tuple() if self.returns_tuple else output
+
+    def _rows(self, value: Any) -> Any:
+        is_of_tokens = isinstance(value, Tensor) and tuple(value.shape[:2]) == (1, self.rows.num_tokens)
+        return self.rows.unflatten(value) if is_of_tokens else value
+
+
+def _pooled(model: Any, states: Tensor) -> Tensor:
+    """What a pooler makes of rows `(B, T, C)`. ALBERT's own code is around it."""
+    if isinstance(model.pooler, nn.Linear):
+        return model.pooler_activation(model.pooler(states[:, 0]))
+    return model.pooler(states)
+
+
+def _can_be_flat(batch: Batch, outer: Sequence[Batch]) -> bool:
+    """Whether the arguments of a forward pass are those of plain padded rows, each a sequence."""
+    given = {name: value for name, value in batch.given.items() if value is not None}
+    mask, tokens = given.pop("attention_mask", None), next((given[name] for name in INPUTS if name in given), None)
+    if not isinstance(mask, Tensor) or tokens is None or mask.dim() != 2 or mask.shape != tokens.shape[:2]:
+        return False
+    if batch.layout is not None or any(each.layout is not None for each in outer) or has_neftune(batch.model):
+        return False
+    if any(has_cross_attention(each.model.config) for each in outer):
+        return False
+    if type((*outer, batch)[0].model).__name__.endswith("ForQuestionAnswering"):  # its loss runs over padding, too
+        return False
+    if any(given.get(name, getattr(batch.model.config, name, False)) for name in OUTPUTS_OF_ROWS):
+        return False
+    if any(name in given for name in CACHES) or given.get("use_cache") or _may_go_on(batch, outer):
+        return False
+    for name, value in given.items():
+        if name in OF_TOKENS:
+            if value.shape[:2] != mask.shape and (name != "position_ids" or value.shape != (1, mask.shape[1])):
+                return False
+        elif name not in OF_ROWS and not _is_number(value):
+            return False
+    return not ("position_ids" in given and batch.is_flat)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) or isinstance(value, Tensor) and value.dim() == 0
+
+
+def _may_go_on(batch: Batch, outer: Sequence[Batch]) -> bool:
+    """Whether the caller may go on from the cache of this forward pass: a language model's, neither in training nor to
+    compute a loss."""
+    caller = (*outer, batch)[0]
+    returns_cache = "use_cache" in batch.names and batch.given.get("use_cache") is None
+    in_use = returns_cache and getattr(batch.model.config, "use_cache", False)
+    return bool(in_use and caller.model.can_generate() and not batch.model.training and "labels" not in caller.given)
+
+
+def _read(mask: Tensor) -> tuple[int, bool, bool, bool]:
+    """Of a mask `(B, T)`: its real tokens, whether it holds only 0 and 1, whether padding stands between tokens, and
+    whether a row begins with padding."""
+    present = mask.bool()
+    counts, columns = present.sum(1), torch.arange(mask.shape[1], device=mask.device)
+    first, last = columns.where(present, mask.shape[1]).amin(1), columns.where(present, -1).amax(1)
+    is_there = counts > 0
+    is_binary = (present.to(mask.dtype) == mask).all()
+    has_holes, starts_late = (is_there & (last - first + 1 != counts)).any(), (is_there & (first > 0)).any()
+    found = int(counts.sum() * 8 + is_binary + has_holes * 2 + starts_late * 4)  # the one host read
+    return found // 8, bool(found & 1), bool(found & 2), bool(found & 4)
+
+
+def _can_start_late(batch: Batch) -> bool:
+    """Whether rows that begin with padding can be flat: positions are known, and no head looks at the first column."""
+    model, has_positions = batch.model, batch.given.get("position_ids") is not None
+    has_positions |= first_position(model) > 0 or _counts_tokens(model) is not None
+    return has_positions and "create_bidirectional_mask" not in _source(model)
+
+
+def _layout(mask: Tensor, tokens: int) -> SequenceLayout:
+    """Of rows without padding between their tokens."""
+    present = mask.bool()
+    lengths, width = present.sum(1), mask.shape[1]
+    sequence_ids = torch.repeat_interleave(lengths, output_size=tokens)
+    positions = torch.arange(tokens, device=mask.device) - (lengths.cumsum(0) - lengths)[sequence_ids]
+    indices = sequence_ids * width + present.long().argmax(1)[sequence_ids] + positions
+    return SequenceLayout((mask.shape[0], width), tokens, lengths, sequence_ids, positions, indices, longest=width)
+
+
+def _flat(batch: Batch, rows: SequenceLayout) -> dict[str, Any]:
+    """The arguments of the flat batch."""
+    model, given = batch.model, dict(batch.given)
+    positions = _positions(batch, rows) if "position_ids" in batch.names else None
+    for name in OF_TOKENS:
+        if given.get(name) is not None:
+            given[name] = rows.flatten(given[name].expand(*rows.shape, *given[name].shape[2:]))
+    if positions is not None:
+        given["position_ids"] = positions
+    if "token_type_ids" in batch.names and given.get("token_type_ids") is None and _has_types(model):
+        given["token_type_ids"] = torch.zeros_like(rows.positions)[None]  # the model's own may be fewer
+    if "use_cache" in batch.names:
+        given["use_cache"] = False
+    if given.get("return_dict", getattr(model.config, "return_dict", True)) is False:
+        given["return_dict"] = True
+    return given | {"attention_mask": None}
+
+
+@kept
+def _has_types(model: PreTrainedModel) -> bool:
+    return any(name.endswith("token_type_ids") for name, _ in model.named_buffers())
+
+
+def _positions(batch: Batch, rows: SequenceLayout) -> Tensor:
+    """Positions `(1, N)` of real tokens, as the model has them in rows."""
+    given = batch.given.get("position_ids")
+    if given is not None:
+        return rows.flatten(given.expand(rows.shape))
+    first, ids = first_position(batch.model), batch.given.get("input_ids")
+    if first and ids is not None:  # RoBERTa's family counts tokens other than the pad id
+        is_counted = ids != first - 1
+        return rows.flatten(is_counted.cumsum(1) * is_counted + first - 1)
+    if not first and _counts_tokens(batch.model):
+        return rows.positions[None]
+    return rows.places[None] % rows.shape[1] + first
