@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from typer.core import TyperGroup
 
@@ -28,6 +29,7 @@ from .modeling.layout import SequenceLayout
 from .modeling.masks import Mask, parse
 from .modeling.plan import BLOCK_SIZE, MaskPlan
 from .registration import AUTO_CLASSES
+from .stock.unpadding import why_rows
 from .tools.audit import audit_dataset, histogram
 from .tools.check import check_model, compare, load_stock
 from .tools.dataset_files import read_dataset, text_column
@@ -303,8 +305,15 @@ CASES = {
 
 
 @app.command()
-def env() -> None:
+def env(
+    model: Annotated[
+        str | None, typer.Option(help="A stock checkpoint, a folder or Hub id: does it compute the padding of rows?")
+    ] = None,
+) -> None:
     """Show which attention implementation runs here for which mask, and why not another; on a CPU, how threads wait."""
+    if model is not None:
+        typer.echo(_says_of_padding(model))
+        return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     typer.echo(f"torch {torch.__version__}, transformers {transformers.__version__}; device: {device.type}{name}")
@@ -320,6 +329,15 @@ def env() -> None:
             table.add_row(text, "all" if len(cases) == len(CASES) else "\n".join(cases), runs, why)
         table.add_section()
     Console(highlight=False).print(table)
+
+
+def _says_of_padding(source: str) -> str:
+    """Whether a stock checkpoint computes the padding of rows, and why."""
+    config = read_config(source)
+    with torch.device("meta"):
+        why = why_rows(AutoModel.from_config(config, attn_implementation="dynmask"))
+    path = "real tokens alone" if why is None else f"padded rows as they are, since {why}"
+    return f"With attn_implementation='dynmask' this {config.model_type} model computes {path}."
 
 
 def _wait_policy() -> str:

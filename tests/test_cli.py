@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib import image, pyplot
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import BartConfig, BertConfig, DebertaConfig
 from typer.testing import CliRunner
 
 from hf_dynmask import cli, masks
@@ -220,6 +221,30 @@ def test_env_without_an_accelerator(monkeypatch):
         (text, "all", "blocks", f"varlen: {reason}\nbanded: {reason}\nflex: {reason}") for text in cli.KINDS_OF_MASKS
     ]
     assert rows_of_table(result.output) == rows
+
+
+@pytest.mark.parametrize(
+    "config, told",
+    [
+        (BertConfig(), "this bert model computes real tokens alone."),
+        (
+            BertConfig(dynmask_unpad=False),
+            "padded rows as they are, since its configuration has `dynmask_unpad=False`.",
+        ),
+        (BartConfig(), "this bart model computes padded rows as they are, since it may have cross-attention."),
+    ],
+    ids=["bert", "switched off", "bart"],
+)
+def test_env_of_a_model(config, told, tmp_path):
+    config.save_pretrained(tmp_path)
+    assert told in " ".join(run("env", "--model", str(tmp_path)).output.split())
+
+
+def test_env_of_a_model_that_cannot(tmp_path):
+    DebertaConfig().save_pretrained(tmp_path)
+    result = run("env", "--model", str(tmp_path))
+    assert result.exit_code == 2
+    assert "error: attn_implementation='dynmask' needs a model that uses transformers' attention" in result.output
 
 
 @pytest.mark.parametrize("policy", [None, "", "ACTIVE", "passive", " PASSIVE"])

@@ -163,7 +163,10 @@ def _can_be_flat(batch: Batch, outer: Sequence[Batch]) -> bool:
         return False
     if any(has_cross_attention(each.model.config) for each in outer):
         return False
-    if type((*outer, batch)[0].model).__name__.endswith("ForQuestionAnswering"):  # its loss runs over padding, too
+    caller = type((*outer, batch)[0].model).__name__
+    if caller.endswith("ForQuestionAnswering"):  # its loss runs over padding, too
+        return False
+    if caller.endswith("ForSequenceClassification") and "input_ids" not in given:  # it may read off the last column
         return False
     if any(given.get(name, getattr(batch.model.config, name, False)) for name in OUTPUTS_OF_ROWS):
         return False

@@ -180,6 +180,13 @@ def test_a_loss_over_padding_keeps_rows():
     torch.testing.assert_close(logits, expected_logits, **CLOSE)
 
 
+def test_a_head_that_reads_off_the_last_column_keeps_rows():
+    """As Llama's does where it is given no ids, with a warning."""
+    model, batch = with_head("llama", "a class", "dynmask"), padded_batch("right")
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    assert run(model, **batch, inputs_embeds=embeds)[1] == {27}
+
+
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "roberta", "gpt2"])
 def test_a_row_changes_no_other_by_one_bit(family):
     model, batch = model_of(family, "dynmask"), padded_batch("right")
