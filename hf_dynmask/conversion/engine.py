@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
@@ -45,7 +46,7 @@ from ..modeling.modeling_dynmask_seq2seq import (
     DynMaskSeq2SeqForSequenceClassification,
     DynMaskSeq2SeqModel,
 )
-from ..stock.batches import CONFIG_ENTRY
+from ..stock.batches import CONFIG_ENTRY, NAME
 from .family import Family, OurConfig, Settings, all_families, classifier_dropout
 from .weights import to_ours, to_theirs
 from .zero3 import whole_weights
@@ -103,10 +104,10 @@ def from_transformers(
 
     Args:
         source (`str`, `os.PathLike` or [`PreTrainedModel`]):
-            A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `distilbert`, `electra`,
-            `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`;
-            or an encoder-decoder of type `bart` or `marian`. Sliding windows become mask expressions. A loaded model
-            may be compiled or wrapped for parallel training; PEFT adapters must be merged.
+            A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `camembert`, `distilbert`,
+            `electra`, `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gpt2`, `llama`, `mistral`, `qwen2`
+            or `qwen3`; or an encoder-decoder of type `bart` or `marian`. Sliding windows become mask expressions. A
+            loaded model may be compiled or wrapped for parallel training; PEFT adapters must be merged.
         task (`str`, *optional*):
             `"base"`, `"token-classification"` or `"question-answering"`; for encoders also `"masked-lm"`,
             `"sequence-classification"` or `"multiple-choice"`, for decoders `"causal-lm"`. ModernBERT has only `"base"`
@@ -240,8 +241,18 @@ def _plain(model: nn.Module) -> Any:
 
 def _family(model_type: str) -> Family:
     if model_type not in FAMILIES:
-        raise ValueError(f"`model_type` must be one of {', '.join(map(repr, FAMILIES))}; got {model_type!r}")
+        known = ", ".join(map(repr, FAMILIES))
+        raise ValueError(f"`model_type` must be one of {known}; got {model_type!r}{_without_conversion(model_type)}")
     return FAMILIES[model_type]
+
+
+def _without_conversion(model_type: str) -> str:
+    """What serves a stock model that cannot be converted, if anything does."""
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
+        return ""
+    model_class: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    can_run = isinstance(model_class, type) and model_class._can_set_attn_implementation()
+    return f". It needs no conversion to run with attn_implementation='{NAME}'" if can_run else ""
 
 
 def _find_task(config: PreTrainedConfig, class_names: list[str]) -> str | None:

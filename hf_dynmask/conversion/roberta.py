@@ -1,4 +1,5 @@
-"""RoBERTa (arXiv:1907.11692), after `transformers.models.roberta.modeling_roberta`; XLM-RoBERTa (arXiv:1911.02116)."""
+"""RoBERTa (arXiv:1907.11692), after `transformers.models.roberta.modeling_roberta`; XLM-RoBERTa (arXiv:1911.02116) and
+CamemBERT (arXiv:1911.03894)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
 
 
 ROBERTA = Family(
-    model_types=("roberta", "xlm-roberta"),
+    model_types=("roberta", "xlm-roberta", "camembert"),
     modules=ENCODER,
     heads={
         "base": {"pooler.dense": "pooler.dense"},

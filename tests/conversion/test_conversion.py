@@ -551,8 +551,12 @@ def test_other_summaries_of_electra_are_refused_where_they_matter(settings, mess
 def test_unknown_model_types_tasks_and_classes_name_the_known():
     known = ", ".join(map(repr, FAMILIES))
     opt = AutoConfig.for_model("opt", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCABULARY)
-    with pytest.raises(ValueError, match=f"`model_type` must be one of {known}; got 'opt'"):
+    instead = "It needs no conversion to run with attn_implementation='dynmask'"
+    with pytest.raises(ValueError, match=f"`model_type` must be one of {known}; got 'opt'. {instead}"):
         from_transformers(AutoModel.from_config(opt))
+    deberta = AutoModel.from_config(AutoConfig.for_model("deberta", **BERT_SIZES, vocab_size=VOCABULARY))
+    with pytest.raises(ValueError, match=f"`model_type` must be one of {known}; got 'deberta'$"):
+        from_transformers(deberta)
     stock = random_stock("bert", "base")
     with pytest.raises(ValueError, match=f"`model_type` must be one of {known}; got 'opt'"):
         to_transformers(from_transformers(stock), "opt")

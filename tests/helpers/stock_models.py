@@ -61,6 +61,7 @@ SLIDING: dict[str, Any] = {
 SIZES = {
     "bart": BART_SIZES,
     "bert": BERT_SIZES,
+    "camembert": BERT_SIZES,
     "distilbert": {"dim": 15, "n_layers": 3, "n_heads": 3, "hidden_dim": 23},
     "electra": {**BERT_SIZES, "embedding_size": 9},
     "gpt2": {"n_embd": 15, "n_layer": 3, "n_head": 3, "n_inner": 23, "pad_token_id": 0, "eos_token_id": 2},

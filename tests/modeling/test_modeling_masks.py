@@ -6,6 +6,7 @@
 import pytest
 import torch
 from test_modeling import LENGTHS, batch, config, present
+from transformers import BertConfig, BertModel
 
 from hf_dynmask import (
     DynMaskForCausalLM,
@@ -15,6 +16,7 @@ from hf_dynmask import (
     DynMaskForSequenceClassification,
     DynMaskForTokenClassification,
     DynMaskModel,
+    from_transformers,
     masks,
     set_mask,
 )
@@ -50,6 +52,23 @@ def test_a_missing_value_is_a_key_of_none_and_keeps_its_position(mask, implement
     allowed = masks.parse(mask).dense(torch.full_like(LENGTHS, WIDTH), fields={"segment_ids": inputs["segment_ids"]})
     expected = explicit(inputs["input_ids"], attention_mask=allowed & kept[:, None, None]).last_hidden_state
     torch.testing.assert_close(found[kept], expected[kept], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_expanded_queries_as_colbert_has_them(flat):
+    """`[MASK]` tokens behind a query see it and are seen by none (arXiv:2004.12832, section 3.2)."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 40, "max_position_embeddings": 16}
+    stock = BertModel(BertConfig(**sizes, attn_implementation="eager")).eval()
+    ours = from_transformers(stock, mask="visible").eval()
+    mask_id, tokens, width = 4, torch.tensor([5, 3, 8]), 8
+    is_query = torch.arange(width) < tokens[:, None]
+    input_ids = torch.randint(5, 50, (3, width)).where(is_query, mask_id)
+    spans = torch.stack([tokens, width - tokens], -1)[:, None]
+    expected = stock(input_ids, attention_mask=is_query.long()).last_hidden_state
+    inputs = {"input_ids": input_ids.reshape(1, -1) if flat else input_ids, "lengths": torch.tensor([width] * 3)}
+    found = ours(**inputs, hidden_spans=spans).last_hidden_state
+    torch.testing.assert_close(found.view(3, width, -1), expected, atol=1e-5, rtol=1e-5)
 
 
 HEADS = {
