@@ -71,6 +71,8 @@ def _why_rows(model: PreTrainedModel) -> str | None:
     mixing = token_mixing_outside_attention(model)
     if mixing is not None:
         return f"its tokens meet outside attention: {mixing}"
+    if not hasattr(model, "pooler") and "pooler_output" in getsource(type(model)):
+        return "it pools by itself"
     pooler = getattr(model, "pooler", None)
     inputs = () if pooler is None else signature(pooler.forward).parameters
     if len(inputs) > 1 or isinstance(pooler, nn.Linear) and not hasattr(model, "pooler_activation"):

@@ -18,7 +18,9 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    CLIPTextModel,
     DynamicCache,
+    SiglipTextModel,
     Trainer,
     TrainingArguments,
 )
@@ -85,6 +87,20 @@ def test_no_layer_computes_padding(family, side):
         assert found.last_hidden_state[~here].count_nonzero() == 0
     if side == "right" and expected.get("pooler_output") is not None:
         torch.testing.assert_close(found.pooler_output, expected.pooler_output, **CLOSE)
+
+
+@pytest.mark.parametrize("model_class", [CLIPTextModel, SiglipTextModel])
+def test_models_that_pool_inside(model_class):
+    batch, found = padded_batch("right"), []
+    sizes = FAMILIES["bert"] | {"max_position_embeddings": 16, "projection_size": 8, "projection_dim": 8}
+    for implementation in ("dynmask", "eager"):
+        torch.manual_seed(0)
+        config = model_class.config_class(**sizes, attn_implementation=implementation)
+        found.append(run(model_class(config).eval(), **batch)[0])
+    here = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[0].last_hidden_state[here], found[1].last_hidden_state[here], **CLOSE)
+    if model_class is CLIPTextModel:  # the other reads off the last column, padding or not
+        torch.testing.assert_close(found[0].pooler_output, found[1].pooler_output, **CLOSE)
 
 
 def test_why_models_compute_rows():
