@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from inspect import getsource, signature
+from inspect import getsource, signature, unwrap
 from typing import Any
 
 import torch
@@ -37,10 +37,7 @@ from .batches import (
 SWITCH = "dynmask_unpad"  # an entry of a configuration; `False`: padded rows are computed as they are
 OF_TOKENS = (*INPUTS, "token_type_ids", "position_ids", *TOKEN_FIELDS)
 OF_ROWS = tuple(name for name, shape in FIELD_SHAPES.items() if len(shape) < 4 and name not in TOKEN_FIELDS)
-COUNT_TOKENS = {
-    "opt": True,
-    "biogpt": False,
-}  # models whose code counts tokens, and whether positions are these numbers
+COUNT_TOKENS = {"opt": True, "biogpt": False}  # whether positions are numbers of tokens, where the code counts them
 HEADS = re.compile("For[A-Z]|HeadModel|HeadsModel")  # in names of classes; not all know which part is their base
 OUTPUTS_OF_ROWS = ("output_attentions", "output_router_logits")  # what a flat row cannot give
 
@@ -71,7 +68,7 @@ def _why_rows(model: PreTrainedModel) -> str | None:
     mixing = token_mixing_outside_attention(model)
     if mixing is not None:
         return f"its tokens meet outside attention: {mixing}"
-    if not hasattr(model, "pooler") and "pooler_output" in getsource(type(model)):
+    if not hasattr(model, "pooler") and "pooler_output" in _text(_forward(model)):
         return "it pools by itself"
     pooler = getattr(model, "pooler", None)
     inputs = () if pooler is None else signature(pooler.forward).parameters
@@ -80,14 +77,28 @@ def _why_rows(model: PreTrainedModel) -> str | None:
     return None
 
 
+def _forward(model: PreTrainedModel) -> Callable:
+    """The code of its class, which decorators and subclasses may be around."""
+    own: Any = type(model).forward
+    return unwrap(getattr(own, "announces", own))
+
+
 def _source(model: PreTrainedModel) -> str:
-    return getsource(sys.modules[type(model).__module__])
+    """The code of its module."""
+    return _text(sys.modules[_forward(model).__module__])
+
+
+def _text(code: Any) -> str:
+    try:
+        return getsource(code)
+    except (OSError, TypeError):  # made at run time
+        return ""
 
 
 @kept
 def _counts_tokens(model: PreTrainedModel) -> bool | None:
     """Whether positions that are not given count real tokens (else columns); `None`: it is not known."""
-    if not type(model).__module__.startswith("transformers.models."):
+    if not _forward(model).__module__.startswith("transformers.models."):
         return None
     return COUNT_TOKENS.get(model.config.model_type, None if "cumsum" in _source(model) else False)
 

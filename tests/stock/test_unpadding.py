@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertConfig,
+    BertModel,
     CLIPTextModel,
     DynamicCache,
     SiglipTextModel,
@@ -101,6 +103,13 @@ def test_models_that_pool_inside(model_class):
     torch.testing.assert_close(found[0].last_hidden_state[here], found[1].last_hidden_state[here], **CLOSE)
     if model_class is CLIPTextModel:  # the other reads off the last column, padding or not
         torch.testing.assert_close(found[0].pooler_output, found[1].pooler_output, **CLOSE)
+
+
+def test_classes_that_others_make():
+    made = type("Made", (BertModel,), {})
+    batch = padded_batch("right")
+    _, counts = run(made(BertConfig(**FAMILIES["bert"], attn_implementation="dynmask")).eval(), **batch)
+    assert counts == {TOKENS}
 
 
 def test_why_models_compute_rows():
