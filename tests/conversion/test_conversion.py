@@ -548,6 +548,7 @@ def test_other_summaries_of_electra_are_refused_where_they_matter(settings, mess
     from_transformers(random_stock("electra", "sequence-classification", **settings))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of old releases
 def test_unknown_model_types_tasks_and_classes_name_the_known():
     known = ", ".join(map(repr, FAMILIES))
     opt = AutoConfig.for_model("opt", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCABULARY)
