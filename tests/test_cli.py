@@ -228,7 +228,7 @@ def test_env_without_an_accelerator(monkeypatch):
     [
         (BertConfig(), "this bert model computes real tokens alone."),
         (
-            BertConfig(**{"dynmask_unpad": False}),
+            BertConfig.from_dict({"dynmask_unpad": False}),
             "padded rows as they are, since its configuration has `dynmask_unpad=False`.",
         ),
         (BartConfig(), "this bart model computes padded rows as they are, since it may have cross-attention."),
