@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 from .conversion import from_transformers, to_transformers
 from .modeling.attention import auto_choice
+from .modeling.configuration_base import DynMaskBaseConfig
 from .modeling.fields import FIELD_SHAPES
 from .modeling.layout import SequenceLayout
 from .modeling.masks import Mask, parse
@@ -334,6 +335,8 @@ def env(
 def _says_of_padding(source: str) -> str:
     """Whether a stock checkpoint computes the padding of rows, and why."""
     config = read_config(source)
+    if isinstance(config, DynMaskBaseConfig):
+        return f"This {config.model_type} model computes real tokens alone."
     with torch.device("meta"):
         why = why_rows(AutoModel.from_config(config, attn_implementation="dynmask"))
     path = "real tokens alone" if why is None else f"padded rows as they are, since {why}"

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BartConfig, BertConfig, DebertaConfig
 from typer.testing import CliRunner
 
-from hf_dynmask import cli, masks
+from hf_dynmask import DynMaskConfig, cli, masks
 from hf_dynmask.cli import app
 from hf_dynmask.modeling import attention_flex, attention_varlen
 from hf_dynmask.tools.plotting import EMPTY, FULL, PARTIAL, mask_panels
@@ -232,8 +232,9 @@ def test_env_without_an_accelerator(monkeypatch):
             "padded rows as they are, since its configuration has `dynmask_unpad=False`.",
         ),
         (BartConfig(), "this bart model computes padded rows as they are, since it may have cross-attention."),
+        (DynMaskConfig(), "This dynmask model computes real tokens alone."),
     ],
-    ids=["bert", "switched off", "bart"],
+    ids=["bert", "switched off", "bart", "ours"],
 )
 def test_env_of_a_model(config, told, tmp_path):
     config.save_pretrained(tmp_path)

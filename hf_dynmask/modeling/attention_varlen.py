@@ -110,13 +110,13 @@ def attend(
     band = plan.band or (None, None)
     kernel, _ = _kernel(plan, query, key, value)
     assert kernel is not None
-    if kernel is not _efficient or of_queries is of_keys:
-        return kernel(Packed(query, key, value, ends, key_ends, longest, key_longest, band, scaling, dropout)), None
-    # This kernel writes neither outputs nor gradients of a sequence that has no tokens on the other side.
-    sees, seen = _facing(of_queries, of_keys), _facing(of_keys, of_queries)
-    query, key, value = query.where(sees, 0), key.where(seen, 0), value.where(seen, 0)
+    sees = None
+    if kernel is _efficient and of_queries is not of_keys:
+        # It writes neither outputs nor gradients of a sequence that has no tokens on the other side.
+        sees, seen = _facing(of_queries, of_keys), _facing(of_keys, of_queries)
+        query, key, value = query.where(sees, 0), key.where(seen, 0), value.where(seen, 0)
     output = kernel(Packed(query, key, value, ends, key_ends, longest, key_longest, band, scaling, dropout))
-    return output.where(sees, 0), None
+    return output if sees is None else output.where(sees, 0), None
 
 
 def _facing(layout: SequenceLayout, other: SequenceLayout) -> Tensor:

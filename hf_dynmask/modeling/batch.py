@@ -179,7 +179,7 @@ def _divided_by_index(whole: SequenceLayout, seq_idx: Tensor, is_stated: bool) -
 def _bounded(whole: SequenceLayout, packing: Mapping[str, Any]) -> SequenceLayout:
     """The layout with the bounds of the longest sequence that the batch gives.
 
-    On a device that is not read it checks them by itself, and does not go on where a sequence is longer.
+    A device that is not read checks them itself, and does not go on where a sequence is longer; a graph checks nothing.
     """
     for name in ("max_length_q", "max_length_k"):
         bound = packing.get(name)

@@ -211,7 +211,7 @@ def run_announced(
     """Runs a model's forward pass; its recorded arguments are removed however it ends."""
     outer = batches.get()
     batch = _enter(model, names, given, takes_others, outer[-1] if outer else None)
-    unpadded = _unpad(batch, outer)
+    unpadded = Unpadded.of(batch, outer)
     batch = batch if unpadded is None else unpadded.batch
     try:
         batches.set((*outer, batch))
@@ -256,11 +256,6 @@ def _enter(
     if getattr(model, "_is_replica", False) and given.get("input_ids") is not None:
         check_not_scattered(given["input_ids"], given.get("lengths"), getattr(model.config, "pad_token_id", None))
     return Batch.read(model, names, given, outer)
-
-
-@eager_only
-def _unpad(batch: Batch, outer: tuple[Batch, ...]) -> Unpadded | None:
-    return Unpadded.of(batch, outer)
 
 
 @eager_only

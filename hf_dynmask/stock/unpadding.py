@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..modeling.fields import FIELD_SHAPES, TOKEN_FIELDS
-from ..modeling.layout import SequenceLayout, not_binary
+from ..modeling.layout import SequenceLayout, eager_only, ids_and_positions, not_binary
 from .batches import (
     CACHES,
     INPUTS,
@@ -44,11 +44,8 @@ OUTPUTS_OF_ROWS = ("output_attentions", "output_router_logits")  # what a flat r
 
 def why_rows(model: PreTrainedModel) -> str | None:
     """Why a base model computes the padding of rows; `None`: it computes real tokens alone."""
-    return f"its configuration has `{SWITCH}=False`" if is_switched_off(model) else _why_rows(model)
-
-
-def is_switched_off(model: PreTrainedModel) -> bool:
-    return getattr(model.config, SWITCH, True) is False
+    is_off = getattr(model.config, SWITCH, True) is False
+    return f"its configuration has `{SWITCH}=False`" if is_off else _why_rows(model)
 
 
 @kept
@@ -118,6 +115,7 @@ class Unpadded:
     returns_tuple: bool
 
     @classmethod
+    @eager_only
     def of(cls, batch: Batch, outer: Sequence[Batch]) -> Unpadded | None:
         """The batch of a base model without its padding; `None`: it is computed as it is."""
         model, given = batch.model, batch.given
@@ -136,16 +134,24 @@ class Unpadded:
         if tokens == 0 or has_holes or starts_late and not _can_start_late(batch):
             return None
         rows = _layout(mask, tokens)
-        flat = SequenceLayout(
-            (1, tokens), tokens, rows.lengths, rows.sequence_ids, rows.positions, longest=rows.longest
-        )
-        returns_tuple = not given.get("return_dict", getattr(model.config, "return_dict", True))
-        unpadded = replace(batch, given=_flat(batch, rows), layout=flat, told_by="lengths")
-        return cls(rows, unpadded, returns_tuple)
+        flat, given = replace(rows, shape=(1, tokens), indices=None), _flat(batch, rows)
+        returns_tuple = given.get("return_dict", getattr(model.config, "return_dict", True)) is False
+        if returns_tuple:
+            given["return_dict"] = True
+        return cls(rows, replace(batch, given=given, layout=flat, told_by="lengths"), returns_tuple)
 
+    @eager_only
     def in_rows(self, output: Any) -> Any:
-        """What the model returned, with 0 where no token is."""
-        assert isinstance(output, ModelOutput)
+        """What the model returned, with 0 where no token is.
+
+        Raises:
+            TypeError: It returned something else than a [`~transformers.utils.ModelOutput`].
+        """
+        if not isinstance(output, ModelOutput):
+            raise TypeError(
+                f"{type(self.batch.model).__name__} must return a ModelOutput to be computed without padding; got "
+                f"{type(output).__name__} (`model.config.{SWITCH} = False` lets it compute padding)"
+            )
         for name, value in output.items():
             if name == "pooler_output":
                 continue
@@ -204,7 +210,8 @@ def _may_go_on(batch: Batch, outer: Sequence[Batch]) -> bool:
     caller = (*outer, batch)[0]
     returns_cache = "use_cache" in batch.names and batch.given.get("use_cache") is None
     in_use = returns_cache and getattr(batch.model.config, "use_cache", False)
-    return bool(in_use and caller.model.can_generate() and not batch.model.training and "labels" not in caller.given)
+    has_labels = caller.given.get("labels") is not None
+    return bool(in_use and caller.model.can_generate() and not batch.model.training and not has_labels)
 
 
 def _read(mask: Tensor) -> tuple[int, bool, bool, bool]:
@@ -231,8 +238,7 @@ def _layout(mask: Tensor, tokens: int) -> SequenceLayout:
     """Of rows without padding between their tokens."""
     present = mask.bool()
     lengths, width = present.sum(1), mask.shape[1]
-    sequence_ids = torch.repeat_interleave(lengths, output_size=tokens)
-    positions = torch.arange(tokens, device=mask.device) - (lengths.cumsum(0) - lengths)[sequence_ids]
+    sequence_ids, positions = ids_and_positions(lengths, tokens)
     indices = sequence_ids * width + present.long().argmax(1)[sequence_ids] + positions
     return SequenceLayout((mask.shape[0], width), tokens, lengths, sequence_ids, positions, indices, longest=width)
 
@@ -250,8 +256,6 @@ def _flat(batch: Batch, rows: SequenceLayout) -> dict[str, Any]:
         given["token_type_ids"] = torch.zeros_like(rows.positions)[None]  # the model's own may be fewer
     if "use_cache" in batch.names:
         given["use_cache"] = False
-    if given.get("return_dict", getattr(model.config, "return_dict", True)) is False:
-        given["return_dict"] = True
     return given | {"attention_mask": None}
 
 
