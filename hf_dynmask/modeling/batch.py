@@ -188,7 +188,7 @@ def _bounded(whole: SequenceLayout, packing: Mapping[str, Any]) -> SequenceLayou
                 raise ValueError(
                     f"`{name}` must be at least the longest sequence's length, {whole.max_length}; got {int(bound)}"
                 )
-        elif isinstance(bound, int) and bound < whole.longest and whole.has_tail:  # rows are as wide as their longest
+        elif isinstance(bound, int) and (bounded := whole.bounded(bound)) is not whole:
             torch.ops.aten._assert_async((whole.lengths <= bound).all())
-            whole = whole.bounded(bound)
+            whole = bounded
     return whole

@@ -265,8 +265,12 @@ class SequenceLayout:
         )
 
     def bounded(self, longest: int) -> SequenceLayout:
-        """The layout where it is known that no sequence has more positions than `longest`."""
-        return replace(self, longest=longest) if longest < self.longest else self
+        """The layout where it is known that no sequence has more positions than `longest`.
+
+        It is the same where that is no news: of rows, as wide as their longest, and on the CPU, which reads lengths.
+        """
+        is_news = self.has_tail and self.device.type != "cpu" and longest < self.longest
+        return replace(self, longest=longest) if is_news else self
 
     def divided(self, begins: Tensor) -> SequenceLayout:
         """The same tokens as more sequences, whose positions count from 0 again.

@@ -267,7 +267,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
                 packing=packing,
             )
         room = self.embeddings.room
-        if room is not None and position_ids is None and layout.has_tail and layout.device.type != "cpu":
+        if room is not None and position_ids is None:
             layout = layout.bounded(room)
         whole, layout = layout, last_columns(layout, width) if cache is not None else layout
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)

@@ -1,6 +1,7 @@
 """Packed kernels: what they are called with means the mask (by their documentation), and all of it on CUDA."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ SMALLEST, LARGEST = TAIL_PIECES
 @pytest.mark.parametrize("places", [10, 11, 10 + SMALLEST, 10 + 3 * LARGEST + 5])
 def test_a_tail_is_of_sequences_of_its_own(places, bound, monkeypatch):
     monkeypatch.setattr("hf_dynmask.modeling.layout.reads_are_free", lambda device: False)
-    layout = SequenceLayout.from_lengths(torch.tensor([7, 0, 3, 0, 0]), (1, places)).bounded(bound)
+    layout = SequenceLayout.from_lengths(torch.tensor([7, 0, 3, 0, 0]), (1, places))
+    layout = replace(layout, longest=bound)
     assert layout.num_tokens == places
     packed = []
     with kernel(lambda arguments: packed.append(arguments) or arguments.query):

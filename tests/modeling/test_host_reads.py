@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_dynmask
 from hf_dynmask import DynMaskConfig, DynMaskSeq2SeqConfig, SequenceLayout
 from hf_dynmask.modeling.attention_flex import block_mask
+from hf_dynmask.modeling.batch import layout_of_batch
 from hf_dynmask.modeling.plan import MaskPlan
 from operators import Operators
 
@@ -82,6 +84,34 @@ def test_frames_missing_values_and_packing_arguments_read_nothing():
     ends = {name: zeros(SLOTS + 1, dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
     bounds = {"max_length_q": 9, "max_length_k": 9}
     model(zeros(1, TOKENS), position_ids=zeros(1, TOKENS), **ends, **bounds, **labels).loss.backward()
+
+
+@pytest.mark.parametrize("bounds, longest", [({}, 48), ({"max_length_q": 9}, 9), ({"max_length_q": zeros(1)[0]}, 48)])
+def test_a_bound_of_the_longest(bounds, longest):
+    """A number that the host has; of rows it is the width."""
+    lengths = zeros(SLOTS)
+    assert layout_of_batch((1, TOKENS), lengths.device, lengths, None, packing=bounds).longest == longest
+    with Operators(value=17):
+        assert layout_of_batch((SLOTS, 8), lengths.device, lengths, None, packing=bounds).longest == 8
+
+
+@pytest.mark.parametrize("position_type, longest", [("learned", 128), ("rotary", 400)])
+def test_kernels_are_started_for_sequences_that_can_be(position_type, longest):
+    """A table of 64 positions; the pieces of a tail have 128 tokens."""
+    calls = []
+
+    class Bounds(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_flash_attention_forward" in str(function):
+                calls.append(args[5:7])
+            return function(*args, **kwargs or {})
+
+    model = make("DynMaskModel", DynMaskConfig(**SIZES, position_type=position_type))
+    inputs = {"input_ids": zeros(1, 400), "lengths": zeros(SLOTS)}
+    model(**inputs)  # the kernel is tried before
+    with Bounds():
+        model(**inputs)
+    assert calls == [(longest, longest)] * SIZES["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("mask", FLEX_MASKS)
