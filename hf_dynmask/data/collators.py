@@ -550,7 +550,7 @@ class DataCollatorForSeq2SeqWithLengths:
         return batch
 
     def role(self, name: str, values: list[Tensor]) -> str:
-        """The role of a column in relation to the source's tokens, see [`DataCollatorWithLengths.role`]. Columns of the
+        """The role of a column in relation to the source's tokens, as in [`DataCollatorWithLengths`]. Columns of the
         target are per example."""
         return EXAMPLE if _of_target(name) else self._source_collator(name == "input_features").role(name, values)
 
