@@ -120,13 +120,13 @@ def test_classes_that_others_make():
 def test_why_models_compute_rows():
     found = {family: why_rows(model_of(family, "dynmask")) for family in [*FAMILIES, *WITHOUT_FLAT]}
     assert {family: why for family, why in found.items() if why is not None} == {
-        "bart": "it may have cross-attention",
+        "bart": "it has a decoder",
         "esm with dropout": "its tokens meet outside attention: `token_dropout`",
         "fnet": "its masks are its own",
         "layoutlm": "its masks are its own",
         "lfm2": "its tokens meet outside attention: layers of type conv",
         "mobilebert": "its tokens meet outside attention: `trigram_input`",
-        "umt5": "it may have cross-attention",
+        "umt5": "it takes no `position_ids`",
     }
 
 
