@@ -24,14 +24,15 @@ LINK = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
 
 class HuggingFaceDocstrings(Extension):
     """
-    Rewrites the docstrings of a package when it is loaded: sections, entries, and links such as [`set_mask`] to what is
-    public. An entry that has not the form of the others is a warning.
+    Rewrites the docstrings of what a package exports when it is loaded: sections, entries, and links such as
+    [`set_mask`]. An entry that has not the form of the others is a warning.
     """
 
     def on_package(self, *, pkg: Module, **kwargs) -> None:
         public = set(map(str, pkg.exports or ()))
+        shown = public.union(*(map(str, pkg[name].exports) for name in public if pkg[name].exports))
         for obj in objects(pkg):
-            if obj.docstring:
+            if obj.docstring and shown.intersection(obj.path.split(".")):
                 obj.docstring.value = to_markdown(obj.docstring.value, public, obj.path)
 
 
