@@ -327,7 +327,7 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
         axis.axvline(mean, color=COLOURS["allowed"], linewidth=2, label=f"mean {mean:,.0f}")
         axis.axvline(most, color=INK, linestyle=":", label=f"longest {most:,}")
         axis.set_title(f"{len(numbers):,} examples, {sum(numbers):,} {name}", loc="left", color=INK)
-        axis.set_xlabel(f"{name} of an example", color=INK)
+        axis.set_xlabel(name, color=INK)
         axis.set_ylabel("examples", color=INK)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)

@@ -189,6 +189,9 @@ def test_picture_of_lengths():
     heights = [[bar.get_height() for bar in axis.patches] for axis in figure.axes]
     assert heights == [[1, 2, 0, 0, 1], [1, *[0] * 36, 2]]
     assert [axis.get_xlabel() for axis in figure.axes] == ["tokens", "tokens of the target"]
+    assert figure.axes[0].get_title(loc="left") == "4 examples, 10 tokens"
+    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert legend == ["mean 100", "longest 150"]
     pyplot.close("all")
 
 
