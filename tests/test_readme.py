@@ -1,18 +1,22 @@
-"""Every block of the README runs by itself."""
+"""Every block of the README runs, one after the other, and it is short."""
 
 import pytest
 
 from documents import ROOT, blocks, go_to_scratch_root, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # on a CPU
-BLOCKS = blocks(ROOT / "README.md")
+README = ROOT / "README.md"
 
 
-def test_the_readme_has_code():
-    assert sum(block.language == "python" for block in BLOCKS) >= 3
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.line}")
-def test_code_runs(block, tmp_path, monkeypatch):
+def test_code_runs(tmp_path, monkeypatch):
+    """All with the same variables."""
     go_to_scratch_root(tmp_path, monkeypatch)
-    run(block, {"__name__": "__main__"})
+    namespace = {"__name__": "__main__"}
+    for block in blocks(README):
+        print(f"{README}:{block.line}")  # shown where it fails
+        run(block, namespace)
+
+
+def test_it_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
+    assert sum(block.language == "python" for block in blocks(README)) >= 3

@@ -220,6 +220,14 @@ def states_sequences(config: PreTrainedConfig) -> bool:
     return bool(batches) and batches[-1].layout is not None
 
 
+def _check_given(mask: Mask, fields: Mapping[str, Tensor]) -> None:
+    for name in sorted(set(mask.fields) - fields.keys()):
+        raise ValueError(
+            f"the mask '{mask}' reads the field `{name}`, which the batch lacks (the Trainer drops columns that a "
+            "stock model's `forward` does not name, unless `TrainingArguments(remove_unused_columns=False)` is set)"
+        )
+
+
 def _unpadded() -> SequenceLayout | None:
     batches = current_batches()
     return batches[-1].layout if batches and batches[-1].positions is not None else None
@@ -435,7 +443,9 @@ class DeferredMask:
     ) -> MaskPlan:
         given = [passed, *(batch.given for batch in current_batches())]
         fields = {name: each[name].to(device) for name in expression.fields for each in given if _has(each, name)}
-        if self.chosen is None and self._known.block_ids is not None:
+        if self.chosen is not None:
+            _check_given(self.chosen, fields)
+        elif self._known.block_ids is not None:
             fields["segment_ids"] = _unique_where_negative(self._known.block_ids).to(device)
         present, key_layout = self.present(0), None
         if layout is None:

@@ -285,6 +285,16 @@ def test_masks_and_their_fields(text, fields):
     torch.testing.assert_close(found.last_hidden_state[here], expected.last_hidden_state[here], **CLOSE)
 
 
+def test_a_field_that_the_trainer_drops():
+    """The `forward` of a stock model does not name it."""
+    model = new_model("llama", "dynmask")
+    set_mask(model, "causal | prefix")
+    with pytest.raises(
+        ValueError, match=r"lacks \(the Trainer drops columns .* `TrainingArguments\(remove_unused_columns"
+    ):
+        model(**padded_batch("right"))
+
+
 HOLES = torch.tensor([[1, 0, 1, 1, 1, 0, 0, 0, 0], [1] * 6 + [0] * 3, [1] * 9])
 EMPTY = torch.tensor([[0] * 9, [1] * 6 + [0] * 3, [1] * 9])
 
