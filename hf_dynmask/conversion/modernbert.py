@@ -1,16 +1,14 @@
-"""ModernBERT (arXiv:2412.13663), after `transformers.models.modernbert.modeling_modernbert`.
-
-Its other heads normalise their inputs, which ours do not: fine-tune those from the bare model.
-"""
+"""ModernBERT (arXiv:2412.13663), after `transformers.models.modernbert.modeling_modernbert`."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
 from ..modeling.configuration_dynmask import DynMaskConfig
-from .family import Family, Settings
+from .family import Family, Names, Settings, classifier_dropout
 
 _KINDS = ("full_attention", "sliding_attention")
+_POOLINGS = {"cls": "first", "mean": "mean"}
 
 
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
@@ -24,7 +22,9 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
         "gated_feed_forward": True,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "classifier_dropout": None,
+        "classifier_pooling": _POOLINGS[config.classifier_pooling],
+        "classifier_transform": "lm_head",
+        "classifier_bias": True,  # the stock setting of this name is of the dense layer before
         "use_pooler": False,
     }
 
@@ -36,7 +36,10 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
     return {
         "layer_types": kinds,
         "rope_parameters": dict(zip(kinds, config.rope_by_layer(), strict=True)) if config.rope_parameters else None,
-        "classifier_dropout": 0.0,
+        "classifier_dropout": classifier_dropout(config),
+        "classifier_pooling": {ours: theirs for theirs, ours in _POOLINGS.items()}.get(
+            config.classifier_pooling, "cls"
+        ),
         **({} if widest is None else {"local_attention": 2 * widest}),
     }
 
@@ -47,9 +50,16 @@ def _required(config: PreTrainedConfig, task: str) -> Settings:
         "embedding_dropout": 0.0,
         "attention_dropout": 0.0,
         "mlp_dropout": 0.0,
-        "decoder_bias": True,
+        **({"sparse_prediction": False} if task == "masked-lm" else {}),
     }
 
+
+_TOKENS: Names = {"transform.dense": "head.dense", "transform.norm": "head.norm"}
+_POOLED: Names = {
+    "model.pooler.dense": "head.dense",
+    "model.pooler.norm": "head.norm",
+    "classifier": "classifier",
+}
 
 MODERNBERT = Family(
     model_types=("modernbert",),
@@ -71,6 +81,10 @@ MODERNBERT = Family(
     heads={
         "base": {},
         "masked-lm": {"lm_head.dense": "head.dense", "lm_head.norm": "head.norm", "lm_head.decoder": "decoder"},
+        "sequence-classification": _POOLED,
+        "token-classification": {**_TOKENS, "classifier": "classifier"},
+        "question-answering": {**_TOKENS, "qa_outputs": "classifier"},
+        "multiple-choice": _POOLED,
     },
     renamed={
         "hidden_act": "hidden_activation",

@@ -91,6 +91,8 @@ def _mask(name: str, value: str) -> None:
     pooler_act=activation,
     pooler_dropout=probability,
     lm_head_act=activation,
+    classifier_pooling=one_of("first", "last", "mean", "late"),
+    classifier_transform=one_of("pooler", "lm_head", "none"),
     mask=_mask,
     layer_masks=each(_mask),
     cross_mask=_mask,
@@ -161,8 +163,20 @@ class DynMaskConfig(DynMaskBaseConfig):
         use_pooler (`bool`, *optional*, defaults to `True`): Whether the bare model has a pooler.
         pooler_act (`str`, *optional*, defaults to `"tanh"`): Activation of the pooler.
         pooler_dropout (`float`, *optional*, defaults to 0.0): Dropout before the pooler.
+        classifier_pooling (`str`, *optional*, defaults to `"first"`):
+            What a pooler and a classifier of sequences read: the `"first"` token (BERT), the `"last"` one whose id is
+            not `pad_token_id` (Llama), the `"mean"` of all tokens, or the mean after each is transformed, `"late"`. An
+            encoder-decoder's classifier reads the decoder's last token.
+        classifier_transform (`str`, *optional*, defaults to `"pooler"`):
+            What stands between states and a classifier: the `"pooler"`, for classifiers of sequences alone (BERT); the
+            dense layer, activation and norm of an `"lm_head"`, for those of tokens and answers, too (ModernBERT); or
+            `"none"` (Llama).
+        classifier_bias (`bool`, *optional*, defaults to `True`): Whether a classifier of sequences has a bias.
+        lm_head_transform (`bool`, *optional*, defaults to `True`):
+            Whether a masked-LM head has a dense layer, activation and norm before its decoder (EuroBERT has none).
         lm_head_act (`str`, *optional*, defaults to `"gelu"`): Activation inside the masked-LM head.
         lm_head_bias (`bool`, *optional*, defaults to `True`): Whether the dense layer inside that head has a bias.
+        decoder_bias (`bool`, *optional*, defaults to `True`): Whether the decoder of that head has one.
         mask (`str`, *optional*):
             Mask expression of every layer; see [`hf_dynmask.masks`]. `None`: `"full"`, or `"causal"` in a causal
             language model.
@@ -229,8 +243,13 @@ class DynMaskConfig(DynMaskBaseConfig):
     use_pooler: bool = True
     pooler_act: str = "tanh"
     pooler_dropout: float | int = 0.0
+    classifier_pooling: str = "first"
+    classifier_transform: str = "pooler"
+    classifier_bias: bool = True
+    lm_head_transform: bool = True
     lm_head_act: str = "gelu"
     lm_head_bias: bool = True
+    decoder_bias: bool = True
     mask: str | None = None
     layer_masks: list[str] | None = None
     add_cross_attention: bool = False
@@ -338,6 +357,13 @@ class DynMaskConfig(DynMaskBaseConfig):
             partial = parameters.get("partial_rotary_factor", 1.0)
             if partial != 1.0:
                 raise ValueError(f"`partial_rotary_factor` must be 1.0: heads are rotated whole; got {partial}")
+
+    def validate_lm_head(self):
+        if not self.lm_head_transform and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"`embedding_size` must be hidden_size={self.hidden_size} with lm_head_transform=False; "
+                f"got {self.embedding_size}"
+            )
 
     def validate_features(self):
         if self.num_features is None and self.conv_kernel:

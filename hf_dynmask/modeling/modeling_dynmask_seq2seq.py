@@ -35,7 +35,7 @@ from .layout import IGNORE_INDEX, SequenceLayout, rolled, select_targets
 from .losses import flat_labels, sequence_loss, token_loss
 from .modeling_base import known_keywords, warn_of_adapters_alone, warn_of_unread_fields
 from .modeling_dynmask import DynMaskModel, DynMaskPreTrainedModel
-from .modules import DynMaskPooler
+from .modules import POOLERS
 
 ENCODER = "encoder.embeddings.word_embeddings.weight"
 DECODER = "decoder.embeddings.word_embeddings.weight"
@@ -512,9 +512,9 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DynMaskSeq2SeqModel(config)
-        self.pooler = DynMaskPooler(config.decoder)
+        self.pooler = POOLERS[config.decoder.classifier_transform](config.decoder)
         self.dropout = classifier_dropout(config.decoder)
-        self.classifier = nn.Linear(config.decoder.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.decoder.hidden_size, config.num_labels, bias=config.decoder.classifier_bias)
         self.post_init()
 
     def _made_target(self, source, target, labels):

@@ -363,7 +363,7 @@ class DynMaskLayer(GradientCheckpointingLayer):
 
 
 class DynMaskPooler(nn.Module):
-    """`act(dense(dropout(first)))` of each sequence's first token: `(S, C)` to `(S, C)`."""
+    """`act(dense(dropout(x)))`: states `(..., C)` to states `(..., C)`."""
 
     def __init__(self, config: DynMaskConfig):
         super().__init__()
@@ -371,19 +371,36 @@ class DynMaskPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.act = ACT2FN[config.pooler_act]
 
-    def forward(self, first_states: Tensor) -> Tensor:
-        return self.act(self.dense(self.dropout(first_states)))
+    def forward(self, states: Tensor) -> Tensor:
+        return self.act(self.dense(self.dropout(states)))
 
 
-class DynMaskLMHead(nn.Module):
-    """`decoder(norm(act(dense(x))))`: states `(..., C)` to logits `(..., vocab_size)`."""
+class DynMaskTransform(nn.Module):
+    """`norm(act(dense(x)))`: states `(..., C)` to `(..., size)`, by default as wide."""
 
-    def __init__(self, config: DynMaskConfig):
+    def __init__(self, config: DynMaskConfig, size: int | None = None):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size, bias=config.lm_head_bias)
+        size = size or config.hidden_size
+        self.dense = nn.Linear(config.hidden_size, size, bias=config.lm_head_bias)
         self.act = ACT2FN[config.lm_head_act]
-        self.norm = make_norm(config, config.embedding_size)
-        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
+        self.norm = make_norm(config, size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.norm(self.act(self.dense(hidden_states))))
+        return self.norm(self.act(self.dense(hidden_states)))
+
+
+class DynMaskLMHead(DynMaskTransform):
+    """A decoder of transformed states, or of states as they are: `(..., C)` to logits `(..., vocab_size)`."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__(config, config.embedding_size)
+        if not config.lm_head_transform:
+            self.dense = self.act = self.norm = nn.Identity()
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size, bias=config.decoder_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(super().forward(hidden_states))
+
+
+# `classifier_transform` -> what stands between the states of sequences and their classifier.
+POOLERS = {"pooler": DynMaskPooler, "lm_head": DynMaskTransform, "none": nn.Identity}

@@ -64,6 +64,7 @@ SIZES = {
     "camembert": BERT_SIZES,
     "distilbert": {"dim": 15, "n_layers": 3, "n_heads": 3, "hidden_dim": 23},
     "electra": {**BERT_SIZES, "embedding_size": 9},
+    "eurobert": {**LLAMA_SIZES, "attention_bias": True, "mlp_bias": True, "head_dim": 6},
     "gpt2": {"n_embd": 15, "n_layer": 3, "n_head": 3, "n_inner": 23, "pad_token_id": 0, "eos_token_id": 2},
     "llama": {**LLAMA_SIZES, "attention_bias": True, "mlp_bias": True, "head_dim": 6},
     "marian": {**BART_SIZES, "pad_token_id": 1, "decoder_start_token_id": 1},

@@ -176,6 +176,16 @@ WRONG = [
     ({"hidden_act": ""}, r"`hidden_act` must be the name of an activation"),
     ({"pooler_act": "nothing"}, r"`pooler_act` must be the name of an activation"),
     ({"lm_head_act": "gelu "}, r"`lm_head_act` must be the name of an activation .*; got 'gelu '"),
+    ({"classifier_pooling": "cls"}, r"`classifier_pooling` must be one of 'first', 'last', 'mean', 'late'; got 'cls'"),
+    ({"classifier_transform": None}, r"classifier_transform"),
+    (
+        {"classifier_transform": "dense"},
+        r"`classifier_transform` must be one of 'pooler', 'lm_head', 'none'; got 'dense'",
+    ),
+    (
+        {"lm_head_transform": False, "embedding_size": 3},
+        r"`embedding_size` must be hidden_size=\d+ with lm_head_transform=False; got 3",
+    ),
     ({"norm_type": "batch_norm"}, r"`norm_type` must be one of 'layer_norm', 'rms_norm'; got 'batch_norm'"),
     ({"norm_placement": "between"}, r"`norm_placement` must be one of 'pre', 'post'; got 'between'"),
     ({"norm_eps": 0.0}, r"`norm_eps` must be a finite number above 0; got 0.0"),
