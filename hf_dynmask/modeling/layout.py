@@ -482,8 +482,8 @@ class SequenceLayout:
         places = self.lengths.cumsum(0) - 1
         if counted is not None:
             own = torch.arange(self.num_tokens, device=self.device).where(counted, 0)
-            starts = torch.nn.functional.pad(self.starts, (0, self.has_tail))
-            places = starts.scatter_reduce(0, self.sequence_ids, own, "amax")[: self.num_sequences]
+            places = own.new_zeros(self.num_sequences + self.has_tail).scatter_reduce(0, self.sequence_ids, own, "amax")
+            places = torch.maximum(places[: self.num_sequences], self.starts)
         return self._tokens_at(places, flat)
 
     def mean_tokens(self, flat: Tensor) -> Tensor:

@@ -183,6 +183,21 @@ def test_multiple_choice_takes_lengths_a_choice():
     torch.testing.assert_close(alone[0, 0], output.logits[0, 1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["first", "last", "mean", "late"])
+@pytest.mark.parametrize("transform", ["pooler", "lm_head", "none"])
+def test_what_is_pooled_does_not_depend_on_the_rest_of_a_batch(pooling, transform):
+    settings = {"classifier_pooling": pooling, "classifier_transform": transform, "classifier_bias": False}
+    model = DynMaskForSequenceClassification(config(**settings)).eval()
+    ids, labels = batch()["input_ids"], torch.tensor([1, 0, 1, 1, 0, 0])
+    rows = model(ids, lengths=LENGTHS, labels=labels)
+    assert rows.logits.isfinite().all()  # of an empty sequence, too
+    poisoned = model(ids.where(present(), 98), lengths=LENGTHS, labels=labels)
+    assert torch.equal(poisoned.logits, rows.logits)
+    flat = model(ids[present()][None], lengths=LENGTHS, labels=labels)
+    torch.testing.assert_close(flat.logits, rows.logits, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(flat.loss, rows.loss, atol=1e-6, rtol=1e-5)
+
+
 def test_training_on_no_target_gives_a_finite_loss():
     model = DynMaskForMaskedLM(config()).train()
     loss = model(**batch(), labels=torch.full((6, 9), -100)).loss
