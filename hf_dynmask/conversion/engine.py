@@ -106,15 +106,17 @@ def from_transformers(
     Args:
         source (`str`, `os.PathLike` or [`PreTrainedModel`]):
             A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `camembert`, `distilbert`,
-            `electra`, `eurobert`, `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gpt2`, `llama`,
-            `mistral`, `qwen2` or `qwen3`; or an encoder-decoder of type `bart` or `marian`. Sliding windows become mask
-            expressions. A loaded model may be compiled or wrapped for parallel training; PEFT adapters must be merged.
+            `electra`, `eurobert`, `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gemma3_text`,
+            `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`; or an encoder-decoder of type `bart` or `marian`. Sliding
+            windows become mask expressions. A loaded model may be compiled or wrapped for parallel training; PEFT
+            adapters must be merged.
         task (`str`, *optional*):
             `"base"`, `"sequence-classification"`, `"token-classification"` or `"question-answering"`; for encoders also
-            `"masked-lm"` or `"multiple-choice"`, for decoders `"causal-lm"`. EuroBERT lacks `"question-answering"` and
-            `"multiple-choice"`; encoder-decoders have `"base"`, `"seq2seq-lm"` and (BART) `"sequence-classification"`.
-            `None`: the task of the checkpoint's `architectures` or of the loaded model's class, or `"base"` if the
-            checkpoint names no such class.
+            `"masked-lm"` or `"multiple-choice"`, for decoders `"causal-lm"`. As in transformers, EuroBERT and Gemma 3
+            lack `"question-answering"`, the former also `"multiple-choice"`, the latter `"token-classification"`.
+            Encoder-decoders have `"base"`, `"seq2seq-lm"` and (BART) `"sequence-classification"`. `None`: the task of
+            the checkpoint's `architectures` or of the loaded model's class, or `"base"` if the checkpoint names no such
+            class.
         overrides (*optional*):
             Config fields. Fields of the stock config (`num_labels`, `hidden_dropout_prob`, …) are passed to the stock
             model's `from_pretrained`, as are loading options (`dtype`, `revision`, …). Fields that only

@@ -7,12 +7,12 @@ from transformers import PreTrainedConfig
 from ..modeling.configuration_dynmask import DynMaskConfig
 from .family import Family, Names, Settings, classifier_dropout
 
-_KINDS = ("full_attention", "sliding_attention")
+KINDS = ("full_attention", "sliding_attention")
 _POOLINGS = {"cls": "first", "mean": "mean"}
 
 
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
-    masks = dict(zip(_KINDS, ("full", f"window({config.local_attention // 2})"), strict=True))
+    masks = dict(zip(KINDS, ("full", f"window({config.local_attention // 2})"), strict=True))
     return {
         "layer_masks": [masks[kind] for kind in config.layer_types],
         "layer_types": list(config.layer_types),
@@ -29,13 +29,19 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
     }
 
 
-def _restored(config: DynMaskConfig, task: str) -> Settings:
+def restored_layers(config: DynMaskConfig) -> tuple[Settings, int | None]:
+    """Which layers slide, their rotary parameters, and how far to the left the widest window among them reaches."""
     widths = [left for left, _ in (mask.band() or (None, None) for mask in config.masks())]
-    kinds = [_KINDS[width is not None] for width in widths]
+    kinds = [KINDS[width is not None] for width in widths]
+    rotary = dict(zip(kinds, config.rope_by_layer(), strict=True)) if config.rope_parameters else None
     widest = max((width for width in widths if width is not None), default=None)
+    return {"layer_types": kinds, "rope_parameters": rotary}, widest
+
+
+def _restored(config: DynMaskConfig, task: str) -> Settings:
+    layers, widest = restored_layers(config)
     return {
-        "layer_types": kinds,
-        "rope_parameters": dict(zip(kinds, config.rope_by_layer(), strict=True)) if config.rope_parameters else None,
+        **layers,
         "classifier_dropout": classifier_dropout(config),
         "classifier_pooling": {ours: theirs for theirs, ours in _POOLINGS.items()}.get(
             config.classifier_pooling, "cls"

@@ -73,10 +73,11 @@ def _mask(name: str, value: str) -> None:
     num_key_value_heads=at_least(1),
     head_dim=at_least(1),
     value_head_dim=at_least(1),
+    query_pre_attn_scalar=positive,
     intermediate_size=at_least(1),
     hidden_act=activation,
-    norm_type=one_of("layer_norm", "rms_norm"),
-    norm_placement=one_of("pre", "post"),
+    norm_type=one_of("layer_norm", "rms_norm", "zero_centered_rms_norm"),
+    norm_placement=one_of("pre", "post", "both"),
     norm_eps=positive,
     embedding_scale=positive,
     position_type=one_of("learned", "sinusoidal", "rotary", "none"),
@@ -122,19 +123,22 @@ class DynMaskConfig(DynMaskBaseConfig):
             Key/value heads; must divide the query heads (grouped-query attention). `None`: as many as query heads.
         head_dim (`int`, *optional*): Size of a query/key head. `None`: `hidden_size // num_attention_heads`.
         value_head_dim (`int`, *optional*): Size of a value head. `None`: `head_dim`.
+        query_pre_attn_scalar (`float`, *optional*): Scores are divided by its root (Gemma 3). `None`: `head_dim`.
         intermediate_size (`int`, *optional*, defaults to 2048): Inner width of the feed-forward layer.
         hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the feed-forward layer.
         gated_feed_forward (`bool`, *optional*, defaults to `False`):
             `down(act(gate(x)) * up(x))` (GLU variants, arXiv:2002.05202) in place of `down(act(up(x)))`.
-        norm_type (`str`, *optional*, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`.
+        norm_type (`str`, *optional*, defaults to `"layer_norm"`):
+            `"layer_norm"`, `"rms_norm"` or `"zero_centered_rms_norm"`, which multiplies by 1 + weight (Gemma).
         norm_placement (`str`, *optional*, defaults to `"post"`):
-            `"post"` normalises each residual sum (BERT); `"pre"` each sublayer's input and the last output (Llama).
+            `"post"` normalises each residual sum (BERT); `"pre"` each sublayer's input and the last output (Llama);
+            `"both"` each sublayer's output, too (Gemma 3).
         norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of every norm.
         norm_bias (`bool`, *optional*, defaults to `True`): Whether a LayerNorm has a bias.
         first_attention_norm (`bool`, *optional*, defaults to `True`):
-            Whether the first layer has a norm before its attention, with `norm_placement="pre"` (ModernBERT has none,
-            as its embeddings are normalised).
-        embedding_scale (`float`, *optional*, defaults to 1.0): Factor of the token embeddings (BART, Marian).
+            Whether the first layer has a norm before its attention, unless `norm_placement="post"` (ModernBERT has
+            none, as its embeddings are normalised).
+        embedding_scale (`float`, *optional*, defaults to 1.0): Factor of the token embeddings (BART, Gemma).
         embedding_norm (`bool`, *optional*, defaults to `True`): Whether the summed embeddings are normalised.
         position_type (`str`, *optional*, defaults to `"learned"`):
             `"learned"`, `"sinusoidal"` (arXiv:1706.03762), `"rotary"` (arXiv:2104.09864) or `"none"`.
@@ -155,7 +159,7 @@ class DynMaskConfig(DynMaskBaseConfig):
         attention_bias (`bool`, *optional*, defaults to `True`): Whether the attention projections have biases.
         attention_output_bias (`bool`, *optional*): Whether the output projection has one. `None`: `attention_bias`.
         use_qk_norm (`bool`, *optional*, defaults to `False`):
-            Whether queries and keys are RMS-normalised head by head before rotary positions (Qwen3).
+            Whether queries and keys are RMS-normalised head by head before rotary positions (Qwen3, Gemma 3).
         mlp_bias (`bool`, *optional*, defaults to `True`): Whether the feed-forward projections have biases.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of embeddings and sublayer outputs.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of the attention weights.
@@ -216,6 +220,7 @@ class DynMaskConfig(DynMaskBaseConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     value_head_dim: int | None = None
+    query_pre_attn_scalar: float | int | None = None
     intermediate_size: int = 2048
     hidden_act: str = "gelu"
     gated_feed_forward: bool = False
@@ -274,6 +279,8 @@ class DynMaskConfig(DynMaskBaseConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.value_head_dim is None:
             self.value_head_dim = self.head_dim
+        if self.query_pre_attn_scalar is None:
+            self.query_pre_attn_scalar = self.head_dim
         self.conv_kernel, self.conv_stride = list(self.conv_kernel), list(self.conv_stride)
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias

@@ -52,6 +52,7 @@ from .modules import (
     DynMaskRotaryEmbedding,
     DynMaskSinusoidalEmbedding,
     DynMaskTransform,
+    DynMaskZeroCenteredRMSNorm,
     make_norm,
 )
 from .plan import MaskPlan
@@ -141,6 +142,8 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
         super()._init_weights(module)
         if isinstance(module, DynMaskKeyScores):
             init.zeros_(module.scale)
+        if isinstance(module, DynMaskZeroCenteredRMSNorm):
+            init.zeros_(module.weight)
         if isinstance(module, DynMaskSinusoidalEmbedding):
             init.copy_(module.weight, module.table(*module.weight.shape, device=module.weight.device))
 
@@ -161,7 +164,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         self.rotary_emb = DynMaskRotaryEmbedding(config) if rotary and not by_type else None
         self.rotary_by_type = nn.ModuleDict({kind: DynMaskRotaryEmbedding(config, kind) for kind in by_type})
         self.layers = nn.ModuleList([DynMaskLayer(config, layer) for layer in range(config.num_hidden_layers)])
-        norm_before = config.norm_placement == "pre"
+        norm_before = config.norm_placement != "post"
         self.final_norm = make_norm(config, config.hidden_size) if norm_before else nn.Identity()
         with_pooler = config.use_pooler if add_pooling_layer is None else add_pooling_layer
         self.pooler = POOLERS[config.classifier_transform](config) if with_pooler else None

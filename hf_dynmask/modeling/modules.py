@@ -35,9 +35,24 @@ ATTENTION_IMPLEMENTATIONS = {"dynmask": "auto", "eager": "reference", "sdpa": "s
 
 def make_norm(config: DynMaskConfig, size: int) -> nn.Module:
     """The norm that `config.norm_type` names, over the last dimension of `size`."""
-    if config.norm_type == "rms_norm":
-        return nn.RMSNorm(size, eps=config.norm_eps)
-    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+    if config.norm_type == "layer_norm":
+        return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+    return make_rms_norm(config, size)
+
+
+def make_rms_norm(config: DynMaskConfig, size: int) -> nn.RMSNorm:
+    """The RMS norm of a model that has such norms, be it beside others."""
+    is_centered = config.norm_type == "zero_centered_rms_norm"
+    return (DynMaskZeroCenteredRMSNorm if is_centered else nn.RMSNorm)(size, eps=config.norm_eps)
+
+
+class DynMaskZeroCenteredRMSNorm(nn.RMSNorm):
+    """An RMS norm that multiplies by 1 + weight, in float32 or better (Gemma)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = 1 + self.weight.to(dtype)
+        return nn.functional.rms_norm(x.to(dtype), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class DynMaskSinusoidalEmbedding(nn.Module):
@@ -199,9 +214,9 @@ class DynMaskAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_heads * config.value_head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.value_head_dim, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.use_qk_norm else nn.Identity()
-        self.scaling = config.head_dim**-0.5
+        self.q_norm = make_rms_norm(config, config.head_dim) if config.use_qk_norm else nn.Identity()
+        self.k_norm = make_rms_norm(config, config.head_dim) if config.use_qk_norm else nn.Identity()
+        self.scaling = config.query_pre_attn_scalar**-0.5
         self.key_scores = DynMaskKeyScores(config) if chooses_keys else None
 
     def forward(
@@ -316,15 +331,18 @@ class DynMaskLayer(GradientCheckpointingLayer):
         self.attention = DynMaskAttention(config, layer_idx, chooses_keys)
         has_norm = layer_idx > 0 or config.first_attention_norm
         self.attention_norm = make_norm(config, config.hidden_size) if has_norm else nn.Identity()
+        self.attention_output_norm = self._output_norm(config)
         self.cross_attention = None
         if config.add_cross_attention:
             chooses_keys = parse(config.cross_mask).holds(TopK)
             self.cross_attention = DynMaskCrossAttention(config, layer_idx, chooses_keys)
             self.cross_attention_norm = make_norm(config, config.hidden_size)
+            self.cross_attention_output_norm = self._output_norm(config)
         self.feed_forward = DynMaskFeedForward(config)
         self.feed_forward_norm = make_norm(config, config.hidden_size)
+        self.feed_forward_output_norm = self._output_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm_before = config.norm_placement == "pre"
+        self.norm_before = config.norm_placement != "post"
 
     def forward(
         self,
@@ -343,21 +361,42 @@ class DynMaskLayer(GradientCheckpointingLayer):
         cache = given_cache(cache, past_key_values)
         of_self = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         states, weights = self._sublayer(
-            hidden_states, self.attention_norm, self.attention, plan, settings, rotary, of_self
+            hidden_states,
+            self.attention_norm,
+            self.attention_output_norm,
+            self.attention,
+            plan,
+            settings,
+            rotary,
+            of_self,
         )
         cross_weights = None
         if self.cross_attention is not None and encoder_states is not None:
             of_both = cache if isinstance(cache, EncoderDecoderCache) else None
             states, cross_weights = self._sublayer(
-                states, self.cross_attention_norm, self.cross_attention, cross_plan, settings, encoder_states, of_both
+                states,
+                self.cross_attention_norm,
+                self.cross_attention_output_norm,
+                self.cross_attention,
+                cross_plan,
+                settings,
+                encoder_states,
+                of_both,
             )
-        states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward)
+        states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward_output_norm, self.feed_forward)
         return states, weights, cross_weights
 
-    def _sublayer(self, states: Tensor, norm: nn.Module, function: nn.Module, *arguments) -> tuple[Tensor, Any]:
-        """`function` with a residual and its norm; what it returns beside states is returned, too."""
+    @staticmethod
+    def _output_norm(config: DynMaskConfig) -> nn.Module | None:
+        return make_norm(config, config.hidden_size) if config.norm_placement == "both" else None
+
+    def _sublayer(
+        self, states: Tensor, norm: nn.Module, output_norm: nn.Module | None, function: nn.Module, *arguments
+    ) -> tuple[Tensor, Any]:
+        """`function` with a residual and its norms; what it returns beside states is returned, too."""
         output = function(norm(states) if self.norm_before else states, *arguments)
         output, further = output if isinstance(output, tuple) else (output, None)
+        output = output if output_norm is None else output_norm(output)
         states = states + self.dropout(output)
         return states if self.norm_before else norm(states), further
 

@@ -269,7 +269,7 @@ def test_the_form_of_a_batch_does_not_matter(model_type):
                 assert torch.allclose(found[row, tokens], expected, rtol=1e-5, atol=1e-5), name
 
 
-OTHER_HEADS: list[tuple[str, str, dict[str, Any]]] = [
+OTHER_SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("modernbert", "sequence-classification", {"classifier_pooling": "mean"}),
     ("modernbert", "multiple-choice", {"classifier_pooling": "mean"}),
     ("modernbert", "sequence-classification", {"classifier_bias": True, "norm_bias": True}),
@@ -284,6 +284,22 @@ OTHER_HEADS: list[tuple[str, str, dict[str, Any]]] = [
     ("eurobert", "masked-lm", {"mlp_bias": False}),
     ("eurobert", "masked-lm", {"tie_word_embeddings": True}),
     ("eurobert", "token-classification", {"num_key_value_heads": None, "head_dim": None}),
+    ("gemma3_text", "base", {"use_bidirectional_attention": True}),
+    ("gemma3_text", "sequence-classification", {"use_bidirectional_attention": True, "sliding_window": 5}),
+    ("gemma3_text", "causal-lm", {"sliding_window": 1, "tie_word_embeddings": False}),
+    ("gemma3_text", "causal-lm", {"query_pre_attn_scalar": 256, "attention_bias": True, "rms_norm_eps": 0.1}),
+    ("gemma3_text", "base", {"layer_types": ["full_attention"] * 3, "sliding_window": 4096}),
+    ("gemma3_text", "base", {"layer_types": ["sliding_attention"] * 3, "hidden_activation": "silu"}),
+    (
+        "gemma3_text",
+        "base",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            }
+        },
+    ),
     ("llama", "sequence-classification", {"num_labels": 1}),
     ("mistral", "sequence-classification", {"sliding_window": None, "num_labels": 5}),
     ("qwen2", "sequence-classification", {"problem_type": "multi_label_classification", "num_labels": 3}),
@@ -292,18 +308,18 @@ OTHER_HEADS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "task", "settings"), OTHER_HEADS)
-def test_heads_with_other_settings(model_type, task, settings):
+@pytest.mark.parametrize(("model_type", "task", "settings"), OTHER_SETTINGS)
+def test_other_settings(model_type, task, settings):
     stock = random_stock(model_type, task, **settings)
     model = from_transformers(stock)
     batch = random_batch(stock, task)
     real = batch["attention_mask"].flatten(0, -2).bool()
     with torch.no_grad():
         expected, found = stock(**batch), model(**in_lengths(batch))
-    for theirs, ours in zip(expected.to_tuple(), found.to_tuple(), strict=False):
-        if theirs.shape[:2] == real.shape and task != "sequence-classification":
-            ours, theirs = ours[real], theirs[real]
-        assert_close(ours, theirs)
+    of_tokens = task not in ("sequence-classification", "multiple-choice")
+    for name in expected.keys() & {"last_hidden_state", "logits", "start_logits", "end_logits"}:
+        theirs, ours = expected[name], found[name]
+        assert_close(*((ours[real], theirs[real]) if of_tokens else (ours, theirs)))
     restored = to_transformers(model)
     assert_same_weights(restored, stock)
     assert restored.config.to_dict() == stock.config.to_dict()
@@ -317,7 +333,8 @@ def test_heads_with_other_settings(model_type, task, settings):
         ("eurobert", {"classifier_pooling": "bos"}),
         ("eurobert", {"classifier_pooling": "mean"}),
         ("eurobert", {"classifier_pooling": "late"}),
-        *((model_type, {}) for model_type in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "bert", "distilbert")),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        *((name, {}) for name in ("gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3", "bert", "distilbert")),
     ],
 )
 def test_the_form_of_a_batch_does_not_matter_to_a_class(model_type, settings):
@@ -333,7 +350,7 @@ def test_the_form_of_a_batch_does_not_matter_to_a_class(model_type, settings):
             assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5), name
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_class_is_read_off_the_last_token_that_is_not_the_pad_id(model_type, side):
     """Texts often end with the id of padding, where a tokenizer pads with the end of a text."""
@@ -351,7 +368,7 @@ def test_a_class_is_read_off_the_last_token_that_is_not_the_pad_id(model_type, s
         assert_close(model(**batch).logits, expected)
         flat = model(input_ids=ids[real][None], lengths=LENGTHS).logits
         assert_close(flat, expected)
-        last = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=batch["attention_mask"]).logits
+        last = model(inputs_embeds=stock.get_input_embeddings()(ids), attention_mask=batch["attention_mask"]).logits
     assert_close(last[LENGTHS != LONGEST], expected[LENGTHS != LONGEST])
     assert not torch.allclose(last[longest], expected[longest])  # no ids: the last token
 
@@ -810,6 +827,34 @@ def test_modernbert_with_layers_of_one_kind(kind):
 def test_settings_of_modernbert_without_counterpart_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         from_transformers(random_stock("modernbert", "masked-lm", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "`attn_logit_softcapping` must be None; got 50.0"),
+        ({"final_logit_softcapping": 30.0}, "`final_logit_softcapping` must be None; got 30.0"),
+    ],
+)
+def test_settings_of_gemma_without_counterpart_are_named(settings, message):
+    with pytest.raises(ValueError, match=f"'gemma3_text' model: {message}"):
+        from_transformers(random_stock("gemma3_text", "causal-lm", **settings))
+
+
+def test_gemma_slides_to_one_side_or_both(tmp_path):
+    assert from_transformers(random_stock("gemma3_text", "base")).config.layer_masks == [
+        "causal & window(3, 0)",
+        "causal",
+        "causal & window(3, 0)",
+    ]
+    stock = random_stock("gemma3_text", "base", use_bidirectional_attention=True, sliding_window=6)
+    model = from_transformers(stock)
+    assert model.config.layer_masks == ["window(3)", "full", "window(3)"]
+    to_transformers(model).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert_same_weights(loaded, stock)
+    assert loaded.config.sliding_window == stock.config.sliding_window == 4
+    assert from_transformers(tmp_path).config.layer_masks == model.config.layer_masks
 
 
 def test_layers_slide_or_not():

@@ -65,6 +65,13 @@ SIZES = {
     "distilbert": {"dim": 15, "n_layers": 3, "n_heads": 3, "hidden_dim": 23},
     "electra": {**BERT_SIZES, "embedding_size": 9},
     "eurobert": {**LLAMA_SIZES, "attention_bias": True, "mlp_bias": True, "head_dim": 6},
+    "gemma3_text": {
+        **LLAMA_SIZES,
+        "head_dim": 6,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "gpt2": {"n_embd": 15, "n_layer": 3, "n_head": 3, "n_inner": 23, "pad_token_id": 0, "eos_token_id": 2},
     "llama": {**LLAMA_SIZES, "attention_bias": True, "mlp_bias": True, "head_dim": 6},
     "marian": {**BART_SIZES, "pad_token_id": 1, "decoder_start_token_id": 1},
