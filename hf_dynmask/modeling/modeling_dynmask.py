@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, frames_of_batch, given, given_input, is_explicit, layout_of_batch, per_token
 from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
+from .embedding import embed_tokens
 from .fields import TOKEN_FIELDS, key_name
 from .generation import DynMaskGenerationMixin
 from .graph_attention import GraphPlan, fields_of
@@ -476,7 +477,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
         """Flat states `(1, N, C)` and positions `(1, N)` from inputs in the batch's layout."""
         position_ids = self.embeddings.positions(layout, position_ids)
         if inputs_embeds is None:
-            words = self.embeddings.words(layout.flatten(integers("input_ids", input_ids)), layout)
+            ids = layout.flatten(integers("input_ids", input_ids))
+            words = embed_tokens(self.embeddings.word_embeddings, ids, layout)
         else:
             words = layout.flatten_values(inputs_embeds)
         types = None

@@ -227,8 +227,10 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         return self._readers()[0].get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        for side in self._readers():
-            side.set_input_embeddings(value)
+        first, *others = self._readers()
+        first.set_input_embeddings(value)
+        for side in others:  # each has a table of its own, for its scale
+            side.get_input_embeddings().weight = value.weight
 
     def _readers(self) -> list[DynMaskModel]:
         """The sides that read tokens through the table of [`get_input_embeddings`]."""

@@ -21,7 +21,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from .batch import per_token
 from .configuration_dynmask import DynMaskConfig, masks_of
-from .embedding import embed_tokens
 from .features import DynMaskFeatureEmbeddings
 from .graph_attention import attend
 from .kv_cache import given_cache
@@ -94,6 +93,17 @@ class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
         super().__init__(config)
 
 
+class DynMaskScaledEmbedding(nn.Embedding):
+    """Embeddings times a scale, under the name by which PEFT knows it."""
+
+    def __init__(self, rows: int, size: int, embed_scale: float, padding_idx: int | None = None):
+        super().__init__(rows, size, padding_idx=padding_idx)
+        self.embed_scale = embed_scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
 class DynMaskEmbeddings(nn.Module):
     """Sum of token or frame, position and type embeddings, normalised: `(1, N, E)` to `(1, N, C)` states."""
 
@@ -101,11 +111,13 @@ class DynMaskEmbeddings(nn.Module):
         super().__init__()
         size = config.embedding_size
         self.config = config
-        self.scale = config.embedding_scale
-        if config.num_features is None:
-            self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
-        else:
+        scale, pad_id = config.embedding_scale, config.pad_token_id
+        if config.num_features is not None:
             self.feature_embeddings = DynMaskFeatureEmbeddings(config)
+        elif scale == 1:
+            self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=pad_id)
+        else:
+            self.word_embeddings = DynMaskScaledEmbedding(config.vocab_size, size, scale, padding_idx=pad_id)
         self.position_embeddings = None
         if config.position_type == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
@@ -117,11 +129,6 @@ class DynMaskEmbeddings(nn.Module):
         self.norm = make_norm(config, size) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
-
-    def words(self, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
-        """Embeddings `(1, N, E)` of token ids `(1, N)`."""
-        words = embed_tokens(self.word_embeddings, input_ids, layout)
-        return words if self.scale == 1 else words * self.scale
 
     def positions(self, layout: SequenceLayout, position_ids: Tensor | None) -> Tensor:
         """Positions `(1, N)`: of each token in its sequence, or those that are given in the batch's layout.

@@ -368,9 +368,23 @@ def test_a_class_is_read_off_the_last_token_that_is_not_the_pad_id(model_type, s
         assert_close(model(**batch).logits, expected)
         flat = model(input_ids=ids[real][None], lengths=LENGTHS).logits
         assert_close(flat, expected)
-        last = model(inputs_embeds=stock.get_input_embeddings()(ids), attention_mask=batch["attention_mask"]).logits
+        last = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=batch["attention_mask"]).logits
     assert_close(last[LENGTHS != LONGEST], expected[LENGTHS != LONGEST])
     assert not torch.allclose(last[longest], expected[longest])  # no ids: the last token
+
+
+@pytest.mark.parametrize("task", ["base", "causal-lm"])
+def test_embeddings_are_scaled_by_their_table(task):
+    """What libraries give as `inputs_embeds`, or add noise to, comes from there."""
+    stock = random_stock("gemma3_text", task)
+    model = from_transformers(stock)
+    ids = torch.randint(5, VOCABULARY, (2, 9))
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(embeds, stock.get_input_embeddings()(ids))
+    with torch.no_grad():
+        assert_close(model(inputs_embeds=embeds)[0], model(ids)[0])
+    model.resize_token_embeddings(VOCABULARY + 4)
+    assert torch.equal(model.get_input_embeddings()(ids), embeds)
 
 
 def test_a_class_without_a_pad_id_is_read_off_the_last_token():
