@@ -64,6 +64,8 @@ def token_classifier(**settings):
 
 STOCK = [("bert", "masked-lm"), ("roberta", "sequence-classification"), ("electra", "question-answering")]
 STOCK += [("llama", "causal-lm"), ("gpt2", "base"), ("bart", "seq2seq-lm"), ("bart", "sequence-classification")]
+STOCK += [("llama", "sequence-classification"), ("modernbert", "token-classification"), ("gemma3_text", "base")]
+STOCK += [("eurobert", "sequence-classification")]
 
 
 @pytest.mark.parametrize("family, task", STOCK)
@@ -97,7 +99,7 @@ def test_stock_checkpoints_that_cannot_be_converted(family, saved):
     assert speed.padding == pytest.approx(1 - sum(check_module.LENGTHS) / (130 * len(check_module.LENGTHS)))
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "electra"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "modernbert"])
 def test_multiple_choice(family, saved):
     """Its batches have no flat form."""
     findings = list(check_model(saved(random_stock(family, "multiple-choice"))))
