@@ -1,0 +1,90 @@
+"""Search for the paragraph that answers a question: BM25, measures, and what the recipes for it share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import bm25s
+import numpy as np
+import Stemmer
+from datasets import Dataset
+from sentence_transformers.base.evaluation import BaseEvaluator
+
+from support.cards import Results
+
+TOP = 10  # results that a reader looks at, in `mrr@10` and `recall@10`
+
+
+class Search:
+    """
+    A search for each question's own paragraph among those of all rows.
+
+    Args:
+        rows (`Dataset`): Has the columns `question` and `context`; questions may share a paragraph.
+        max_questions (`int`, *optional*): Only the first ones are asked.
+
+    Attributes:
+        questions, paragraphs (`list[str]`): The questions, and each paragraph once.
+        own (`np.ndarray` of shape `(Q,)`): Which of the paragraphs is a question's own.
+    """
+
+    def __init__(self, rows: Dataset, max_questions: int | None = None):
+        places = {text: place for place, text in enumerate(dict.fromkeys(rows["context"]))}
+        self.questions = list(rows["question"])[:max_questions]
+        self.paragraphs = list(places)
+        self.own = np.array([places[text] for text in rows["context"]][:max_questions])
+
+    def bm25(self) -> np.ndarray:
+        """Scores `(Q, P)` of all paragraphs by BM25, on stems of English words other than stop words."""
+        words = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english"), "show_progress": False}
+        index = bm25s.BM25()
+        index.index(bm25s.tokenize(self.paragraphs, **words), show_progress=False)
+        asked: Any = bm25s.tokenize(self.questions, return_ids=False, **words)
+        nothing = np.zeros(len(self.paragraphs), dtype=index.dtype)  # of a question of stop words alone
+        return np.stack([index.get_scores(question) if question else nothing for question in asked])
+
+    def measure(self, scores: np.ndarray) -> dict[str, float]:
+        """
+        The mean reciprocal rank of the questions' own paragraphs among the first 10, and how many of them are among the
+        first 1 and 10.
+
+        Args:
+            scores (`np.ndarray` of shape `(Q, P)`):
+                The higher, the earlier; `-inf` for paragraphs that were not found. Among equal scores, the own
+                paragraph counts as the last.
+        """
+        own = np.take_along_axis(scores, self.own[:, None], 1)
+        ranks = np.where(np.isneginf(own[:, 0]), np.inf, (scores >= own).sum(1))
+        return {
+            f"mrr@{TOP}": float(np.where(ranks <= TOP, 1 / ranks, 0).mean()),
+            **{f"recall@{first}": float((ranks <= first).mean()) for first in (1, TOP)},
+        }
+
+    def reference(self, what: str, scores: np.ndarray) -> Results:
+        """What a card says about scores that the model's are compared with."""
+        return {"what": what, **self.measure(scores)}
+
+
+METRICS = [f"mrr@{TOP}", "recall@1", f"recall@{TOP}"]
+
+
+class SearchEvaluator(BaseEvaluator):
+    """
+    Measures a model by a search.
+
+    Args:
+        search ([`Search`]): The questions and the paragraphs.
+        score (`Callable`): Takes a model and the search, and returns the scores `(Q, P)`.
+    """
+
+    def __init__(self, search: Search, score: Callable[[Any, Search], np.ndarray]):
+        super().__init__()
+        self.search, self.score = search, score
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return self.search.measure(self.score(model, self.search))
+
+
+def token_counts(model: Any, *columns: Sequence[str]) -> list[int]:
+    """Tokens that a model of sentence-transformers reads of each text or, of two columns, each pair."""
+    read = model.tokenizer(*map(list, columns), truncation=True, max_length=model.max_seq_length)
+    return [len(ids) for ids in read["input_ids"]]
