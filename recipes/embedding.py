@@ -36,8 +36,10 @@ from transformers import set_seed
 import hf_dynmask  # noqa: F401  # registers `attn_implementation="dynmask"` with transformers
 from support.common import DropoutArguments, dropout_settings, load_texts, parse_arguments
 from support.reporting import About, train_and_report
-from support.retrieval import METRICS, Search, SearchEvaluator, token_counts
+from support.retrieval import METRICS, Evaluator, Search, token_counts
 from support.samples import resolve_model
+
+HYBRID = f"hybrid_{METRICS[0]}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = resolve_model(recipe.model)
     data = load_texts(recipe.dataset, "question", "context")
     search = Search(data["test"])
+    found = search.bm25()
+    measure = partial(measures, search=search, found=found)
 
     set_seed(training.seed)
     load = partial(load_model, recipe=recipe, device=str(training.device))
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         training,
         train_dataset=data["train"],
         loss=MultipleNegativesRankingLoss(model),
-        evaluator=SearchEvaluator(search, similarities),
+        evaluator=Evaluator(measure),
     )
 
     train_and_report(
@@ -67,8 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
         settings={"dropout": model.config.hidden_dropout_prob, "max_length": recipe.max_length},
         rows=data,
         lengths={name: token_counts(model, data["train"][name]) for name in ("question", "context")},
-        trivial=search.reference("BM25", search.bm25()),
-        untrained=search.reference(f"`{recipe.model}` as it is", similarities(model, search)),
+        trivial={"what": "BM25", **search.measure(found)},
+        untrained={"what": f"`{recipe.model}` as it is", **measure(model)},
     )
 
 
@@ -88,6 +92,19 @@ def similarities(model: SentenceTransformer, search: Search) -> np.ndarray:
     """Scores `(Q, P)`: how similar the embeddings of questions and paragraphs are."""
     embedded = model.encode_query(search.questions), model.encode_document(search.paragraphs)
     return np.asarray(model.similarity(*embedded))
+
+
+def measures(model: SentenceTransformer, search: Search, found: np.ndarray) -> dict[str, float]:
+    """Those of a search by the model's scores, and by the sum of these and other scores `found`."""
+    scores = similarities(model, search)
+    both = search.measure(standardized(scores) + standardized(found))
+    return search.measure(scores) | {HYBRID: both[METRICS[0]]}
+
+
+def standardized(scores: np.ndarray) -> np.ndarray:
+    """Scores `(Q, P)` with mean 0 and, unless they are all equal, variance 1 for each question."""
+    centred = scores - scores.mean(1, keepdims=True)
+    return centred / np.maximum(centred.std(1, keepdims=True), 1e-6)
 
 
 # --- Arguments and model card ----------------------------------------------------------------------------------------
@@ -122,12 +139,12 @@ model.similarity(question, texts)
 """
 LIMITS = (
     "It finds texts of the kind that it was trained on. Those who wrote the questions saw the paragraphs and use their "
-    "words, which helps BM25."
+    f"words, which helps BM25; `{HYBRID}` is that of the sum of both scores, each standardized."
 )
 ABOUT = About(
     recipe="embedding",
     task="sentence-similarity",
-    metrics=METRICS,
+    metrics=[*METRICS, HYBRID],
     title="Search by embeddings",
     usage=USAGE,
     limits=LIMITS,

@@ -33,7 +33,7 @@ from transformers import TrainingArguments, set_seed
 import hf_dynmask  # noqa: F401  # registers `attn_implementation="dynmask"` with transformers
 from support.common import DropoutArguments, dropout_settings, load_texts, parse_arguments
 from support.reporting import About, train_and_report
-from support.retrieval import METRICS, TOP, Search, SearchEvaluator, token_counts
+from support.retrieval import METRICS, TOP, Evaluator, Search, token_counts
 from support.samples import resolve_model
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         training,
         train_dataset=pairs,
         loss=BinaryCrossEntropyLoss(model),
-        evaluator=SearchEvaluator(search, partial(reranked, found=found)),
+        evaluator=Evaluator(lambda model: search.measure(reranked(model, search, found))),
     )
 
     train_and_report(
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
         rows={"train": data["train"], "test": search.questions},
         lengths={"question and context": token_counts(model, pairs["question"], pairs["context"])},
-        trivial=search.reference("the order of BM25", found),
+        trivial={"what": "the order of BM25", **search.measure(found)},
     )
 
 

@@ -9,8 +9,6 @@ import Stemmer
 from datasets import Dataset
 from sentence_transformers.base.evaluation import BaseEvaluator
 
-from support.cards import Results
-
 TOP = 10  # results that a reader looks at, in `mrr@10` and `recall@10`
 
 
@@ -59,29 +57,19 @@ class Search:
             **{f"recall@{first}": float((ranks <= first).mean()) for first in (1, TOP)},
         }
 
-    def reference(self, what: str, scores: np.ndarray) -> Results:
-        """What a card says about scores that the model's are compared with."""
-        return {"what": what, **self.measure(scores)}
-
 
 METRICS = [f"mrr@{TOP}", "recall@1", f"recall@{TOP}"]
 
 
-class SearchEvaluator(BaseEvaluator):
-    """
-    Measures a model by a search.
+class Evaluator(BaseEvaluator):
+    """What a trainer of sentence-transformers makes of a function that takes a model and returns measures by name."""
 
-    Args:
-        search ([`Search`]): The questions and the paragraphs.
-        score (`Callable`): Takes a model and the search, and returns the scores `(Q, P)`.
-    """
-
-    def __init__(self, search: Search, score: Callable[[Any, Search], np.ndarray]):
+    def __init__(self, measure: Callable[[Any], dict[str, float]]):
         super().__init__()
-        self.search, self.score = search, score
+        self.measure = measure
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return self.search.measure(self.score(model, self.search))
+        return dict(self.measure(model))  # the trainer renames its entries
 
 
 def token_counts(model: Any, *columns: Sequence[str]) -> list[int]:
