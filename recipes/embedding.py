@@ -39,8 +39,6 @@ from support.reporting import About, train_and_report
 from support.retrieval import METRICS, Evaluator, Search, token_counts
 from support.samples import resolve_model
 
-HYBRID = f"hybrid_{METRICS[0]}"
-
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training = parse_arguments([RecipeArguments, SentenceTransformerTrainingArguments], arguments, DEFAULTS)
@@ -49,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     data = load_texts(recipe.dataset, "question", "context")
     search = Search(data["test"])
     found = search.bm25()
-    measure = partial(measures, search=search, found=found)
+
+    def measure(model: Any) -> dict[str, float]:
+        return search.measure_both(similarities(model, search), found)
 
     set_seed(training.seed)
     load = partial(load_model, recipe=recipe, device=str(training.device))
@@ -94,19 +94,6 @@ def similarities(model: SentenceTransformer, search: Search) -> np.ndarray:
     return np.asarray(model.similarity(*embedded))
 
 
-def measures(model: SentenceTransformer, search: Search, found: np.ndarray) -> dict[str, float]:
-    """Those of a search by the model's scores, and by the sum of these and other scores `found`."""
-    scores = similarities(model, search)
-    both = search.measure(standardized(scores) + standardized(found))
-    return search.measure(scores) | {HYBRID: both[METRICS[0]]}
-
-
-def standardized(scores: np.ndarray) -> np.ndarray:
-    """Scores `(Q, P)` with mean 0 and, unless they are all equal, variance 1 for each question."""
-    centred = scores - scores.mean(1, keepdims=True)
-    return centred / np.maximum(centred.std(1, keepdims=True), 1e-6)
-
-
 # --- Arguments and model card ----------------------------------------------------------------------------------------
 
 
@@ -122,7 +109,7 @@ class RecipeArguments(DropoutArguments):
 
 DEFAULTS = {
     "output_dir": "outputs/embedding",
-    "max_steps": 32,
+    "max_steps": 24,
     "per_device_train_batch_size": 64,
     "learning_rate": 1e-4,
     "batch_sampler": "no_duplicates",  # a question's own paragraph must not be among the wrong answers
@@ -139,12 +126,12 @@ model.similarity(question, texts)
 """
 LIMITS = (
     "It finds texts of the kind that it was trained on. Those who wrote the questions saw the paragraphs and use their "
-    f"words, which helps BM25; `{HYBRID}` is that of the sum of both scores, each standardized."
+    "words, which helps BM25; `hybrid_mrr@10` is that of the sum of both scores, each standardized."
 )
 ABOUT = About(
     recipe="embedding",
     task="sentence-similarity",
-    metrics=[*METRICS, HYBRID],
+    metrics=METRICS,
     title="Search by embeddings",
     usage=USAGE,
     limits=LIMITS,

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         training,
         train_dataset=pairs,
         loss=BinaryCrossEntropyLoss(model),
-        evaluator=Evaluator(lambda model: search.measure(reranked(model, search, found))),
+        evaluator=Evaluator(lambda model: search.measure_both(reranked(model, search, found), found)),
     )
 
     train_and_report(
@@ -157,7 +157,10 @@ from sentence_transformers import CrossEncoder
 model = CrossEncoder("path/to/this/folder", model_kwargs={"attn_implementation": "dynmask"})
 model.rank("Who wrote the play?", ["The play was written by Ben Jonson.", "It rained all day in London."])
 """
-LIMITS = "It sorts texts that a search has found, and cannot find those that the search has missed."
+LIMITS = (
+    "It sorts texts that a search has found, and cannot find those that the search has missed. `hybrid_mrr@10` is that "
+    "of the sum of its scores and those of BM25, each standardized."
+)
 ABOUT = About(
     recipe="reranking",
     task="text-ranking",

@@ -57,8 +57,21 @@ class Search:
             **{f"recall@{first}": float((ranks <= first).mean()) for first in (1, TOP)},
         }
 
+    def measure_both(self, scores: np.ndarray, others: np.ndarray) -> dict[str, float]:
+        """[`measure`] of scores, and as `hybrid_mrr@10` that of the sum of both, each standardized over what was found
+        for a question in both."""
+        is_found = np.isfinite(scores) & np.isfinite(others)
+        both = np.where(is_found, _standardized(scores, is_found) + _standardized(others, is_found), -np.inf)
+        return self.measure(scores) | {METRICS[-1]: self.measure(both)[METRICS[0]]}
 
-METRICS = [f"mrr@{TOP}", "recall@1", f"recall@{TOP}"]
+
+def _standardized(scores: np.ndarray, is_found: np.ndarray) -> np.ndarray:
+    """Scores `(Q, P)` with mean 0 and, unless they are all equal, variance 1 for each question."""
+    centred = scores - scores.mean(1, keepdims=True, where=is_found)
+    return centred / np.maximum(centred.std(1, keepdims=True, where=is_found), 1e-6)
+
+
+METRICS = [f"mrr@{TOP}", "recall@1", f"recall@{TOP}", f"hybrid_mrr@{TOP}"]
 
 
 class Evaluator(BaseEvaluator):

@@ -70,6 +70,26 @@ def test_few_paragraphs_of_which_the_own_was_not_found():
     assert search_of(3, [0]).measure(scores) == {"mrr@10": 0, "recall@1": 0, "recall@10": 0}
 
 
+def test_both_searches_together():
+    """Together they find what neither finds alone, whatever the scale of the scores is."""
+    scores, others = np.array([[0.8, 0.9, 0.1, 0.2]]), np.array([[800.0, 100.0, 900.0, 200.0]])
+    found = search_of(4, [0]).measure_both(scores, others)
+    assert found == {"mrr@10": 0.5, "recall@1": 0, "recall@10": 1, "hybrid_mrr@10": 1}
+
+
+def test_both_searches_of_what_was_found():
+    """What was not found has no part in mean and variance: with it, the third paragraph would win."""
+    scores, others = np.array([[1.5, 1.0, 2.0, -np.inf]]), np.array([[3.0, 1.0, 1.5, 900.0]])
+    found = search_of(4, [0]).measure_both(scores, others)
+    assert found == {"mrr@10": 0.5, "recall@1": 0, "recall@10": 1, "hybrid_mrr@10": 1}
+    assert search_of(4, [3]).measure_both(scores, others)["hybrid_mrr@10"] == 0
+
+
+def test_equal_scores_have_no_part_in_the_sum():
+    found = search_of(3, [1]).measure_both(np.full((1, 3), 7.0), np.array([[1.0, 3.0, 2.0]]))
+    assert (found["mrr@10"], found["hybrid_mrr@10"]) == (pytest.approx(1 / 3), 1)
+
+
 def test_evaluator(search):
     found = search.measure(search.bm25())
     evaluator = Evaluator(lambda model: found if model == "model" else {})

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from datasets import config as datasets_config
 from huggingface_hub import ModelCard
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from embedding import measures, standardized
+from embedding import similarities
 from reranking import pairs_of, reranked
 from support.common import load_texts
 from support.retrieval import Search
@@ -91,9 +90,10 @@ def data(folder, monkeypatch):
     return load_texts(str(folder / "questions.jsonl"), "question", "context")
 
 
-def measures_of(recipe):
-    """A function that takes a model, a search and its scores by BM25."""
-    return getattr(recipe, "measures", lambda model, search, found: search.measure(reranked(model, search, found)))
+def measured(name: str, model: Any, search: Search) -> dict[str, float]:
+    found = search.bm25()
+    scores = reranked(model, search, found) if name == "reranking" else similarities(model, search)
+    return search.measure_both(scores, found)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -102,8 +102,7 @@ def measures_of(recipe):
 def test_saved_model_has_the_scores(run, data):
     """By the stock model, loaded from the saved files alone."""
     model = CLASSES[run.name](str(run.output), device="cpu", model_kwargs={"attn_implementation": "sdpa"})
-    search = Search(data["test"])
-    found = measures_of(run.recipe)(model, search, search.bm25())
+    found = measured(run.name, model, Search(data["test"]))
     assert {name: run.results["runs"]["dynmask"][name] for name in found} == pytest.approx(found)
 
 
@@ -137,8 +136,7 @@ def test_references_of_the_untrained_model(run, data, folder):
         return
     model = SentenceTransformer(str(folder / "model"), device="cpu")
     model.max_seq_length = 20
-    search = Search(data["test"])
-    found = measures(model, search, search.bm25())
+    found = measured(run.name, model, Search(data["test"]))
     assert {name: run.results["untrained"][name] for name in found} == pytest.approx(found)
 
 
@@ -156,34 +154,6 @@ def test_model_card_is_the_results(run, folder):
 def test_usage(run, capsys):
     """The code in the card."""
     exec(run.recipe.USAGE.replace("path/to/this/folder", str(run.output)), {})
-
-
-# --- embedding -------------------------------------------------------------------------------------------------------
-
-
-def test_standardized_scores():
-    found = standardized(np.array([[1.0, 2, 6], [5, 5, 5]]))
-    np.testing.assert_allclose(found.mean(1), 0, atol=1e-12)
-    np.testing.assert_allclose(found.std(1), [1, 0], atol=1e-12)
-
-
-def test_both_searches_together():
-    """What neither finds alone; the scale of the scores has no effect."""
-    search = Search(Dataset.from_dict({"question": ["a"], "context": ["own"]}))
-    search.paragraphs = ["own", "near", "far"]
-
-    class Model:
-        def encode_query(self, texts):
-            return np.ones((len(texts), 1))
-
-        encode_document = encode_query
-
-        def similarity(self, questions, paragraphs):
-            return torch.tensor([[0.8, 0.9, 0.1]])
-
-    model: Any = Model()
-    found = measures(model, search, np.array([[800.0, 100.0, 900.0]]))
-    assert found == {"mrr@10": 0.5, "recall@1": 0, "recall@10": 1, "hybrid_mrr@10": 1}
 
 
 # --- reranking -------------------------------------------------------------------------------------------------------
