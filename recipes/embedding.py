@@ -36,7 +36,7 @@ from transformers import set_seed
 import hf_dynmask  # noqa: F401  # registers `attn_implementation="dynmask"` with transformers
 from support.common import DropoutArguments, dropout_settings, load_texts, parse_arguments
 from support.reporting import About, train_and_report
-from support.retrieval import METRICS, Evaluator, Search, token_counts
+from support.retrieval import HYBRID, METRICS, Evaluator, Search, token_counts
 from support.samples import resolve_model
 
 
@@ -131,7 +131,7 @@ LIMITS = (
 ABOUT = About(
     recipe="embedding",
     task="sentence-similarity",
-    metrics=METRICS,
+    metrics=[*METRICS, HYBRID],
     title="Search by embeddings",
     usage=USAGE,
     limits=LIMITS,

@@ -33,7 +33,7 @@ from transformers import TrainingArguments, set_seed
 import hf_dynmask  # noqa: F401  # registers `attn_implementation="dynmask"` with transformers
 from support.common import DropoutArguments, dropout_settings, load_texts, parse_arguments
 from support.reporting import About, train_and_report
-from support.retrieval import METRICS, TOP, Evaluator, Search, token_counts
+from support.retrieval import HYBRID, METRICS, TOP, Evaluator, Search, token_counts
 from support.samples import resolve_model
 
 
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
         rows={"train": data["train"], "test": search.questions},
         lengths={"question and context": token_counts(model, pairs["question"], pairs["context"])},
-        trivial={"what": "the order of BM25", **search.measure(found)},
+        trivial={"what": "the order of BM25", **search.measure_both(found, found)},
     )
 
 
@@ -138,14 +138,14 @@ class RecipeArguments(DropoutArguments):
         default="sample:squad",
         metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with `question` and `context`."},
     )
-    max_length: int = field(default=384, metadata={"help": "Tokens of a pair; longer ones are cut."})
+    max_length: int = field(default=256, metadata={"help": "Tokens of a pair; longer ones are cut."})
     negatives: int = field(default=1, metadata={"help": "Wrong paragraphs per question to learn from."})
-    eval_rows: int = field(default=300, metadata={"help": "Maximum number of questions for evaluation."})
+    eval_rows: int = field(default=150, metadata={"help": "Maximum number of questions for evaluation."})
 
 
 DEFAULTS = {
     "output_dir": "outputs/reranking",
-    "max_steps": 100,
+    "max_steps": 120,
     "per_device_train_batch_size": 16,
     "learning_rate": 2e-4,
     "logging_steps": 10,
@@ -164,7 +164,7 @@ LIMITS = (
 ABOUT = About(
     recipe="reranking",
     task="text-ranking",
-    metrics=METRICS,
+    metrics=[HYBRID, *METRICS],
     title="Sorting the results of a search",
     usage=USAGE,
     limits=LIMITS,

@@ -163,12 +163,14 @@ def summary(results: Results) -> str:
     rows = [
         [
             names[name],
-            *(f"{run[measure]:.3f}" for measure in metrics),
+            *_measured(run, metrics),
             f"{run['tokens_per_second']:,.0f}",
             f"{run['train_seconds']:,.0f}",
         ]
         for name, run in runs.items()
     ]
+    if "untrained" in results:
+        rows.append(["none", *_measured(results["untrained"], metrics), "", ""])
     parts = [
         table(["training", *metrics, f"real {unit} per second", "seconds"], rows),
         f"Padding avoided: {results['padding_share']:.1%} of the places in padded batches.",
@@ -184,6 +186,10 @@ def summary(results: Results) -> str:
         ratio = runs["dynmask"]["tokens_per_second"] / runs[padded]["tokens_per_second"]
         parts.append(f"Speed-up over padded batches: {ratio:.2f}.")
     return "\n\n".join(parts)
+
+
+def _measured(run: Results, metrics: list[str]) -> list[str]:
+    return [f"{run[measure]:.3f}" for measure in metrics]
 
 
 def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCard:

@@ -62,7 +62,7 @@ class Search:
         for a question in both."""
         is_found = np.isfinite(scores) & np.isfinite(others)
         both = np.where(is_found, _standardized(scores, is_found) + _standardized(others, is_found), -np.inf)
-        return self.measure(scores) | {METRICS[-1]: self.measure(both)[METRICS[0]]}
+        return self.measure(scores) | {HYBRID: self.measure(both)[METRICS[0]]}
 
 
 def _standardized(scores: np.ndarray, is_found: np.ndarray) -> np.ndarray:
@@ -71,7 +71,8 @@ def _standardized(scores: np.ndarray, is_found: np.ndarray) -> np.ndarray:
     return centred / np.maximum(centred.std(1, keepdims=True, where=is_found), 1e-6)
 
 
-METRICS = [f"mrr@{TOP}", "recall@1", f"recall@{TOP}", f"hybrid_mrr@{TOP}"]
+METRICS = [f"mrr@{TOP}", "recall@1", f"recall@{TOP}"]
+HYBRID = f"hybrid_mrr@{TOP}"
 
 
 class Evaluator(BaseEvaluator):
