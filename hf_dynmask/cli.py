@@ -15,6 +15,7 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -32,7 +33,7 @@ from .modeling.plan import BLOCK_SIZE, MaskPlan
 from .registration import AUTO_CLASSES
 from .stock.unpadding import why_rows
 from .tools.audit import audit_dataset, histogram
-from .tools.check import check_model, compare, load_stock
+from .tools.check import Finding, Speed, check_model, compare, load_stock, time_model
 from .tools.dataset_files import read_dataset, text_column
 from .tools.plotting import (
     EMPTY,
@@ -105,6 +106,16 @@ def _libraries_in_silence() -> Iterator[None]:
             enable_progress_bar()
 
 
+@contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Shows on a terminal what is being done, and for how long."""
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task(what, total=None)
+        yield
+
+
 class _Commands(TyperGroup):
     """Commands whose errors are one line each."""
 
@@ -128,7 +139,7 @@ def main() -> None:
 # --- show ------------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(epilog="Example: hf-dynmask show 'causal & window(3, 0)' --lengths 12,5")
 def show(
     expressions: Annotated[list[str], typer.Argument(metavar="EXPR", help="Masks, such as 'causal & window(3, 0)'.")],
     lengths: Annotated[str, typer.Option(help="Tokens of each sequence, such as 12,5.")],
@@ -305,7 +316,7 @@ CASES = {
 }
 
 
-@app.command()
+@app.command(epilog="Example: hf-dynmask env --model answerdotai/ModernBERT-base")
 def env(
     model: Annotated[
         str | None, typer.Option(help="A stock checkpoint, a folder or Hub id: does it compute the padding of rows?")
@@ -338,9 +349,13 @@ def _says_of_padding(source: str) -> str:
     if isinstance(config, DynMaskBaseConfig):
         return f"This {config.model_type} model computes real tokens alone."
     with torch.device("meta"):
-        why = why_rows(AutoModel.from_config(config, attn_implementation="dynmask"))
+        model = AutoModel.from_config(config, attn_implementation="dynmask")
+    part, end = f"this {config.model_type} model", ""
+    if config.is_encoder_decoder:
+        model, part, end = model.get_encoder(), f"the encoder of {part}", "; its decoder computes padded rows"
+    why = why_rows(model)
     path = "real tokens alone" if why is None else f"padded rows as they are, since {why}"
-    return f"With attn_implementation='dynmask' this {config.model_type} model computes {path}."
+    return f"With attn_implementation='dynmask' {part} computes {path}{end}."
 
 
 def _wait_policy() -> str:
@@ -369,7 +384,7 @@ LONGEST_BAR = 50  # terminal columns of a histogram's longest bar
 SIDES = ("tokens", "tokens of the target")
 
 
-@app.command()
+@app.command(epilog="Example: hf-dynmask audit reviews.csv --model bert-base-uncased --batch-size 32 --time")
 def audit(
     dataset: Annotated[
         str,
@@ -392,7 +407,8 @@ def audit(
 ) -> None:
     """Show the lengths of a data set, the padding of its batches, and how much faster lengths are than padded rows."""
     rows = read_dataset(dataset, split)
-    found = audit_dataset(rows, model, batch_size, column or (), target, max_length, with_times=time)
+    with _progress("counting tokens and timing steps" if time else "counting tokens"):
+        found = audit_dataset(rows, model, batch_size, column or (), target, max_length, with_times=time)
     console = Console(highlight=False)
     for name, lengths in zip(SIDES, zip(*found.sizes, strict=True), strict=False):
         _print_histogram(console, name, lengths)
@@ -437,7 +453,7 @@ class Precision(str, Enum):
     float16 = "float16"
 
 
-@app.command()
+@app.command(epilog="Example: hf-dynmask check bert-base-uncased --data reviews.csv")
 def check(
     model: Annotated[str, typer.Argument(help="A checkpoint: a folder or Hub id of a DynMask or a stock model.")],
     data: Annotated[
@@ -450,25 +466,43 @@ def check(
         list[Precision] | None, typer.Option(help="What to run in.", show_default="float32, bfloat16")
     ] = None,
 ) -> None:
-    """Prove that a checkpoint computes the same with lengths as on padded rows, and that its sequences stay apart.
+    """Prove that a checkpoint computes the same without padding as on padded rows, and that its sequences stay apart.
 
-    Exit code 1 if it does not. Code that comes with a checkpoint is not run. It is compared with the installed package
+    The first line says whether it is exact, whether sequences leak, and how much faster it is here. A stock checkpoint
+    is run with attn_implementation='dynmask' and, if possible, converted.
+
+    Exit code 1 if it is wrong. Code that comes with a checkpoint is not run. It is compared with the installed package
     if that has the version that the checkpoint names, otherwise with the hashes in the checkpoint.
     """
-    if compared := verify_code(model):
-        typer.echo(f"code: no difference from {compared}")
+    compared = verify_code(model)
     texts = None if data is None else text_column(read_dataset(data, split), column)
     dtypes = [getattr(torch, name.value) for name in dtype or (Precision.float32, Precision.bfloat16)]
+    with _progress("comparing with padded rows"):
+        findings = list(check_model(model, texts, dtypes))
+    with _progress("timing"):
+        speeds = list(time_model(model, texts))
+    _print_summary(findings, speeds)
+    if compared:
+        typer.echo(f"code: no difference from {compared}")
+    typer.echo(_says_of_padding(model))
     table = Table("what", "dtype", "found", "allowed", "")
-    is_right = True
-    for finding in check_model(model, texts, dtypes):
+    for finding in findings:
         verdict = "right" if finding.is_right else Text("WRONG", style="bold red")
         numbers = (f"{finding.found:.3g}", f"{finding.allowed:.3g}")
         table.add_row(finding.what, str(finding.dtype).removeprefix("torch."), *numbers, verdict)
-        is_right = is_right and finding.is_right
     Console(highlight=False).print(table)
-    if not is_right:
+    if not all(finding.is_right for finding in findings):
         raise typer.Exit(1)
+
+
+def _print_summary(findings: Sequence[Finding], speeds: Sequence[Speed]) -> None:
+    leaks, others = ([each for each in findings if each.is_of_leaks is is_leak] for is_leak in (True, False))
+    exact = "exact" if all(each.is_right for each in others) else "NOT EXACT"
+    apart = "no leak" if all(each.is_right for each in leaks) else "SEQUENCES LEAK"
+    fastest = max(speeds, key=lambda speed: speed.speedup)
+    typer.echo(f"{exact}, {apart}, {fastest.speedup:.2f} times as fast as padded rows here ({fastest.what})")
+    ways = ", ".join(f"{speed.what} {speed.speedup:.2f}" for speed in speeds)
+    typer.echo(f"forward passes on {fastest.device}, float32, {fastest.padding:.0%} padding: {ways}")
 
 
 # --- export, convert -------------------------------------------------------------------------------------------------
@@ -477,14 +511,15 @@ Source = Annotated[str, typer.Argument(metavar="IN", help="A checkpoint: a folde
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="A folder: new, empty, or written by an earlier export.")]
 
 
-@app.command()
+@app.command(epilog="Example: hf-dynmask export outputs/model to_share")
 def export(source: Source, output: Output) -> None:
     """Write a DynMask checkpoint with its code, for those who do not have this package."""
-    export_model(load(source), output, load_tokenizer(source))
+    with _progress("exporting"):
+        export_model(load(source), output, load_tokenizer(source))
     typer.echo(f"wrote {output}")
 
 
-@app.command()
+@app.command(epilog="Example: hf-dynmask convert bert-base-uncased converted")
 def convert(
     source: Source,
     output: Output,
@@ -497,7 +532,7 @@ def convert(
 
     The result is loaded again and compared before it is put in place.
     """
-    with replacing(output) as new:
+    with _progress("converting, and comparing with the original"), replacing(output) as new:
         tokenizer, config = load_tokenizer(source), read_config(source)
         if type(config) in AUTO_CLASSES:
             ours = load(source)

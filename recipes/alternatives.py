@@ -11,6 +11,8 @@ Without dropout, in float32, on the CPU (flash attention, which needs a GPU, is 
 
     padded                     the stock model on padded rows: what a Trainer does by default
     length-grouped             the same on batches of alike lengths, by `train_sampling_strategy="group_by_length"`
+    batch-rebalanced           the same on batches of alike lengths within an optimizer step, here of all batches, by
+                               `train_sampling_strategy="batch_rebalance"`
     flattened                  the stock model on one row of all tokens, by `DataCollatorWithFlattening`
     flattened, mask by hand    the same with a mask `(1, 1, N, N)` that keeps the sequences apart; of BERT, which, in
                                contrast to Llama, makes none from positions that restart
@@ -19,6 +21,7 @@ Without dropout, in float32, on the CPU (flash attention, which needs a GPU, is 
                                compiled, which takes a C++ compiler and, for every size of the rows, some 10 seconds;
                                forward alone, as torch has no backward of it for CPUs
     hf_dynmask                 the DynMask model on the batches of `padded`, with lengths
+    hf_dynmask, one argument   the stock model with `attn_implementation="dynmask"` on the batches of `padded`
     hf_dynmask, flattened      the stock model with `attn_implementation="dynmask"` on the rows of `flattened`
     hf_dynmask, token budget   the DynMask model on batches of as many tokens, by `TokenBudgetBatchSampler`
 
@@ -42,7 +45,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import TokenClassifierOutput
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from hf_dynmask import TokenBudgetBatchSampler
 from support.cards import Results, describe_environment, table, write_json
@@ -180,6 +183,7 @@ def make_contenders(shape: str, lengths: Sequence[int], batch_size: int) -> dict
     shuffled = make_groups(torch.randperm(len(lengths)).tolist(), batch_size)
     max_tokens = max(sum(lengths[k] for k in group) for group in shuffled)
     budget = list(TokenBudgetBatchSampler(lengths, max_tokens))
+    rebalanced = BatchRebalanceSampler(list(lengths), len(lengths), dp_size=1, grad_accum=len(shuffled))
     lengths_given = partial(pad_with_lengths, config=stock.config)
     packed = partial(pack, size=max_tokens)
 
@@ -189,6 +193,7 @@ def make_contenders(shape: str, lengths: Sequence[int], batch_size: int) -> dict
     contenders = {
         "padded": contender(stock, pad, shuffled),
         "length-grouped": contender(stock, pad, grouped),
+        "batch-rebalanced": contender(stock, pad, list(rebalanced)),
         "flattened": contender(stock, flatten, shuffled),
     }
     if stock.config.model_type == "bert":
@@ -198,6 +203,7 @@ def make_contenders(shape: str, lengths: Sequence[int], batch_size: int) -> dict
     return contenders | {
         "packed, FlexAttention": contender(flex, packed, budget, trains=False),
         "hf_dynmask": contender(ours, lengths_given, shuffled),
+        "hf_dynmask, one argument": contender(attention, pad, shuffled),
         "hf_dynmask, flattened": contender(attention, flatten, shuffled),
         "hf_dynmask, token budget": contender(ours, lengths_given, budget),
     }

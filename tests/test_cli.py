@@ -1,16 +1,19 @@
 """The `hf-dynmask` command: what it prints is what the mask says; bad input is one line and exit code 2."""
 
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matplotlib import image, pyplot
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BartConfig, BertConfig, DebertaConfig
+from transformers import BartConfig, BertConfig, DebertaConfig, M2M100Config
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_dynmask import DynMaskConfig, cli, masks
@@ -231,10 +234,14 @@ def test_env_without_an_accelerator(monkeypatch):
             BertConfig.from_dict({"dynmask_unpad": False}),
             "padded rows as they are, since its configuration has `dynmask_unpad=False`.",
         ),
-        (BartConfig(), "this bart model computes padded rows as they are, since it may have cross-attention."),
+        (BartConfig(), "the encoder of this bart model computes real tokens alone; its decoder computes padded rows."),
+        (
+            M2M100Config(),
+            "the encoder of this m2m_100 model computes padded rows as they are, since it takes no `position_ids`;",
+        ),
         (DynMaskConfig(), "This dynmask model computes real tokens alone."),
     ],
-    ids=["bert", "switched off", "bart", "ours"],
+    ids=["bert", "switched off", "bart", "m2m_100", "ours"],
 )
 def test_env_of_a_model(config, told, tmp_path):
     config.save_pretrained(tmp_path)
@@ -307,6 +314,32 @@ def test_env_on_cuda(monkeypatch):
     mask, cases, runs, why = rows[-1]
     assert (mask, cases, runs) == ("causal & topk(16)", "all", "blocks")
     assert why.endswith("\nflex: `topk` looks at all keys of a query at once")
+
+
+COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example_that_runs(name):
+    command = COMMANDS[name]
+    program, of_command, *arguments = shlex.split(command.epilog.removeprefix("Example: "))
+    assert (program, of_command) == ("hf-dynmask", name)
+    with command.make_context(name, arguments):  # raises for an option or a value that it does not take
+        pass
+    help_text = run(name, "--help").output
+    assert " ".join(command.epilog.split()) in " ".join(help_text.split())
+    assert max(map(len, help_text.splitlines())) <= 80
+
+
+def test_progress_is_shown_on_a_terminal_alone(monkeypatch, capsys):
+    with cli._progress("counting"):
+        pass
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    with cli._progress("counting"):
+        pass
+    shown = capsys.readouterr()
+    assert shown.out == "" and "counting" in shown.err and "0:00:00" in shown.err
 
 
 def test_the_entry_point():

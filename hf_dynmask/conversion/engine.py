@@ -47,7 +47,7 @@ from ..modeling.modeling_dynmask_seq2seq import (
     DynMaskSeq2SeqModel,
 )
 from ..stock.batches import CONFIG_ENTRY, NAME
-from .family import Family, OurConfig, Settings, all_families, classifier_dropout
+from .family import POOLED, TOKEN_HEADS, Family, OurConfig, Settings, all_families, classifier_dropout
 from .weights import to_ours, to_theirs
 from .zero3 import whole_weights
 
@@ -93,6 +93,7 @@ ADAPTED = (".base_layer", ".original_module")  # PEFT's name for a layer that it
 
 COMMON_FIELDS = {field.name for field in fields(DynMaskBaseConfig)}
 OUR_FIELDS = [field.name for field in fields(DynMaskConfig) if field.name not in COMMON_FIELDS]
+OF_CLASSIFIERS = {"classifier_pooling", "classifier_transform", "classifier_bias"}
 SIDES = tuple(DynMaskSeq2SeqConfig.sub_configs)
 
 
@@ -105,15 +106,17 @@ def from_transformers(
     Args:
         source (`str`, `os.PathLike` or [`PreTrainedModel`]):
             A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `camembert`, `distilbert`,
-            `electra`, `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gpt2`, `llama`, `mistral`, `qwen2`
-            or `qwen3`; or an encoder-decoder of type `bart` or `marian`. Sliding windows become mask expressions. A
-            loaded model may be compiled or wrapped for parallel training; PEFT adapters must be merged.
+            `electra`, `eurobert`, `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gemma3_text`,
+            `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`; or an encoder-decoder of type `bart` or `marian`. Sliding
+            windows become mask expressions. A loaded model may be compiled or wrapped for parallel training; PEFT
+            adapters must be merged.
         task (`str`, *optional*):
-            `"base"`, `"token-classification"` or `"question-answering"`; for encoders also `"masked-lm"`,
-            `"sequence-classification"` or `"multiple-choice"`, for decoders `"causal-lm"`. ModernBERT has only `"base"`
-            and `"masked-lm"`; encoder-decoders have `"base"`, `"seq2seq-lm"` and (BART) `"sequence-classification"`.
-            `None`: the task of the checkpoint's `architectures` or of the loaded model's class, or `"base"` if the
-            checkpoint names no such class.
+            `"base"`, `"sequence-classification"`, `"token-classification"` or `"question-answering"`; for encoders also
+            `"masked-lm"` or `"multiple-choice"`, for decoders `"causal-lm"`. As in transformers, EuroBERT and Gemma 3
+            lack `"question-answering"`, the former also `"multiple-choice"`, the latter `"token-classification"`.
+            Encoder-decoders have `"base"`, `"seq2seq-lm"` and (BART) `"sequence-classification"`. `None`: the task of
+            the checkpoint's `architectures` or of the loaded model's class, or `"base"` if the checkpoint names no such
+            class.
         overrides (*optional*):
             Config fields. Fields of the stock config (`num_labels`, `hidden_dropout_prob`, …) are passed to the stock
             model's `from_pretrained`, as are loading options (`dtype`, `revision`, …). Fields that only
@@ -383,6 +386,7 @@ def _function(config: OurConfig, task: str) -> Settings:
         }
         return of_sides | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
     unread = {"source_model_type", "layer_masks", "layer_types", "bos_token_id", "eos_token_id", "use_cache"}
+    unread |= OF_CLASSIFIERS
     if task != "base":
         unread |= {"use_pooler"}
     if not config.add_cross_attention:
@@ -392,7 +396,15 @@ def _function(config: OurConfig, task: str) -> Settings:
     settings["rope_parameters"] = _once_if_equal(config.rope_by_layer())
     if config.add_cross_attention:
         settings["cross_mask"] = str(parse(config.cross_mask))
-    return settings | {"classifier_dropout": classifier_dropout(config)}
+    return settings | {"classifier_dropout": classifier_dropout(config)} | _classifier(config, task)
+
+
+def _classifier(config: DynMaskConfig, task: str) -> Settings:
+    """The settings of classifiers that a head reads: to one of tokens a pooler is nothing."""
+    if task in POOLED or task == "base" and config.use_pooler:
+        return {name: getattr(config, name) for name in OF_CLASSIFIERS}
+    transform = config.classifier_transform
+    return {"classifier_transform": "none" if transform == "pooler" else transform} if task in TOKEN_HEADS else {}
 
 
 def _once_if_equal(of_layers: list[Any]) -> Any:

@@ -24,6 +24,8 @@ TOKEN_HEADS: dict[str, Names] = {
     "token-classification": {"classifier": "classifier"},
     "question-answering": {"qa_outputs": "qa_outputs"},
 }
+# Tasks whose heads read what is pooled of a sequence.
+POOLED = ("sequence-classification", "multiple-choice")
 
 
 @dataclass(frozen=True)

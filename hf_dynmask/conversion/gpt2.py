@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..modeling.configuration_dynmask import DynMaskConfig
 from .family import TOKEN_HEADS, Family, Settings
-from .llama import head_dropout, restored_head_dropout
+from .llama import HEADS, head_settings, restored_head_dropout
 
 
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
@@ -21,7 +21,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
         "embedding_norm": False,
         "use_pooler": False,
         "mask": "causal",
-        **head_dropout(config, task),
+        **head_settings(config, task),
     }
 
 
@@ -58,7 +58,7 @@ GPT2 = Family(
         "layers.{i}.feed_forward.down_proj": "h.{i}.mlp.c_proj",
         "final_norm": "ln_f",
     },
-    heads={"base": {}, "causal-lm": {"lm_head": "lm_head"}, **TOKEN_HEADS},
+    heads={**HEADS, **TOKEN_HEADS},
     renamed={
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",

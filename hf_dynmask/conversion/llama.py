@@ -23,6 +23,7 @@ DECODER: Names = {
 HEADS: dict[str, Names] = {
     "base": {},
     "causal-lm": {"lm_head": "lm_head"},
+    "sequence-classification": {"classifier": "score"},
     "token-classification": {"classifier": "score"},
     "question-answering": {"qa_outputs": "qa_outputs"},
 }
@@ -32,15 +33,25 @@ RENAMED = {"norm_eps": "rms_norm_eps", "attention_probs_dropout_prob": "attentio
 _CLASSIFIER_DROPOUT = 0.1
 
 
-def head_dropout(config: PreTrainedConfig, task: str) -> Settings:
-    """The dropout before a decoder's classifier; other heads have none."""
+def head_settings(config: PreTrainedConfig, task: str) -> Settings:
+    """A decoder's heads: dropout before a classifier of tokens alone; one of sequences is a matrix at the last token.
+
+    As in the stock code, that is the last token whose id is not `pad_token_id`; with `inputs_embeds`, where the stock
+    code reads the last column, and without such an id it is the last token.
+    """
     found = getattr(config, "classifier_dropout", None)
-    of_classifier = _CLASSIFIER_DROPOUT if found is None else found
-    return {"classifier_dropout": {"token-classification": of_classifier, "question-answering": 0.0}.get(task)}
+    of_tokens = _CLASSIFIER_DROPOUT if found is None else found
+    without = dict.fromkeys(("question-answering", "sequence-classification"), 0.0)
+    return {
+        "classifier_dropout": {"token-classification": of_tokens, **without}.get(task),
+        "classifier_pooling": "last",
+        "classifier_transform": "none",
+        "classifier_bias": False,
+    }
 
 
 def restored_head_dropout(config: DynMaskConfig, task: str) -> Settings:
-    """The inverse of [`head_dropout`]."""
+    """The inverse of the dropout in [`head_settings`]."""
     dropout = classifier_dropout(config)
     return {"classifier_dropout": dropout} if task == "token-classification" and dropout != _CLASSIFIER_DROPOUT else {}
 
@@ -56,7 +67,7 @@ def decoder(config: PreTrainedConfig, task: str) -> Settings:
         "hidden_dropout_prob": 0.0,
         "use_pooler": False,
         "mask": "causal",
-        **head_dropout(config, task),
+        **head_settings(config, task),
     }
 
 

@@ -1,20 +1,18 @@
-"""ModernBERT (arXiv:2412.13663), after `transformers.models.modernbert.modeling_modernbert`.
-
-Its other heads normalise their inputs, which ours do not: fine-tune those from the bare model.
-"""
+"""ModernBERT (arXiv:2412.13663), after `transformers.models.modernbert.modeling_modernbert`."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
 from ..modeling.configuration_dynmask import DynMaskConfig
-from .family import Family, Settings
+from .family import Family, Names, Settings, classifier_dropout
 
-_KINDS = ("full_attention", "sliding_attention")
+KINDS = ("full_attention", "sliding_attention")
+_POOLINGS = {"cls": "first", "mean": "mean"}
 
 
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
-    masks = dict(zip(_KINDS, ("full", f"window({config.local_attention // 2})"), strict=True))
+    masks = dict(zip(KINDS, ("full", f"window({config.local_attention // 2})"), strict=True))
     return {
         "layer_masks": [masks[kind] for kind in config.layer_types],
         "layer_types": list(config.layer_types),
@@ -24,19 +22,30 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
         "gated_feed_forward": True,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "classifier_dropout": None,
+        "classifier_pooling": _POOLINGS[config.classifier_pooling],
+        "classifier_transform": "lm_head",
+        "classifier_bias": True,  # the stock setting of this name is of the dense layer before
         "use_pooler": False,
     }
 
 
-def _restored(config: DynMaskConfig, task: str) -> Settings:
+def restored_layers(config: DynMaskConfig) -> tuple[Settings, int | None]:
+    """Which layers slide, their rotary parameters, and how far to the left the widest window among them reaches."""
     widths = [left for left, _ in (mask.band() or (None, None) for mask in config.masks())]
-    kinds = [_KINDS[width is not None] for width in widths]
+    kinds = [KINDS[width is not None] for width in widths]
+    rotary = dict(zip(kinds, config.rope_by_layer(), strict=True)) if config.rope_parameters else None
     widest = max((width for width in widths if width is not None), default=None)
+    return {"layer_types": kinds, "rope_parameters": rotary}, widest
+
+
+def _restored(config: DynMaskConfig, task: str) -> Settings:
+    layers, widest = restored_layers(config)
     return {
-        "layer_types": kinds,
-        "rope_parameters": dict(zip(kinds, config.rope_by_layer(), strict=True)) if config.rope_parameters else None,
-        "classifier_dropout": 0.0,
+        **layers,
+        "classifier_dropout": classifier_dropout(config),
+        "classifier_pooling": {ours: theirs for theirs, ours in _POOLINGS.items()}.get(
+            config.classifier_pooling, "cls"
+        ),
         **({} if widest is None else {"local_attention": 2 * widest}),
     }
 
@@ -47,9 +56,16 @@ def _required(config: PreTrainedConfig, task: str) -> Settings:
         "embedding_dropout": 0.0,
         "attention_dropout": 0.0,
         "mlp_dropout": 0.0,
-        "decoder_bias": True,
+        **({"sparse_prediction": False} if task == "masked-lm" else {}),
     }
 
+
+_TOKENS: Names = {"transform.dense": "head.dense", "transform.norm": "head.norm"}
+_POOLED: Names = {
+    "model.pooler.dense": "head.dense",
+    "model.pooler.norm": "head.norm",
+    "classifier": "classifier",
+}
 
 MODERNBERT = Family(
     model_types=("modernbert",),
@@ -71,6 +87,10 @@ MODERNBERT = Family(
     heads={
         "base": {},
         "masked-lm": {"lm_head.dense": "head.dense", "lm_head.norm": "head.norm", "lm_head.decoder": "decoder"},
+        "sequence-classification": _POOLED,
+        "token-classification": {**_TOKENS, "classifier": "classifier"},
+        "question-answering": {**_TOKENS, "qa_outputs": "classifier"},
+        "multiple-choice": _POOLED,
     },
     renamed={
         "hidden_act": "hidden_activation",

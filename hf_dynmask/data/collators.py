@@ -413,16 +413,11 @@ class DataCollatorForFeatures(CollatorWithLengths):
 
     ```python
     >>> collator = DataCollatorForFeatures()
-    >>> collator([{"input_features": [[0.5], [1.0], [1.5]], "labels": [4]}, {"input_features": [[2.0]], "labels": []}])
-    {'input_features': tensor([[[0.5000],
-             [1.0000],
-             [1.5000]],
-
-            [[2.0000],
-             [0.0000],
-             [0.0000]]]), 'lengths': tensor([3, 1]), 'attention_mask': tensor([[1, 1, 1],
-            [1, 0, 0]]), 'labels': tensor([[   4],
-            [-100]])}
+    >>> batch = collator([{"input_features": [[0.5], [1.0]], "labels": [4]}, {"input_features": [[2.0]], "labels": []}])
+    >>> batch["input_features"].squeeze(-1), batch["lengths"], batch["labels"]
+    (tensor([[0.5000, 1.0000],
+            [2.0000, 0.0000]]), tensor([2, 1]), tensor([[   4],
+            [-100]]))
     ```
     """
 
@@ -555,7 +550,7 @@ class DataCollatorForSeq2SeqWithLengths:
         return batch
 
     def role(self, name: str, values: list[Tensor]) -> str:
-        """The role of a column in relation to the source's tokens, see [`DataCollatorWithLengths.role`]. Columns of the
+        """The role of a column in relation to the source's tokens, as in [`DataCollatorWithLengths`]. Columns of the
         target are per example."""
         return EXAMPLE if _of_target(name) else self._source_collator(name == "input_features").role(name, values)
 

@@ -88,7 +88,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     ```python
     >>> sampler = TokenBudgetBatchSampler([5, 3, 4, 2, 2], max_tokens=8, shuffle=False)
     >>> list(sampler)
-    [[0, 1], [2, 3, 4]]
+    [[0], [2, 4], [1, 3]]
     ```
     """
 

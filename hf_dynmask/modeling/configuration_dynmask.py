@@ -73,10 +73,11 @@ def _mask(name: str, value: str) -> None:
     num_key_value_heads=at_least(1),
     head_dim=at_least(1),
     value_head_dim=at_least(1),
+    query_pre_attn_scalar=positive,
     intermediate_size=at_least(1),
     hidden_act=activation,
-    norm_type=one_of("layer_norm", "rms_norm"),
-    norm_placement=one_of("pre", "post"),
+    norm_type=one_of("layer_norm", "rms_norm", "zero_centered_rms_norm"),
+    norm_placement=one_of("pre", "post", "both"),
     norm_eps=positive,
     embedding_scale=positive,
     position_type=one_of("learned", "sinusoidal", "rotary", "none"),
@@ -91,6 +92,8 @@ def _mask(name: str, value: str) -> None:
     pooler_act=activation,
     pooler_dropout=probability,
     lm_head_act=activation,
+    classifier_pooling=one_of("first", "last", "mean", "late"),
+    classifier_transform=one_of("pooler", "lm_head", "none"),
     mask=_mask,
     layer_masks=each(_mask),
     cross_mask=_mask,
@@ -120,19 +123,22 @@ class DynMaskConfig(DynMaskBaseConfig):
             Key/value heads; must divide the query heads (grouped-query attention). `None`: as many as query heads.
         head_dim (`int`, *optional*): Size of a query/key head. `None`: `hidden_size // num_attention_heads`.
         value_head_dim (`int`, *optional*): Size of a value head. `None`: `head_dim`.
+        query_pre_attn_scalar (`float`, *optional*): Scores are divided by its root (Gemma 3). `None`: `head_dim`.
         intermediate_size (`int`, *optional*, defaults to 2048): Inner width of the feed-forward layer.
         hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the feed-forward layer.
         gated_feed_forward (`bool`, *optional*, defaults to `False`):
             `down(act(gate(x)) * up(x))` (GLU variants, arXiv:2002.05202) in place of `down(act(up(x)))`.
-        norm_type (`str`, *optional*, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`.
+        norm_type (`str`, *optional*, defaults to `"layer_norm"`):
+            `"layer_norm"`, `"rms_norm"` or `"zero_centered_rms_norm"`, which multiplies by 1 + weight (Gemma).
         norm_placement (`str`, *optional*, defaults to `"post"`):
-            `"post"` normalises each residual sum (BERT); `"pre"` each sublayer's input and the last output (Llama).
+            `"post"` normalises each residual sum (BERT); `"pre"` each sublayer's input and the last output (Llama);
+            `"both"` each sublayer's output, too (Gemma 3).
         norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of every norm.
         norm_bias (`bool`, *optional*, defaults to `True`): Whether a LayerNorm has a bias.
         first_attention_norm (`bool`, *optional*, defaults to `True`):
-            Whether the first layer has a norm before its attention, with `norm_placement="pre"` (ModernBERT has none,
-            as its embeddings are normalised).
-        embedding_scale (`float`, *optional*, defaults to 1.0): Factor of the token embeddings (BART, Marian).
+            Whether the first layer has a norm before its attention, unless `norm_placement="post"` (ModernBERT has
+            none, as its embeddings are normalised).
+        embedding_scale (`float`, *optional*, defaults to 1.0): Factor of the token embeddings (BART, Gemma).
         embedding_norm (`bool`, *optional*, defaults to `True`): Whether the summed embeddings are normalised.
         position_type (`str`, *optional*, defaults to `"learned"`):
             `"learned"`, `"sinusoidal"` (arXiv:1706.03762), `"rotary"` (arXiv:2104.09864) or `"none"`.
@@ -153,7 +159,7 @@ class DynMaskConfig(DynMaskBaseConfig):
         attention_bias (`bool`, *optional*, defaults to `True`): Whether the attention projections have biases.
         attention_output_bias (`bool`, *optional*): Whether the output projection has one. `None`: `attention_bias`.
         use_qk_norm (`bool`, *optional*, defaults to `False`):
-            Whether queries and keys are RMS-normalised head by head before rotary positions (Qwen3).
+            Whether queries and keys are RMS-normalised head by head before rotary positions (Qwen3, Gemma 3).
         mlp_bias (`bool`, *optional*, defaults to `True`): Whether the feed-forward projections have biases.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of embeddings and sublayer outputs.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of the attention weights.
@@ -161,8 +167,20 @@ class DynMaskConfig(DynMaskBaseConfig):
         use_pooler (`bool`, *optional*, defaults to `True`): Whether the bare model has a pooler.
         pooler_act (`str`, *optional*, defaults to `"tanh"`): Activation of the pooler.
         pooler_dropout (`float`, *optional*, defaults to 0.0): Dropout before the pooler.
+        classifier_pooling (`str`, *optional*, defaults to `"first"`):
+            What a pooler and a classifier of sequences read: the `"first"` token (BERT), the `"last"` one whose id is
+            not `pad_token_id` (Llama), the `"mean"` of all tokens, or the mean after each is transformed, `"late"`. An
+            encoder-decoder's classifier reads the decoder's last token.
+        classifier_transform (`str`, *optional*, defaults to `"pooler"`):
+            What stands between states and a classifier: the `"pooler"`, for classifiers of sequences alone (BERT); the
+            dense layer, activation and norm of an `"lm_head"`, for those of tokens and answers, too (ModernBERT); or
+            `"none"` (Llama).
+        classifier_bias (`bool`, *optional*, defaults to `True`): Whether a classifier of sequences has a bias.
+        lm_head_transform (`bool`, *optional*, defaults to `True`):
+            Whether a masked-LM head has a dense layer, activation and norm before its decoder (EuroBERT has none).
         lm_head_act (`str`, *optional*, defaults to `"gelu"`): Activation inside the masked-LM head.
         lm_head_bias (`bool`, *optional*, defaults to `True`): Whether the dense layer inside that head has a bias.
+        decoder_bias (`bool`, *optional*, defaults to `True`): Whether the decoder of that head has one.
         mask (`str`, *optional*):
             Mask expression of every layer; see [`hf_dynmask.masks`]. `None`: `"full"`, or `"causal"` in a causal
             language model.
@@ -202,6 +220,7 @@ class DynMaskConfig(DynMaskBaseConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     value_head_dim: int | None = None
+    query_pre_attn_scalar: float | int | None = None
     intermediate_size: int = 2048
     hidden_act: str = "gelu"
     gated_feed_forward: bool = False
@@ -229,8 +248,13 @@ class DynMaskConfig(DynMaskBaseConfig):
     use_pooler: bool = True
     pooler_act: str = "tanh"
     pooler_dropout: float | int = 0.0
+    classifier_pooling: str = "first"
+    classifier_transform: str = "pooler"
+    classifier_bias: bool = True
+    lm_head_transform: bool = True
     lm_head_act: str = "gelu"
     lm_head_bias: bool = True
+    decoder_bias: bool = True
     mask: str | None = None
     layer_masks: list[str] | None = None
     add_cross_attention: bool = False
@@ -255,6 +279,8 @@ class DynMaskConfig(DynMaskBaseConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.value_head_dim is None:
             self.value_head_dim = self.head_dim
+        if self.query_pre_attn_scalar is None:
+            self.query_pre_attn_scalar = self.head_dim
         self.conv_kernel, self.conv_stride = list(self.conv_kernel), list(self.conv_stride)
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
@@ -338,6 +364,13 @@ class DynMaskConfig(DynMaskBaseConfig):
             partial = parameters.get("partial_rotary_factor", 1.0)
             if partial != 1.0:
                 raise ValueError(f"`partial_rotary_factor` must be 1.0: heads are rotated whole; got {partial}")
+
+    def validate_lm_head(self):
+        if not self.lm_head_transform and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"`embedding_size` must be hidden_size={self.hidden_size} with lm_head_transform=False; "
+                f"got {self.embedding_size}"
+            )
 
     def validate_features(self):
         if self.num_features is None and self.conv_kernel:

@@ -34,6 +34,7 @@ class DynMaskRecurrentConfig(DynMaskBaseConfig):
         bidirectional (`bool`, *optional*, defaults to `True`): Whether each layer also reads from the end.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of what each layer reads.
         classifier_dropout (`float`, *optional*): Dropout before a classifier. `None`: `hidden_dropout_prob`.
+        classifier_bias (`bool`, *optional*, defaults to `True`): Whether a classifier of sequences has a bias.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of initial embeddings and classifiers; recurrent weights start as in `torch.nn`.
 
@@ -52,6 +53,7 @@ class DynMaskRecurrentConfig(DynMaskBaseConfig):
     bidirectional: bool = True
     hidden_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None
+    classifier_bias: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
 

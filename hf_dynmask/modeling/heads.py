@@ -85,6 +85,10 @@ class TaskModel(PreTrainedModel):
     def _add_head(self, config) -> None:
         raise NotImplementedError
 
+    def _new_transform(self, config) -> nn.Module:
+        """What stands between states of tokens and their classifier, before its dropout."""
+        return nn.Identity()
+
     def _predict(
         self,
         outputs: BaseModelOutputWithPoolingAndCrossAttentions,
@@ -156,10 +160,11 @@ class TokenClassification(TaskModel):
     output_class = TokenClassifierOutput
 
     def _add_head(self, config):
+        self.transform = self._new_transform(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def _predict(self, outputs, layout, labels, num_items_in_batch):
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        logits = self.classifier(self.dropout(self.transform(outputs.last_hidden_state)))
         loss = None
         if labels is not None:
             loss = token_loss(logits, flat_labels("labels", labels, layout), num_items_in_batch)
@@ -173,7 +178,7 @@ class SequenceClassification(TaskModel):
     pooling = True
 
     def _add_head(self, config):
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
 
     def _predict(self, outputs, layout, labels, num_items_in_batch):
         logits = self.classifier(self.dropout(outputs.pooler_output))

@@ -472,9 +472,27 @@ class SequenceLayout:
         """
         return self._tokens_at(self.starts, flat)
 
-    def last_tokens(self, flat: Tensor) -> Tensor:
-        """Last token of each sequence; see [`first_tokens`]."""
-        return self._tokens_at(self.lengths.cumsum(0) - 1, flat)
+    def last_tokens(self, flat: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Last token of each sequence; see [`first_tokens`].
+
+        Args:
+            counted (bool `Tensor` of shape `(N,)`, *optional*):
+                Tokens of which to take the last; where a sequence has none of them, its first token is taken.
+        """
+        places = self.lengths.cumsum(0) - 1
+        if counted is not None:
+            own = torch.arange(self.num_tokens, device=self.device).where(counted, 0)
+            places = own.new_zeros(self.num_sequences + self.has_tail).scatter_reduce(0, self.sequence_ids, own, "amax")
+            places = torch.maximum(places[: self.num_sequences], self.starts)
+        return self._tokens_at(places, flat)
+
+    def mean_tokens(self, flat: Tensor) -> Tensor:
+        """Mean of each sequence's tokens, summed in float32 or better; see [`first_tokens`]."""
+        values = flat[0].to(torch.promote_types(flat.dtype, torch.float32))
+        sums = values.new_zeros(self.num_sequences + self.has_tail, *values.shape[1:])
+        sums = sums.index_add(0, self.sequence_ids, values)[: self.num_sequences]
+        counts = self.lengths.clamp(min=1).view(-1, *(1,) * (values.dim() - 1))
+        return (sums / counts).to(flat.dtype)
 
     def _tokens_at(self, places: Tensor, flat: Tensor) -> Tensor:
         """The token at one place in each sequence that has any."""

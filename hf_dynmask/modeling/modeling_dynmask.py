@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, frames_of_batch, given, given_input, is_explicit, layout_of_batch, per_token
 from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
+from .embedding import embed_tokens
 from .fields import TOKEN_FIELDS, key_name
 from .generation import DynMaskGenerationMixin
 from .graph_attention import GraphPlan, fields_of
@@ -43,14 +44,16 @@ from .masks import Dense, TopK, parse
 from .modeling_base import DynMaskBaseModel, known_keywords, warn_of_adapters_alone, warn_of_unread_fields
 from .modules import (
     ATTENTION_IMPLEMENTATIONS,
+    POOLERS,
     AttentionSettings,
     DynMaskEmbeddings,
     DynMaskKeyScores,
     DynMaskLayer,
     DynMaskLMHead,
-    DynMaskPooler,
     DynMaskRotaryEmbedding,
     DynMaskSinusoidalEmbedding,
+    DynMaskTransform,
+    DynMaskZeroCenteredRMSNorm,
     make_norm,
 )
 from .plan import MaskPlan
@@ -140,6 +143,8 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
         super()._init_weights(module)
         if isinstance(module, DynMaskKeyScores):
             init.zeros_(module.scale)
+        if isinstance(module, DynMaskZeroCenteredRMSNorm):
+            init.zeros_(module.weight)
         if isinstance(module, DynMaskSinusoidalEmbedding):
             init.copy_(module.weight, module.table(*module.weight.shape, device=module.weight.device))
 
@@ -160,10 +165,10 @@ class DynMaskModel(DynMaskPreTrainedModel):
         self.rotary_emb = DynMaskRotaryEmbedding(config) if rotary and not by_type else None
         self.rotary_by_type = nn.ModuleDict({kind: DynMaskRotaryEmbedding(config, kind) for kind in by_type})
         self.layers = nn.ModuleList([DynMaskLayer(config, layer) for layer in range(config.num_hidden_layers)])
-        norm_before = config.norm_placement == "pre"
+        norm_before = config.norm_placement != "post"
         self.final_norm = make_norm(config, config.hidden_size) if norm_before else nn.Identity()
         with_pooler = config.use_pooler if add_pooling_layer is None else add_pooling_layer
-        self.pooler = DynMaskPooler(config) if with_pooler else None
+        self.pooler = POOLERS[config.classifier_transform](config) if with_pooler else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -318,11 +323,25 @@ class DynMaskModel(DynMaskPreTrainedModel):
             BaseModelOutputWithPoolingAndCrossAttentions,
             cache,
             last_hidden_state=padded,
-            pooler_output=self.pooler(layout.first_tokens(states)) if self.pooler is not None else None,
+            pooler_output=self._pooled(states, layout, input_ids),
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
             cross_attentions=tuple(all_cross_weights) if output_attentions and cross_plan is not None else None,
         )
+
+    def _pooled(self, states: Tensor, layout: SequenceLayout, input_ids: Tensor | None) -> Tensor | None:
+        """What the pooler makes of states `(1, N, C)`: `(S, C)`."""
+        if self.pooler is None:
+            return None
+        pooling, pad_id = self.config.classifier_pooling, self.config.pad_token_id
+        if pooling == "late":
+            return layout.mean_tokens(self.pooler(states))
+        if pooling == "mean":
+            return self.pooler(layout.mean_tokens(states))
+        if pooling == "first":
+            return self.pooler(layout.first_tokens(states))
+        has_ids = input_ids is not None and pad_id is not None
+        return self.pooler(layout.last_tokens(states, layout.flatten(input_ids)[0] != pad_id if has_ids else None))
 
     def fields_read(self) -> set[str]:
         """Names of the fields that the model's masks read."""
@@ -458,7 +477,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
         """Flat states `(1, N, C)` and positions `(1, N)` from inputs in the batch's layout."""
         position_ids = self.embeddings.positions(layout, position_ids)
         if inputs_embeds is None:
-            words = self.embeddings.words(layout.flatten(integers("input_ids", input_ids)), layout)
+            ids = layout.flatten(integers("input_ids", input_ids))
+            words = embed_tokens(self.embeddings.word_embeddings, ids, layout)
         else:
             words = layout.flatten_values(inputs_embeds)
         types = None
@@ -472,6 +492,9 @@ class DynMaskTaskModel(TaskModel, DynMaskPreTrainedModel):
 
     def _new_encoder(self, config):
         return DynMaskModel(config, add_pooling_layer=self.pooling)
+
+    def _new_transform(self, config):
+        return DynMaskTransform(config) if config.classifier_transform == "lm_head" else nn.Identity()
 
 
 class DynMaskForMaskedLM(DynMaskTaskModel):
@@ -697,7 +720,7 @@ class DynMaskForMultipleChoice(DynMaskTaskModel):
     pooling = True
 
     def _add_head(self, config):
-        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.classifier = nn.Linear(config.hidden_size, 1, bias=config.classifier_bias)
 
     def _encode(self, **inputs):
         choices = given_input(self.main_input_name, **inputs).shape[1]
@@ -724,6 +747,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
     output_class = QuestionAnsweringModelOutput
 
     def _add_head(self, config):
+        self.transform = self._new_transform(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
     @known_keywords("labels")  # which the Trainer counts; the answer is in the positions
@@ -772,7 +796,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
             input_features=input_features,
             **kwargs,
         )
-        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
+        logits = self.qa_outputs(self.dropout(self.transform(outputs.last_hidden_state)))
         loss = None
         if start_positions is not None and end_positions is not None:
             ends = zip(logits.unbind(-1), (start_positions, end_positions), strict=True)

@@ -35,7 +35,7 @@ from .layout import IGNORE_INDEX, SequenceLayout, rolled, select_targets
 from .losses import flat_labels, sequence_loss, token_loss
 from .modeling_base import known_keywords, warn_of_adapters_alone, warn_of_unread_fields
 from .modeling_dynmask import DynMaskModel, DynMaskPreTrainedModel
-from .modules import DynMaskPooler
+from .modules import POOLERS
 
 ENCODER = "encoder.embeddings.word_embeddings.weight"
 DECODER = "decoder.embeddings.word_embeddings.weight"
@@ -227,8 +227,10 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         return self._readers()[0].get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        for side in self._readers():
-            side.set_input_embeddings(value)
+        first, *others = self._readers()
+        first.set_input_embeddings(value)
+        for side in others:  # each has a table of its own, for its scale
+            side.get_input_embeddings().weight = value.weight
 
     def _readers(self) -> list[DynMaskModel]:
         """The sides that read tokens through the table of [`get_input_embeddings`]."""
@@ -512,9 +514,9 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DynMaskSeq2SeqModel(config)
-        self.pooler = DynMaskPooler(config.decoder)
+        self.pooler = POOLERS[config.decoder.classifier_transform](config.decoder)
         self.dropout = classifier_dropout(config.decoder)
-        self.classifier = nn.Linear(config.decoder.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.decoder.hidden_size, config.num_labels, bias=config.decoder.classifier_bias)
         self.post_init()
 
     def _made_target(self, source, target, labels):

@@ -21,7 +21,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from .batch import per_token
 from .configuration_dynmask import DynMaskConfig, masks_of
-from .embedding import embed_tokens
 from .features import DynMaskFeatureEmbeddings
 from .graph_attention import attend
 from .kv_cache import given_cache
@@ -35,9 +34,24 @@ ATTENTION_IMPLEMENTATIONS = {"dynmask": "auto", "eager": "reference", "sdpa": "s
 
 def make_norm(config: DynMaskConfig, size: int) -> nn.Module:
     """The norm that `config.norm_type` names, over the last dimension of `size`."""
-    if config.norm_type == "rms_norm":
-        return nn.RMSNorm(size, eps=config.norm_eps)
-    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+    if config.norm_type == "layer_norm":
+        return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+    return make_rms_norm(config, size)
+
+
+def make_rms_norm(config: DynMaskConfig, size: int) -> nn.RMSNorm:
+    """The RMS norm of a model that has such norms, be it beside others."""
+    is_centered = config.norm_type == "zero_centered_rms_norm"
+    return (DynMaskZeroCenteredRMSNorm if is_centered else nn.RMSNorm)(size, eps=config.norm_eps)
+
+
+class DynMaskZeroCenteredRMSNorm(nn.RMSNorm):
+    """An RMS norm that multiplies by 1 + weight, in float32 or better (Gemma)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = 1 + self.weight.to(dtype)
+        return nn.functional.rms_norm(x.to(dtype), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class DynMaskSinusoidalEmbedding(nn.Module):
@@ -79,6 +93,17 @@ class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
         super().__init__(config)
 
 
+class DynMaskScaledEmbedding(nn.Embedding):
+    """Embeddings times a scale, under the name by which PEFT knows it."""
+
+    def __init__(self, rows: int, size: int, embed_scale: float, padding_idx: int | None = None):
+        super().__init__(rows, size, padding_idx=padding_idx)
+        self.embed_scale = embed_scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
 class DynMaskEmbeddings(nn.Module):
     """Sum of token or frame, position and type embeddings, normalised: `(1, N, E)` to `(1, N, C)` states."""
 
@@ -86,11 +111,13 @@ class DynMaskEmbeddings(nn.Module):
         super().__init__()
         size = config.embedding_size
         self.config = config
-        self.scale = config.embedding_scale
-        if config.num_features is None:
-            self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
-        else:
+        scale, pad_id = config.embedding_scale, config.pad_token_id
+        if config.num_features is not None:
             self.feature_embeddings = DynMaskFeatureEmbeddings(config)
+        elif scale == 1:
+            self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=pad_id)
+        else:
+            self.word_embeddings = DynMaskScaledEmbedding(config.vocab_size, size, scale, padding_idx=pad_id)
         self.position_embeddings = None
         if config.position_type == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
@@ -102,11 +129,6 @@ class DynMaskEmbeddings(nn.Module):
         self.norm = make_norm(config, size) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
-
-    def words(self, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
-        """Embeddings `(1, N, E)` of token ids `(1, N)`."""
-        words = embed_tokens(self.word_embeddings, input_ids, layout)
-        return words if self.scale == 1 else words * self.scale
 
     def positions(self, layout: SequenceLayout, position_ids: Tensor | None) -> Tensor:
         """Positions `(1, N)`: of each token in its sequence, or those that are given in the batch's layout.
@@ -199,9 +221,9 @@ class DynMaskAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_heads * config.value_head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.value_head_dim, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.use_qk_norm else nn.Identity()
-        self.scaling = config.head_dim**-0.5
+        self.q_norm = make_rms_norm(config, config.head_dim) if config.use_qk_norm else nn.Identity()
+        self.k_norm = make_rms_norm(config, config.head_dim) if config.use_qk_norm else nn.Identity()
+        self.scaling = config.query_pre_attn_scalar**-0.5
         self.key_scores = DynMaskKeyScores(config) if chooses_keys else None
 
     def forward(
@@ -316,15 +338,18 @@ class DynMaskLayer(GradientCheckpointingLayer):
         self.attention = DynMaskAttention(config, layer_idx, chooses_keys)
         has_norm = layer_idx > 0 or config.first_attention_norm
         self.attention_norm = make_norm(config, config.hidden_size) if has_norm else nn.Identity()
+        self.attention_output_norm = self._output_norm(config)
         self.cross_attention = None
         if config.add_cross_attention:
             chooses_keys = parse(config.cross_mask).holds(TopK)
             self.cross_attention = DynMaskCrossAttention(config, layer_idx, chooses_keys)
             self.cross_attention_norm = make_norm(config, config.hidden_size)
+            self.cross_attention_output_norm = self._output_norm(config)
         self.feed_forward = DynMaskFeedForward(config)
         self.feed_forward_norm = make_norm(config, config.hidden_size)
+        self.feed_forward_output_norm = self._output_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.norm_before = config.norm_placement == "pre"
+        self.norm_before = config.norm_placement != "post"
 
     def forward(
         self,
@@ -343,27 +368,48 @@ class DynMaskLayer(GradientCheckpointingLayer):
         cache = given_cache(cache, past_key_values)
         of_self = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         states, weights = self._sublayer(
-            hidden_states, self.attention_norm, self.attention, plan, settings, rotary, of_self
+            hidden_states,
+            self.attention_norm,
+            self.attention_output_norm,
+            self.attention,
+            plan,
+            settings,
+            rotary,
+            of_self,
         )
         cross_weights = None
         if self.cross_attention is not None and encoder_states is not None:
             of_both = cache if isinstance(cache, EncoderDecoderCache) else None
             states, cross_weights = self._sublayer(
-                states, self.cross_attention_norm, self.cross_attention, cross_plan, settings, encoder_states, of_both
+                states,
+                self.cross_attention_norm,
+                self.cross_attention_output_norm,
+                self.cross_attention,
+                cross_plan,
+                settings,
+                encoder_states,
+                of_both,
             )
-        states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward)
+        states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward_output_norm, self.feed_forward)
         return states, weights, cross_weights
 
-    def _sublayer(self, states: Tensor, norm: nn.Module, function: nn.Module, *arguments) -> tuple[Tensor, Any]:
-        """`function` with a residual and its norm; what it returns beside states is returned, too."""
+    @staticmethod
+    def _output_norm(config: DynMaskConfig) -> nn.Module | None:
+        return make_norm(config, config.hidden_size) if config.norm_placement == "both" else None
+
+    def _sublayer(
+        self, states: Tensor, norm: nn.Module, output_norm: nn.Module | None, function: nn.Module, *arguments
+    ) -> tuple[Tensor, Any]:
+        """`function` with a residual and its norms; what it returns beside states is returned, too."""
         output = function(norm(states) if self.norm_before else states, *arguments)
         output, further = output if isinstance(output, tuple) else (output, None)
+        output = output if output_norm is None else output_norm(output)
         states = states + self.dropout(output)
         return states if self.norm_before else norm(states), further
 
 
 class DynMaskPooler(nn.Module):
-    """`act(dense(dropout(first)))` of each sequence's first token: `(S, C)` to `(S, C)`."""
+    """`act(dense(dropout(x)))`: states `(..., C)` to states `(..., C)`."""
 
     def __init__(self, config: DynMaskConfig):
         super().__init__()
@@ -371,19 +417,36 @@ class DynMaskPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.act = ACT2FN[config.pooler_act]
 
-    def forward(self, first_states: Tensor) -> Tensor:
-        return self.act(self.dense(self.dropout(first_states)))
+    def forward(self, states: Tensor) -> Tensor:
+        return self.act(self.dense(self.dropout(states)))
 
 
-class DynMaskLMHead(nn.Module):
-    """`decoder(norm(act(dense(x))))`: states `(..., C)` to logits `(..., vocab_size)`."""
+class DynMaskTransform(nn.Module):
+    """`norm(act(dense(x)))`: states `(..., C)` to `(..., size)`, by default as wide."""
 
-    def __init__(self, config: DynMaskConfig):
+    def __init__(self, config: DynMaskConfig, size: int | None = None):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size, bias=config.lm_head_bias)
+        size = size or config.hidden_size
+        self.dense = nn.Linear(config.hidden_size, size, bias=config.lm_head_bias)
         self.act = ACT2FN[config.lm_head_act]
-        self.norm = make_norm(config, config.embedding_size)
-        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
+        self.norm = make_norm(config, size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.norm(self.act(self.dense(hidden_states))))
+        return self.norm(self.act(self.dense(hidden_states)))
+
+
+class DynMaskLMHead(DynMaskTransform):
+    """A decoder of transformed states, or of states as they are: `(..., C)` to logits `(..., vocab_size)`."""
+
+    def __init__(self, config: DynMaskConfig):
+        super().__init__(config, config.embedding_size)
+        if not config.lm_head_transform:
+            self.dense = self.act = self.norm = nn.Identity()
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size, bias=config.decoder_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(super().forward(hidden_states))
+
+
+# `classifier_transform` -> what stands between the states of sequences and their classifier.
+POOLERS = {"pooler": DynMaskPooler, "lm_head": DynMaskTransform, "none": nn.Identity}

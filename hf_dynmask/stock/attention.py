@@ -218,7 +218,7 @@ def _apart(
     rows = plan.in_rows
     sides = (query, plan.layout, rows.layout), *((x, plan.key_layout, rows.key_layout) for x in (key, value))
     states = (after.unflatten_heads(before.flatten_heads(x)) for x, before, after in sides)
-    if bias is not None and rows is not plan:
+    if bias is not None and rows is not plan and bias.shape[2:] == (query.shape[2], key.shape[2]):
         bias = plan.pairs_by_sequence(bias.expand(plan.layout.shape[0], -1, -1, -1))
     output, weights = attend(*states, rows.dense(query.shape[1]), bias, *settings)
     output = plan.layout.unflatten_heads(rows.layout.flatten_heads(output))

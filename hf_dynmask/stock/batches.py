@@ -49,6 +49,8 @@ class Batch:
             Where the sequences are, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
         told_by (`str`): Which of these arguments says so.
         sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
+        positions (`Tensor` of shape `(N,)`, *optional*):
+            Those of the tokens in the rows that they come from, if the batch was unpadded.
         unchecked (`dict[str, Tensor]`): By mask, whether it holds only 0 and 1; not read yet, see [`read_along`].
     """
 
@@ -59,6 +61,7 @@ class Batch:
     layout: SequenceLayout | None = None
     told_by: str = ""
     sequences_separated: bool = False
+    positions: Tensor | None = None
     unchecked: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -75,7 +78,7 @@ class Batch:
         """
         batch = cls(model, names, dict(given), is_inner=outer is not None)
         if outer is not None and outer.layout is not None and batch._says_the_same(outer):
-            batch.layout, batch.told_by = outer.layout, outer.told_by
+            batch.layout, batch.told_by, batch.positions = outer.layout, outer.told_by, outer.positions
             return batch
         if getattr(batch._first_of(CACHES), "is_of_flat_batch", False):
             raise ValueError("a cache must hold one sequence a row; got one that a flat batch has filled")

@@ -206,6 +206,7 @@ def _deferred(
         chosen=None if text is None else parse(text),
         device=torch.device(device),
         model_type=getattr(config, "model_type", "stock"),
+        unpadded=_unpadded(),
     )
 
 
@@ -217,6 +218,19 @@ def states_sequences(config: PreTrainedConfig) -> bool:
         return IN_GRAPH.batch is not None
     batches = current_batches()
     return bool(batches) and batches[-1].layout is not None
+
+
+def _check_given(mask: Mask, fields: Mapping[str, Tensor]) -> None:
+    for name in sorted(set(mask.fields) - fields.keys()):
+        raise ValueError(
+            f"the mask '{mask}' reads the field `{name}`, which the batch lacks (the Trainer drops columns that a "
+            "stock model's `forward` does not name, unless `TrainingArguments(remove_unused_columns=False)` is set)"
+        )
+
+
+def _unpadded() -> SequenceLayout | None:
+    batches = current_batches()
+    return batches[-1].layout if batches and batches[-1].positions is not None else None
 
 
 def _all(padding: Tensor) -> bool:
@@ -238,6 +252,7 @@ class DeferredMask:
         padding (bool `Tensor` of shape `(B, columns)`, *optional*): Which tokens are real; `None`: all.
         chosen (`Mask`, *optional*): The mask that [`set_mask`] put in place of `function`.
         device (`torch.device`), model_type (`str`): The model's.
+        unpadded ([`SequenceLayout`], *optional*): The flat batch of its tokens, if it is of padded rows.
     """
 
     shape: tuple[int, int, int, int]
@@ -248,6 +263,7 @@ class DeferredMask:
     chosen: Mask | None
     device: torch.device
     model_type: str
+    unpadded: SequenceLayout | None = None
     _answers: dict[tuple[int, torch.device], MaskPlan | Tensor] = field(default_factory=dict)
 
     ndim = 4
@@ -328,7 +344,8 @@ class DeferredMask:
     def _sequences(self, batches: tuple[Batch, ...], has_bias: bool) -> SequenceLayout | None:
         """The layout of the queries of a flat batch; `None`: each row is one sequence."""
         batch = batches[-1]
-        crosses = any(has_cross_attention(outer.model.config) for outer in batches)
+        is_unpadded = batch.positions is not None  # which a model that is given the states of another one never is
+        crosses = not is_unpadded and any(has_cross_attention(outer.model.config) for outer in batches)
         position_ids = None if crosses and self._may_cross else self._own(batch.given.get("position_ids"))
         if batch.layout is None:
             layout = None if position_ids is None else self._divided_by(position_ids)
@@ -336,7 +353,7 @@ class DeferredMask:
             layout = self._told(batch)
         if layout is None:
             return None
-        self._check_flat(batch, crosses, counts_columns=position_ids is None and not has_bias)
+        self._check_flat(batch, crosses, counts_columns=position_ids is None and not (has_bias or is_unpadded))
         for outer in batches:
             outer.sequences_separated = True
         return layout
@@ -426,7 +443,9 @@ class DeferredMask:
     ) -> MaskPlan:
         given = [passed, *(batch.given for batch in current_batches())]
         fields = {name: each[name].to(device) for name in expression.fields for each in given if _has(each, name)}
-        if self.chosen is None and self._known.block_ids is not None:
+        if self.chosen is not None:
+            _check_given(self.chosen, fields)
+        elif self._known.block_ids is not None:
             fields["segment_ids"] = _unique_where_negative(self._known.block_ids).to(device)
         present, key_layout = self.present(0), None
         if layout is None:

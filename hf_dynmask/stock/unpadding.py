@@ -33,6 +33,7 @@ from .batches import (
     kept,
     token_mixing_outside_attention,
 )
+from .positions import install_position_hooks, takes_positions
 
 SWITCH = "dynmask_unpad"  # an entry of a configuration; `False`: padded rows are computed as they are
 OF_TOKENS = (*INPUTS, "token_type_ids", "position_ids", *TOKEN_FIELDS)
@@ -56,11 +57,11 @@ def _why_rows(model: PreTrainedModel) -> str | None:
     parts = sorted(name for name in config.sub_configs if getattr(config, name, None) is not None)
     if parts:
         return f"it has parts with configurations of their own: {', '.join(parts)}"
-    if any(has_cross_attention(part.config) for part in model.modules() if isinstance(part, PreTrainedModel)):
-        return "it may have cross-attention"
+    if "decoder_input_ids" in parameters:
+        return "it has a decoder"
     if "masking_utils" not in _source(model):
         return "its masks are its own"
-    if "position_ids" not in parameters and not hasattr(config, "relative_attention_num_buckets"):
+    if not takes_positions(model):
         return "it takes no `position_ids`"
     mixing = token_mixing_outside_attention(model)
     if mixing is not None:
@@ -131,14 +132,17 @@ class Unpadded:
         if tokens == mask.numel():
             given["attention_mask"] = None  # nothing more to read
             return None
-        if tokens == 0 or has_holes or starts_late and not _can_start_late(batch):
+        if tokens == 0 or has_holes or starts_late and not _can_start_late(batch, outer):
             return None
         rows = _layout(mask, tokens)
-        flat, given = replace(rows, shape=(1, tokens), indices=None), _flat(batch, rows)
+        flat, positions = replace(rows, shape=(1, tokens), indices=None), _positions(batch, rows)
+        given = _flat(batch, rows, positions)
         returns_tuple = given.get("return_dict", getattr(model.config, "return_dict", True)) is False
         if returns_tuple:
             given["return_dict"] = True
-        return cls(rows, replace(batch, given=given, layout=flat, told_by="lengths"), returns_tuple)
+        install_position_hooks(model)
+        batch = replace(batch, given=given, layout=flat, told_by="lengths", positions=positions[0])
+        return cls(rows, batch, returns_tuple)
 
     @eager_only
     def in_rows(self, output: Any) -> Any:
@@ -179,8 +183,6 @@ def _can_be_flat(batch: Batch, outer: Sequence[Batch]) -> bool:
     if not isinstance(mask, Tensor) or tokens is None or mask.dim() != 2 or mask.shape != tokens.shape[:2]:
         return False
     if batch.layout is not None or any(each.layout is not None for each in outer) or has_neftune(batch.model):
-        return False
-    if any(has_cross_attention(each.model.config) for each in outer):
         return False
     caller = type((*outer, batch)[0].model).__name__
     if caller.endswith("ForQuestionAnswering"):  # its loss runs over padding, too
@@ -227,11 +229,12 @@ def _read(mask: Tensor) -> tuple[int, bool, bool, bool]:
     return found // 8, bool(found & 1), bool(found & 2), bool(found & 4)
 
 
-def _can_start_late(batch: Batch) -> bool:
+def _can_start_late(batch: Batch, outer: Sequence[Batch]) -> bool:
     """Whether rows that begin with padding can be flat: positions are known, and no head looks at the first column."""
+    is_encoder = any(has_cross_attention(each.model.config) for each in outer)
     model, has_positions = batch.model, batch.given.get("position_ids") is not None
     has_positions |= first_position(model) > 0 or _counts_tokens(model) is not None
-    return has_positions and "create_bidirectional_mask" not in _source(model)
+    return has_positions and (is_encoder or "create_bidirectional_mask" not in _source(model))
 
 
 def _layout(mask: Tensor, tokens: int) -> SequenceLayout:
@@ -243,14 +246,13 @@ def _layout(mask: Tensor, tokens: int) -> SequenceLayout:
     return SequenceLayout((mask.shape[0], width), tokens, lengths, sequence_ids, positions, indices, longest=width)
 
 
-def _flat(batch: Batch, rows: SequenceLayout) -> dict[str, Any]:
+def _flat(batch: Batch, rows: SequenceLayout, positions: Tensor) -> dict[str, Any]:
     """The arguments of the flat batch."""
     model, given = batch.model, dict(batch.given)
-    positions = _positions(batch, rows) if "position_ids" in batch.names else None
     for name in OF_TOKENS:
         if given.get(name) is not None:
             given[name] = rows.flatten(given[name].expand(*rows.shape, *given[name].shape[2:]))
-    if positions is not None:
+    if "position_ids" in batch.names:
         given["position_ids"] = positions
     if "token_type_ids" in batch.names and given.get("token_type_ids") is None and _has_types(model):
         given["token_type_ids"] = torch.zeros_like(rows.positions)[None]  # the model's own may be fewer

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from ..conversion import from_transformers
 from ..data import TokenBudgetBatchSampler
 from ..data.token_budget import example_lengths
+from ..stock.batches import NAME
 from ..training.flops import ModelFlops, Sizes, config_work
 from ..training.throughput import synchronize
 from .dataset_files import text_column
@@ -97,7 +98,7 @@ def audit_dataset(
     Raises:
         ValueError: A column is missing or holds no text; targets are given for a model without a decoder, or are
             missing for one with a decoder; there are no examples; `batch_size` is not positive; `with_times` is set
-            for a model that cannot be converted.
+            for a model that neither converts nor uses transformers' attention interface.
         OSError: There is no such model.
     """
     if batch_size < 1:
@@ -186,9 +187,10 @@ def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[
     """
     Times training steps with lengths and on padded rows on this machine, and returns the speed-up.
 
-    Padded rows run through the stock model. A step is forward, backward, gradient clipping and AdamW, as by default in
-    the [`~transformers.Trainer`]. The models have random weights and no head. The two alternate on 8 batches of each
-    kind; the shortest of 3 times counts.
+    Padded rows run through the stock model, lengths through the converted one or, if its family cannot be converted,
+    through the stock one with `attn_implementation="dynmask"`. A step is forward, backward, gradient clipping and
+    AdamW, as by default in the [`~transformers.Trainer`]. The models have random weights and no head. The two alternate
+    on 8 batches of each kind; the shortest of 3 times counts.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): Configuration of the stock model.
@@ -199,11 +201,11 @@ def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[
         `list[float]`: One speed-up for each of the batchings of [`audit_sizes`].
 
     Raises:
-        ValueError: The model cannot be converted.
+        ValueError: The model cannot be converted, nor run with `attn_implementation="dynmask"`.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     stock = AutoModel.from_config(config)
-    models: list[nn.Module] = [stock, from_transformers(stock)]
+    models: list[nn.Module] = [stock, _without_padding(stock)]
     for model in models:
         model.to(device).train()
     steps = [partial(_seconds_of_step, model, _optimizer(model)) for model in models]
@@ -213,6 +215,15 @@ def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[
     }
     _seconds(steps, epochs["plain"][0], WARM_UP)
     return [_speedup(steps, batches) for batches in epochs.values()]
+
+
+def _without_padding(stock: Any) -> nn.Module:
+    try:
+        return from_transformers(stock)
+    except ValueError:
+        model = AutoModel.from_config(stock.config, attn_implementation=NAME)
+        model.load_state_dict(stock.state_dict())
+        return model
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

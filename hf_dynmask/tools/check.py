@@ -1,13 +1,17 @@
-"""Checks that a checkpoint computes the same with lengths as on padded rows, and that no sequence affects another."""
+"""Checks that a checkpoint computes the same without padding as on padded rows, that no sequence affects another, and
+how much faster it is."""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +20,8 @@ from ..conversion import from_transformers, to_transformers
 from ..conversion.engine import TASKS
 from ..modeling.configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from ..registration import AUTO_CLASSES, model_class
+from ..stock.batches import NAME, first_position
+from ..training.throughput import synchronize
 from .reading import read_config, read_model, read_tokenizer, reading
 
 SLACK = 4  # times the padded run's rounding error: how much summing in another order may differ
@@ -23,6 +29,8 @@ NUMBER = 8  # of examples
 LONGEST = 512  # tokens of one, if the model takes as many
 LENGTHS = (1, 24, 7, 63, 24, 130, 2, 40)  # of examples that are made up
 PREFIXES = ("", "decoder_")
+LEAK = "does"  # the end of what is counted
+REPEATS = 5
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 Sequences = tuple[Tensor, ...]  # of one example: its tokens, and those of its target where there is a decoder
 Batch = dict[str, Tensor]
@@ -47,13 +55,27 @@ class Finding(NamedTuple):
     def is_right(self) -> bool:
         return self.found <= self.allowed  # NaN is not
 
+    @property
+    def is_of_leaks(self) -> bool:
+        return self.what.endswith(LEAK)
+
 
 class Models(NamedTuple):
-    """Our model and the one it is compared with, which runs on padded rows with an `attention_mask`."""
+    """Our model and the one it is compared with, which runs on padded rows with an `attention_mask`.
+
+    Attributes:
+        ours, padded (`PreTrainedModel`): The two.
+        what_is_padded (`str`): What the second one is.
+        is_stock (`bool`): Whether ours is the stock model, too, with `attn_implementation="dynmask"`.
+    """
 
     ours: Any
     padded: Any
     what_is_padded: str
+    is_stock: bool = False
+
+    def on(self, device: torch.device) -> Models:
+        return self._replace(ours=self.ours.eval().to(device), padded=self.padded.eval().to(device))
 
 
 def check_model(
@@ -62,10 +84,11 @@ def check_model(
     """
     Runs a checkpoint in several ways on the same examples.
 
-    For a stock checkpoint that [`from_transformers`] takes, the converted model is compared with the stock model on
-    padded rows. For a DynMask checkpoint, the model is compared with its stock equivalent or, if there is none, with
-    the dense reference (`attn_implementation="eager"`) on padded rows. They agree if the error of the outputs for real
-    tokens, measured against a run in float64, is at most four times that of the padded run plus one unit of rounding.
+    A stock checkpoint runs with `attn_implementation="dynmask"` and, if [`from_transformers`] takes it, converted; both
+    are compared with the stock model on padded rows. A DynMask checkpoint is compared with its stock equivalent or, if
+    there is none, with the dense reference (`attn_implementation="eager"`) on padded rows. They agree if the error of
+    the outputs for real tokens, measured against a run in float64, is at most four times that of the padded run plus
+    one unit of rounding.
 
     Then the tokens of each sequence in turn, and the contents of the padding, are replaced: the outputs for the other
     sequences must not change by a single bit.
@@ -80,19 +103,67 @@ def check_model(
         [`Finding`]
 
     Raises:
-        ValueError: The model reads no tokens; its masks read fields; there are no texts.
+        ValueError: The model reads no tokens; its masks read fields; there are no texts; it is a stock model that does
+            not use transformers' attention interface.
         OSError: There is no such checkpoint.
     """
-    config = read_config(source)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    examples = None
     for dtype in dtypes:
-        models = _models(source, config, dtype)
-        examples = examples or _examples(source, models.ours, texts)
-        on_device = [tuple(tokens.to(device) for tokens in example) for example in examples]
-        models = models._replace(ours=models.ours.eval().to(device), padded=models.padded.eval().to(device))
-        yield from _agreement(models, on_device, dtype)
-        yield from _leaks(models.ours, on_device, dtype)
+        for models, examples in _ready(source, texts, dtype):
+            yield from _agreement(models, examples, dtype)
+            yield from _leaks(models, examples, dtype)
+
+
+class Speed(NamedTuple):
+    """One result of [`time_model`].
+
+    Attributes:
+        what (`str`): Which model.
+        speedup (`float`): The time of the padded run over its time.
+        padding (`float`): Share of padding in the padded rows.
+        device (`torch.device`): Where both ran.
+    """
+
+    what: str
+    speedup: float
+    padding: float
+    device: torch.device
+
+
+def time_model(source: str, texts: list[str] | None = None) -> Iterator[Speed]:
+    """
+    Times forward passes in float32 on the examples of [`check_model`], in turns with the padded run: medians of 5.
+
+    Raises:
+        As [`check_model`].
+    """
+    for models, examples in _ready(source, texts, torch.float32):
+        ours, padded = (_forms(models)[0][1](examples), _padded(models, examples))
+        times = [[_seconds(*run) for run in ((models.ours, ours), (models.padded, padded))] for _ in range(REPEATS + 1)]
+        of_ours, of_padded = (median(of_model) for of_model in zip(*times[1:], strict=True))  # the first is a warm-up
+        mask = padded["attention_mask"]
+        yield Speed(_name(models), of_padded / of_ours, 1 - float(mask.sum()) / mask.numel(), mask.device)
+
+
+def _name(models: Models) -> str:
+    return f"attn_implementation='{NAME}'" if models.is_stock else type(models.ours).__name__
+
+
+@torch.no_grad()
+def _seconds(model: PreTrainedModel, batch: Batch) -> float:
+    device = batch["input_ids"].device
+    synchronize(device)
+    start = time.perf_counter()
+    model(**batch)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _ready(source: str, texts: list[str] | None, dtype: torch.dtype) -> Iterator[tuple[Models, list[Sequences]]]:
+    """The models to compare, and examples, on the device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for models in _models(source, read_config(source), dtype):
+        examples = _examples(source, models.ours, texts)
+        yield models.on(device), [tuple(tokens.to(device) for tokens in example) for example in examples]
 
 
 def compare(ours: PreTrainedModel, stock: PreTrainedModel) -> Iterator[Finding]:
@@ -108,20 +179,46 @@ def compare(ours: PreTrainedModel, stock: PreTrainedModel) -> Iterator[Finding]:
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Models:
-    if type(config) not in AUTO_CLASSES:
-        with reading(source):
-            ours = _checked(from_transformers(source, dtype=dtype))
-        return Models(ours, load_stock(source, ours, dtype=dtype), "the stock model")
-    ours = _checked(read_model(model_class(config), source, dtype=dtype))
-    if isinstance(config, DynMaskRecurrentConfig):
-        return Models(ours, ours, "the model")
+def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Iterator[Models]:
+    if type(config) in AUTO_CLASSES:
+        ours = _checked(read_model(model_class(config), source, dtype=dtype))
+        yield Models(ours, *_reference(ours))
+        return
+    converted = _converted(source, dtype)
+    load = partial(load_stock, source, converted) if converted is not None else partial(_load_unconverted, source)
+    stock = _checked(load(dtype=dtype))
+    with reading(source):
+        ours = load(dtype=dtype, attn_implementation=NAME)
+    yield Models(ours, stock, "the stock model", is_stock=True)
+    if converted is not None:
+        yield Models(converted, stock, "the stock model")
+
+
+def _reference(ours: Any) -> tuple[Any, str]:
+    """What one of our models is compared with, and what that is."""
+    if isinstance(ours.config, DynMaskRecurrentConfig):
+        return ours, "the model"
     try:
-        return Models(ours, to_transformers(ours), "the stock model")
+        return to_transformers(ours), "the stock model"
     except ValueError:
         dense = copy.deepcopy(ours)
         dense.set_attn_implementation("eager")
-        return Models(ours, dense, "the dense reference")
+        return dense, "the dense reference"
+
+
+def _converted(source: str, dtype: torch.dtype) -> Any:
+    """A stock checkpoint converted; `None` if it cannot be."""
+    try:
+        with reading(source):
+            return _checked(from_transformers(source, dtype=dtype))
+    except ValueError:  # if it is broken, reading it as a stock model says so
+        return None
+
+
+def _load_unconverted(source: str, **options: Any) -> PreTrainedModel:
+    """A stock checkpoint, as the class that it was saved from."""
+    names = read_config(source).architectures or ["AutoModel"]
+    return read_model(getattr(transformers, names[0], transformers.AutoModel), source, **options)
 
 
 def load_stock(source: str, ours: PreTrainedModel, **options: Any) -> PreTrainedModel:
@@ -133,6 +230,8 @@ def load_stock(source: str, ours: PreTrainedModel, **options: Any) -> PreTrained
 def _checked(model: Any) -> Any:
     if model.main_input_name != "input_ids":
         raise ValueError(f"a model to check must read tokens; {type(model).__name__} reads `{model.main_input_name}`")
+    if any(not hasattr(side, "vocab_size") for side in _sides(model)):
+        raise ValueError(f"a model to check must read tokens alone; {type(model).__name__} has other parts, too")
     return model
 
 
@@ -141,7 +240,8 @@ def _sides(model: Any) -> list[Any]:
     config = model.config
     if not config.is_encoder_decoder:
         return [config]
-    return [config.encoder] if _is_of_sequences(model) else [config.encoder, config.decoder]
+    sides = [getattr(config, side, config) for side in ("encoder", "decoder")]
+    return sides[:1] if _is_of_sequences(model) else sides
 
 
 def _is_of_sequences(model: PreTrainedModel) -> bool:
@@ -157,7 +257,7 @@ def _is_of_choices(model: PreTrainedModel) -> bool:
 
 def _examples(source: str, model: PreTrainedModel, texts: list[str] | None) -> list[Sequences]:
     sides = _sides(model)
-    room = min(_room(side) for side in sides)
+    room = min(_room(side, model) for side in sides)
     if texts is None:
         return _made_up(model, room)
     tokenizer = read_tokenizer(source)
@@ -170,16 +270,16 @@ def _examples(source: str, model: PreTrainedModel, texts: list[str] | None) -> l
     return [(row, target)[: len(sides)] for row, target in zip(rows, targets, strict=True)]
 
 
-def _room(side: Any) -> int:
-    positions = getattr(side, "max_position_embeddings", LONGEST) - getattr(side, "position_offset", 0)
-    return min(positions, LONGEST)
+def _room(side: Any, model: Any) -> int:
+    offset = getattr(side, "position_offset", None)
+    positions = getattr(side, "max_position_embeddings", LONGEST)
+    return min(positions - (first_position(model) if offset is None else offset), LONGEST)
 
 
 def _made_up(model: PreTrainedModel, room: int) -> list[Sequences]:
     """Random tokens without special ones, as an encoder-decoder may look for the end of a text."""
     generator, ends = torch.Generator().manual_seed(0), _special(model, "eos_token_id")
-    special = {*ends, *_special(model, "pad_token_id")}
-    words = [torch.tensor([k for k in range(side.vocab_size) if k not in special]) for side in _sides(model)]
+    words = [_words(model, side) for side in _sides(model)]
     examples = []
     for lengths in zip(LENGTHS, LENGTHS[1:] + LENGTHS[:1], strict=True):
         example = []
@@ -190,6 +290,12 @@ def _made_up(model: PreTrainedModel, room: int) -> list[Sequences]:
             example.append(tokens)
         examples.append(tuple(example))
     return examples
+
+
+def _words(model: Any, side: Any) -> Tensor:
+    """All ids but those of the pad token and the end of a text, for which heads may look."""
+    special = {*_special(model, "eos_token_id"), *_special(model, "pad_token_id")}
+    return torch.tensor([k for k in range(side.vocab_size) if k not in special])
 
 
 def _special(model: Any, name: str) -> list[int]:
@@ -239,8 +345,14 @@ def _outputs(model: PreTrainedModel, batch: Batch, examples: list[Sequences]) ->
     if _is_of_choices(model):
         batch = {name: of_texts.unsqueeze(1) for name, of_texts in batch.items()}  # each example has one choice
     outputs = model(**batch)
-    values = torch.stack([outputs[name] for name in OUTPUTS if outputs.get(name) is not None], dim=-1)
-    if _is_of_sequences(model):
+    found = [outputs[name] for name in OUTPUTS if outputs.get(name) is not None]
+    if not found:
+        raise ValueError(
+            f"a model to check must return one of {', '.join(OUTPUTS)}; {type(model).__name__} returns "
+            f"{', '.join(outputs.keys())}"
+        )
+    values = torch.stack(found, dim=-1)
+    if _is_of_sequences(model) or "logits" in outputs and outputs["logits"].dim() == 2:
         return list(values)
     sizes = [len(example[-1]) for example in examples]
     if len(values) != len(examples):
@@ -259,22 +371,48 @@ def _one_by_one(model: PreTrainedModel, examples: list[Sequences]) -> list[Tenso
 
 
 def _agreement(models: Models, examples: list[Sequences], dtype: torch.dtype) -> Iterator[Finding]:
-    batch = _masked(examples, padding=(_special(models.ours, "pad_token_id") or [0])[0])
-    exact = _outputs(copy.deepcopy(models.padded).double(), batch, examples)
+    batch = _padded(models, examples)
+    exact = _outputs(_in_float64(models.padded), batch, examples)
     scale = max(float(output.abs().max()) for output in exact)
     rounding = _difference(_outputs(models.padded, batch, examples), exact)
     allowed = SLACK * rounding + torch.finfo(dtype).eps * scale
-    makers = {f"lengths, {name}": make for name, make in _makers(models.ours).items()}
-    makers["attention_mask, padding on the left"] = _masked_on_the_left
-    runs = {name: partial(_outputs, models.ours, make(examples), examples) for name, make in makers.items()}
-    runs["one by one"] = partial(_one_by_one, models.ours, examples)
-    for name, run in runs.items():
+    forms = [*_forms(models), *_forms_on_the_left(models)]
+    runs = [(name, partial(_outputs, models.ours, make(examples), examples)) for name, make in forms]
+    runs.append((_of_stock("one by one", models), partial(_one_by_one, models.ours, examples)))
+    for name, run in runs:
         yield Finding(f"{name}: as {models.what_is_padded} on padded rows", dtype, _difference(run(), exact), allowed)
 
 
-def _makers(model: PreTrainedModel) -> dict[str, Callable[[list[Sequences]], Batch]]:
-    """The batches with lengths that a model takes."""
-    return {"in rows": _rows} | ({} if _is_of_choices(model) else {"end to end": _flat})
+def _in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    exact = copy.deepcopy(model).double()
+    if hasattr(exact, "set_experts_implementation"):  # grouped matrix products have no float64
+        exact.set_experts_implementation("eager")
+    return exact
+
+
+def _forms(models: Models) -> list[tuple[str, Callable[[list[Sequences]], Batch]]]:
+    """The kinds of batches that keep sequences apart by our attention, each with its name; the first is the usual."""
+    if models.is_stock:
+        rows: list[Any] = [("attention_mask", partial(_padded, models)), ("lengths", _rows)]
+        return [(_of_stock(name, models), make) for name, make in rows]
+    flat = [] if _is_of_choices(models.ours) else [("lengths, end to end", _flat)]
+    return [("lengths, in rows", _rows), *flat]
+
+
+def _forms_on_the_left(models: Models) -> list[tuple[str, Callable[[list[Sequences]], Batch]]]:
+    """Stock models may number columns, padding included, and then compute something else."""
+    left = ("attention_mask, padding on the left", _masked_on_the_left)
+    return [] if models.is_stock else [left]
+
+
+def _of_stock(name: str, models: Models) -> str:
+    return f"stock model, {name}" if models.is_stock else name
+
+
+def _padded(models: Models, examples: list[Sequences], padding: int | None = None) -> Batch:
+    """Rows with an `attention_mask`, padded on the right with the pad token or what is given."""
+    known = _special(models.padded, "pad_token_id") or _special(models.ours, "pad_token_id") or [0]
+    return _masked(examples, padding=known[0] if padding is None else padding)
 
 
 def _difference(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -282,22 +420,29 @@ def _difference(found: list[Tensor], exact: list[Tensor]) -> float:
     return float(torch.tensor(list(differences)).max())  # NaN propagates, unlike in Python's max
 
 
-def _leaks(model: PreTrainedModel, examples: list[Sequences], dtype: torch.dtype) -> Iterator[Finding]:
-    for name, make in _makers(model).items():
+def _leaks(models: Models, examples: list[Sequences], dtype: torch.dtype) -> Iterator[Finding]:
+    model, forms = models.ours, _forms(models)
+    for name, make in forms:
         before, changed = _outputs(model, make(examples), examples), 0
         for k in range(len(examples)):
             others = [example if j != k else _replaced(model, example) for j, example in enumerate(examples)]
             after = _outputs(model, make(others), others)
             changed += sum(j != k and not torch.equal(*pair) for j, pair in enumerate(zip(before, after, strict=True)))
-        yield Finding(f"lengths, {name}: sequences that change when another does", dtype, changed, 0)
-    before, after = (_outputs(model, _rows(examples, padding), examples) for padding in (0, 1))
+        yield Finding(f"{name}: sequences that change when another {LEAK}", dtype, changed, 0)
+    if models.is_stock and _is_of_sequences(model):
+        return  # its own head may look for the pad token
+    make = partial(_padded, models) if models.is_stock else _rows
+    before, after = (_outputs(model, make(examples, padding=padding), examples) for padding in (0, 1))
     changed = sum(not torch.equal(*pair) for pair in zip(before, after, strict=True))
-    yield Finding("lengths, in rows: sequences that change when padding does", dtype, changed, 0)
+    yield Finding(f"{forms[0][0]}: sequences that change when padding {LEAK}", dtype, changed, 0)
 
 
 def _replaced(model: PreTrainedModel, example: Sequences) -> Sequences:
-    """Other tokens, as many."""
-    sides = _sides(model)
-    return tuple(
-        (tokens + 1 + side.vocab_size // 3) % side.vocab_size for tokens, side in zip(example, sides, strict=True)
-    )
+    """Other words, as many."""
+    return tuple(_others(model, side)[tokens] for tokens, side in zip(example, _sides(model), strict=True))
+
+
+def _others(model: Any, side: Any) -> Tensor:
+    """For each id another one; itself for an id that is no word."""
+    words, others = _words(model, side), torch.arange(side.vocab_size)
+    return others.index_put((words,), words.roll(1 + len(words) // 3)).to(model.device)

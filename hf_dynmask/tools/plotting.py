@@ -319,13 +319,17 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    for axis, (name, numbers) in zip(_new_axes(_pyplot(), len(lengths)), lengths.items(), strict=True):
-        least, most = min(numbers), max(numbers)
+    axes = _new_axes(_pyplot(), len(lengths), size=7, height=3.94)  # 16:9
+    for axis, (name, numbers) in zip(axes, lengths.items(), strict=True):
+        least, most, mean = min(numbers), max(numbers), sum(numbers) / len(numbers)
         width = -(-(most - least + 1) // MOST_BARS)  # a whole number of lengths for every bar
         axis.hist(numbers, bins=range(least, most + width + 1, width), align="left", color=COLOURS["full"])
-        axis.axvline(sum(numbers) / len(numbers), color=COLOURS["allowed"], label="mean")
-        axis.set_xlabel(name)
-        axis.set_ylabel("examples")
+        axis.axvline(mean, color=COLOURS["allowed"], linewidth=2, label=f"mean {mean:,.0f}")
+        axis.axvline(most, color=INK, linestyle=":", label=f"longest {most:,}")
+        axis.set_title(f"{len(numbers):,} examples, {sum(numbers):,} {name}", loc="left", color=INK)
+        axis.set_xlabel(name, color=INK)
+        axis.set_ylabel("examples", color=INK)
+        axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
     return cast("Figure", axis.figure)
 
@@ -345,12 +349,12 @@ def _pyplot():
     return pyplot
 
 
-def _new_axes(pyplot, count: int, size: float | None = None) -> list[Axes]:
-    """Up to four in a row, each `size` inches wide and high."""
+def _new_axes(pyplot, count: int, size: float | None = None, height: float | None = None) -> list[Axes]:
+    """Up to four in a row, each `size` inches wide and, unless a height is given, as high."""
     columns = min(count, 4)
     rows = -(-count // columns)
     size = size or (6.4 if count == 1 else 4.4)
-    figure = pyplot.figure(figsize=(size * columns, size * rows), layout="constrained")
+    figure = pyplot.figure(figsize=(size * columns, (height or size) * rows), layout="constrained")
     return [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
 
 

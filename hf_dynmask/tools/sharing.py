@@ -46,7 +46,7 @@ def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrai
 
     ```python
     >>> export(model, "for-everyone", tokenizer)
-    >>> AutoModelForMaskedLM.from_pretrained("for-everyone", trust_remote_code=True)  # without this package
+    >>> model = AutoModelForMaskedLM.from_pretrained("for-everyone", trust_remote_code=True)  # without this package
     ```
     """
     _check(model)

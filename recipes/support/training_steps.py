@@ -117,6 +117,7 @@ WAYS = {
     "ours, fixed flat, captured": Way("ours", "fixed flat", captured=True),
     "ours, fixed flat, compiled, captured": Way("ours", "fixed flat", STATIC, captured=True),
     "ours, rows": Way("ours", "rows"),
+    "stock, our attention": Way("our attention", "padded"),
     "stock, our attention, flat": Way("our attention", "flat"),
     "stock, group_by_length": Way("stock", "group_by_length"),
     "stock, batch_rebalance": Way("stock", "batch_rebalance"),

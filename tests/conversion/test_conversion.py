@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     BertForPreTraining,
     BertModel,
+    GPT2DoubleHeadsModel,
     PreTrainedModel,
 )
 
@@ -25,6 +26,7 @@ from hf_dynmask.modeling.modeling_dynmask import (
     DynMaskForCausalLM,
     DynMaskForMaskedLM,
     DynMaskForSequenceClassification,
+    DynMaskForTokenClassification,
     DynMaskModel,
 )
 from stock_models import AUTO_CLASSES, BERT_SIZES, VOCABULARY, random_stock
@@ -265,6 +267,143 @@ def test_the_form_of_a_batch_does_not_matter(model_type):
             found = model(**inputs).last_hidden_state
             for expected, (row, tokens) in zip(alone, places, strict=True):
                 assert torch.allclose(found[row, tokens], expected, rtol=1e-5, atol=1e-5), name
+
+
+OTHER_SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
+    ("modernbert", "sequence-classification", {"classifier_pooling": "mean"}),
+    ("modernbert", "multiple-choice", {"classifier_pooling": "mean"}),
+    ("modernbert", "sequence-classification", {"classifier_bias": True, "norm_bias": True}),
+    ("modernbert", "question-answering", {"classifier_bias": True, "classifier_activation": "relu"}),
+    ("modernbert", "token-classification", {"classifier_activation": "silu", "classifier_dropout": 0.3}),
+    ("modernbert", "masked-lm", {"decoder_bias": False, "classifier_bias": True}),
+    ("modernbert", "masked-lm", {"tie_word_embeddings": False}),
+    ("modernbert", "sequence-classification", {"problem_type": "regression", "num_labels": 1}),
+    ("eurobert", "sequence-classification", {"classifier_pooling": "bos"}),
+    ("eurobert", "sequence-classification", {"classifier_pooling": "mean"}),
+    ("eurobert", "sequence-classification", {"classifier_pooling": "late", "num_labels": 5}),
+    ("eurobert", "masked-lm", {"mlp_bias": False}),
+    ("eurobert", "masked-lm", {"tie_word_embeddings": True}),
+    ("eurobert", "token-classification", {"num_key_value_heads": None, "head_dim": None}),
+    ("gemma3_text", "base", {"use_bidirectional_attention": True}),
+    ("gemma3_text", "sequence-classification", {"use_bidirectional_attention": True, "sliding_window": 5}),
+    ("gemma3_text", "causal-lm", {"sliding_window": 1, "tie_word_embeddings": False}),
+    ("gemma3_text", "causal-lm", {"query_pre_attn_scalar": 256, "attention_bias": True, "rms_norm_eps": 0.1}),
+    ("gemma3_text", "base", {"layer_types": ["full_attention"] * 3, "sliding_window": 4096}),
+    ("gemma3_text", "base", {"layer_types": ["sliding_attention"] * 3, "hidden_activation": "silu"}),
+    (
+        "gemma3_text",
+        "base",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            }
+        },
+    ),
+    ("llama", "sequence-classification", {"num_labels": 1}),
+    ("mistral", "sequence-classification", {"sliding_window": None, "num_labels": 5}),
+    ("qwen2", "sequence-classification", {"problem_type": "multi_label_classification", "num_labels": 3}),
+    ("qwen3", "sequence-classification", {"tie_word_embeddings": False}),
+    ("gpt2", "sequence-classification", {"resid_pdrop": 0.3, "embd_pdrop": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "task", "settings"), OTHER_SETTINGS)
+def test_other_settings(model_type, task, settings):
+    stock = random_stock(model_type, task, **settings)
+    model = from_transformers(stock)
+    batch = random_batch(stock, task)
+    real = batch["attention_mask"].flatten(0, -2).bool()
+    with torch.no_grad():
+        expected, found = stock(**batch), model(**in_lengths(batch))
+    of_tokens = task not in ("sequence-classification", "multiple-choice")
+    for name in expected.keys() & {"last_hidden_state", "logits", "start_logits", "end_logits"}:
+        theirs, ours = expected[name], found[name]
+        assert_close(*((ours[real], theirs[real]) if of_tokens else (ours, theirs)))
+    restored = to_transformers(model)
+    assert_same_weights(restored, stock)
+    assert restored.config.to_dict() == stock.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("modernbert", {}),
+        ("modernbert", {"classifier_pooling": "mean"}),
+        ("eurobert", {"classifier_pooling": "bos"}),
+        ("eurobert", {"classifier_pooling": "mean"}),
+        ("eurobert", {"classifier_pooling": "late"}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        *((name, {}) for name in ("gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3", "bert", "distilbert")),
+    ],
+)
+def test_the_form_of_a_batch_does_not_matter_to_a_class(model_type, settings):
+    stock = random_stock(model_type, "sequence-classification", **settings)
+    model = from_transformers(stock)
+    batch = random_batch(stock, "sequence-classification")
+    with torch.no_grad():
+        expected = stock(**batch).logits
+        for name, (inputs, places) in _variants(batch, stock.config.pad_token_id).items():
+            found = model(**inputs).logits
+            if name == "row order":
+                found = found[[row for row, _ in places]]
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_class_is_read_off_the_last_token_that_is_not_the_pad_id(model_type, side):
+    """Texts often end with the id of padding, where a tokenizer pads with the end of a text."""
+    stock = random_stock(model_type, "sequence-classification", pad_token_id=2)
+    batch = random_batch(stock, "sequence-classification")
+    if side == "left":
+        batch = _shifted(batch, 3, 2)
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    longest = LENGTHS.argmax()
+    ids[longest, -3 if side == "left" else LONGEST - 3 :] = 2
+    ids[longest, 4] = 2  # and may stand inside
+    model = from_transformers(stock)
+    with torch.no_grad():  # the stock GPT-2 counts positions from the first column unless they are given
+        expected = stock(**batch, position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits
+        assert_close(model(**batch).logits, expected)
+        flat = model(input_ids=ids[real][None], lengths=LENGTHS).logits
+        assert_close(flat, expected)
+        last = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=batch["attention_mask"]).logits
+    assert_close(last[LENGTHS != LONGEST], expected[LENGTHS != LONGEST])
+    assert not torch.allclose(last[longest], expected[longest])  # no ids: the last token
+
+
+@pytest.mark.parametrize("task", ["base", "causal-lm"])
+def test_embeddings_are_scaled_by_their_table(task):
+    """What libraries give as `inputs_embeds`, or add noise to, comes from there."""
+    stock = random_stock("gemma3_text", task)
+    model = from_transformers(stock)
+    ids = torch.randint(5, VOCABULARY, (2, 9))
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(embeds, stock.get_input_embeddings()(ids))
+    with torch.no_grad():
+        assert_close(model(inputs_embeds=embeds)[0], model(ids)[0])
+    model.resize_token_embeddings(VOCABULARY + 4)
+    assert torch.equal(model.get_input_embeddings()(ids), embeds)
+
+
+def test_a_class_without_a_pad_id_is_read_off_the_last_token():
+    stock = random_stock("llama", "sequence-classification", pad_token_id=None)
+    model = from_transformers(stock)
+    ids = torch.randint(5, VOCABULARY, (2, 9))
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        stock(ids)
+    with torch.no_grad():
+        found = model(ids, lengths=torch.tensor([9, 4])).logits
+        for row, length in enumerate((9, 4)):
+            assert_close(found[row], stock(ids[row : row + 1, :length]).logits[0])
+
+
+def test_a_causal_model_of_ours_reads_the_class_off_the_last_token_after_conversion(tmp_path):
+    """The bare stock model has no head; one that is put on the converted model is the stock one."""
+    from_transformers(random_stock("llama", "base")).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(to_transformers(model)).__name__ == "LlamaForSequenceClassification"
 
 
 @all_types
@@ -524,9 +663,9 @@ def test_a_family_without_the_task_says_so():
     model = DynMaskForMaskedLM(DynMaskConfig(**BERT_LIKE))
     with pytest.raises(ValueError, match="'llama' cannot represent the model: it has no model for 'masked-lm'"):
         to_transformers(model, "llama")
-    ranker = AutoModelForSequenceClassification.from_config(random_stock("llama", "base").config)
-    with pytest.raises(ValueError, match="`source` must be one of LlamaModel, LlamaForCausalLM, .*; got LlamaForSeq"):
-        from_transformers(ranker)
+    config: Any = random_stock("gpt2", "base").config
+    with pytest.raises(ValueError, match="`source` must be one of GPT2Model, GPT2LMHeadModel, .*; got GPT2DoubleHeads"):
+        from_transformers(GPT2DoubleHeadsModel(config))
 
 
 def test_an_unused_bias_is_not_lost_silently():
@@ -612,12 +751,35 @@ def test_overrides_that_cannot_be_applied_are_named():
         ({"pooler_act": "gelu"}, "`pooler_act` must be 'tanh'; got 'gelu'"),
         ({"pooler_dropout": 0.1}, "`pooler_dropout` must be 0.0; got 0.1"),
         ({"lm_head_act": "relu"}, "`lm_head_act` must be 'gelu'; got 'relu'"),
+        ({"lm_head_transform": False}, "`lm_head_transform` must be True; got False"),
+        ({"decoder_bias": False}, "`decoder_bias` must be True; got False"),
+        ({"classifier_pooling": "mean"}, "`classifier_pooling` must be 'first'; got 'mean'"),
+        ({"classifier_transform": "none"}, "`classifier_transform` must be 'pooler'; got 'none'"),
+        ({"classifier_bias": False}, "`classifier_bias` must be True; got False"),
     ],
 )
 def test_a_config_that_the_family_cannot_represent_names_the_field(settings, message):
     config = DynMaskConfig(**(BERT_LIKE | settings))
     with pytest.raises(ValueError, match=message):
         to_transformers(DynMaskModel(config), "bert")
+
+
+@pytest.mark.parametrize(
+    ("head", "model_type", "settings", "message"),
+    [
+        (DynMaskForTokenClassification, "bert", {"classifier_transform": "lm_head"}, "must be 'none'; got 'lm_head'"),
+        (DynMaskForSequenceClassification, "bert", {"classifier_pooling": "late"}, "must be 'first'; got 'late'"),
+        (DynMaskForTokenClassification, "bert", {"classifier_transform": "none", "classifier_pooling": "mean"}, None),
+        (DynMaskForMaskedLM, "bert", {"classifier_transform": "none", "classifier_bias": False}, None),
+    ],
+)
+def test_settings_of_classifiers_matter_where_a_head_reads_them(head, model_type, settings, message):
+    model = head(DynMaskConfig(**(BERT_LIKE | settings)))
+    if message is None:
+        assert to_transformers(model, model_type).config.model_type == model_type
+        return
+    with pytest.raises(ValueError, match=f"`{next(iter(settings))}` {message}"):
+        to_transformers(model, model_type)
 
 
 def test_masks_are_compared_not_their_texts():
@@ -673,12 +835,40 @@ def test_modernbert_with_layers_of_one_kind(kind):
         ({"embedding_dropout": 0.1}, "`embedding_dropout` must be 0.0; got 0.1"),
         ({"attention_dropout": 0.1}, "`attention_dropout` must be 0.0; got 0.1"),
         ({"mlp_dropout": 0.1}, "`mlp_dropout` must be 0.0; got 0.1"),
-        ({"decoder_bias": False}, "`decoder_bias` must be True; got False"),
+        ({"sparse_prediction": True}, "`sparse_prediction` must be False; got True"),
     ],
 )
 def test_settings_of_modernbert_without_counterpart_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         from_transformers(random_stock("modernbert", "masked-lm", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "`attn_logit_softcapping` must be None; got 50.0"),
+        ({"final_logit_softcapping": 30.0}, "`final_logit_softcapping` must be None; got 30.0"),
+    ],
+)
+def test_settings_of_gemma_without_counterpart_are_named(settings, message):
+    with pytest.raises(ValueError, match=f"'gemma3_text' model: {message}"):
+        from_transformers(random_stock("gemma3_text", "causal-lm", **settings))
+
+
+def test_gemma_slides_to_one_side_or_both(tmp_path):
+    assert from_transformers(random_stock("gemma3_text", "base")).config.layer_masks == [
+        "causal & window(3, 0)",
+        "causal",
+        "causal & window(3, 0)",
+    ]
+    stock = random_stock("gemma3_text", "base", use_bidirectional_attention=True, sliding_window=6)
+    model = from_transformers(stock)
+    assert model.config.layer_masks == ["window(3)", "full", "window(3)"]
+    to_transformers(model).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert_same_weights(loaded, stock)
+    assert loaded.config.sliding_window == stock.config.sliding_window == 4
+    assert from_transformers(tmp_path).config.layer_masks == model.config.layer_masks
 
 
 def test_layers_slide_or_not():

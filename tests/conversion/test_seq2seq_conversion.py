@@ -46,6 +46,11 @@ def stock_model(model_type: str, task: str, settings: dict[str, Any]) -> PreTrai
     return random_stock(model_type, task, **{"eos_token_id": EOS, **NO_DROPOUT, **settings})
 
 
+def test_embeddings_are_scaled_by_their_table():
+    stock, ids = stock_model("bart", "base", {}), torch.arange(5)[None]
+    assert torch.equal(from_transformers(stock).get_input_embeddings()(ids), stock.get_input_embeddings()(ids))
+
+
 def random_batch(task: str) -> dict[str, Tensor]:
     """Inputs of the stock model, padded on the right."""
     torch.manual_seed(1)

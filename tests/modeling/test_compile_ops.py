@@ -46,6 +46,13 @@ def test_fixed_flat_rows_are_compiled_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean", "late"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_pooled(layout, pooling):
+    model = make(DynMaskModel, classifier_pooling=pooling, classifier_transform="lm_head", pad_token_id=7)
+    assert_same(model.eval(), layout(), backend="eager")
+
+
 # --- Masks ------------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ OF_OUR_OWN = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral", "qwen3", "gemma3_text"])
 def stock(request) -> PreTrainedModel:
     return random_stock(request.param, "causal-lm")
 

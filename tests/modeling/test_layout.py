@@ -147,6 +147,38 @@ def test_first_tokens_are_those_at_position_0_and_0_for_an_empty_row():
     assert layout.first_tokens(flat).tolist() == [1.0, 0.0, 6.0]
 
 
+def test_last_tokens_that_count():
+    layout = SequenceLayout.from_lengths(torch.tensor([3, 0, 2, 1]), (4, 4))
+    flat = torch.arange(1.0, 7.0)[None]
+    assert layout.last_tokens(flat).tolist() == [3.0, 0.0, 5.0, 6.0]
+    counted = torch.tensor([1, 1, 0, 0, 0, 1]).bool()
+    assert layout.last_tokens(flat, counted).tolist() == [2.0, 0.0, 4.0, 6.0]
+
+
+def test_mean_tokens():
+    layout = SequenceLayout.from_lengths(torch.tensor([3, 0, 2, 1]), (4, 4))
+    flat = torch.arange(1.0, 7.0)[None, :, None].repeat(1, 1, 2)
+    assert layout.mean_tokens(flat).tolist() == [[2.0, 2.0], [0.0, 0.0], [4.5, 4.5], [6.0, 6.0]]
+    assert layout.mean_tokens(flat[..., 0].half()).tolist() == [2.0, 0.0, 4.5, 6.0]
+    many = torch.full((1, 5000), 0.1, dtype=torch.bfloat16)  # a sum in bfloat16 stops at 32
+    assert SequenceLayout.from_lengths(torch.tensor([5000])).mean_tokens(many)[0] == many[0, 0]
+
+
+def test_last_and_mean_tokens_leave_unused_places_out():
+    layout = SequenceLayout(
+        shape=(1, 6),
+        num_tokens=6,
+        lengths=torch.tensor([2, 1, 0]),
+        sequence_ids=torch.tensor([0, 0, 1, 3, 3, 3]),
+        positions=torch.tensor([0, 1, 0, 0, 0, 0]),
+        has_tail=True,
+        longest=6,
+    )
+    flat = torch.arange(1.0, 7.0)[None]
+    assert layout.last_tokens(flat, torch.ones(6).bool()).tolist() == [2.0, 3.0, 0.0]
+    assert layout.mean_tokens(flat).tolist() == [1.5, 3.0, 0.0]
+
+
 def test_values_by_position_leave_absent_tokens_out():
     layout = SequenceLayout.from_attention_mask(torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1]]))
     flat = layout.flatten(torch.arange(8).view(2, 4))

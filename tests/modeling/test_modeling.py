@@ -183,6 +183,36 @@ def test_multiple_choice_takes_lengths_a_choice():
     torch.testing.assert_close(alone[0, 0], output.logits[0, 1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["first", "last", "mean", "late"])
+@pytest.mark.parametrize("transform", ["pooler", "lm_head", "none"])
+def test_what_is_pooled_does_not_depend_on_the_rest_of_a_batch(pooling, transform):
+    settings = {"classifier_pooling": pooling, "classifier_transform": transform, "classifier_bias": False}
+    model = DynMaskForSequenceClassification(config(**settings)).eval()
+    ids, labels = batch()["input_ids"], torch.tensor([1, 0, 1, 1, 0, 0])
+    rows = model(ids, lengths=LENGTHS, labels=labels)
+    assert rows.logits.isfinite().all()  # of an empty sequence, too
+    poisoned = model(ids.where(present(), 98), lengths=LENGTHS, labels=labels)
+    assert torch.equal(poisoned.logits, rows.logits)
+    flat = model(ids[present()][None], lengths=LENGTHS, labels=labels)
+    torch.testing.assert_close(flat.logits, rows.logits, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(flat.loss, rows.loss, atol=1e-6, rtol=1e-5)
+
+
+def test_zero_centered_norms_begin_as_norms_whose_weight_is_1():
+    settings = {"norm_placement": "both", "use_qk_norm": True, "query_pre_attn_scalar": 9.0}
+    centered = DynMaskModel(config(norm_type="zero_centered_rms_norm", **settings)).eval()
+    plain = DynMaskModel(config(norm_type="rms_norm", **settings)).eval()
+    plain.load_state_dict(
+        {name: weight + 1 if "norm" in name else weight for name, weight in centered.state_dict().items()}
+    )
+    assert all((weight == 1).all() for name, weight in plain.state_dict().items() if "norm" in name)
+    inputs = batch()
+    expected, found = plain(**inputs).last_hidden_state, centered(**inputs).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    found = centered.bfloat16()(**inputs).last_hidden_state
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
+
+
 def test_training_on_no_target_gives_a_finite_loss():
     model = DynMaskForMaskedLM(config()).train()
     loss = model(**batch(), labels=torch.full((6, 9), -100)).loss
@@ -272,7 +302,7 @@ def test_unknown_attention_implementation_lists_the_known(name):
         ({"num_key_value_heads": 3}, r"`num_key_value_heads` must divide num_attention_heads=4; got 3"),
         ({"layer_masks": ["full"]}, r"`layer_masks` must have one entry a layer, num_hidden_layers=2; got 1"),
         ({"mask": "causal & wndow(3)"}, r"column 10: unknown mask `wndow`"),
-        ({"norm_type": "batch_norm"}, r"`norm_type` must be one of 'layer_norm', 'rms_norm'; got 'batch_norm'"),
+        ({"norm_type": "batch_norm"}, r"`norm_type` must be one of 'layer_norm', 'rms_norm', .*; got 'batch_norm'"),
         ({"position_type": "rotary", "head_dim": 7}, r"`head_dim` must be even .* got 7|even rotary .* `head_dim`=7"),
         (
             {"position_type": "rotary", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},

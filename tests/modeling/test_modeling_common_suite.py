@@ -255,11 +255,20 @@ class TestLlamaLike(CommonModelTests, unittest.TestCase):
         "attention_bias": False,
         "mlp_bias": False,
         "mask": "causal & window(3, 0)",
+        "classifier_pooling": "last",
+        "classifier_transform": "none",
+        "classifier_bias": False,
     }
 
 
 class TestElectraLikeWithFixedPositions(CommonModelTests, unittest.TestCase):
-    options = {"embedding_size": 16, "position_type": "sinusoidal", "layer_masks": ["full", "causal | prefix(2)"]}
+    options = {
+        "embedding_size": 16,
+        "position_type": "sinusoidal",
+        "layer_masks": ["full", "causal | prefix(2)"],
+        "classifier_pooling": "mean",
+        "classifier_transform": "lm_head",
+    }
     skipped = NOT_IN_AN_ENCODER
 
 

@@ -611,6 +611,19 @@ def test_the_vocabulary_is_resized(settings, size):
     assert model(**source, decoder_input_ids=torch.tensor([[2, 19]] * 2)).logits.shape == (2, 2, size)
 
 
+def test_each_side_scales_the_table_that_both_share():
+    sides: dict[str, Any] = {"encoder": {"embedding_scale": 3.0}, "decoder": {"embedding_scale": 0.5}}
+    model = translator(share_embeddings=True, **sides)
+    tables = model.model.encoder.get_input_embeddings(), model.model.decoder.get_input_embeddings()
+    ids = torch.tensor([[4, 19]])
+    expected = [table(ids) for table in tables]
+    torch.testing.assert_close(expected[0], 6 * expected[1])
+    model.resize_token_embeddings(VOCABULARY + 3)
+    tables = model.model.encoder.get_input_embeddings(), model.model.decoder.get_input_embeddings()
+    assert tables[0].weight is tables[1].weight and tables[0].weight.shape[0] == VOCABULARY + 3
+    assert all(torch.equal(table(ids), before) for table, before in zip(tables, expected, strict=True))
+
+
 def test_two_vocabularies_are_not_resized():
     model = translator(**SETTINGS["two vocabularies"])
     with pytest.raises(ValueError, match="`resize_token_embeddings` needs one vocabulary, share_embeddings=True"):

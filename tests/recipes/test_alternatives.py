@@ -13,9 +13,10 @@ from support import workloads
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 LENGTHS = [9, 7, 7, 5, 3, 1]
-OF_ALL = ["padded", "length-grouped", "flattened"]
+OF_ALL = ["padded", "length-grouped", "batch-rebalanced", "flattened"]
 OF_BERT = ["flattened, mask by hand", "nested tensors"]
-OURS = ["packed, FlexAttention", "hf_dynmask", "hf_dynmask, flattened", "hf_dynmask, token budget"]
+OURS = ["packed, FlexAttention", "hf_dynmask", "hf_dynmask, one argument", "hf_dynmask, flattened"]
+OURS += ["hf_dynmask, token budget"]
 METHODS = {"minilm": OF_ALL + OF_BERT + OURS, "llama": OF_ALL + OURS}
 FORWARD_ALONE = ["nested tensors", "packed, FlexAttention"]
 
@@ -92,6 +93,7 @@ def test_all_methods_have_the_same_examples(tiny, shape):
     assert shares["length-grouped"] == 1 - 32 / (2 * (9 + 7 + 3))
     assert shares["flattened"] == shares["hf_dynmask, flattened"] == 0
     assert shares["hf_dynmask"] == shares["padded"] >= shares["length-grouped"]
+    assert shares["padded"] >= shares["batch-rebalanced"]
 
 
 def test_torch_drops_padding(tiny):

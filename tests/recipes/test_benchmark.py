@@ -18,7 +18,7 @@ SMALLER = {"bart": {"d_model": 16} | {f"{side}_{k}": v for side in ("encoder", "
 PAIRS = [(3, 2), (9, 4), (1, 6), (7, 1)]
 CPU = torch.device("cpu")
 LENGTHS = ["uniform", "heavy-tailed", "equal"]
-METHODS = ["padded", "sorted", "dynmask", "floor", "flat"]
+METHODS = ["padded", "sorted", "dynmask", "floor", "unpadded", "flat"]
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_run(tiny, tmp_path, capsys):
         assert record["speedup"] == seconds["padded"] / seconds["dynmask"]
         assert record["share_of_ideal"] == record["speedup"] / record["ideal_speedup"]
         assert record["speedup_over_sorted"] == seconds["sorted"] / seconds["dynmask"]
+        assert record["unpadded_over_dynmask"] == seconds["dynmask"] / seconds["unpadded"]
         assert record["flat_over_dynmask"] == seconds["dynmask"] / seconds["flat"]
         assert f"{record['share_of_floor_rate']:.3f}" in printed
         if record["lengths"] == "equal":
@@ -118,6 +119,7 @@ def test_batches():
         "sorted": [(3,)] * 3 + [(9,)] * 3,
         "dynmask": lengths,
         "floor": [(4,)] * 6,
+        "unpadded": [(9,)] * 3 + [(7,)] * 3,  # as they come in
         "flat": lengths,
     }
     tokens = [torch.cat([b["input_ids"].flatten() for b in batches[m]]) for m in ("padded", "sorted")]
@@ -134,6 +136,7 @@ def test_batches_of_pairs():
         "sorted": [(3, 6)] * 2 + [(9, 4)] * 2,
         "dynmask": PAIRS,
         "floor": [(6, 3)] * 2 + [(4, 4)] * 2,
+        "unpadded": [(9, 4)] * 2 + [(7, 6)] * 2,
     }
 
 
@@ -153,6 +156,18 @@ def test_methods_compute_the_same(tiny, shape):
         expected = loss_or_norms(stock, batches["padded"][0], training)
         found = loss_or_norms(ours, batches["dynmask"][0], training)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["minilm", "llama", "bart"])
+def test_the_stock_model_with_our_attention_computes_the_same(tiny, shape):
+    stock, _ = workloads.make_models(shape, "float32", CPU)
+    lengths = PAIRS if shape == "bart" else [(source,) for source, _ in PAIRS]
+    (batch,) = benchmark.make_batches(lengths, 4, stock.config, CPU)["unpadded"]
+    expected = [loss_or_norms(stock, batch, training) for training in (False, True)]
+    stock.set_attn_implementation("dynmask")
+    for training in (False, True):
+        found = loss_or_norms(stock, batch, training)
+        torch.testing.assert_close(found, expected[training], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["minilm", "llama"])

@@ -120,13 +120,13 @@ def test_classes_that_others_make():
 def test_why_models_compute_rows():
     found = {family: why_rows(model_of(family, "dynmask")) for family in [*FAMILIES, *WITHOUT_FLAT]}
     assert {family: why for family, why in found.items() if why is not None} == {
-        "bart": "it may have cross-attention",
+        "bart": "it has a decoder",
         "esm with dropout": "its tokens meet outside attention: `token_dropout`",
         "fnet": "its masks are its own",
         "layoutlm": "its masks are its own",
         "lfm2": "its tokens meet outside attention: layers of type conv",
         "mobilebert": "its tokens meet outside attention: `trigram_input`",
-        "umt5": "it may have cross-attention",
+        "umt5": "it takes no `position_ids`",
     }
 
 
@@ -283,6 +283,16 @@ def test_masks_and_their_fields(text, fields):
     assert counts == {batch["input_ids"].numel()}
     here = batch["attention_mask"].bool()
     torch.testing.assert_close(found.last_hidden_state[here], expected.last_hidden_state[here], **CLOSE)
+
+
+def test_a_field_that_the_trainer_drops():
+    """The `forward` of a stock model does not name it."""
+    model = new_model("llama", "dynmask")
+    set_mask(model, "causal | prefix")
+    with pytest.raises(
+        ValueError, match=r"lacks \(the Trainer drops columns .* `TrainingArguments\(remove_unused_columns"
+    ):
+        model(**padded_batch("right"))
 
 
 HOLES = torch.tensor([[1, 0, 1, 1, 1, 0, 0, 0, 0], [1] * 6 + [0] * 3, [1] * 9])

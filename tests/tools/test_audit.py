@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, NamedSplit, config
 from matplotlib import image, pyplot
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import BartConfig, BertConfig, PreTrainedTokenizerFast, T5Config
+from transformers import AlbertConfig, BartConfig, BertConfig, DebertaConfig, PreTrainedTokenizerFast, T5Config
 from typer.testing import CliRunner
 
 import command
@@ -24,6 +24,8 @@ from hf_dynmask.training.flops import config_work
 BERT = BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, vocab_size=5)
 BART: dict[str, Any] = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 5}
 BART |= {"encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+T5 = T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=5)
+ALBERT: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 5}
 LENGTHS = [3, 9, 1, 40, 6, 2, 7, 5, 12, 4]
 TEXTS = [" ".join("abc"[(k + place) % 3] for place in range(length)) for k, length in enumerate(LENGTHS)]
 
@@ -187,6 +189,9 @@ def test_picture_of_lengths():
     heights = [[bar.get_height() for bar in axis.patches] for axis in figure.axes]
     assert heights == [[1, 2, 0, 0, 1], [1, *[0] * 36, 2]]
     assert [axis.get_xlabel() for axis in figure.axes] == ["tokens", "tokens of the target"]
+    assert figure.axes[0].get_title(loc="left") == "4 examples, 10 tokens"
+    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert legend == ["mean 100", "longest 150"]
     pyplot.close("all")
 
 
@@ -261,11 +266,15 @@ def test_times(configuration, sides, monkeypatch):
     assert audit.time_speedups(configuration, sizes, 3) == pytest.approx(expected)
 
 
-def test_times_of_a_model_that_cannot_be_converted(tmp_path):
-    model = save(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=5), tmp_path / "model")
-    data = Dataset.from_dict({"text": TEXTS, "other": TEXTS})
-    with pytest.raises(ValueError, match="`model_type` must be one of 'bart', .*; got 't5'"):
-        audit_dataset(data, model, 2, ["text"], "other", max_length=8, with_times=True)
+@pytest.mark.parametrize("configuration, sides", [(T5, 2), (AlbertConfig(**ALBERT), 1)], ids=["t5", "albert"])
+def test_times_of_a_model_that_cannot_be_converted(configuration, sides):
+    """It is the stock one, with our attention."""
+    assert min(audit.time_speedups(configuration, [(length,) * sides for length in LENGTHS], 3)) > 0
+
+
+def test_times_of_a_model_that_computes_attention_itself():
+    with pytest.raises(ValueError, match="needs a model that uses transformers' attention interface; DebertaModel"):
+        audit.time_speedups(DebertaConfig(**ALBERT), [(3,), (4,)], 2)
 
 
 def test_times_are_printed(model, tmp_path, monkeypatch):

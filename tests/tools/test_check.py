@@ -7,7 +7,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AlbertConfig,
+    AlbertForPreTraining,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from hf_dynmask import (
@@ -29,6 +39,9 @@ SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attenti
 SIZES |= {"vocab_size": 50}
 AGREE = ["lengths, in rows", "lengths, end to end", "attention_mask, padding on the left", "one by one"]
 APART = ["lengths, in rows", "lengths, end to end", "lengths, in rows"]
+STOCK_AGREE = ["stock model, attention_mask", "stock model, lengths", "stock model, one by one"]
+STOCK_APART = ["stock model, attention_mask", "stock model, lengths", "stock model, attention_mask"]
+ALL = STOCK_AGREE + STOCK_APART + AGREE + APART
 
 
 @pytest.fixture
@@ -51,21 +64,46 @@ def token_classifier(**settings):
 
 STOCK = [("bert", "masked-lm"), ("roberta", "sequence-classification"), ("electra", "question-answering")]
 STOCK += [("llama", "causal-lm"), ("gpt2", "base"), ("bart", "seq2seq-lm"), ("bart", "sequence-classification")]
+STOCK += [("llama", "sequence-classification"), ("modernbert", "token-classification"), ("gemma3_text", "base")]
+STOCK += [("eurobert", "sequence-classification")]
 
 
 @pytest.mark.parametrize("family, task", STOCK)
 def test_stock_checkpoints(family, task, saved):
     findings = list(check_model(saved(random_stock(family, task))))
-    assert len(findings) == 2 * (len(AGREE) + len(APART))
-    assert all("as the stock model" in finding.what for finding in findings[: len(AGREE)])
+    left_out = task == "sequence-classification"  # what is in the padding: a head of its own may look for the pad token
+    assert len(findings) == 2 * (len(ALL) - left_out)
+    assert all("as the stock model" in finding.what for finding in findings[: len(STOCK_AGREE)])
     assert [finding for finding in findings if not finding.is_right] == []
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "electra"])
+SMALL: dict[str, Any] = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+UNCONVERTED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "phi3": (AutoModelForCausalLM, SMALL),
+    "mixtral": (AutoModelForCausalLM, SMALL | {"num_local_experts": 2, "num_key_value_heads": 2}),
+    "albert": (AutoModelForMaskedLM, SMALL | {"embedding_size": 8}),
+    "umt5": (AutoModelForSeq2SeqLM, {"d_model": 16, "d_kv": 8, "d_ff": 20, "num_layers": 2, "num_heads": 2}),
+}
+
+
+@pytest.mark.parametrize("family", UNCONVERTED)
+def test_stock_checkpoints_that_cannot_be_converted(family, saved):
+    auto_class, sizes = UNCONVERTED[family]
+    torch.manual_seed(0)
+    folder = saved(auto_class.from_config(AutoConfig.for_model(family, **{**sizes, "vocab_size": 50})))
+    findings = list(check_model(folder))
+    assert [finding.what.split(":")[0] for finding in findings] == 2 * (STOCK_AGREE + STOCK_APART)
+    assert [finding for finding in findings if not finding.is_right] == []
+    (speed,) = check_module.time_model(folder)
+    assert speed.what == "attn_implementation='dynmask'" and speed.speedup > 0
+    assert speed.padding == pytest.approx(1 - sum(check_module.LENGTHS) / (130 * len(check_module.LENGTHS)))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "modernbert"])
 def test_multiple_choice(family, saved):
     """Its batches have no flat form."""
     findings = list(check_model(saved(random_stock(family, "multiple-choice"))))
-    assert len(findings) == 2 * (len(AGREE) + len(APART) - 2)
+    assert len(findings) == 2 * (len(ALL) - 3)
     assert [finding for finding in findings if not finding.is_right] == []
 
 
@@ -184,10 +222,15 @@ def test_the_users_own_texts(with_tokenizer, texts, monkeypatch):
 
     monkeypatch.setattr(check_module, "_agreement", watched)
     result = run(with_tokenizer, "--data", texts, "--dtype", "float32")
-    assert seen == [([[[2, 3, 4]], [[3]], [[4, 4, 4, 4, 2, 3, 4]], [[2, 2]]], torch.float32)]
+    assert seen == 2 * [([[[2, 3, 4]], [[3]], [[4, 4, 4, 4, 2, 3, 4]], [[2, 2]]], torch.float32)]
     assert result.exit_code == 0
+    first, second, third, *_ = result.output.splitlines()
+    assert re.fullmatch(r"exact, no leak, \d+\.\d\d times as fast as padded rows here \(.+\)", first)
+    ways = r"attn_implementation='dynmask' \d+\.\d\d, DynMaskForMaskedLM \d+\.\d\d"
+    assert re.fullmatch(rf"forward passes on (cpu|cuda.*), float32, 54% padding: {ways}", second)
+    assert third == "With attn_implementation='dynmask' this bert model computes real tokens alone."
     lines = lines_of_table(result.output)
-    assert [line[0].split(":")[0] for line in lines] == AGREE + APART
+    assert [line[0].split(":")[0] for line in lines] == ALL
     assert {(line[1], line[4]) for line in lines} == {("float32", "right")}
 
 
@@ -195,11 +238,19 @@ def test_exit_code_of_what_is_wrong(with_tokenizer, monkeypatch):
     findings = [check_module.Finding("one", torch.float32, 0, 0), check_module.Finding("two", torch.bfloat16, 2, 0)]
     monkeypatch.setattr("hf_dynmask.cli.check_model", lambda *arguments: iter(findings))
     result = run(with_tokenizer)
+    assert result.output.startswith("NOT EXACT, no leak, ")
     assert lines_of_table(result.output) == [
         ["one", "float32", "0", "0", "right"],
         ["two", "bfloat16", "2", "0", "WRONG"],
     ]
     assert result.exit_code == 1
+
+
+def test_leaks_are_told(with_tokenizer, monkeypatch):
+    leak = check_module.Finding("lengths: sequences that change when another does", torch.float32, 1, 0)
+    monkeypatch.setattr("hf_dynmask.cli.check_model", lambda *arguments: iter([leak]))
+    result = run(with_tokenizer)
+    assert result.output.startswith("exact, SEQUENCES LEAK, ") and result.exit_code == 1
 
 
 def test_not_a_number_is_wrong():
@@ -214,6 +265,11 @@ def test_not_a_number_is_wrong():
     [
         (lambda: DynMaskForCTC(DynMaskConfig(**SIZES, num_features=3)), "tokens; DynMaskForCTC reads `input_features`"),
         (lambda: token_classifier(mask="segments"), "the field `segment_ids`"),
+        (lambda: CLIPModel(CLIPConfig()), "a model to check must read tokens alone; CLIPModel has other parts, too"),
+        (
+            lambda: AlbertForPreTraining(AlbertConfig(**SIZES)),
+            "last_hidden_state; AlbertForPreTraining returns prediction_logits, sop_logits",
+        ),
     ],
 )
 def test_models_that_it_cannot_run(model, message, saved):

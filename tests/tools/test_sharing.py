@@ -474,6 +474,11 @@ def test_export_by_the_command(tmp_path, tokenizer):
 
 
 FAMILIES = [("bert", "masked-lm"), ("roberta", "multiple-choice"), ("llama", "causal-lm"), ("bart", "seq2seq-lm")]
+FAMILIES += [
+    ("gemma3_text", "sequence-classification"),
+    ("modernbert", "question-answering"),
+    ("eurobert", "masked-lm"),
+]
 
 
 @pytest.mark.parametrize("family, task", FAMILIES)
