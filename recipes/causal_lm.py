@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         ABOUT,
         recipe,
         trainer,
-        AutoModelForCausalLM,
+        AutoModelForCausalLM.from_pretrained,
         baselines,
         settings={"mask": recipe.mask, "max_length": recipe.max_length},
         trivial={"what": "from the frequency of each token alone", "perplexity": unigrams},

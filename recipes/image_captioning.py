@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         ABOUT,
         recipe,
         trainer,
-        AutoModelForSeq2SeqLM,
+        AutoModelForSeq2SeqLM.from_pretrained,
         {"padded": (copy.deepcopy(model), without_lengths(collator))} if recipe.baseline else {},
         settings={"dropout": recipe.dropout},
         trivial=best_constant(texts, "chrf", character_f_score),

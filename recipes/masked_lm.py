@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         ABOUT,
         recipe,
         trainer,
-        AutoModelForMaskedLM,
+        AutoModelForMaskedLM.from_pretrained,
         baselines,
         settings={"dropout": model.config.hidden_dropout_prob, "max_length": recipe.max_length} | masking,
         trivial={"what": "from the frequency of each token alone", "perplexity": unigrams},

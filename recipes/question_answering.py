@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         ABOUT,
         recipe,
         trainer,
-        AutoModelForQuestionAnswering,
+        AutoModelForQuestionAnswering.from_pretrained,
         {"stock": (to_transformers(model), DataCollatorWithPadding(tokenizer))} if recipe.baseline else {},
         settings={"dropout": model.config.hidden_dropout_prob} | windowing,
         rows=questions,

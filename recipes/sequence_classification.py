@@ -59,10 +59,14 @@ def main(arguments: list[str] | None = None) -> None:
         compute_metrics=accuracy,
     )
 
-    baselines = {"stock": (to_transformers(model), DataCollatorWithPadding(tokenizer))} if recipe.baseline else {}
-    dropout = {"dropout": model.config.hidden_dropout_prob}
     train_and_report(
-        ABOUT, recipe, trainer, AutoModelForSequenceClassification, baselines, settings=dropout, labels=labels
+        ABOUT,
+        recipe,
+        trainer,
+        AutoModelForSequenceClassification.from_pretrained,
+        {"stock": (to_transformers(model), DataCollatorWithPadding(tokenizer))} if recipe.baseline else {},
+        settings={"dropout": model.config.hidden_dropout_prob},
+        labels=labels,
     )
 
 

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         ABOUT,
         recipe,
         trainer,
-        AutoModelForCTC,
+        AutoModelForCTC.from_pretrained,
         {"padded": (copy.deepcopy(model), without_lengths(collator))} if recipe.baseline else {},
         settings={"dropout": recipe.dropout},
         trivial=best_constant(texts, "cer", error_rates, lower_is_better=True),

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         ABOUT,
         recipe,
         trainer,
-        AutoModelForSeq2SeqLM,
+        AutoModelForSeq2SeqLM.from_pretrained,
         bart_baseline(model, tokenizer) if recipe.baseline else {},
         settings={"dropout": dropout_of_decoder(model)},
         trivial={"what": "the summary of another text", **score(summaries_of_others(texts), references)},

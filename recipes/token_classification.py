@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         ABOUT,
         recipe,
         trainer,
-        AutoModelForTokenClassification,
+        AutoModelForTokenClassification.from_pretrained,
         baselines,
         settings={"dropout": model.config.hidden_dropout_prob, "max_length": recipe.max_length},
         labels=tags,

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         ABOUT,
         recipe,
         trainer,
-        AutoModelForSeq2SeqLM,
+        AutoModelForSeq2SeqLM.from_pretrained,
         bart_baseline(model, tokenizer) if recipe.baseline else {},
         settings={"dropout": dropout_of_decoder(model)},
         trivial={"what": "the source as it is", **score(list(texts["test"]["source"]), references)},

@@ -44,6 +44,7 @@ RUNS = {
     "stock": "stock model, padded batches",
     "padded": "the same model, padded batches",  # if transformers has no equal model
 }
+RUNS_OF_STOCK_MODELS = {"dynmask": "stock model, dynmask", "stock": "stock model, sdpa"}  # by `attn_implementation`
 OF_THE_HUB = ("licence_id", "languages", "hub_id", "hub_config", "hub_split")  # what metadata say about a sample
 HUB_METRICS = {"rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}  # if the Hub's name differs
 LIMITS = (
@@ -158,29 +159,37 @@ def summary(results: Results) -> str:
     runs, metric = results["runs"], results["metric"]
     metrics = [metric, *results.get("others", [])]
     unit = results.get("unit", "tokens")
+    names = RUNS_OF_STOCK_MODELS if "library" in results else RUNS
     rows = [
         [
-            RUNS[name],
-            *(f"{run[measure]:.3f}" for measure in metrics),
+            names[name],
+            *_measured(run, metrics),
             f"{run['tokens_per_second']:,.0f}",
             f"{run['train_seconds']:,.0f}",
         ]
         for name, run in runs.items()
     ]
+    if "untrained" in results:
+        rows.append(["none", *_measured(results["untrained"], metrics), "", ""])
     parts = [
         table(["training", *metrics, f"real {unit} per second", "seconds"], rows),
         f"Padding avoided: {results['padding_share']:.1%} of the places in padded batches.",
     ]
-    if "trivial" in results:
-        trivial, found = results["trivial"], runs["dynmask"][metric]
-        parts.append(
-            f"Without a model, {trivial['what']}: {metric} {trivial[metric]:.3f}. "
-            f"The model's is {found - trivial[metric]:+.3f} of that."
-        )
+    for name, words in {"trivial": "Without a model", "untrained": "Without this training"}.items():
+        if name in results:
+            reference, found = results[name], runs["dynmask"][metric]
+            parts.append(
+                f"{words}, {reference['what']}: {metric} {reference[metric]:.3f}. "
+                f"The model's is {found - reference[metric]:+.3f} of that."
+            )
     for padded in runs.keys() - {"dynmask"}:
         ratio = runs["dynmask"]["tokens_per_second"] / runs[padded]["tokens_per_second"]
         parts.append(f"Speed-up over padded batches: {ratio:.2f}.")
     return "\n\n".join(parts)
+
+
+def _measured(run: Results, metrics: list[str]) -> list[str]:
+    return [f"{run[measure]:.3f}" for measure in metrics]
 
 
 def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCard:
@@ -193,23 +202,25 @@ def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCa
             with `rows` of each split), `runs` (as [`train_and_evaluate`] gives them), `padding_share`, `training`,
             `masks` and `lengths` (as [`describe_masks`] and [`describe_lengths`] give them), `environment`, `arguments`
             (those that differ from the defaults). Optional: `others` (further metrics), `trivial` (as [`best_constant`]
-            gives it), `unit` (what a model reads instead of tokens).
+            gives it), `untrained` (the same for the model before its training), `unit` (what a model reads instead of
+            tokens), `library` (of the Hub, which stock models with `attn_implementation="dynmask"` are of).
         title (`str`): The heading.
         usage (`str`): Python code that uses the model.
         limits (`str`): Limits that come from the task.
     """
     model, dataset = results["model"], results["dataset"]
     metadata = ModelCardData(
-        **common_metadata(model, [dataset]),
+        **common_metadata(model, [dataset], results.get("library", "transformers")),
         pipeline_tag=results["task"],
         metrics=list(dict.fromkeys(measured.metric_type for measured in evaluations(results))),
         model_name=results["recipe"],
         eval_results=evaluations(results),
     )
+    what = "the stock model on padded batches" if "library" in results else "on batches with lengths"
     text = f"""
 # {title}
 
-`{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`, on batches with lengths and
+`{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`, {what} and
 without any computation on padding.
 
 ## Results
@@ -238,7 +249,7 @@ length]({figure_name(results)})
     return assemble_card(metadata, text, f"{limits} {LIMITS}", [model, dataset], results)
 
 
-def common_metadata(model: Results, datasets: list[Results]) -> Results:
+def common_metadata(model: Results, datasets: list[Results], library: str = "transformers") -> Results:
     """Metadata of every card, from model and data sets as [`describe_source`] gives them."""
 
     def known(name: str, sources: list[Results]) -> list[str] | None:
@@ -247,7 +258,7 @@ def common_metadata(model: Results, datasets: list[Results]) -> Results:
 
     languages = (language for dataset in datasets for language in dataset.get("languages", []))
     return {
-        "library_name": "transformers",
+        "library_name": library,
         "tags": ["hf_dynmask"],
         "license": known("licence_id", [model, *datasets]),
         "language": list(dict.fromkeys(languages)) or None,

@@ -1,7 +1,7 @@
 """Measured training runs of a model and its baselines, and what can be reached without a model."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import exp, log
 from pathlib import Path
@@ -13,7 +13,6 @@ from accelerate.utils import gather
 from datasets import DatasetDict
 from torch import Tensor
 from transformers import (
-    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -21,16 +20,24 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from hf_dynmask import DynMaskConfig, DynMaskSeq2SeqConfig, from_transformers
 from support.cards import Results, describe_environment
 from support.common import IGNORED
 from support.masks_and_lengths import describe_lengths, describe_masks
 
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Any]
-Baselines = dict[str, tuple[Any, Collator]]  # names as in `cards.RUNS`, models and their collators
+Baselines = dict[str, tuple[Any, Collator | None]]  # names as in `cards.RUNS`, models and their collators
+Lengths = dict[str, list[int]]  # real tokens or frames of each training row, by column
 
 
-def compare(trainer: Trainer, baselines: Baselines, auto_class: Any, metrics: Sequence[str]) -> Results:
+def compare(
+    trainer: Trainer,
+    baselines: Baselines,
+    load: Callable[[str], Any],
+    metrics: Sequence[str],
+    lengths: Lengths | None = None,
+) -> Results:
     """
     Trains a model, then its baselines, on however many processes there are. The model is saved, loaded again, and must
     have the quality that it had before.
@@ -38,9 +45,12 @@ def compare(trainer: Trainer, baselines: Baselines, auto_class: Any, metrics: Se
     Args:
         trainer ([`~transformers.Trainer`]): Of the model.
         baselines (`dict[str, tuple[PreTrainedModel, Callable]]`):
-            Models and their collators, by name. Each is trained as the first model is, in a folder inside its own.
-        auto_class (`type`): Loads the saved model.
+            Models and their collators (`None`: the trainer's own), by name. Each is trained as the first model is, in a
+            folder inside its own.
+        load (`Callable`): Loads the saved model from its folder.
         metrics (`list[str]`): Names of the metrics, the main one first.
+        lengths (`dict[str, list[int]]`, *optional*):
+            Tokens of each training row by column, if the trainer tokenizes the rows. `None`: the rows are tokenized.
 
     Returns:
         `dict`: `masks` and `lengths` of the training rows, as [`describe_masks`] and [`describe_lengths`] give them,
@@ -48,24 +58,30 @@ def compare(trainer: Trainer, baselines: Baselines, auto_class: Any, metrics: Se
         `environment`.
     """
     training = trainer.args
-    config: Any = trainer.model.config  # pyright: ignore[reportOptionalMemberAccess]
-    runs = {"dynmask": train_and_evaluate(trainer, *metrics)}
-    share = padding_share(trainer.get_train_dataloader())
-    described = describe(config, trainer.train_dataset)
+    runs = {"dynmask": train_and_evaluate(trainer, *metrics, lengths=lengths)}
+    share = padding_share(trainer.get_train_dataloader() if lengths is None else batches_of(trainer, lengths))
+    described = describe(trainer.model, lengths or row_lengths(trainer))
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    reloaded = auto_class.from_pretrained(training.output_dir).to(training.device)
+    reloaded = load(str(training.output_dir)).to(training.device)
     again = trainer_like(trainer, reloaded, trainer.data_collator, replace(training))
     check_reloaded(of_whole_model(again), metrics[0], runs["dynmask"][metrics[0]])
     for name, (model, collator) in baselines.items():
         other = trainer_like(trainer, for_fsdp2(model), collator, arguments_of(name, training))
-        runs[name] = train_and_evaluate(other, *metrics)
+        runs[name] = train_and_evaluate(other, *metrics, lengths=lengths)
     environment = describe_environment(training.device) | {"processes": training.world_size}
     return {**described, "runs": runs, "padding_share": share, "environment": environment}
 
 
-def trainer_like(trainer: Any, model: PreTrainedModel, collator: Collator, training: TrainingArguments) -> Trainer:
+def trainer_like(
+    trainer: Any, model: PreTrainedModel, collator: Collator | None, training: TrainingArguments
+) -> Trainer:
     """A trainer of another model with the same data and measures. DeepSpeed's arguments are for one trainer each."""
+    if hasattr(trainer, "evaluator"):  # of sentence-transformers, whose losses hold the model
+        measures = {"loss": type(trainer.loss), "evaluator": trainer.evaluator}
+    else:
+        names = ("compute_metrics", "preprocess_logits_for_metrics")
+        measures = {name: getattr(trainer, name) for name in names}
     return type(trainer)(
         model,
         training,
@@ -73,23 +89,24 @@ def trainer_like(trainer: Any, model: PreTrainedModel, collator: Collator, train
         train_dataset=trainer.train_dataset,
         eval_dataset=trainer.eval_dataset,
         processing_class=trainer.processing_class,
-        compute_metrics=trainer.compute_metrics,
-        preprocess_logits_for_metrics=trainer.preprocess_logits_for_metrics,
+        **measures,
     )
 
 
-def describe(config: PreTrainedConfig, rows: Any) -> Results:
-    """The masks of a model and the lengths of what it is trained on."""
-    lengths = row_lengths(rows, config.is_encoder_decoder)
+def describe(model: Any, lengths: Lengths) -> Results:
+    """The masks of a model, of a stock one those of its converted twin, and the lengths of what it is trained on."""
+    is_ours = isinstance(model.config, DynMaskConfig | DynMaskSeq2SeqConfig)
+    config = model.config if is_ours else from_transformers(model.transformers_model.base_model).config
     return {
         "masks": describe_masks(config),
         "lengths": {column: describe_lengths(numbers) for column, numbers in lengths.items()},
     }
 
 
-def row_lengths(rows: Any, has_two_sides: bool) -> dict[str, list[int]]:
-    """Real tokens or frames of each row, by column."""
-    columns = ("input_ids", "input_features", *["labels"] * has_two_sides)
+def row_lengths(trainer: Any) -> Lengths:
+    """Real tokens or frames of each training row, by column."""
+    rows = trainer.train_dataset
+    columns = ("input_ids", "input_features", *["labels"] * trainer.model.config.is_encoder_decoder)
     return {name: [len(values) for values in rows[name]] for name in columns if name in rows.column_names}
 
 
@@ -104,10 +121,11 @@ def arguments_of(name: str, training: TrainingArguments) -> TrainingArguments:
     )
 
 
-def for_fsdp2(model: PreTrainedModel) -> PreTrainedModel:
+def for_fsdp2(model: Any) -> Any:
     """Accelerate shards a model's input embeddings separately, so a module that holds them cannot be sharded whole."""
-    blocks = model._no_split_modules or ()
-    model._no_split_modules = [block for block in blocks if not block.endswith("Embeddings")]
+    if isinstance(model, PreTrainedModel):  # one of sentence-transformers names no blocks
+        blocks = model._no_split_modules or ()
+        model._no_split_modules = [block for block in blocks if not block.endswith("Embeddings")]
     return model
 
 
@@ -131,13 +149,14 @@ def without_lengths(collator: Collator) -> Collator:
     return collate
 
 
-def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
+def train_and_evaluate(trainer: Trainer, *metrics: str, lengths: Lengths | None = None) -> Results:
     """
     Trains and evaluates, and measures speed and quality.
 
     Args:
         trainer ([`~transformers.Trainer`]): Its `compute_metrics` gives the metrics.
         metrics (`str`): Names of the metrics.
+        lengths (`dict[str, list[int]]`, *optional*): Of texts that the trainer tokenizes, as [`compare`] takes them.
 
     Returns:
         `dict`: The metrics under their names, `tokens_per_second` (real tokens or frames, while training),
@@ -149,7 +168,7 @@ def train_and_evaluate(trainer: Trainer, *metrics: str) -> Results:
     beginning = Beginning()
     trainer.add_callback(beginning)
     seconds = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics["train_runtime"]
-    tokens = _tokens_seen(trainer, beginning)
+    tokens = _tokens_seen(trainer, beginning, lengths)
     evaluated = trainer.evaluate()
     return {metric: evaluated[f"eval_{metric}"] for metric in metrics} | {
         "tokens_per_second": tokens / seconds,
@@ -168,12 +187,11 @@ class Beginning(TrainerCallback):
         self.tokens, self.epoch = state.num_input_tokens_seen, state.epoch or 0.0
 
 
-def _tokens_seen(trainer: Any, since: Beginning) -> int:
+def _tokens_seen(trainer: Any, since: Beginning, lengths: Lengths | None) -> int:
     """Real tokens or frames of a training, on both sides of an encoder-decoder. The trainer itself counts only ids."""
-    has_two_sides = trainer.model.config.is_encoder_decoder
-    if trainer.state.num_input_tokens_seen and not has_two_sides:
+    if trainer.state.num_input_tokens_seen and not trainer.model.config.is_encoder_decoder:
         return trainer.state.num_input_tokens_seen - since.tokens
-    tokens = sum(map(sum, row_lengths(trainer.train_dataset, has_two_sides).values()))
+    tokens = sum(map(sum, (lengths or row_lengths(trainer)).values()))
     return round(tokens * (trainer.state.epoch - since.epoch))
 
 
@@ -226,6 +244,13 @@ def unigram_perplexity(seen: Iterable[int], targets: Sequence[int]) -> float:
     counts = Counter(seen)
     total = sum(counts.values()) + len(counts.keys() | set(targets))
     return exp(-sum(log((counts[target] + 1) / total) for target in targets) / len(targets))
+
+
+def batches_of(trainer: Any, lengths: Lengths) -> Iterator[Batch]:
+    """The `lengths` of each column of each batch, of rows that the trainer tokenizes."""
+    for rows in trainer.get_train_dataloader().batch_sampler:
+        for of_column in lengths.values():
+            yield {"lengths": torch.tensor([of_column[row] for row in rows], device=trainer.args.device)}
 
 
 def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:

@@ -1,13 +1,13 @@
 """What a recipe does with its trainer: trains it, compares it with a baseline, writes results and model card."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCard
 
 from support.cards import Results, describe_new_model, describe_source, describe_training, model_card, report
-from support.measuring import Baselines, compare
+from support.measuring import Baselines, Lengths, compare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class About:
         title (`str`): Heading of the card; `{labels}` stands for the names of the classes.
         usage, limits (`str`): Of the card, as [`model_card`] takes them.
         unit (`str`, *optional*): What the model reads, if not tokens.
+        library (`str`, *optional*): Which one the model is of, if not transformers; the Hub's name.
     """
 
     recipe: str
@@ -30,6 +31,7 @@ class About:
     usage: str
     limits: str
     unit: str | None = None
+    library: str | None = None
 
     def make_card(self, results: Results) -> ModelCard:
         title = self.title.format(labels=", ".join(results.get("labels", [])))
@@ -40,10 +42,11 @@ def train_and_report(
     about: About,
     recipe: Any,
     trainer: Any,
-    auto_class: Any,
+    load: Callable[[str], Any],
     baselines: Baselines,
     settings: dict[str, Any],
     rows: Mapping[Any, Any] | None = None,
+    lengths: Lengths | None = None,
     **facts: Any,
 ) -> None:
     """
@@ -53,13 +56,14 @@ def train_and_report(
         about ([`About`]): The recipe.
         recipe ([`CommonArguments`]): Its arguments.
         trainer ([`~transformers.Trainer`]): Of the model, not trained yet; its `compute_metrics` gives the metrics.
-        auto_class (`type`): Loads the saved model.
+        load (`Callable`): Loads the saved model from its folder.
         baselines (`dict[str, tuple[PreTrainedModel, Callable]]`): Models and their collators, by name in `cards.RUNS`.
         settings (`dict[str, Any]`): What the table of hyper-parameters says beside those of the trainer.
         rows (`dict[str, Dataset]`, *optional*): The splits to count, if not those of the trainer.
-        facts (*optional*): Further entries of the results: `labels`, `trivial`.
+        lengths (`dict[str, list[int]]`, *optional*): Of texts that the trainer tokenizes, as [`compare`] takes them.
+        facts (*optional*): Further entries of the results: `labels`, `trivial`, `untrained`.
     """
-    compared = compare(trainer, baselines, auto_class, about.metrics)
+    compared = compare(trainer, baselines, load, about.metrics, lengths)
     metric, *others = about.metrics
     source = getattr(recipe, "model", None)
     rows = rows or {"train": trainer.train_dataset, "test": trainer.eval_dataset}
@@ -70,6 +74,7 @@ def train_and_report(
         "metric": metric,
         **({"others": others} if others else {}),
         **({"unit": about.unit} if about.unit else {}),
+        **({"library": about.library} if about.library else {}),
         "model": describe_new_model(trainer.model) if source is None else describe_source(source),
         "dataset": describe_source(recipe.dataset) | {"rows": {name: len(split) for name, split in rows.items()}},
         **facts,

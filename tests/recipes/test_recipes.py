@@ -8,7 +8,8 @@ import pytest
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(RECIPES.glob("*.py"))
 TRAINING = [path for path in SCRIPTS if "train_and_report(" in path.read_text()]
-TRAINERS = {"Trainer", "Seq2SeqTrainer", "MaskedLMTrainer"}
+MEASURES = dict.fromkeys(["Trainer", "Seq2SeqTrainer", "MaskedLMTrainer"], {"data_collator", "compute_metrics"})
+MEASURES |= dict.fromkeys(["SentenceTransformerTrainer", "CrossEncoderTrainer"], {"loss", "evaluator"})  # with data
 MOST_LINES = 45  # from `main` to the end of its `Trainer`
 
 
@@ -20,8 +21,8 @@ def test_it_can_be_run(path):
     assert usage in (ast.get_docstring(tree) or "")
 
 
-def test_nine_recipes_train():
-    assert len(TRAINING) == 9
+def test_eleven_recipes_train():
+    assert len(TRAINING) == 11
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
@@ -30,9 +31,7 @@ def test_data_model_collator_and_trainer_are_in_one_piece(path):
     main = functions[0]
     assert main.name == "main"
     calls = [node for node in ast.walk(main) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    (trainer,) = [call for call in calls if ast.unparse(call.func) in TRAINERS]
-    assert {"data_collator", "train_dataset", "eval_dataset", "compute_metrics"} <= {
-        keyword.arg for keyword in trainer.keywords
-    }
+    (trainer,) = [call for call in calls if ast.unparse(call.func) in MEASURES]
+    assert {"train_dataset", *MEASURES[ast.unparse(trainer.func)]} <= {keyword.arg for keyword in trainer.keywords}
     assert trainer.end_lineno is not None
     assert trainer.end_lineno - main.lineno < MOST_LINES

@@ -1,0 +1,143 @@
+"""
+Fine-tunes a BERT-like checkpoint to embed questions near the paragraphs that answer them, with the trainer of
+sentence-transformers, on ordinary padded batches of which the stock model computes the real tokens alone.
+
+    python recipes/embedding.py
+
+uses questions of SQuAD and MiniLM. To train the same model without this package too, from the same weights:
+
+    python recipes/embedding.py --baseline
+
+With your own model and data, from the Hub or from disk (columns `question` and `context`, a text that answers it):
+
+    python recipes/embedding.py --model google-bert/bert-base-uncased --dataset rajpurkar/squad_v2
+
+The other paragraphs of a batch are the wrong answers to a question. Held-out questions are searched among all held-out
+paragraphs; the same search with BM25, and with the model before its training, is what the results are compared with.
+All options of `SentenceTransformerTrainingArguments` apply.
+Results, model card and model are written to `--output_dir`.
+"""
+
+import support.threads  # noqa: F401
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import set_seed
+
+import hf_dynmask  # noqa: F401  # registers `attn_implementation="dynmask"` with transformers
+from support.common import DropoutArguments, dropout_settings, load_texts, parse_arguments
+from support.reporting import About, train_and_report
+from support.retrieval import HYBRID, METRICS, Evaluator, Search, token_counts
+from support.samples import resolve_model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, SentenceTransformerTrainingArguments], arguments, DEFAULTS)
+
+    checkpoint = resolve_model(recipe.model)
+    data = load_texts(recipe.dataset, "question", "context")
+    search = Search(data["test"])
+    found = search.bm25()
+
+    def measure(model: Any) -> dict[str, float]:
+        return search.measure_both(similarities(model, search), found)
+
+    set_seed(training.seed)
+    load = partial(load_model, recipe=recipe, device=str(training.device))
+    model = load(checkpoint, "dynmask")
+    trainer = SentenceTransformerTrainer(
+        model,
+        training,
+        train_dataset=data["train"],
+        loss=MultipleNegativesRankingLoss(model),
+        evaluator=Evaluator(measure),
+    )
+
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        load,
+        {"stock": (load(checkpoint, "sdpa"), None)} if recipe.baseline else {},
+        settings={"dropout": model.config.hidden_dropout_prob, "max_length": recipe.max_length},
+        rows=data,
+        lengths={name: token_counts(model, data["train"][name]) for name in ("question", "context")},
+        trivial={"what": "BM25", **search.measure(found)},
+        untrained={"what": f"`{recipe.model}` as it is", **measure(model)},
+    )
+
+
+def load_model(folder: str, attn_implementation: str = "dynmask", *, recipe: "RecipeArguments", device: str) -> Any:
+    """Loads a checkpoint; one without a way to pool gets the mean of its tokens."""
+    model = SentenceTransformer(
+        folder,
+        device=device,
+        model_kwargs={"attn_implementation": attn_implementation},
+        config_kwargs=dropout_settings(recipe),
+    )
+    model.max_seq_length = recipe.max_length
+    return model
+
+
+def similarities(model: SentenceTransformer, search: Search) -> np.ndarray:
+    """Scores `(Q, P)`: how similar the embeddings of questions and paragraphs are."""
+    embedded = model.encode_query(search.questions), model.encode_document(search.paragraphs)
+    return np.asarray(model.similarity(*embedded))
+
+
+# --- Arguments and model card ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecipeArguments(DropoutArguments):
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:squad",
+        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with `question` and `context`."},
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens of a text; longer ones are cut."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/embedding",
+    "max_steps": 24,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 1e-4,
+    "batch_sampler": "no_duplicates",  # a question's own paragraph must not be among the wrong answers
+    "logging_steps": 4,
+}
+USAGE = """
+import hf_dynmask  # registers attn_implementation="dynmask" with transformers
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder", model_kwargs={"attn_implementation": "dynmask"})
+question = model.encode_query("Who wrote the play?")
+texts = model.encode_document(["The play was written by Ben Jonson.", "It rained all day in London."])
+model.similarity(question, texts)
+"""
+LIMITS = (
+    "It finds texts of the kind that it was trained on. Those who wrote the questions saw the paragraphs and use their "
+    "words, which helps BM25; `hybrid_mrr@10` is that of the sum of both scores, each standardized."
+)
+ABOUT = About(
+    recipe="embedding",
+    task="sentence-similarity",
+    metrics=[*METRICS, HYBRID],
+    title="Search by embeddings",
+    usage=USAGE,
+    limits=LIMITS,
+    library="sentence-transformers",
+)
+make_card = ABOUT.make_card
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""
+Fine-tunes a BERT-like checkpoint to sort the best results of BM25, with the trainer of sentence-transformers, on
+ordinary padded batches of which the stock model computes the real tokens alone.
+
+    python recipes/reranking.py
+
+uses questions of SQuAD and MiniLM. To train the same model without this package too, from the same weights:
+
+    python recipes/reranking.py --baseline
+
+With your own model and data, from the Hub or from disk (columns `question` and `context`, a text that answers it):
+
+    python recipes/reranking.py --model google-bert/bert-base-uncased --dataset rajpurkar/squad_v2
+
+The cross-encoder reads a question and a paragraph as one text. It learns from each question with its own paragraph and
+with others that BM25 finds, and is compared with the order of BM25 on held-out questions and paragraphs.
+All options of `CrossEncoderTrainingArguments` apply. Results, model card and model are written to `--output_dir`.
+"""
+
+import support.threads  # noqa: F401
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from sentence_transformers import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+import hf_dynmask  # noqa: F401  # registers `attn_implementation="dynmask"` with transformers
+from support.common import DropoutArguments, dropout_settings, load_texts, parse_arguments
+from support.reporting import About, train_and_report
+from support.retrieval import HYBRID, METRICS, TOP, Evaluator, Search, token_counts
+from support.samples import resolve_model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training = parse_arguments([RecipeArguments, CrossEncoderTrainingArguments], arguments, DEFAULTS)
+
+    checkpoint = resolve_model(recipe.model)
+    data = load_texts(recipe.dataset, "question", "context")
+    search = Search(data["test"], recipe.eval_rows)
+    found = search.bm25()
+    pairs = pairs_of(Search(data["train"]), recipe.negatives, training.seed)
+
+    load = partial(load_model, recipe=recipe, training=training)
+    model = load(checkpoint, "dynmask")
+    trainer = CrossEncoderTrainer(
+        model,
+        training,
+        train_dataset=pairs,
+        loss=BinaryCrossEntropyLoss(model),
+        evaluator=Evaluator(lambda model: search.measure_both(reranked(model, search, found), found)),
+    )
+
+    train_and_report(
+        ABOUT,
+        recipe,
+        trainer,
+        load,
+        {"stock": (load(checkpoint, "sdpa"), None)} if recipe.baseline else {},
+        settings={
+            "dropout": model.config.hidden_dropout_prob,
+            "max_length": recipe.max_length,
+            "negatives": recipe.negatives,
+        },
+        rows={"train": data["train"], "test": search.questions},
+        lengths={"question and context": token_counts(model, pairs["question"], pairs["context"])},
+        trivial={"what": "the order of BM25", **search.measure_both(found, found)},
+    )
+
+
+def load_model(
+    folder: str, attn_implementation: str = "dynmask", *, recipe: "RecipeArguments", training: TrainingArguments
+) -> Any:
+    """Loads a checkpoint; one without a head gets the same random one each time."""
+    set_seed(training.seed)
+    return CrossEncoder(
+        folder,
+        num_labels=1,
+        max_length=recipe.max_length,
+        device=str(training.device),
+        model_kwargs={"attn_implementation": attn_implementation},
+        config_kwargs=dropout_settings(recipe),
+    )
+
+
+def pairs_of(search: Search, negatives: int, seed: int) -> Dataset:
+    """
+    Pairs to learn from.
+
+    Args:
+        search ([`Search`]): The questions and paragraphs.
+        negatives (`int`): Wrong paragraphs per question, drawn from the first `TOP` that BM25 finds.
+        seed (`int`): Of the draws.
+
+    Returns:
+        `Dataset`: The columns `question`, `context`, and `label`: 1 for the question's own paragraph, else 0.
+    """
+    draw = np.random.default_rng(seed)
+    rows = []
+    for question, own, scores in zip(search.questions, search.own, search.bm25(), strict=True):
+        wrong = [place for place in best(scores) if place != own]
+        for place in [own, *draw.choice(wrong, min(negatives, len(wrong)), replace=False)]:
+            rows.append({"question": question, "context": search.paragraphs[place], "label": float(place == own)})
+    return Dataset.from_list(rows)
+
+
+def best(scores: np.ndarray) -> np.ndarray:
+    """The places of the `TOP` highest of scores `(..., P)`."""
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :TOP]
+
+
+def reranked(model: CrossEncoder, search: Search, found: np.ndarray) -> np.ndarray:
+    """Scores `(Q, P)` by the model for the `TOP` paragraphs with the highest scores `found`."""
+    places = best(found)
+    pairs = [
+        (question, search.paragraphs[place])
+        for question, row in zip(search.questions, places, strict=True)
+        for place in row
+    ]
+    read = model.predict(pairs, activation_fn=nn.Identity())  # a sigmoid makes ties
+    scores = np.full_like(found, -np.inf)
+    np.put_along_axis(scores, places, read.reshape(places.shape), axis=1)
+    return scores
+
+
+# --- Arguments and model card ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecipeArguments(DropoutArguments):
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:squad",
+        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with `question` and `context`."},
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens of a pair; longer ones are cut."})
+    negatives: int = field(default=1, metadata={"help": "Wrong paragraphs per question to learn from."})
+    eval_rows: int = field(default=150, metadata={"help": "Maximum number of questions for evaluation."})
+
+
+DEFAULTS = {
+    "output_dir": "outputs/reranking",
+    "max_steps": 120,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 2e-4,
+    "logging_steps": 10,
+}
+USAGE = """
+import hf_dynmask  # registers attn_implementation="dynmask" with transformers
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("path/to/this/folder", model_kwargs={"attn_implementation": "dynmask"})
+model.rank("Who wrote the play?", ["The play was written by Ben Jonson.", "It rained all day in London."])
+"""
+LIMITS = (
+    "It sorts texts that a search has found, and cannot find those that the search has missed. `hybrid_mrr@10` is that "
+    "of the sum of its scores and those of BM25, each standardized."
+)
+ABOUT = About(
+    recipe="reranking",
+    task="text-ranking",
+    metrics=[HYBRID, *METRICS],
+    title="Sorting the results of a search",
+    usage=USAGE,
+    limits=LIMITS,
+    library="sentence-transformers",
+)
+make_card = ABOUT.make_card
+
+if __name__ == "__main__":
+    main()
