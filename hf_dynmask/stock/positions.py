@@ -1,6 +1,6 @@
 """Positions of unpadded batches in stock models that count columns by themselves.
 
-Encoders of encoder-decoders take no `position_ids`. Those of BART's family look up columns in a table, those of T5's
+Both sides of encoder-decoders take no `position_ids`. Those of BART's family look up columns in a table, those of T5's
 add a bias to the scores of all pairs of columns. A hook on that part gives it the positions in the rows that the tokens
 come from; for all other batches it does nothing.
 
@@ -22,13 +22,17 @@ from .masks import DeferredMask
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether a model can be told the positions of its tokens."""
-    return "position_ids" in signature(type(model).forward).parameters or any(map(_hook_for, model.modules()))
+    return _takes_position_ids(model) or any(map(_hook_for, model.modules()))
+
+
+def _takes_position_ids(model: PreTrainedModel) -> bool:
+    return "position_ids" in signature(type(model).forward).parameters
 
 
 @kept
 def install_position_hooks(model: PreTrainedModel) -> None:
     """Installs the hooks on the parts of a model that count columns, once."""
-    for part in model.modules():
+    for part in () if _takes_position_ids(model) else model.modules():
         hook = _hook_for(part)
         if hook is not None and hook not in part._forward_pre_hooks.values():
             part.register_forward_pre_hook(hook, with_kwargs=True)
@@ -45,7 +49,7 @@ def _hook_for(part: nn.Module) -> Any:
 
 
 def _look_up_positions(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    positions = None if kwargs.get("position_ids") is not None else _positions()
+    positions = _positions()  # a decoder passes the columns
     return None if positions is None else (args, kwargs | {"position_ids": positions})
 
 

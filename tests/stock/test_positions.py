@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_stock_attention import CLOSE
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5EncoderModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5EncoderModel
 
 from hf_dynmask.stock.positions import takes_positions
 from hf_dynmask.stock.unpadding import why_rows
@@ -66,10 +66,10 @@ def batch_of(side):
     }
 
 
-def count_tokens(model):
-    """What the linear layers of an encoder compute, in every run from now on."""
+def count_tokens(side):
+    """What the linear layers of an encoder or a decoder compute, in every run from now on."""
     counts = set()
-    for part in model.get_encoder().modules():
+    for part in side.modules():
         if isinstance(part, nn.Linear):
             part.register_forward_pre_hook(lambda part, args: counts.add(args[0].shape[:-1].numel()))
     return counts
@@ -99,7 +99,7 @@ def assert_equal(ours, theirs, **batch):
 @pytest.mark.parametrize("family", TABLES + BIASES)
 def test_encoders_compute_real_tokens_alone(family, side):
     ours = stock(family, "dynmask")
-    counts = count_tokens(ours)
+    counts = count_tokens(ours.get_encoder())
     assert_equal(ours, stock(family, "eager"), **batch_of(side))
     assert counts == {sum(LENGTHS)}
 
@@ -142,6 +142,23 @@ def test_generate(family, beams):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("family", TABLES)
+def test_decoders_alone(family):
+    """Language models made of them pass the columns to their table."""
+    batch = batch_of("right")
+    here, found = batch["attention_mask"].bool(), []
+    batch["labels"] = batch["input_ids"].where(here, -100)
+    for implementation in ("dynmask", "eager"):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **BART)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        counts = count_tokens(model.base_model.decoder)
+        output, _ = step(model, **batch)
+        found.append((output.logits[here], output.loss, model.get_input_embeddings().weight.grad))
+        assert counts == {sum(LENGTHS) if implementation == "dynmask" else here.numel()}
+    torch.testing.assert_close(*found, **CLOSE)
+
+
 def test_an_encoder_alone():
     """T5's is a model of its own, which runs another one."""
     batch, found = batch_of("right"), []
@@ -172,7 +189,7 @@ def test_copies(family, copied):
     model, batch = stock(family, "dynmask"), batch_of("right")
     step(model, **batch)
     again = copied(model)
-    counts = count_tokens(again)
+    counts = count_tokens(again.get_encoder())
     again.zero_grad()
     assert_equal(again, stock(family, "eager"), **batch)
     assert counts == {sum(LENGTHS)}
@@ -191,7 +208,7 @@ def test_why_encoders_keep_rows():
 @pytest.mark.parametrize("family", ["bart", "t5", "m2m_100", "umt5"])
 def test_rows_as_they_are(family):
     ours = stock(family, "dynmask")
-    counts = count_tokens(ours)
+    counts = count_tokens(ours.get_encoder())
     for part in ours.modules():
         if hasattr(part, "config"):
             part.config.dynmask_unpad = False
