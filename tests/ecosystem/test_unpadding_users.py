@@ -34,8 +34,13 @@ CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 def unpadded(monkeypatch):
     """Numbers of tokens of the flat rows that were computed."""
     tokens = []
-    own = unpadding._flat
-    monkeypatch.setattr(unpadding, "_flat", lambda batch, rows: tokens.append(rows.num_tokens) or own(batch, rows))
+    own = unpadding.Unpadded.in_rows
+
+    def in_rows(self, output):
+        tokens.append(self.rows.num_tokens)
+        return own(self, output)
+
+    monkeypatch.setattr(unpadding.Unpadded, "in_rows", in_rows)
     return tokens
 
 
