@@ -33,7 +33,7 @@ from .modeling.plan import BLOCK_SIZE, MaskPlan
 from .registration import AUTO_CLASSES
 from .stock.unpadding import why_rows
 from .tools.audit import audit_dataset, histogram
-from .tools.check import Finding, Speed, check_model, compare, load_stock, time_model
+from .tools.check import Finding, Speed, check_model, compare, load_stock
 from .tools.dataset_files import read_dataset, text_column
 from .tools.plotting import (
     EMPTY,
@@ -478,10 +478,9 @@ def check(
     texts = None if data is None else text_column(read_dataset(data, split), column)
     dtypes = [getattr(torch, name.value) for name in dtype or (Precision.float32, Precision.bfloat16)]
     with _progress("comparing with padded rows"):
-        findings = list(check_model(model, texts, dtypes))
-    with _progress("timing"):
-        speeds = list(time_model(model, texts))
-    _print_summary(findings, speeds)
+        results = list(check_model(model, texts, dtypes))
+    findings = [result for result in results if isinstance(result, Finding)]
+    _print_summary(findings, [result for result in results if isinstance(result, Speed)])
     if compared:
         typer.echo(f"code: no difference from {compared}")
     typer.echo(_says_of_padding(model))
@@ -502,7 +501,8 @@ def _print_summary(findings: Sequence[Finding], speeds: Sequence[Speed]) -> None
     fastest = max(speeds, key=lambda speed: speed.speedup)
     typer.echo(f"{exact}, {apart}, {fastest.speedup:.2f} times as fast as padded rows here ({fastest.what})")
     ways = ", ".join(f"{speed.what} {speed.speedup:.2f}" for speed in speeds)
-    typer.echo(f"forward passes on {fastest.device}, float32, {fastest.padding:.0%} padding: {ways}")
+    dtype = str(fastest.dtype).removeprefix("torch.")
+    typer.echo(f"forward passes on {fastest.device}, {dtype}, {fastest.padding:.0%} padding: {ways}")
 
 
 # --- export, convert -------------------------------------------------------------------------------------------------

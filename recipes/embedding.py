@@ -20,7 +20,6 @@ Results, model card and model are written to `--output_dir`.
 
 import support.threads  # noqa: F401
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,14 +33,14 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import set_seed
 
 import hf_dynmask  # noqa: F401  # registers `attn_implementation="dynmask"` with transformers
-from support.common import DropoutArguments, dropout_settings, load_texts, parse_arguments
+from support.common import dropout_settings, load_texts, parse_arguments
 from support.reporting import About, train_and_report
-from support.retrieval import HYBRID, METRICS, Evaluator, Search, token_counts
+from support.retrieval import HYBRID, METRICS, Evaluator, Search, SearchArguments, token_counts
 from support.samples import resolve_model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    recipe, training = parse_arguments([RecipeArguments, SentenceTransformerTrainingArguments], arguments, DEFAULTS)
+    recipe, training = parse_arguments([SearchArguments, SentenceTransformerTrainingArguments], arguments, DEFAULTS)
 
     checkpoint = resolve_model(recipe.model)
     data = load_texts(recipe.dataset, "question", "context")
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def load_model(folder: str, attn_implementation: str = "dynmask", *, recipe: "RecipeArguments", device: str) -> Any:
+def load_model(folder: str, attn_implementation: str = "dynmask", *, recipe: SearchArguments, device: str) -> Any:
     """Loads a checkpoint; one without a way to pool gets the mean of its tokens."""
     model = SentenceTransformer(
         folder,
@@ -95,16 +94,6 @@ def similarities(model: SentenceTransformer, search: Search) -> np.ndarray:
 
 
 # --- Arguments and model card ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class RecipeArguments(DropoutArguments):
-    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
-    dataset: str = field(
-        default="sample:squad",
-        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with `question` and `context`."},
-    )
-    max_length: int = field(default=256, metadata={"help": "Tokens of a text; longer ones are cut."})
 
 
 DEFAULTS = {

@@ -31,9 +31,9 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 import hf_dynmask  # noqa: F401  # registers `attn_implementation="dynmask"` with transformers
-from support.common import DropoutArguments, dropout_settings, load_texts, parse_arguments
+from support.common import dropout_settings, load_texts, parse_arguments
 from support.reporting import About, train_and_report
-from support.retrieval import HYBRID, METRICS, TOP, Evaluator, Search, token_counts
+from support.retrieval import HYBRID, METRICS, TOP, Evaluator, Search, SearchArguments, token_counts
 from support.samples import resolve_model
 
 
@@ -132,13 +132,7 @@ def reranked(model: CrossEncoder, search: Search, found: np.ndarray) -> np.ndarr
 
 
 @dataclass
-class RecipeArguments(DropoutArguments):
-    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
-    dataset: str = field(
-        default="sample:squad",
-        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with `question` and `context`."},
-    )
-    max_length: int = field(default=256, metadata={"help": "Tokens of a pair; longer ones are cut."})
+class RecipeArguments(SearchArguments):
     negatives: int = field(default=1, metadata={"help": "Wrong paragraphs per question to learn from."})
     eval_rows: int = field(default=150, metadata={"help": "Maximum number of questions for evaluation."})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -19,7 +18,7 @@ from ..data import TokenBudgetBatchSampler
 from ..data.token_budget import example_lengths
 from ..stock.batches import NAME
 from ..training.flops import ModelFlops, Sizes, config_work
-from ..training.throughput import synchronize
+from ..training.throughput import seconds_of
 from .dataset_files import text_column
 from .reading import read_config, read_tokenizer
 
@@ -244,15 +243,14 @@ def _seconds(
 
 
 def _seconds_of_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs) -> float:
-    device = inputs["input_ids"].device
-    synchronize(device)
-    start = time.perf_counter()
+    return seconds_of(partial(_step, model, optimizer, inputs), inputs["input_ids"].device)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs) -> None:
     model(**inputs).last_hidden_state.float().square().mean().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def _inputs(batch: list[Sizes], vocab_size: int, device: torch.device) -> tuple[Inputs, Inputs]:

@@ -4,7 +4,6 @@ how much faster it is."""
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from statistics import median
@@ -21,7 +20,7 @@ from ..conversion.engine import TASKS
 from ..modeling.configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from ..registration import AUTO_CLASSES, model_class
 from ..stock.batches import NAME, first_position
-from ..training.throughput import synchronize
+from ..training.throughput import seconds_of
 from .reading import read_config, read_model, read_tokenizer, reading
 
 SLACK = 4  # times the padded run's rounding error: how much summing in another order may differ
@@ -29,7 +28,6 @@ NUMBER = 8  # of examples
 LONGEST = 512  # tokens of one, if the model takes as many
 LENGTHS = (1, 24, 7, 63, 24, 130, 2, 40)  # of examples that are made up
 PREFIXES = ("", "decoder_")
-LEAK = "does"  # the end of what is counted
 REPEATS = 5
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 Sequences = tuple[Tensor, ...]  # of one example: its tokens, and those of its target where there is a decoder
@@ -44,20 +42,18 @@ class Finding(NamedTuple):
         dtype (`torch.dtype`): Of weights and activations.
         found (`float`): The largest difference, or the number of sequences that changed.
         allowed (`float`): The largest value that passes.
+        is_of_leaks (`bool`): Whether sequences were counted that change with what they must not see.
     """
 
     what: str
     dtype: torch.dtype
     found: float
     allowed: float
+    is_of_leaks: bool = False
 
     @property
     def is_right(self) -> bool:
         return self.found <= self.allowed  # NaN is not
-
-    @property
-    def is_of_leaks(self) -> bool:
-        return self.what.endswith(LEAK)
 
 
 class Models(NamedTuple):
@@ -80,7 +76,7 @@ class Models(NamedTuple):
 
 def check_model(
     source: str, texts: list[str] | None = None, dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16)
-) -> Iterator[Finding]:
+) -> Iterator[Finding | Speed]:
     """
     Runs a checkpoint in several ways on the same examples.
 
@@ -91,7 +87,8 @@ def check_model(
     one unit of rounding.
 
     Then the tokens of each sequence in turn, and the contents of the padding, are replaced: the outputs for the other
-    sequences must not change by a single bit.
+    sequences must not change by a single bit. In the first dtype, forward passes are timed as well, in turns with the
+    padded run: medians of 5.
 
     Args:
         source (`str`): A folder or Hub id.
@@ -100,70 +97,52 @@ def check_model(
         dtypes (`Iterable[torch.dtype]`, *optional*): Dtypes to run in; float32 and bfloat16 by default.
 
     Yields:
-        [`Finding`]
+        [`Finding`], and a [`Speed`] for each model that is compared with the padded one.
 
     Raises:
         ValueError: The model reads no tokens; its masks read fields; there are no texts; it is a stock model that does
             not use transformers' attention interface.
         OSError: There is no such checkpoint.
     """
-    for dtype in dtypes:
-        for models, examples in _ready(source, texts, dtype):
+    config = read_config(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for number, dtype in enumerate(dtypes):
+        for models in _models(source, config, dtype):
+            examples = [tuple(ids.to(device) for ids in one) for one in _examples(source, models.ours, texts)]
+            models = models.on(device)
             yield from _agreement(models, examples, dtype)
             yield from _leaks(models, examples, dtype)
+            if number == 0:
+                yield _speed(models, examples, dtype)
 
 
 class Speed(NamedTuple):
-    """One result of [`time_model`].
+    """How fast a model is.
 
     Attributes:
         what (`str`): Which model.
+        dtype (`torch.dtype`): Of weights and activations.
         speedup (`float`): The time of the padded run over its time.
         padding (`float`): Share of padding in the padded rows.
         device (`torch.device`): Where both ran.
     """
 
     what: str
+    dtype: torch.dtype
     speedup: float
     padding: float
     device: torch.device
 
 
-def time_model(source: str, texts: list[str] | None = None) -> Iterator[Speed]:
-    """
-    Times forward passes in float32 on the examples of [`check_model`], in turns with the padded run: medians of 5.
-
-    Raises:
-        As [`check_model`].
-    """
-    for models, examples in _ready(source, texts, torch.float32):
-        ours, padded = (_forms(models)[0][1](examples), _padded(models, examples))
-        times = [[_seconds(*run) for run in ((models.ours, ours), (models.padded, padded))] for _ in range(REPEATS + 1)]
-        of_ours, of_padded = (median(of_model) for of_model in zip(*times[1:], strict=True))  # the first is a warm-up
-        mask = padded["attention_mask"]
-        yield Speed(_name(models), of_padded / of_ours, 1 - float(mask.sum()) / mask.numel(), mask.device)
-
-
-def _name(models: Models) -> str:
-    return f"attn_implementation='{NAME}'" if models.is_stock else type(models.ours).__name__
-
-
 @torch.no_grad()
-def _seconds(model: PreTrainedModel, batch: Batch) -> float:
-    device = batch["input_ids"].device
-    synchronize(device)
-    start = time.perf_counter()
-    model(**batch)
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def _ready(source: str, texts: list[str] | None, dtype: torch.dtype) -> Iterator[tuple[Models, list[Sequences]]]:
-    """The models to compare, and examples, on the device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for models in _models(source, read_config(source), dtype):
-        examples = _examples(source, models.ours, texts)
-        yield models.on(device), [tuple(tokens.to(device) for tokens in example) for example in examples]
+def _speed(models: Models, examples: list[Sequences], dtype: torch.dtype) -> Speed:
+    padded = _padded(models, examples)
+    mask = padded["attention_mask"]
+    runs = [partial(_run, models.ours, _forms(models)[0][1](examples)), partial(_run, models.padded, padded)]
+    times = [[seconds_of(run, mask.device) for run in runs] for _ in range(REPEATS + 1)][1:]  # the first is a warm-up
+    of_ours, of_padded = map(median, zip(*times, strict=True))
+    name = f"attn_implementation='{NAME}'" if models.is_stock else type(models.ours).__name__
+    return Speed(name, dtype, of_padded / of_ours, 1 - float(mask.sum()) / mask.numel(), mask.device)
 
 
 def compare(ours: PreTrainedModel, stock: PreTrainedModel) -> Iterator[Finding]:
@@ -342,9 +321,7 @@ def _masked_on_the_left(examples: list[Sequences]) -> Batch:
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, batch: Batch, examples: list[Sequences]) -> list[Tensor]:
     """A model's outputs for each example without padding: `(tokens, ...)`, or `(...)` for outputs of the whole."""
-    if _is_of_choices(model):
-        batch = {name: of_texts.unsqueeze(1) for name, of_texts in batch.items()}  # each example has one choice
-    outputs = model(**batch)
+    outputs = _run(model, batch)
     found = [outputs[name] for name in OUTPUTS if outputs.get(name) is not None]
     if not found:
         raise ValueError(
@@ -361,6 +338,12 @@ def _outputs(model: PreTrainedModel, batch: Batch, examples: list[Sequences]) ->
     if masks is not None:
         return [row[mask.bool()] for row, mask in zip(values, masks, strict=True)]
     return [row[:size] for row, size in zip(values, sizes, strict=True)]
+
+
+def _run(model: PreTrainedModel, batch: Batch) -> Any:
+    if _is_of_choices(model):
+        batch = {name: of_texts.unsqueeze(1) for name, of_texts in batch.items()}  # each example has one choice
+    return model(**batch)
 
 
 def _one_by_one(model: PreTrainedModel, examples: list[Sequences]) -> list[Tensor]:
@@ -428,13 +411,13 @@ def _leaks(models: Models, examples: list[Sequences], dtype: torch.dtype) -> Ite
             others = [example if j != k else _replaced(model, example) for j, example in enumerate(examples)]
             after = _outputs(model, make(others), others)
             changed += sum(j != k and not torch.equal(*pair) for j, pair in enumerate(zip(before, after, strict=True)))
-        yield Finding(f"{name}: sequences that change when another {LEAK}", dtype, changed, 0)
+        yield Finding(f"{name}: sequences that change when another does", dtype, changed, 0, is_of_leaks=True)
     if models.is_stock and _is_of_sequences(model):
         return  # its own head may look for the pad token
     make = partial(_padded, models) if models.is_stock else _rows
     before, after = (_outputs(model, make(examples, padding=padding), examples) for padding in (0, 1))
     changed = sum(not torch.equal(*pair) for pair in zip(before, after, strict=True))
-    yield Finding(f"{forms[0][0]}: sequences that change when padding {LEAK}", dtype, changed, 0)
+    yield Finding(f"{forms[0][0]}: sequences that change when padding does", dtype, changed, 0, is_of_leaks=True)
 
 
 def _replaced(model: PreTrainedModel, example: Sequences) -> Sequences:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from operator import add
 from pathlib import Path
@@ -413,12 +414,17 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     seconds = []
     with torch.no_grad():
         for _ in range(6):
-            synchronize(device)
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(seconds_of(partial(torch.mm, matrix, matrix), device))
     return 2 * size**3 / min(seconds[1:])
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """How long a device takes for a run."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

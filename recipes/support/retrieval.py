@@ -1,6 +1,7 @@
 """Search for the paragraph that answers a question: BM25, measures, and what the recipes for it share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import bm25s
@@ -9,7 +10,23 @@ import Stemmer
 from datasets import Dataset
 from sentence_transformers.base.evaluation import BaseEvaluator
 
+from support.common import DropoutArguments
+
 TOP = 10  # results that a reader looks at, in `mrr@10` and `recall@10`
+
+
+@dataclass
+class SearchArguments(DropoutArguments):
+    """Arguments of a recipe for search."""
+
+    model: str = field(default="sample:minilm", metadata={"help": "A checkpoint folder, a Hub id or a sample."})
+    dataset: str = field(
+        default="sample:squad",
+        metadata={"help": "A Hub id, a csv, json or parquet file or a sample, with `question` and `context`."},
+    )
+    max_length: int = field(
+        default=256, metadata={"help": "Tokens of what the model reads at once; longer texts are cut."}
+    )
 
 
 class Search:

@@ -32,7 +32,7 @@ from hf_dynmask import (
 )
 from hf_dynmask.cli import app
 from hf_dynmask.tools import check as check_module
-from hf_dynmask.tools.check import check_model
+from hf_dynmask.tools.check import Finding, Speed, check_model
 from stock_models import random_stock
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -42,6 +42,11 @@ APART = ["lengths, in rows", "lengths, end to end", "lengths, in rows"]
 STOCK_AGREE = ["stock model, attention_mask", "stock model, lengths", "stock model, one by one"]
 STOCK_APART = ["stock model, attention_mask", "stock model, lengths", "stock model, attention_mask"]
 ALL = STOCK_AGREE + STOCK_APART + AGREE + APART
+SPEED = Speed("one", torch.float32, 1.5, 0.5, torch.device("cpu"))
+
+
+def findings_of(*arguments, **settings):
+    return [result for result in check_model(*arguments, **settings) if isinstance(result, Finding)]
 
 
 @pytest.fixture
@@ -70,7 +75,7 @@ STOCK += [("eurobert", "sequence-classification")]
 
 @pytest.mark.parametrize("family, task", STOCK)
 def test_stock_checkpoints(family, task, saved):
-    findings = list(check_model(saved(random_stock(family, task))))
+    findings = findings_of(saved(random_stock(family, task)))
     left_out = task == "sequence-classification"  # what is in the padding: a head of its own may look for the pad token
     assert len(findings) == 2 * (len(ALL) - left_out)
     assert all("as the stock model" in finding.what for finding in findings[: len(STOCK_AGREE)])
@@ -91,18 +96,18 @@ def test_stock_checkpoints_that_cannot_be_converted(family, saved):
     auto_class, sizes = UNCONVERTED[family]
     torch.manual_seed(0)
     folder = saved(auto_class.from_config(AutoConfig.for_model(family, **{**sizes, "vocab_size": 50})))
-    findings = list(check_model(folder))
+    findings = findings_of(folder)
     assert [finding.what.split(":")[0] for finding in findings] == 2 * (STOCK_AGREE + STOCK_APART)
     assert [finding for finding in findings if not finding.is_right] == []
-    (speed,) = check_module.time_model(folder)
-    assert speed.what == "attn_implementation='dynmask'" and speed.speedup > 0
+    (speed,) = (result for result in check_model(folder) if isinstance(result, Speed))
+    assert (speed.what, speed.dtype) == ("attn_implementation='dynmask'", torch.float32) and speed.speedup > 0
     assert speed.padding == pytest.approx(1 - sum(check_module.LENGTHS) / (130 * len(check_module.LENGTHS)))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "modernbert"])
 def test_multiple_choice(family, saved):
     """Its batches have no flat form."""
-    findings = list(check_model(saved(random_stock(family, "multiple-choice"))))
+    findings = findings_of(saved(random_stock(family, "multiple-choice")))
     assert len(findings) == 2 * (len(ALL) - 3)
     assert [finding for finding in findings if not finding.is_right] == []
 
@@ -125,7 +130,7 @@ OURS = [
 @pytest.mark.parametrize("make, reference", OURS)
 def test_our_checkpoints(make, reference, saved):
     torch.manual_seed(0)
-    findings = list(check_model(saved(make()), dtypes=[torch.float32]))
+    findings = findings_of(saved(make()), dtypes=[torch.float32])
     assert [finding.what for finding in findings[: len(AGREE)]] == [
         f"{how}: as {reference} on padded rows" for how in AGREE
     ]
@@ -136,7 +141,7 @@ def test_our_checkpoints(make, reference, saved):
 
 
 def wrong_lines(source):
-    return [finding.what for finding in check_model(source, dtypes=[torch.float32]) if not finding.is_right]
+    return [finding.what for finding in findings_of(source, dtypes=[torch.float32]) if not finding.is_right]
 
 
 def test_a_model_that_mixes_sequences(saved, monkeypatch):
@@ -235,10 +240,10 @@ def test_the_users_own_texts(with_tokenizer, texts, monkeypatch):
 
 
 def test_exit_code_of_what_is_wrong(with_tokenizer, monkeypatch):
-    findings = [check_module.Finding("one", torch.float32, 0, 0), check_module.Finding("two", torch.bfloat16, 2, 0)]
-    monkeypatch.setattr("hf_dynmask.cli.check_model", lambda *arguments: iter(findings))
+    findings = [Finding("one", torch.float32, 0, 0), Finding("two", torch.bfloat16, 2, 0)]
+    monkeypatch.setattr("hf_dynmask.cli.check_model", lambda *arguments: iter([*findings, SPEED]))
     result = run(with_tokenizer)
-    assert result.output.startswith("NOT EXACT, no leak, ")
+    assert result.output.startswith("NOT EXACT, no leak, 1.50 times as fast as padded rows here (one)\n")
     assert lines_of_table(result.output) == [
         ["one", "float32", "0", "0", "right"],
         ["two", "bfloat16", "2", "0", "WRONG"],
@@ -247,14 +252,14 @@ def test_exit_code_of_what_is_wrong(with_tokenizer, monkeypatch):
 
 
 def test_leaks_are_told(with_tokenizer, monkeypatch):
-    leak = check_module.Finding("lengths: sequences that change when another does", torch.float32, 1, 0)
-    monkeypatch.setattr("hf_dynmask.cli.check_model", lambda *arguments: iter([leak]))
+    leak = Finding("lengths: sequences that change when another does", torch.float32, 1, 0, is_of_leaks=True)
+    monkeypatch.setattr("hf_dynmask.cli.check_model", lambda *arguments: iter([leak, SPEED]))
     result = run(with_tokenizer)
     assert result.output.startswith("exact, SEQUENCES LEAK, ") and result.exit_code == 1
 
 
 def test_not_a_number_is_wrong():
-    assert not check_module.Finding("", torch.float32, float("nan"), 1).is_right
+    assert not Finding("", torch.float32, float("nan"), 1).is_right
     exact = [torch.tensor([0.0]), torch.tensor([0.0])]
     found = check_module._difference([torch.tensor([float("nan")]), torch.tensor([1.0])], exact)
     assert found != found
