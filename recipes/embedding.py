@@ -93,8 +93,7 @@ def similarities(model: SentenceTransformer, search: Search) -> np.ndarray:
     return np.asarray(model.similarity(*embedded))
 
 
-# --- Arguments and model card ----------------------------------------------------------------------------------------
-
+# --- Defaults and model card -----------------------------------------------------------------------------------------
 
 DEFAULTS = {
     "output_dir": "outputs/embedding",

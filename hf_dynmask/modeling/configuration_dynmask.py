@@ -169,8 +169,8 @@ class DynMaskConfig(DynMaskBaseConfig):
         pooler_dropout (`float`, *optional*, defaults to 0.0): Dropout before the pooler.
         classifier_pooling (`str`, *optional*, defaults to `"first"`):
             What a pooler and a classifier of sequences read: the `"first"` token (BERT), the `"last"` one whose id is
-            not `pad_token_id` (Llama), the `"mean"` of all tokens, or the mean after each is transformed, `"late"`. An
-            encoder-decoder's classifier reads the decoder's last token.
+            not `pad_token_id` (Llama), the `"mean"` of all tokens, or the mean after each is transformed, `"late"`. The
+            sides of an encoder-decoder take none: its classifier reads the decoder's last token.
         classifier_transform (`str`, *optional*, defaults to `"pooler"`):
             What stands between states and a classifier: the `"pooler"`, for classifiers of sequences alone (BERT); the
             dense layer, activation and norm of an `"lm_head"`, for those of tokens and answers, too (ModernBERT); or

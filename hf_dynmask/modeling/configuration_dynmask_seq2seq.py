@@ -107,6 +107,12 @@ class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
                 f"`hidden_size` of the encoder must be the decoder's {self.decoder.hidden_size}; "
                 f"got {self.encoder.hidden_size}"
             )
+        for name, side in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if side.classifier_pooling != "first":
+                raise ValueError(
+                    f"`classifier_pooling` of the {name} must be left out, since the classifier of an encoder-decoder "
+                    f"reads the decoder's last token; got {side.classifier_pooling!r}"
+                )
         if self.share_embeddings and not self.tie_word_embeddings:
             raise ValueError("`share_embeddings` must be False without `tie_word_embeddings`; got True")
         if self.share_embeddings and self.encoder.num_features is not None:

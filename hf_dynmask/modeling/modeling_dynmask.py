@@ -55,6 +55,7 @@ from .modules import (
     DynMaskTransform,
     DynMaskZeroCenteredRMSNorm,
     make_norm,
+    pooled,
 )
 from .plan import MaskPlan
 
@@ -323,25 +324,11 @@ class DynMaskModel(DynMaskPreTrainedModel):
             BaseModelOutputWithPoolingAndCrossAttentions,
             cache,
             last_hidden_state=padded,
-            pooler_output=self._pooled(states, layout, input_ids),
+            pooler_output=None if self.pooler is None else pooled(self.config, self.pooler, states, layout, input_ids),
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
             cross_attentions=tuple(all_cross_weights) if output_attentions and cross_plan is not None else None,
         )
-
-    def _pooled(self, states: Tensor, layout: SequenceLayout, input_ids: Tensor | None) -> Tensor | None:
-        """What the pooler makes of states `(1, N, C)`: `(S, C)`."""
-        if self.pooler is None:
-            return None
-        pooling, pad_id = self.config.classifier_pooling, self.config.pad_token_id
-        if pooling == "late":
-            return layout.mean_tokens(self.pooler(states))
-        if pooling == "mean":
-            return self.pooler(layout.mean_tokens(states))
-        if pooling == "first":
-            return self.pooler(layout.first_tokens(states))
-        has_ids = input_ids is not None and pad_id is not None
-        return self.pooler(layout.last_tokens(states, layout.flatten(input_ids)[0] != pad_id if has_ids else None))
 
     def fields_read(self) -> set[str]:
         """Names of the fields that the model's masks read."""

@@ -450,3 +450,18 @@ class DynMaskLMHead(DynMaskTransform):
 
 # `classifier_transform` -> what stands between the states of sequences and their classifier.
 POOLERS = {"pooler": DynMaskPooler, "lm_head": DynMaskTransform, "none": nn.Identity}
+
+
+def pooled(
+    config: DynMaskConfig, pooler: nn.Module, states: Tensor, layout: SequenceLayout, input_ids: Tensor | None
+) -> Tensor:
+    """What a pooler makes of states `(1, N, C)` as `config.classifier_pooling` says: `(S, C)`."""
+    pooling, pad_id = config.classifier_pooling, config.pad_token_id
+    if pooling == "late":
+        return layout.mean_tokens(pooler(states))
+    if pooling == "mean":
+        return pooler(layout.mean_tokens(states))
+    if pooling == "first":
+        return pooler(layout.first_tokens(states))
+    has_ids = input_ids is not None and pad_id is not None
+    return pooler(layout.last_tokens(states, layout.flatten(input_ids)[0] != pad_id if has_ids else None))

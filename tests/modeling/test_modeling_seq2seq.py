@@ -864,6 +864,14 @@ def test_the_bare_model_takes_no_labels():
     ("settings", "message"),
     [
         ({"decoder": {"add_cross_attention": False}}, "`add_cross_attention` of the decoder must be True; got False"),
+        (
+            {"decoder": {"classifier_pooling": "mean"}},
+            "`classifier_pooling` of the decoder must be left out, .*; got 'mean'",
+        ),
+        (
+            {"encoder": {"classifier_pooling": "last"}},
+            "`classifier_pooling` of the encoder must be left out, .*; got 'last'",
+        ),
         ({"decoder": {"num_features": 3}}, "`num_features` of the decoder must be None; got 3"),
         ({"decoder": {"hidden_size": 32}}, "`hidden_size` of the encoder must be the decoder's 32; got 16"),
         ({"decoder": {"vocab_size": 9}}, "`vocab_size` of the encoder must be the decoder's 9 where .*; got 37"),
