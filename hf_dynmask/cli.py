@@ -26,7 +26,7 @@ from typer.core import TyperGroup
 from .conversion import from_transformers, to_transformers
 from .modeling.attention import auto_choice
 from .modeling.configuration_base import DynMaskBaseConfig
-from .modeling.fields import FIELD_SHAPES
+from .modeling.field_shapes import FIELD_SHAPES
 from .modeling.layout import SequenceLayout
 from .modeling.masks import Mask, parse
 from .modeling.plan import BLOCK_SIZE, MaskPlan

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # A room may import from its own level and from those above it in this list.
 LEVELS = [
-    ["modeling.messages"],
+    ["modeling.messages", "modeling.field_shapes"],
     ["modeling.layout"],
     ["modeling.fields", "modeling.frames"],
     ["modeling.mask_expressions"],

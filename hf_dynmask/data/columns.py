@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..modeling.field_shapes import BATCH_FIELDS, TOKEN_FIELDS
 from ..modeling.layout import IGNORE_INDEX, NUMBERED
 
 Columns = dict[str, list[Tensor]]  # one tensor per example
@@ -17,8 +18,8 @@ MAIN_COLUMNS = ("input_ids", "input_features")
 
 TOKEN, EXAMPLE, NEXT_TOKEN = "token", "example", "next_token"
 PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "offset_mapping", "word_ids")
-PER_TOKEN += ("segment_ids", "global_tokens", "missing", "inputs_embeds", "shift_labels")
-PER_EXAMPLE = (*ANSWER, "lengths", "prefix_lengths", "mask_choice", "hidden_spans", "idx")
+PER_TOKEN += (*TOKEN_FIELDS, "missing", "inputs_embeds", "shift_labels")
+PER_EXAMPLE = (*ANSWER, "lengths", *(name for name in BATCH_FIELDS if name not in TOKEN_FIELDS), "idx")
 ROLES: Mapping[str, str] = {
     **dict.fromkeys((*MAIN_COLUMNS, *PER_TOKEN), TOKEN),
     **dict.fromkeys(PER_EXAMPLE, EXAMPLE),

@@ -121,7 +121,7 @@ class DynMaskConfig(DynMaskBaseConfig):
         num_attention_heads (`int`, *optional*, defaults to 8): Query heads.
         num_key_value_heads (`int`, *optional*):
             Key/value heads; must divide the query heads (grouped-query attention). `None`: as many as query heads.
-        head_dim (`int`, *optional*): Size of a query/key head. `None`: `hidden_size // num_attention_heads`.
+        head_dim (`int`, *optional*): Size of a query/key head. `None`: `hidden_size / num_attention_heads`.
         value_head_dim (`int`, *optional*): Size of a value head. `None`: `head_dim`.
         query_pre_attn_scalar (`float`, *optional*): Scores are divided by its root (Gemma 3). `None`: `head_dim`.
         intermediate_size (`int`, *optional*, defaults to 2048): Inner width of the feed-forward layer.
@@ -276,7 +276,7 @@ class DynMaskConfig(DynMaskBaseConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self._size_of_heads()
         if self.value_head_dim is None:
             self.value_head_dim = self.head_dim
         if self.query_pre_attn_scalar is None:
@@ -289,6 +289,15 @@ class DynMaskConfig(DynMaskBaseConfig):
         super().__post_init__(**checked_settings(self, kwargs))
         if self.position_type != "rotary":
             self.rope_parameters = None  # transformers fills it in for any config that has the field
+
+    def _size_of_heads(self) -> int:
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of num_attention_heads={heads}, or `head_dim` be given; "
+                f"got {self.hidden_size}"
+            )
+        return self.hidden_size // heads
 
     @property
     def inputs_to_logits_ratio(self) -> int:

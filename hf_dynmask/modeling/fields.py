@@ -10,20 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .field_shapes import BOOL_FIELDS, FIELD_SHAPES, TOKEN_FIELDS
 from .layout import integers, reads_are_free
-
-# Shape of each field a mask can read. Fields of one value a token may come apart for the keys, as `key_<name>`.
-FIELD_SHAPES = {
-    "segment_ids": ("B", "T"),
-    "global_tokens": ("B", "T"),
-    "prefix_lengths": ("B",),
-    "hidden_spans": ("B", "K", 2),
-    "mask_choice": ("B",),
-    "attention_mask": ("B", "1 | H", "Tq", "Tk"),
-    "key_scores": ("B", "1 | H", "Tk"),
-}
-BOOL_FIELDS = ("attention_mask", "global_tokens")
-TOKEN_FIELDS = tuple(name for name, shape in FIELD_SHAPES.items() if shape == ("B", "T"))
 
 
 def key_name(name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 
 from .batch import layout_of_batch
-from .fields import TOKEN_FIELDS
+from .field_shapes import TOKEN_FIELDS
 from .kv_cache import CACHE_NAME, num_cached_tokens, renamed_cache
 
 FIELDS_PER_TOKEN = (*TOKEN_FIELDS, "missing")

@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, given_input, is_explicit, layout_of_batch
+from .field_shapes import takes_fields
 from .layout import SequenceLayout
 from .losses import flat_labels, sequence_loss, token_loss
 from .modeling_base import DynMaskBaseModel, known_keywords
@@ -101,6 +102,7 @@ class TaskModel(PreTrainedModel):
 
     @known_keywords()
     @can_return_tuple
+    @takes_fields("")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -109,11 +111,6 @@ class TaskModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        prefix_lengths: Tensor | None = None,
-        hidden_spans: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
         input_features: Tensor | None = None,
         labels: Tensor | None = None,
@@ -135,11 +132,6 @@ class TaskModel(PreTrainedModel):
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
-            segment_ids=segment_ids,
-            prefix_lengths=prefix_lengths,
-            hidden_spans=hidden_spans,
-            global_tokens=global_tokens,
-            mask_choice=mask_choice,
             missing=missing,
             input_features=input_features,
             **kwargs,

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .fields import TOKEN_FIELDS, Fields, key_name
+from .field_shapes import TOKEN_FIELDS
+from .fields import Fields, key_name
 from .layout import SequenceLayout
 from .masks import Mask
 from .plan import MaskPlan

@@ -5,7 +5,7 @@ Shape legend: B rows of width T in the batch, S sequences, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from itertools import groupby
@@ -79,11 +79,11 @@ class SequenceLayout:
     described: Tensor | None = None
 
     @classmethod
-    def from_lengths(cls, lengths: Tensor, shape: tuple[int, int] | None = None) -> SequenceLayout:
+    def from_lengths(cls, lengths: Tensor | Sequence[int], shape: tuple[int, int] | None = None) -> SequenceLayout:
         """Layout of rows that hold their tokens from the left edge, or of one flat row.
 
         Args:
-            lengths (`Tensor` of shape `(B,)` or `(S,)`, integer):
+            lengths (integer `Tensor` of shape `(B,)` or `(S,)`, or a list):
                 Tokens of each row; or, for a batch of one row, of each of the S sequences that stand in it end to end.
                 Places behind the last one are absent.
             shape (`tuple[int, int]`, *optional*): `(B, T)` of the batch. `None`: one flat row, `(1, sum(lengths))`.
@@ -160,11 +160,11 @@ class SequenceLayout:
         return cls((rows, width), tokens, lengths, row, positions, indices, longest=width)
 
     @classmethod
-    def from_cu_seq_lens(cls, cu_seq_lens: Tensor) -> SequenceLayout:
+    def from_cu_seq_lens(cls, cu_seq_lens: Tensor | Sequence[int]) -> SequenceLayout:
         """Layout of one flat row from cumulative lengths, as flash-attention kernels take them.
 
         Args:
-            cu_seq_lens (`Tensor` of shape `(S + 1,)`, integer): 0, then the end of each sequence.
+            cu_seq_lens (integer `Tensor` of shape `(S + 1,)`, or a list): 0, then the end of each sequence.
 
         Raises:
             ValueError: `cu_seq_lens` is not a vector of integers that starts at 0 and is non-decreasing.
@@ -626,12 +626,14 @@ def integers(name: str, values: Tensor) -> Tensor:
     return values.long()
 
 
-def vector(name: str, values: Tensor) -> Tensor:
-    """The values `(n,)` as int64.
+def vector(name: str, values: Tensor | Sequence[int]) -> Tensor:
+    """The values `(n,)`, a list of numbers or a tensor, as int64.
 
     Raises:
         ValueError: They are of another shape, or no integers.
     """
+    if not isinstance(values, Tensor):
+        values = torch.tensor(values, dtype=None if values else torch.long)
     if values.dim() != 1:
         raise ValueError(f"`{name}` must be a vector; got shape {tuple(values.shape)}")
     return integers(name, values)

@@ -7,7 +7,7 @@ dimension wherever a field is read.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, groupby
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .fields import Fields, check_extent, check_fields
-from .layout import checked_lengths, integers
+from .layout import checked_lengths, integers, vector
 
 Band = tuple[int | None, int | None]
 NO_FIELDS: frozenset[str] = frozenset()
@@ -154,17 +154,18 @@ class Mask:
 
     def dense(
         self,
-        lengths: Tensor,
+        lengths: Tensor | Sequence[int],
         *,
-        key_lengths: Tensor | None = None,
+        key_lengths: Tensor | Sequence[int] | None = None,
         fields: Mapping[str, Tensor] | None = None,
         heads: int = 1,
     ) -> Tensor:
         """The mask cell by cell.
 
         Args:
-            lengths (`Tensor` of shape `(B,)`, integer): Queries of each sequence.
-            key_lengths (`Tensor` of shape `(B,)`, integer, *optional*): Keys of each sequence. `None`: `lengths`.
+            lengths (integer `Tensor` of shape `(B,)`, or a list): Queries of each sequence.
+            key_lengths (integer `Tensor` of shape `(B,)`, or a list, *optional*):
+                Keys of each sequence. `None`: `lengths`.
             fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, by sequence and position.
             heads (`int`, *optional*, defaults to 1): Heads of the attention, for masks that differ by head.
 
@@ -175,18 +176,17 @@ class Mask:
             ValueError: Lengths are no integers, or negative; a field that the mask reads is missing or has the wrong
                 shape or dtype; the number of masks in `heads(...)` does not divide `heads`.
         """
+        lengths = vector("lengths", lengths)
+        key_lengths = lengths if key_lengths is None else vector("key_lengths", key_lengths)
         i = _positions_up_to("lengths", lengths).view(1, 1, -1, 1)
-        j = i.mT
-        if key_lengths is not None:
-            j = _positions_up_to("key_lengths", key_lengths).view(1, 1, 1, -1)
-        key_lengths = lengths if key_lengths is None else key_lengths
+        j = _positions_up_to("key_lengths", key_lengths).view(1, 1, 1, -1)
         checked = self.checked(fields, rows=lengths.numel())
         check_extent(checked, i.numel(), j.numel(), heads)
-        real = j < key_lengths.long().view(-1, 1, 1, 1)
+        real = j < key_lengths.view(-1, 1, 1, 1)
         if "key_scores" in checked.tables:
             scores = checked.tables["key_scores"][..., : j.numel()]
             checked = checked.having("key_scores", scores.masked_fill(~real[:, 0], -torch.inf))
-        return allowed_by_head(self, heads, i, j, checked) & real & (i < lengths.long().view(-1, 1, 1, 1))
+        return allowed_by_head(self, heads, i, j, checked) & real & (i < lengths.view(-1, 1, 1, 1))
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, other) if isinstance(other, Mask) else NotImplemented

@@ -33,7 +33,8 @@ from transformers.utils.generic import can_return_tuple
 from .batch import PACKING, frames_of_batch, given, given_input, is_explicit, layout_of_batch, per_token
 from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
 from .embedding import embed_tokens
-from .fields import TOKEN_FIELDS, key_name
+from .field_shapes import BATCH_FIELDS, TOKEN_FIELDS, takes_fields
+from .fields import key_name
 from .generation import DynMaskGenerationMixin
 from .graph_attention import GraphPlan, fields_of
 from .heads import SequenceClassification, TaskModel, TokenClassification, in_columns
@@ -175,6 +176,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
 
     @known_keywords()
     @can_return_tuple
+    @takes_fields("")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -183,11 +185,6 @@ class DynMaskModel(DynMaskPreTrainedModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        prefix_lengths: Tensor | None = None,
-        hidden_spans: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
         input_features: Tensor | None = None,
         layout: SequenceLayout | None = None,
@@ -278,15 +275,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
         whole, layout = layout, last_columns(layout, width) if cache is not None else layout
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
         rotary = self._rotary(states, position_ids)
-        fields = {
-            "segment_ids": segment_ids,
-            "prefix_lengths": prefix_lengths,
-            "hidden_spans": hidden_spans,
-            "global_tokens": global_tokens,
-            "mask_choice": mask_choice,
-            "attention_mask": attention_mask if is_explicit(attention_mask) else None,
-        }
-        fields = given(fields)
+        fields = given({name: kwargs.get(name) for name in BATCH_FIELDS})
+        if is_explicit(attention_mask):
+            fields["attention_mask"] = attention_mask
         if fields:
             warn_of_unread_fields(self, fields, self.fields_read())
         in_graph = torch.compiler.is_compiling() and layout.described is not None and not output_attentions
@@ -547,6 +538,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
 
     @known_keywords("shift_labels")
     @can_return_tuple
+    @takes_fields("")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -555,11 +547,6 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        prefix_lengths: Tensor | None = None,
-        hidden_spans: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
@@ -619,11 +606,6 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
-            segment_ids=segment_ids,
-            prefix_lengths=prefix_lengths,
-            hidden_spans=hidden_spans,
-            global_tokens=global_tokens,
-            mask_choice=mask_choice,
             attention_mask=attention_mask if is_explicit(attention_mask) else None,
             layout=whole,
             cache=cache,
@@ -739,6 +721,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
 
     @known_keywords("labels")  # which the Trainer counts; the answer is in the positions
     @can_return_tuple
+    @takes_fields("")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -747,11 +730,6 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        prefix_lengths: Tensor | None = None,
-        hidden_spans: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
         input_features: Tensor | None = None,
         start_positions: Tensor | None = None,
@@ -774,11 +752,6 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
-            segment_ids=segment_ids,
-            prefix_lengths=prefix_lengths,
-            hidden_spans=hidden_spans,
-            global_tokens=global_tokens,
-            mask_choice=mask_choice,
             missing=missing,
             input_features=input_features,
             **kwargs,

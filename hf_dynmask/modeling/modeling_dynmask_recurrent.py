@@ -18,13 +18,13 @@ from transformers.utils.generic import can_return_tuple
 from .batch import PACKING, given_input, layout_of_batch
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
 from .embedding import embed_tokens
+from .field_shapes import BATCH_FIELDS
 from .heads import SequenceClassification, TaskModel, TokenClassification
 from .layout import SequenceLayout, eager_only, integers
 from .modeling_base import DynMaskBaseModel, known_keywords
 
 # Arguments of [`DynMaskModel`]: cells go through a sequence in its order, and there are no token types.
 WITHOUT_EFFECT = ("position_ids", "token_type_ids")
-FIELDS = ("segment_ids", "prefix_lengths", "hidden_spans", "global_tokens", "mask_choice")
 
 
 class DynMaskRecurrentLayer(nn.Module):
@@ -98,7 +98,7 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
         self.layers = nn.ModuleList(DynMaskRecurrentLayer(config, size) for size in sizes)
         self.post_init()
 
-    @known_keywords("input_features", *WITHOUT_EFFECT, *FIELDS)
+    @known_keywords("input_features", *WITHOUT_EFFECT, *BATCH_FIELDS)
     @can_return_tuple
     def forward(
         self,
@@ -133,7 +133,7 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
             ValueError: The inputs contradict each other, or one is the field of a mask; the message says what was
                 expected.
         """
-        for name in FIELDS:
+        for name in BATCH_FIELDS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` must be None in a {type(self).__name__}, which has no mask to read it")
         inputs = given_input(self.main_input_name, input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, is_explicit, layout_of_batch
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
-from .fields import TOKEN_FIELDS
+from .field_shapes import BATCH_FIELDS, TOKEN_FIELDS, takes_fields
 from .generation import fields_of_new_tokens
 from .heads import classifier_dropout, run_encoder
 from .kv_cache import given_cache, last_columns, num_cached_tokens, output_with_cache, renamed_cache
@@ -40,7 +40,6 @@ from .modules import POOLERS
 ENCODER = "encoder.embeddings.word_embeddings.weight"
 DECODER = "decoder.embeddings.word_embeddings.weight"
 SOURCE_INPUTS = ("input_ids", "inputs_embeds", "input_features")
-FIELDS = ("segment_ids", "prefix_lengths", "hidden_spans", "global_tokens", "mask_choice")
 Inputs = dict[str, Any]
 
 
@@ -80,6 +79,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
 
     @known_keywords()
     @can_return_tuple
+    @takes_fields("", "decoder_")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -94,17 +94,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         input_features: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        prefix_lengths: Tensor | None = None,
-        hidden_spans: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        mask_choice: Tensor | None = None,
         missing: Tensor | None = None,
-        decoder_segment_ids: Tensor | None = None,
-        decoder_prefix_lengths: Tensor | None = None,
-        decoder_hidden_spans: Tensor | None = None,
-        decoder_global_tokens: Tensor | None = None,
-        decoder_mask_choice: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
@@ -157,25 +147,15 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
             "token_type_ids": token_type_ids,
             "inputs_embeds": inputs_embeds,
             "input_features": input_features,
-            "segment_ids": segment_ids,
-            "prefix_lengths": prefix_lengths,
-            "hidden_spans": hidden_spans,
-            "global_tokens": global_tokens,
-            "mask_choice": mask_choice,
             "missing": missing,
-        }
+        } | {name: kwargs.pop(name, None) for name in BATCH_FIELDS}
         target = {
             "input_ids": decoder_input_ids,
             "lengths": decoder_lengths,
             "attention_mask": decoder_attention_mask,
             "position_ids": decoder_position_ids,
             "inputs_embeds": decoder_inputs_embeds,
-            "segment_ids": decoder_segment_ids,
-            "prefix_lengths": decoder_prefix_lengths,
-            "hidden_spans": decoder_hidden_spans,
-            "global_tokens": decoder_global_tokens,
-            "mask_choice": decoder_mask_choice,
-        }
+        } | {name: kwargs.pop(f"decoder_{name}", None) for name in BATCH_FIELDS}
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             target |= self._made_target(source, target, labels)
         if use_cache is None:
@@ -320,11 +300,11 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         asked = {
             name: kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         }
-        encoder_fields = {name: source[name] for name in FIELDS if source[name] is not None}
+        encoder_fields = {name: source[name] for name in BATCH_FIELDS if source[name] is not None}
         read_by_encoder = self.encoder.fields_read()
         warn_of_unread_fields(self, encoder_fields, read_by_encoder | self.decoder.fields_read())
         if encoder_outputs is None:
-            own = source | {name: None for name in FIELDS if name not in read_by_encoder}
+            own = source | {name: None for name in BATCH_FIELDS if name not in read_by_encoder}
             encoder, encoder_layout = run_encoder(self.encoder, **own, **asked, **bound)
         else:
             encoder, encoder_layout = self._given(encoder_outputs, source)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fields import TOKEN_FIELDS, Fields, key_name, typed
+from .field_shapes import TOKEN_FIELDS
+from .fields import Fields, key_name, typed
 from .layout import SequenceLayout
 from .masks import Band, Mask, allowed_by_head, head_runs, parse
 

@@ -25,7 +25,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
 
 from ..modeling import masks
-from ..modeling.fields import FIELD_SHAPES
+from ..modeling.field_shapes import FIELD_SHAPES
 from ..modeling.graph_attention import fields_of
 from ..modeling.layout import check_not_scattered, eager_only
 from ..modeling.masks import parse

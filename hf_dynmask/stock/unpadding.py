@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ..modeling.fields import FIELD_SHAPES, TOKEN_FIELDS
+from ..modeling.field_shapes import FIELD_SHAPES, TOKEN_FIELDS
 from ..modeling.layout import SequenceLayout, eager_only, ids_and_positions, not_binary
 from .batches import (
     CACHES,

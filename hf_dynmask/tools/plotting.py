@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling.fields import FIELD_SHAPES, Fields
+from ..modeling.field_shapes import FIELD_SHAPES
+from ..modeling.fields import Fields
 from ..modeling.layout import SequenceLayout
 from ..modeling.masks import Mask, head_runs, parse
 from ..modeling.modeling_dynmask import DynMaskPreTrainedModel

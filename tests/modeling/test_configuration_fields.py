@@ -169,7 +169,14 @@ WRONG = [
     ({"num_key_value_heads": 0}, r"`num_key_value_heads` must be at least 1; got 0"),
     ({"num_key_value_heads": -2}, r"`num_key_value_heads` must be at least 1; got -2"),
     ({"head_dim": 0}, r"`head_dim` must be at least 1; got 0"),
-    ({"num_attention_heads": 32}, r"`head_dim` must be at least 1; got 0"),
+    (
+        {"num_attention_heads": 32},
+        r"`hidden_size` must be a multiple of num_attention_heads=32, .* given; got 16",
+    ),
+    (
+        {"num_attention_heads": 3},
+        r"`hidden_size` must be a multiple of num_attention_heads=3, .* given; got 16",
+    ),
     ({"value_head_dim": -4}, r"`value_head_dim` must be at least 1; got -4"),
     ({"intermediate_size": 0}, r"`intermediate_size` must be at least 1; got 0"),
     ({"hidden_act": "nothing"}, r"`hidden_act` must be the name of an activation .* gelu, .*; got 'nothing'"),

@@ -215,6 +215,12 @@ def test_one_row_reads_one_length_as_a_row_and_more_as_a_flat_batch():
     assert SequenceLayout.from_cu_seq_lens(torch.tensor([0], dtype=torch.int32)).shape == (1, 0)
 
 
+def test_lengths_may_be_lists():
+    assert torch.equal(SequenceLayout.from_lengths([2, 0], (2, 3)).lengths, torch.tensor([2, 0]))
+    assert SequenceLayout.from_lengths([]).num_tokens == 0
+    assert torch.equal(SequenceLayout.from_cu_seq_lens([0, 2, 5]).lengths, torch.tensor([2, 3]))
+
+
 def test_layouts_are_immutable():
     layout = SequenceLayout.from_lengths(torch.tensor([2, 1]), (2, 2))
     with pytest.raises(dataclasses.FrozenInstanceError):

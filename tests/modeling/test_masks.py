@@ -151,8 +151,16 @@ def test_random_of_large_seeds_and_positions():
     np.testing.assert_array_equal(dense[0].numpy(), expected)
 
 
-def test_an_empty_batch_has_an_empty_dense_mask():
-    assert masks.causal().dense(torch.zeros(0, dtype=torch.long)).shape[0] == 0
+@pytest.mark.parametrize("lengths", [torch.zeros(0, dtype=torch.long), []])
+def test_an_empty_batch_has_an_empty_dense_mask(lengths):
+    assert masks.causal().dense(lengths).shape[0] == 0
+
+
+def test_lengths_may_be_lists():
+    dense = masks.causal().dense(torch.tensor([2, 1]), key_lengths=torch.tensor([3, 0]))
+    assert torch.equal(masks.causal().dense([2, 1], key_lengths=[3, 0]), dense)
+    with pytest.raises(ValueError, match="`key_lengths` must be integers; got dtype torch.float32"):
+        masks.causal().dense([2, 1], key_lengths=[3.0, 0.0])
 
 
 # --- classification of ranges ------------------------------------------------------------------------------------
