@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
@@ -23,6 +24,8 @@ Step = list[list[int]]  # indices of the examples in the batch of each process
 # Lengths are multiplied by random numbers from 1 to this before they are sorted. The first value for which the examples
 # fit is used. With 1 the order is strictly by length, for which the number of steps is chosen, so they always fit.
 JITTERS = (1.25, 1.1, 1.0)
+# The share of their steps at which balanced batches, which differ more from one epoch to the next, are given up.
+CLEARLY_FEWER = 0.98
 # Shares of the full batches of a stream to fill with the oldest examples. The first for which they fit is used.
 FILLS = (0.998, 0.995, 0.99, 0.98, 0.97)
 
@@ -47,8 +50,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
       same in every epoch, as the [`~transformers.Trainer`] and learning rate schedules expect.
     - The work of linear layers, proportional to the sum of lengths L, is balanced over all batches: examples are taken
       in order of decreasing length, each into the batch with the fewest tokens so far (longest processing time first;
-      Graham, 1969). The work of attention, proportional to the sum of L², is balanced over the processes of each step:
-      a step consists of batches with similar sums of L².
+      Graham, 1969). If more than 2 % of the steps can be saved, as when batches or their examples are few, each goes
+      into the fullest batch that has room instead (best fit decreasing; Johnson et al., 1974). The work of attention,
+      proportional to the sum of L², is balanced over the processes of each step: a step consists of batches with
+      similar sums of L².
     - With `shuffle`, each epoch has different batches: lengths are multiplied by random numbers from 1 to 1.25 before
       they are sorted (less if the examples would not fit the budget), ties are broken at random, and the steps are
       shuffled. All of this is a pure function of (`seed`, epoch).
@@ -88,7 +93,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     ```python
     >>> sampler = TokenBudgetBatchSampler([5, 3, 4, 2, 2], max_tokens=8, shuffle=False)
     >>> list(sampler)
-    [[0], [2, 4], [1, 3]]
+    [[0, 1], [2, 3, 4]]
     ```
     """
 
@@ -247,7 +252,7 @@ class TokenBudgetIterableDataset(IterableDataset):
         for fill in FILLS if full else ():
             taken = int(np.searchsorted(np.cumsum(lengths), fill * full * capacity, side="right"))
             some, number = np.array(lengths[:taken]), full * self.num_replicas
-            if taken >= number and _pack(some, _order(some, 1.0, None), room, number) is not None:
+            if taken >= number and _balanced(some, _order(some, 1.0, None), room, number) is not None:
                 return _steps(some, room, self.num_replicas, full, generator)
         return self._all_steps(lengths[:taken], generator) or self._all_steps(lengths, generator)
 
@@ -367,18 +372,27 @@ def _examples(dataset: Any, names: Sequence[str]) -> Iterable[Any]:
 
 
 def _num_steps(lengths: np.ndarray, room: _Room, num_replicas: int) -> int:
-    """The fewest steps, to a quarter of a percent, for which examples in order of decreasing length can be packed; 0 if
-    there is no such number."""
-    order = _order(lengths, 1.0, None)
-    fewest = math.ceil(int(lengths.sum()) / (room.tokens * num_replicas))
+    """The fewest steps of balanced batches or, if they are clearly fewer, of batches that are filled up one after the
+    other; 0 if examples in order of decreasing length cannot be packed in either way."""
+    least = math.ceil(int(lengths.sum()) / (room.tokens * num_replicas))
     if room.sequences is not None:
-        fewest = max(fewest, math.ceil(len(lengths) / (room.sequences * num_replicas)))
+        least = max(least, math.ceil(len(lengths) / (room.sequences * num_replicas)))
+    balanced = _fewest_steps(_balanced, lengths, room, num_replicas, max(1, least))
+    if 0 < CLEARLY_FEWER * balanced <= least:
+        return balanced
+    filled_up = _fewest_steps(_filled_up, lengths, room, num_replicas, max(1, least))
+    return filled_up if filled_up and (not balanced or filled_up < CLEARLY_FEWER * balanced) else balanced
+
+
+def _fewest_steps(pack: Callable, lengths: np.ndarray, room: _Room, num_replicas: int, least: int) -> int:
+    """The fewest steps, to a quarter of a percent, from `least` on; 0 if there is no such number."""
+    order = _order(lengths, 1.0, None)
     most = len(lengths) // num_replicas  # a batch has at least one example
 
     def fit(steps: int) -> bool:
-        return _pack(lengths, order, room, steps * num_replicas) is not None
+        return pack(lengths, order, room, steps * num_replicas) is not None
 
-    too_few, steps = 0, max(1, fewest)
+    too_few, steps = 0, least
     while steps > most or not fit(steps):
         if steps >= most:
             return 0
@@ -405,10 +419,11 @@ def _steps(
 
 def _batches(lengths: np.ndarray, room: _Room, number: int, generator: np.random.Generator | None) -> Step:
     """All examples in `number` batches, which must be enough to pack them in order of decreasing length."""
-    for jitter in JITTERS if generator is not None else JITTERS[-1:]:
-        batches = _pack(lengths, _order(lengths, jitter, generator), room, number)
-        if batches is not None:
-            return batches
+    for pack in (_balanced, _filled_up):
+        for jitter in JITTERS if generator is not None else JITTERS[-1:]:
+            batches = pack(lengths, _order(lengths, jitter, generator), room, number)
+            if batches is not None:
+                return batches
     raise AssertionError(f"examples in order of decreasing length do not fit {number} batches")
 
 
@@ -420,7 +435,7 @@ def _order(lengths: np.ndarray, jitter: float, generator: np.random.Generator | 
     return np.lexsort((generator.random(len(lengths)), -keys)).tolist()
 
 
-def _pack(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
+def _balanced(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
     """Examples in `number` batches, each put into the one with the fewest tokens so far that has room for another
     sequence; `None` if they do not fit."""
     tokens = lengths.tolist()
@@ -435,6 +450,33 @@ def _pack(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> St
             heapq.heappop(loads)
         else:
             heapq.heapreplace(loads, (load + tokens[example], size + 1, k))
+    return batches
+
+
+def _filled_up(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
+    """Examples in `number` batches, each put into the fullest one so far that has room for it; `None` if they do not
+    fit. Takes a time proportional to the examples and, at worst, to the different numbers of tokens in batches."""
+    tokens = lengths.tolist()
+    batches: Step = [[] for _ in range(number)]
+    loads = [0]  # different ones, in order
+    having = {0: list(range(number))}  # the batches with that many tokens
+    for example in order:
+        place = bisect_right(loads, room.tokens - tokens[example]) - 1
+        if place < 0:
+            return None
+        load = loads[place]
+        k = having[load].pop()
+        if not having[load]:
+            del loads[place]
+        batches[k].append(example)
+        if len(batches[k]) != room.sequences:
+            load += tokens[example]
+            if not having.setdefault(load, []):
+                insort(loads, load)
+            having[load].append(k)
+    for batch in batches:
+        if not batch:
+            batch.append(max(batches, key=len).pop())
     return batches
 
 

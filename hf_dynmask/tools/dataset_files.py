@@ -53,7 +53,7 @@ def _read(datasets: Any, source: str, split: str) -> Any:
         with _errors_of(source, "a saved data set"):
             saved = datasets.load_from_disk(source)
         return _split_of(saved, split)
-    ending = path.suffix.removeprefix(".")
+    ending = path.suffix.removeprefix(".").lower()
     if not source or (ending in FORMATS and not path.exists()):
         raise FileNotFoundError(f"the data must be a file, a folder or a Hub id; there is no file {source!r}")
     if not path.is_file():

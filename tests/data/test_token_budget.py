@@ -108,6 +108,10 @@ def test_an_epoch_has_every_example_once_within_the_budget_and_as_many_steps_on_
     [
         ([128] * 80, 1024, 2, 5),  # eight in each batch, no space left
         ([600] * 10, 1024, 2, 5),  # no two fit together
+        ([5, 3, 4, 2, 2], 8, 1, 2),  # balanced batches would be three
+        ([5, 3, 4, 2, 2] * 2, 8, 2, 2),
+        ([4, 4, 3, 3, 2, 0], 8, 1, 2),
+        ([6, 5, 5, 4, 4, 4], 14, 2, 1),
         ([10, 1, 1, 1], 10, 1, 2),
         ([0, 0, 0], 5, 1, 1),
         ([0, 0, 0], 5, 3, 1),

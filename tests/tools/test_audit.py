@@ -210,10 +210,10 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("ending", WRITERS)
+@pytest.mark.parametrize("ending", [*WRITERS, "CSV"])
 def test_files(ending, model, tmp_path):
     path = tmp_path / f"data.{ending}"
-    WRITERS[ending](Dataset.from_dict({"text": TEXTS}), path)
+    WRITERS[ending.lower()](Dataset.from_dict({"text": TEXTS}), path)
     result = run(path, "--model", model)
     assert result.exit_code == 0, result.stderr
     assert "10 examples, 89 tokens: median 5, 90% 12, 99% 12, most 40" in result.output
