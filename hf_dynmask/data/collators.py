@@ -22,6 +22,7 @@ from .columns import (
     TOKEN,
     Columns,
     are_inputs,
+    check_examples,
     check_roles,
     check_sizes,
     model_name,
@@ -538,9 +539,10 @@ class DataCollatorForSeq2SeqWithLengths:
         self._target_collator()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        check_examples(features)
         sources = [_of_side(feature, target=False) for feature in features]
         targets = [_of_side(feature, target=True) for feature in features]
-        given = read_columns([{"lengths": source.pop("lengths", None)} for source in sources]) if sources else {}
+        given = read_columns([{"lengths": source.pop("lengths", None)} for source in sources])
         batch = self._source_collator(any("input_features" in source for source in sources))(sources)
         counted = [batch["lengths"]]
         if any(targets):

@@ -35,11 +35,10 @@ def read_columns(features: Sequence[Mapping[str, Any]]) -> Columns:
     that are `None` in all examples, or that have an unknown name and are empty in all.
 
     Raises:
-        ValueError: There are no examples; a column is missing in some, or does not hold numbers or text; labels are
-            text, or not numbers.
+        ValueError: There are no examples, or they are not mappings; a column is missing in some, or does not hold
+            numbers or text; labels are text, or not numbers.
     """
-    if not features:
-        raise ValueError("`features` must hold at least one example; got none")
+    check_examples(features)
     columns: Columns = {}
     for name in dict.fromkeys(name for feature in features for name in feature):
         values = [feature.get(name) for feature in features]
@@ -61,6 +60,20 @@ def read_columns(features: Sequence[Mapping[str, Any]]) -> Columns:
             continue  # these may be lists of text
         columns[target] = _alike(tensors, is_label=target == "labels")
     return columns
+
+
+def check_examples(features: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a `ValueError` if these are not a list of at least one example, each with values by names of columns."""
+    if isinstance(features, Mapping | str) or not hasattr(features, "__len__"):
+        raise ValueError(f"`features` must be a list of examples; got a {type(features).__name__}")
+    if not len(features):
+        raise ValueError("`features` must hold at least one example; got none")
+    for index, feature in enumerate(features):
+        if not isinstance(feature, Mapping):
+            raise ValueError(
+                f"an example must be a mapping, such as a dict, of the names of columns to values; got a "
+                f"{type(feature).__name__} in example {index}"
+            )
 
 
 def model_name(name: str) -> str:
