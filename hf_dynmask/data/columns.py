@@ -69,11 +69,16 @@ def check_examples(features: Sequence[Mapping[str, Any]]) -> None:
     if not len(features):
         raise ValueError("`features` must hold at least one example; got none")
     for index, feature in enumerate(features):
-        if not isinstance(feature, Mapping):
-            raise ValueError(
-                f"an example must be a mapping, such as a dict, of the names of columns to values; got a "
-                f"{type(feature).__name__} in example {index}"
-            )
+        check_example(feature, index)
+
+
+def check_example(feature: Any, index: int) -> None:
+    """Raise a `ValueError` if this is not an example."""
+    if not isinstance(feature, Mapping):
+        raise ValueError(
+            "an example must be a mapping, such as a dict, of the names of columns to values; got a "
+            f"{type(feature).__name__} in example {index}"
+        )
 
 
 def model_name(name: str) -> str:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import DataCollatorForSeq2Seq
 
 from .collators import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
-from .columns import EXAMPLE, LABELS, MAIN_COLUMNS, model_name, not_binary, read_columns
+from .columns import EXAMPLE, LABELS, MAIN_COLUMNS, check_example, model_name, not_binary, read_columns
 
 logger = getLogger(__name__)
 
@@ -302,9 +302,11 @@ def example_length(example: Mapping[str, Any], column: str = "length", number: i
     `input_ids` or `input_features`, without those that are 0 in `attention_mask`.
 
     Raises:
-        ValueError: The example has none of these columns; the length is not an integer of at least 0; `input_ids` is
-            not a list; or the mask holds other values than 0 and 1. The message names the example by its `number`.
+        ValueError: It is not a mapping, or has none of these columns; the length is not an integer of at least 0;
+            `input_ids` is not a list; or the mask holds other values than 0 and 1. The message names the example by its
+            `number`.
     """
+    check_example(example, number)
     for name in (column, "lengths"):
         if name in example:
             return _whole(example[name], name, number)

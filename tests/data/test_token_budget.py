@@ -429,6 +429,7 @@ def first_batch(rows, **settings):
         ([], {"num_replicas": 3, "buffer_size": 2}, "`buffer_size` must be at least num_replicas=3.*; got 2"),
         ([], {"seed": -1}, "`seed` must be at least 0; got -1"),
         ([{"length": 1}, {"text": "a"}], {}, "must have a column `length` or `lengths` .*; got text in example 1"),
+        ([[5, 6]], {}, "an example must be a mapping, .*; got a list in example 0"),
         ([{}], {"length_column": "n"}, "must have a column `n` or `lengths` .*; got no columns in example 0"),
         ([{"length": "5"}], {}, "column `length` must hold .* an integer of at least 0; got '5' in example 0"),
         ([{"lengths": -5}], {}, "column `lengths` must hold .* an integer of at least 0; got -5 in example 0"),
