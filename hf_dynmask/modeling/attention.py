@@ -98,12 +98,18 @@ def dynmask_attention(
 
     Raises:
         ValueError: An unknown implementation, or one that cannot serve the mask, the device or the dtype; tensors whose
-            shapes do not fit each other or the layouts; a field that the mask needs is missing or has the wrong shape.
+            shapes or dtypes do not fit each other or the layouts; `dropout` is no probability; a field that the mask
+            needs is missing or has the wrong shape.
     """
+    for name, given in (("layout", layout), ("key_layout", layout if key_layout is None else key_layout)):
+        if not isinstance(given, SequenceLayout):
+            raise ValueError(f"`{name}` must be a SequenceLayout; got {type(given).__name__}")
     plan = mask if isinstance(mask, MaskPlan) else MaskPlan(mask, layout, key_layout, fields=fields)
     if plan.layout is not layout:
         raise ValueError("`layout` must be the one that the plan was made for; got another")
-    _check_shapes(query, key, value, plan)
+    _check_states(query, key, value, plan)
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"`dropout` must be from 0 to 1; got {dropout}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     output, _ = attend(
         packed(query),
@@ -133,6 +139,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """[`dynmask_attention`] with a plan, on packed `(N, H, D)` tensors: output `(N, H, Dv)`, and weights
     `(B, H, T, T)` from the reference."""
+    heads, explicit = query.shape[1], plan.fields.tables.get("attention_mask")
+    if explicit is not None and explicit.shape[1] not in (1, heads):
+        raise ValueError(f"`attention_mask` must have 1 or {heads} heads; got {explicit.shape[1]}")
     if query.device.type != "cpu":  # on which PyTorch's own functions do so
         query, key, value = autocast(query, key, value)
     if key_scores is not None:
@@ -151,10 +160,12 @@ def attend(
 
 def autocast(*states: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values in the dtype of autocast, if it is on, which packed kernels do not ask for."""
-    device = states[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return states
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in states)
+    device = states[0].device
+    return tuple(x.to(torch.get_autocast_dtype(device.type)) for x in states) if _is_autocast(device) else states
+
+
+def _is_autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 @eager_only
@@ -238,7 +249,7 @@ def _with_key_scores(
     return query, key, plan.with_key_scores(scores.repeat_interleave(query.shape[1] // key_heads, dim=1))
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> None:
+def _check_states(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> None:
     for name, states in (("query", query), ("key", key), ("value", value)):
         if states.dim() != 4:
             raise ValueError(f"`{name}` must have shape (1, heads, tokens, head size); got {tuple(states.shape)}")
@@ -254,6 +265,9 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> 
     ):
         if tuple(states.shape) != expected:
             raise ValueError(f"`{name}` must have shape {expected}; got {tuple(states.shape)}")
-    explicit = plan.fields.tables.get("attention_mask")
-    if explicit is not None and explicit.shape[1] not in (1, heads):
-        raise ValueError(f"`attention_mask` must have 1 or {heads} heads; got {explicit.shape[1]}")
+    dtypes = [states.dtype for states in (query, key, value)]
+    is_one = len(set(dtypes)) == 1 or _is_autocast(query.device)
+    if not (is_one and all(dtype.is_floating_point for dtype in dtypes)):
+        raise ValueError(
+            f"`query`, `key` and `value` must have one floating-point dtype; got {', '.join(map(str, dtypes))}"
+        )

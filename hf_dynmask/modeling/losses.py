@@ -132,7 +132,7 @@ def position_loss(
     largest = values.new_full((slots,), -torch.inf).scatter_reduce(0, ids, values.detach(), "amax")
     exponentials = (values - largest[ids]).exp()
     log_sums = largest + values.new_zeros(slots).index_add(0, ids, exponentials).log()
-    targets = nn.functional.pad(positions, (0, layout.has_tail), value=IGNORE_INDEX)[ids]
+    targets = nn.functional.pad(positions, (0, 1), value=IGNORE_INDEX)[ids]  # the last is that of a tail
     is_target = (layout.positions == targets) & layout.is_real
     total = (log_sums[ids] - values).where(is_target, 0).sum()
     return _averaged(total, is_target.sum(), num_items_in_batch)

@@ -125,7 +125,7 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
         """The fields of the configuration that hold these masks, once it is sure that they fit the model."""
         changed = {"cross_mask": self.config.cross_mask if cross_mask is None else cross_mask}
         if mask is not None:
-            by_layer = not isinstance(mask, str)
+            by_layer = isinstance(mask, list | tuple)
             changed |= {"layer_masks": list(mask)} if by_layer else {"layer_masks": None, "mask": mask}
         config = copy.copy(self.config)
         vars(config).update(changed)

@@ -106,3 +106,10 @@ def test_wrong_answers(start, end, message):
     answer = {name: torch.tensor(value) for name, value in names.items() if value is not None}
     with pytest.raises(ValueError, match=message):
         head(DynMaskForQuestionAnswering)(IDS, lengths=LENGTHS, **answer)
+
+
+def test_answers_in_a_graph_of_rows_of_any_size():
+    model = head(DynMaskForQuestionAnswering)
+    inputs = {"input_ids": IDS, "lengths": LENGTHS, "start_positions": LENGTHS - 1, "end_positions": LENGTHS}
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss)
