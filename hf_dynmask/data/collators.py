@@ -23,6 +23,7 @@ from .columns import (
     Columns,
     are_inputs,
     check_examples,
+    check_mapping,
     check_roles,
     check_sizes,
     model_name,
@@ -136,6 +137,7 @@ class CollatorWithLengths(ABC):
         """Raise a `ValueError` where the main column of an example has a wrong shape or dtype."""
 
     def _check_column_sizes(self) -> None:
+        check_mapping("column_sizes", self.column_sizes)
         for name, size in (self.column_sizes or {}).items():
             if model_name(name) not in self.uneven:
                 known = " and ".join(f"`{each}`" for each in self.uneven)
@@ -533,6 +535,7 @@ class DataCollatorForSeq2SeqWithLengths:
 
     def __post_init__(self):
         check_roles(self.column_roles, [*LABELS, *MAIN_COLUMNS])
+        check_mapping("column_sizes", self.column_sizes)
         names = ("max_tokens", "max_target_tokens", "max_sequences")
         check_fixed_sizes(self.flat, {name: getattr(self, name) for name in names})
         self._source_collator(of_frames=False)

@@ -155,8 +155,9 @@ def check_roles(given: Mapping[str, str] | None, main: Sequence[str]) -> dict[st
         main (`Sequence[str]`): Columns whose entries are the tokens.
 
     Raises:
-        ValueError: A role is unknown or does not fit the column.
+        ValueError: It is no mapping; a role is unknown or does not fit the column.
     """
+    check_mapping("column_roles", given)
     for name, role in (given or {}).items():
         known = (TOKEN, EXAMPLE, NEXT_TOKEN) if name in LABELS else (TOKEN, EXAMPLE)
         known = (TOKEN,) if name in (*main, "attention_mask") else known
@@ -164,6 +165,12 @@ def check_roles(given: Mapping[str, str] | None, main: Sequence[str]) -> dict[st
             wanted = " or ".join(map(repr, known))
             raise ValueError(f"`column_roles` must give column `{name}` the role {wanted}; got {role!r}")
     return {model_name(name): role for name, role in (given or {}).items()}
+
+
+def check_mapping(name: str, given: Any) -> None:
+    """Raise a `ValueError` if an argument is neither `None` nor a mapping from the names of columns."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"`{name}` must be a mapping, such as a dict, from the names of columns; got {given!r}")
 
 
 def unknown_role(name: str) -> ValueError:

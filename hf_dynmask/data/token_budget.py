@@ -6,6 +6,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
+from numbers import Integral
 from operator import index
 from typing import Any, NamedTuple
 
@@ -199,7 +200,9 @@ class TokenBudgetIterableDataset(IterableDataset):
         seed: int = 0,
         truncate: bool = False,
     ):
-        _check_positive(max_tokens=max_tokens, max_sequences=max_sequences, num_replicas=num_replicas)
+        _check_positive(
+            max_tokens=max_tokens, max_sequences=max_sequences, num_replicas=num_replicas, buffer_size=buffer_size
+        )
         if buffer_size < num_replicas:
             raise ValueError(
                 f"`buffer_size` must be at least num_replicas={num_replicas}, an example per process; got {buffer_size}"
@@ -487,22 +490,35 @@ def _filled_up(lengths: np.ndarray, order: list[int], room: _Room, number: int) 
 
 def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number is not None and number < 1:
+        if number is None:
+            continue
+        _check_integer(name, number)
+        if number < 1:
             raise ValueError(f"`{name}` must be at least 1; got {number}")
 
 
+def _check_integer(name: str, number: Any) -> None:
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise ValueError(f"`{name}` must be an integer; got {number!r}")
+
+
 def _checked_seed(seed: int) -> int:
+    _check_integer("seed", seed)
     if seed < 0:
         raise ValueError(f"`seed` must be at least 0; got {seed}")
     return seed
 
 
 def _checked(lengths: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-    values = np.asarray(lengths)
+    try:
+        values = np.asarray(lengths)
+    except ValueError:  # lists of different lengths
+        values = np.array(None)
     if values.ndim != 1 or not len(values) or values.dtype.kind not in "iu" or values.min() < 0:
         raise ValueError(
             "`lengths` must be integers of at least 0, one for each of at least one example; "
-            f"got {values.dtype} of shape {values.shape}" + (f" from {values.min()}" if values.size else "")
+            f"got {values.dtype} of shape {values.shape}"
+            + (f" from {values.min()}" if values.size and values.dtype.kind in "iuf" else "")
         )
     return values.astype(np.int64)
 

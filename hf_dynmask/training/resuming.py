@@ -89,7 +89,7 @@ class _Record(TrainerCallback):
     def on_train_begin(self, args, state: TrainerState, control, *, train_dataloader: Any = None, **kwargs):
         steps = _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
         found = {"batches": self.trainer._batch_settings(), "targets": self.trainer._target_settings(), "steps": steps}
-        found = json.loads(json.dumps(found))  # in the form that it is read back in
+        found = json.loads(json.dumps(found, default=int))  # as it is read back; integers may be those of NumPy
         states: Any = state.stateful_callbacks
         if state.global_step:
             _compare(args, state, states.get(KEY, {}).get("attributes"), found)

@@ -247,6 +247,7 @@ def test_roles_of_frames_and_of_masking():
 )
 def test_bad_roles(make):
     for roles, message in [
+        (["x"], r"`column_roles` must be a mapping, such as a dict, .*; got \['x'\]"),
         ({"x": "tokens"}, "`column_roles` must give column `x` the role 'token' or 'example'; got 'tokens'"),
         ({"x": "next_token"}, "`column_roles` must give column `x` the role 'token' or 'example'; got 'next_token'"),
         ({"attention_mask": "example"}, "`column_roles` must give column `attention_mask` the role 'token'; got"),

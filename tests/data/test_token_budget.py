@@ -294,8 +294,14 @@ def test_pickle():
         ({"lengths": [1.5, 2]}, r"`lengths` must be integers of at least 0, .*; got float64 of shape \(2,\) from 1.5"),
         ({"lengths": [3, -1]}, r"`lengths` must be integers of at least 0, .*; got int64 of shape \(2,\) from -1"),
         ({"lengths": [[1], [2]]}, r"one for each of at least one example; got int64 of shape \(2, 1\)"),
+        ({"lengths": ["5"]}, r"`lengths` must be integers of at least 0, .*; got <U1 of shape \(1,\)$"),
+        ({"lengths": [[1, 2], [3]]}, r"`lengths` must be integers of at least 0, .*; got object of shape \(\)$"),
         ({"max_tokens": 0}, "`max_tokens` must be at least 1; got 0"),
+        ({"max_tokens": "10"}, "`max_tokens` must be an integer; got '10'"),
+        ({"max_tokens": 10.5}, "`max_tokens` must be an integer; got 10.5"),
         ({"max_sequences": 0}, "`max_sequences` must be at least 1; got 0"),
+        ({"max_sequences": True}, "`max_sequences` must be an integer; got True"),
+        ({"seed": 0.5}, "`seed` must be an integer; got 0.5"),
         (
             {"max_tokens": 4},
             r"longest example's length; got max_tokens=4, and example 1 has 5 tokens. .*`truncate=True`",
@@ -426,6 +432,7 @@ def first_batch(rows, **settings):
     [
         ([], {"max_tokens": 0}, "`max_tokens` must be at least 1; got 0"),
         ([], {"max_sequences": -1}, "`max_sequences` must be at least 1; got -1"),
+        ([], {"buffer_size": 1.5}, "`buffer_size` must be an integer; got 1.5"),
         ([], {"num_replicas": 3, "buffer_size": 2}, "`buffer_size` must be at least num_replicas=3.*; got 2"),
         ([], {"seed": -1}, "`seed` must be at least 0; got -1"),
         ([{"length": 1}, {"text": "a"}], {}, "must have a column `length` or `lengths` .*; got text in example 1"),
