@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -171,6 +172,7 @@ SAME: list[tuple[Any, dict[str, Any]]] = [
     (Budget, {"num_train_epochs": 5, "learning_rate": 1e-3, "logging_steps": 3}),
     (Budget, {"per_device_train_batch_size": 8}),
     (Budget, {"data_seed": 5, "seed": 9}),
+    (Budget, {"max_tokens": np.int64(40)}),
     (Budget, {"rows": Dataset.from_list(ROWS).with_format("torch")}),
     (Budget, {"rows": Dataset.from_list([row | {"note": "n"} for row in ROWS])}),
     (Budget, {"restore_callback_states_from_checkpoint": True}),
