@@ -5,6 +5,8 @@ Shape legend: N real tokens, E embedding size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,8 @@ def looked_up(name: str, table: nn.Module, ids: Tensor) -> Tensor:
     try:
         return table(ids)
     except IndexError as error:
-        raise out_of_range(name, ids, len(table.weight)) from error
+        weight: Any = table.weight  # PEFT's tables have it as a property
+        raise out_of_range(name, ids, weight.shape[0]) from error
 
 
 def flat_embeds(inputs_embeds: Tensor, size: int, layout: SequenceLayout) -> Tensor:

@@ -532,18 +532,19 @@ def test_autocast_gives_tensors_one_dtype():
 def test_what_are_no_masks_and_layouts():
     lengths = torch.tensor([2, 3])
     layout = SequenceLayout.from_lengths(lengths)
-    inputs = random_inputs(layout, layout, (2, 2, 4, 4))[:3]
+    query, key, value = random_inputs(layout, layout, (2, 2, 4, 4))[:3]
     with pytest.raises(ValueError, match="`layout` must be a SequenceLayout; got Tensor"):
-        dynmask_attention(*inputs, "full", lengths)  # pyright: ignore[reportArgumentType]
+        dynmask_attention(query, key, value, "full", lengths)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="a mask must be text such as .*; got None"):
-        dynmask_attention(*inputs, None, layout)  # pyright: ignore[reportArgumentType]
+        dynmask_attention(query, key, value, None, layout)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.5])
 def test_dropout_that_is_no_probability(dropout):
     layout = SequenceLayout.from_lengths(torch.tensor([2, 3]))
+    inputs = random_inputs(layout, layout, (2, 2, 4, 4))[:3]
     with pytest.raises(ValueError, match=f"`dropout` must be from 0 to 1; got {dropout}"):
-        dynmask_attention(*random_inputs(layout, layout, (2, 2, 4, 4))[:3], "full", layout, dropout=dropout)
+        attend_with("auto", "full", layout, dropout=dropout)(*inputs)
 
 
 def topk_inputs(heads=4, key_heads=2):

@@ -2,6 +2,8 @@
 
 # pyright: reportOptionalMemberAccess=false
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,13 @@ from hf_dynmask import (
     DynMaskSeq2SeqConfig,
 )
 
-SIZES = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+SIZES: dict[str, Any] = {
+    "vocab_size": 30,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
 LENGTHS = torch.tensor([5, 3, 1])
 IDS = torch.arange(5, 20).view(3, 5)
 
@@ -31,10 +39,11 @@ def head(model_class, **settings):
 @pytest.mark.parametrize("is_autocast", [True, False])
 @pytest.mark.parametrize("num_labels, scale", [(1, 1e5), (4, 1.0)])  # numbers; shares of classes
 def test_labels_of_floats_are_not_rounded(dtype, is_autocast, num_labels, scale):
-    model = head(DynMaskForSequenceClassification, num_labels=num_labels)
+    model: Any = head(DynMaskForSequenceClassification, num_labels=num_labels)
+    model.to(dtype=torch.float32 if is_autocast else dtype)
     labels = torch.linspace(0.1, 1, 3 * num_labels).view(3, num_labels) * scale
     with torch.autocast("cpu", dtype, enabled=is_autocast and dtype != torch.float32):
-        output = model.to(torch.float32 if is_autocast else dtype)(IDS, lengths=LENGTHS, labels=labels)
+        output = model(IDS, lengths=LENGTHS, labels=labels)
     criterion = torch.nn.MSELoss() if num_labels == 1 else torch.nn.BCEWithLogitsLoss()
     torch.testing.assert_close(output.loss, criterion(output.logits.float(), labels))
 
