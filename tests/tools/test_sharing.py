@@ -237,7 +237,7 @@ def test_what_was_registered_by_hand(elsewhere):
 
 def test_code_that_was_changed(elsewhere):
     (warning,) = elsewhere[1]["changed"]
-    assert re.search(r"shared with the code of hf_dynmask [\d.]+; what runs now differs from it in plan.py", warning)
+    assert re.search(r"the code of hf_dynmask [\d.]+; the code that runs differs from it in plan.py", warning)
 
 
 def test_code_that_the_user_refuses(elsewhere):
