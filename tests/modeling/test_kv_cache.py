@@ -150,7 +150,7 @@ def test_a_sliding_cache_drops_only_what_the_window_does_not_see(window, cuts):
 def test_a_window_wider_than_that_of_the_cache_is_refused():
     model = causal_lm("causal & window(4, 0)")
     ids = torch.randint(VOCABULARY, (2, 9))
-    with pytest.raises(ValueError, match=r"'causal & window\(4, 0\)' lets a token see tokens that the cache has dropped"):
+    with pytest.raises(ValueError, match=r"'causal & window\(4, 0\)' lets a token see .* the cache has dropped"):
         decode(model, [6, 7], sliding_cache(4), input_ids=ids)
 
 
