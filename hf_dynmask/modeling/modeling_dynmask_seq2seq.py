@@ -299,7 +299,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
                     f"`{name}` must be None in an encoder-decoder, which has two sides: a flat batch comes with "
                     "`lengths` and `decoder_lengths`"
                 )
-        requested = {
+        asked = {
             name: kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         }
         encoder_fields = {name: source[name] for name in BATCH_FIELDS if source[name] is not None}
@@ -307,7 +307,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         warn_of_unread_fields(self, encoder_fields, read_by_encoder | self.decoder.fields_read())
         if encoder_outputs is None:
             own = source | {name: None for name in BATCH_FIELDS if name not in read_by_encoder}
-            encoder, encoder_layout = run_encoder(self.encoder, **own, **requested, **bound)
+            encoder, encoder_layout = run_encoder(self.encoder, **own, **asked, **bound)
         else:
             encoder, encoder_layout = self._given(encoder_outputs, source)
         tokens, seen, mask = self._target_tokens(target), num_cached_tokens(cache), target["attention_mask"]
@@ -320,7 +320,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         cache = self._cache(cache, use_cache, encoder_layout, layout)
         decoder = self.decoder(
             **target | {"lengths": None, "attention_mask": mask if is_explicit(mask) else None},
-            **requested,
+            **asked,
             layout=layout,
             cache=cache,
             encoder_hidden_states=encoder.last_hidden_state,
@@ -346,7 +346,7 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
     def _cache(
         self, given: Cache | None, use_cache: bool, encoder_layout: SequenceLayout, layout: SequenceLayout
     ) -> Cache | None:
-        """The cache to decode with, if any. Raises if a given one comes with a flat batch, or if the sides do not match."""
+        """The cache to decode with, if any. Raises for a given one with a flat batch, or if the sides do not match."""
         sequences, rows = (
             (encoder_layout.num_sequences, layout.num_sequences),
             (encoder_layout.shape[0], layout.shape[0]),
