@@ -118,15 +118,15 @@ class Batch:
         return values[: len(flags)]
 
     def _read_sequences(self) -> None:
-        names = [name for name in FLAT_ARGUMENTS if self.given.get(name) is not None]
-        layout = self._layout(names, "attention_mask", INPUTS)
+        stated = [name for name in FLAT_ARGUMENTS if self.given.get(name) is not None]
+        layout = self._layout(stated, "attention_mask", INPUTS)
         if layout is None:
             return
-        if names[0] == "lengths" and self.given["lengths"].numel() == layout.shape[0]:
-            self._put_padding(names.pop(0), "attention_mask", INPUTS, layout)
-        if not names:
+        if stated[0] == "lengths" and self.given["lengths"].numel() == layout.shape[0]:
+            self._put_padding(stated.pop(0), "attention_mask", INPUTS, layout)
+        if not stated:
             return
-        self.layout, self.stated_by = layout, names[0]
+        self.layout, self.stated_by = layout, stated[0]
         if "position_ids" in self.names and self.given.get("position_ids") is None:
             positions = layout.unflatten(layout.positions[None])
             self.given["position_ids"] = positions + first_position(self.model)
@@ -142,29 +142,29 @@ class Batch:
             )
         self._put_padding(name, "decoder_attention_mask", TARGETS, layout)
 
-    def _layout(self, names: list[str], mask_name: str, inputs: Collection[str]) -> SequenceLayout | None:
-        """The layout of `inputs` that the arguments `names` state. A mask must agree with it. `None` without names."""
-        if not names:
+    def _layout(self, stated: list[str], mask_name: str, inputs: Collection[str]) -> SequenceLayout | None:
+        """The layout of `inputs` from the arguments `stated`, with which a mask must agree; `None` without arguments."""
+        if not stated:
             return None
         tokens = self._first_of(inputs)
         if tokens is None:
             if self.is_inner:
                 return None
-            raise ValueError(f"`{names[0]}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got none")
+            raise ValueError(f"`{stated[0]}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got none")
         places = _places(tokens)
         mask = self.given.get(mask_name)
         mask = mask if isinstance(mask, Tensor) else None  # the model that runs this one has made a `DeferredMask`
         if mask is not None and mask.dim() > len(places):
             raise ValueError(
-                f"`{names[0]}` must come without an explicit mask, which itself says which query may see which key; "
+                f"`{stated[0]}` must come without an explicit mask, which itself says which query may see which key; "
                 f"got a mask of shape {tuple(mask.shape)}"
             )
         lengths = None
-        if names[0] in ("lengths", "decoder_lengths"):
-            lengths = torch.as_tensor(self.given[names[0]], device=tokens.device)
+        if stated[0] in ("lengths", "decoder_lengths"):
+            lengths = torch.as_tensor(self.given[stated[0]], device=tokens.device)
             if lengths.shape == places[:-1]:  # the choices of a question are rows, too
                 lengths = lengths.flatten()
-            self.given[names[0]] = lengths
+            self.given[stated[0]] = lengths
         elif mask is not None and mask.shape != places:
             mask = None
         further = {} if inputs is TARGETS else self._further_arguments(places)
