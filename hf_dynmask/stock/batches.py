@@ -143,7 +143,7 @@ class Batch:
         self._put_padding(name, "decoder_attention_mask", TARGETS, layout)
 
     def _layout(self, stated: list[str], mask_name: str, inputs: Collection[str]) -> SequenceLayout | None:
-        """The layout of `inputs` from the arguments `stated`, with which a mask must agree; `None` without arguments."""
+        """The layout of `inputs` from the arguments `stated`, with which a mask must agree; `None` without any."""
         if not stated:
             return None
         tokens = self._first_of(inputs)
