@@ -1,7 +1,7 @@
 """Sliding-window attention by plain matrix products: each block of queries against the keys within its reach.
 
 All sizes follow from the mask and the number of tokens, so nothing is read from a device. Dropout and gradients are
-PyTorch's own. This covers windows in float32, which no fused kernel supports.
+PyTorch's own. It is used for windows in float32, which the packed kernels do not support.
 
 Shape legend: N tokens in n blocks of L, H heads, D and Dv head sizes, K keys within reach of a block.
 """
