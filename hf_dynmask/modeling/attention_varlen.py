@@ -197,7 +197,7 @@ def _capability(device_type: str, index: int | None) -> tuple[int, int]:
 
 @torch.compiler.assume_constant_result
 def _refusal(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
-    """The reason why an operator does not work here; `None` if it works. Not being public, it may have changed."""
+    """The reason why an operator does not work here; `None` if it works. It is not public API and may change."""
     return _tried(name, device_type, index, dtype)
 
 
