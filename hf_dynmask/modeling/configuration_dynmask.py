@@ -180,8 +180,8 @@ class DynMaskConfig(DynMaskBaseConfig):
         lm_head_transform (`bool`, *optional*, defaults to `True`):
             Whether a masked-LM head has a dense layer, activation and norm before its decoder (EuroBERT has none).
         lm_head_act (`str`, *optional*, defaults to `"gelu"`): Activation inside the masked-LM head.
-        lm_head_bias (`bool`, *optional*, defaults to `True`): Whether the dense layer inside that head has a bias.
-        decoder_bias (`bool`, *optional*, defaults to `True`): Whether the decoder of that head has one.
+        lm_head_bias (`bool`, *optional*, defaults to `True`): Whether the dense layer of the masked-LM head has a bias.
+        decoder_bias (`bool`, *optional*, defaults to `True`): Whether the decoder of the masked-LM head has a bias.
         mask (`str`, *optional*):
             Mask expression of every layer; see [`hf_dynmask.masks`]. `None`: `"full"`, or `"causal"` in a causal
             language model.
@@ -297,7 +297,7 @@ class DynMaskConfig(DynMaskBaseConfig):
         heads = self.num_attention_heads
         if self.hidden_size % heads:
             raise ValueError(
-                f"`hidden_size` must be a multiple of num_attention_heads={heads}, or `head_dim` be given; "
+                f"`hidden_size` must be a multiple of num_attention_heads={heads}, or `head_dim` must be given; "
                 f"got {self.hidden_size}"
             )
         return self.hidden_size // heads
