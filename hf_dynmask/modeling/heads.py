@@ -182,10 +182,10 @@ class SequenceClassification(TaskModel):
 def in_columns(
     values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
-    """A function of flat values `(1, N, …)`, as `(B, columns, …)` in the batch's layout.
+    """Applies a function to flat values `(1, N, …)`; returns columns of the result in the batch's layout.
 
     `to_keep` is the number of last columns, 0 for all columns, or a tensor of columns. The function is only computed
-    for these columns. The result is 0 where there is no token.
+    for these columns. The result `(B, columns, …)` is 0 at absent tokens.
     """
     if isinstance(to_keep, int) and to_keep == 0:
         return layout.unflatten(function(values))
