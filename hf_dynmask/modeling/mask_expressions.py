@@ -29,7 +29,7 @@ class Mask:
     """An immutable mask expression. Combine masks with `&`, `|` and `~`; compare them with `==`."""
 
     chooses_keys: bool = False  # whether it contains `topk`
-    depth: int = 1  # of nested masks; 1 for a leaf
+    depth: int = 1  # how deeply masks are nested; 1 for a leaf
     leaves: int = 1
 
     @property
