@@ -545,7 +545,7 @@ class Select(Choice):
 
 
 def _everywhere(i: Tensor, j: Tensor) -> Tensor:
-    """True in the broadcast shape of `i` and `j`. It is computed from both, since kernels take no constants."""
+    """True in the broadcast shape of `i` and `j`, computed for each pair, as kernels require."""
     return (i == i) & (j == j)
 
 
