@@ -399,7 +399,7 @@ class DynMaskLayer(GradientCheckpointingLayer):
     def _sublayer(
         self, states: Tensor, norm: nn.Module, output_norm: nn.Module | None, function: nn.Module, *arguments
     ) -> tuple[Tensor, Any]:
-        """Applies `function` with its norms and a residual connection. Returns the states, and its second result."""
+        """Applies `function` with its norms and a residual connection. Returns states and its second result, if any."""
         output = function(norm(states) if self.norm_before else states, *arguments)
         output, further = output if isinstance(output, tuple) else (output, None)
         output = output if output_norm is None else output_norm(output)
