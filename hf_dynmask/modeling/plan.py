@@ -322,7 +322,7 @@ class MaskPlan:
     def in_rows(self) -> MaskPlan:
         """The plan for [`SequenceLayout.in_rows`] of both layouts; itself if rows already hold one sequence each.
 
-        In a row with other sequences, a NaN would reach a sequence even with a weight of 0.
+        Otherwise a NaN in one sequence would reach the other sequences of its row, even with a weight of 0.
         """
         return self.derived(_in_rows) or self
 
