@@ -418,7 +418,7 @@ class DeferredMask:
             raise ValueError(f"a flat batch needs a model that takes `position_ids`; {model} counts columns")
         outside = token_mixing_outside_attention(batch.model)
         if outside is not None:
-            raise ValueError(f"a flat batch needs a model whose tokens meet in attention alone; {model} has {outside}")
+            raise ValueError(f"a flat batch needs a model whose tokens meet in attention only; {model} has {outside}")
         if not self._is_square:
             raise ValueError(
                 f"a flat batch must have as many keys as queries, {self.shape[2]}; got {self.shape[3]} (it cannot be "
