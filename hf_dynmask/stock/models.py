@@ -99,7 +99,7 @@ def check_mask(model: PreTrainedModel, text: str) -> None:
         parts = ", ".join(sorted(config.sub_configs))
         raise ValueError(f"`model` must be one part of a model; {name} has the parts {parts}")
     if has_cross_attention(config):
-        raise ValueError(f"`model` must have self-attention alone; {name} has cross-attention")
+        raise ValueError(f"`model` must have self-attention only; {name} has cross-attention")
 
 
 # --- Forward passes --------------------------------------------------------------------------------------------------
