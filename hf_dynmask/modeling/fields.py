@@ -167,10 +167,11 @@ def check_fields(
 def check_extent(fields: Fields, queries: int, keys: int, heads: int) -> None:
     """Raises a `ValueError` if a field has too few query or key positions, or another number of heads."""
     for name, table in fields.tables.items():
-        kind = name if name in FIELD_SHAPES else name.removeprefix(key_name(""))
+        kind = _without_key(name)
         if kind in TOKEN_FIELDS:
-            of_keys = keys if name != kind or key_name(name) not in fields.tables else 0
-            needed = (max(of_keys, queries if name == kind else 0),)
+            has_queries = name == kind
+            has_keys = name != kind or key_name(name) not in fields.tables
+            needed = (max(queries * has_queries, keys * has_keys),)
             sizes, by_head = table.shape[1:], False
         elif kind == "attention_mask":
             needed, sizes, by_head = (queries, keys), table.shape[2:], True
@@ -204,7 +205,7 @@ def typed(name: str, field: Tensor) -> Tensor:
     Raises:
         ValueError: The field has the wrong kind of dtype.
     """
-    kind = name if name in FIELD_SHAPES else name.removeprefix(key_name(""))
+    kind = _without_key(name)
     if kind in BOOL_FIELDS:
         if field.dtype != torch.bool:
             raise ValueError(f"the field `{name}` must be bool; got {field.dtype}")
@@ -214,6 +215,11 @@ def typed(name: str, field: Tensor) -> Tensor:
             raise ValueError(f"the field `{name}` must be floating point; got {field.dtype}")
         return field
     return integers(name, field)
+
+
+def _without_key(name: str) -> str:
+    """The name of a field, of which `name` may be the [`key_name`]."""
+    return name if name in FIELD_SHAPES else name.removeprefix(key_name(""))
 
 
 def _from_zero(spans: Tensor) -> Tensor:

@@ -144,12 +144,13 @@ class SequenceLayout:
         """
         if attention_mask.dim() != 2:
             raise ValueError(f"`attention_mask` must have shape (batch, width); got {tuple(attention_mask.shape)}")
-        present, is_binary = attention_mask.bool(), None
+        present = attention_mask.bool()
+        lengths = present.sum(1)
+        total = lengths.sum()
         if attention_mask.dtype != torch.bool:
             is_binary = (present.to(attention_mask.dtype) == attention_mask).all()
-        lengths = present.sum(1)
-        tokens = lengths.sum() if is_binary is None else lengths.sum().where(is_binary, -1)
-        tokens = int(tokens)  # the one host read
+            total = total.where(is_binary, -1)
+        tokens = int(total)  # the one host read
         if tokens < 0:
             raise not_binary("attention_mask", attention_mask)
         rows, width = attention_mask.shape

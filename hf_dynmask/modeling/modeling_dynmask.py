@@ -273,7 +273,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
         room = self.embeddings.room
         if room is not None and position_ids is None:
             layout = layout.bounded(room)
-        whole, layout = layout, last_columns(layout, width) if cache is not None else layout
+        whole = layout
+        if cache is not None:
+            layout = last_columns(whole, width)
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
         rotary = self._rotary(states, position_ids)
         fields = given({name: kwargs.get(name) for name in BATCH_FIELDS})

@@ -347,10 +347,8 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         self, given: Cache | None, use_cache: bool, encoder_layout: SequenceLayout, layout: SequenceLayout
     ) -> Cache | None:
         """The cache to decode with, if any. Raises for a given one with a flat batch, or if the sides do not match."""
-        sequences, rows = (
-            (encoder_layout.num_sequences, layout.num_sequences),
-            (encoder_layout.shape[0], layout.shape[0]),
-        )
+        sequences = encoder_layout.num_sequences, layout.num_sequences
+        rows = encoder_layout.shape[0], layout.shape[0]
         if sequences[0] != sequences[1]:
             raise ValueError(
                 f"`decoder_lengths` must be of as many sequences as the encoder's {sequences[0]}; got {sequences[1]}"
@@ -519,11 +517,9 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
     def _outputs(self, sides, labels, num_items_in_batch):
         last = sides.decoder_layout.last_tokens(sides.decoder.last_hidden_state)
         logits = self.classifier(self.dropout(self.pooler(last)))
-        loss = (
-            None
-            if labels is None
-            else sequence_loss(logits, labels, sides.decoder_layout, self.config, num_items_in_batch)
-        )
+        loss = None
+        if labels is not None:
+            loss = sequence_loss(logits, labels, sides.decoder_layout, self.config, num_items_in_batch)
         return sides.output(Seq2SeqSequenceClassifierOutput, loss=loss, logits=logits)
 
 

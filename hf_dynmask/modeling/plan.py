@@ -137,7 +137,7 @@ class MaskPlan:
             else:
                 tables[name] = fields[name]
         if "key_scores" in self.mask.fields and "key_scores" not in tables:
-            return self.mask.checked(tables | {"key_scores": self._no_scores()}, rows=self.layout.num_sequences)
+            tables["key_scores"] = self._no_scores()
         return self.mask.checked(tables, rows=self.layout.num_sequences)
 
     def _no_scores(self) -> Tensor:

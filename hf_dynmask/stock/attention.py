@@ -163,7 +163,8 @@ def _check_without_plan(module: nn.Module, query: Tensor, mask: Tensor | None) -
     if not batches:
         return
     batch = batches[-1]
-    if batch.has_flat_layout if batch.has_explicit_mask else batch.is_flat:
+    is_flat = batch.has_flat_layout if batch.has_explicit_mask else batch.is_flat
+    if is_flat:
         raise ValueError(
             f"a flat batch needs layers that are given the model's mask; {type(module).__name__} got {given}"
         )

@@ -251,9 +251,11 @@ class Batch:
         mask = self.given.get("attention_mask")
         if isinstance(mask, dict):  # one for each layer type
             mask = next(iter(mask.values()), None)
-        if isinstance(mask, Tensor) or mask is None:
-            return None if mask is None or mask.dim() != 2 or mask.shape[1] < width else mask[:, -width:].bool()
-        return mask.present(0)  # of a `DeferredMask` that was made in advance
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            return mask.present(0)  # a `DeferredMask` that was made in advance
+        return mask[:, -width:].bool() if mask.dim() == 2 and mask.shape[1] >= width else None
 
 
 _IN_FRONT = (
