@@ -327,7 +327,7 @@ def test_a_package_with_other_code(tmp_path, caplog):
     change_config(tmp_path / "model", dynmask_code={"version": "0.0.1", "sha256": {"plan.py": HASH, "gone.py": HASH}})
     AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
     (message,) = caplog.messages
-    assert "code of hf_dynmask 0.0.1; what runs now differs from it in plan.py, gone.py" in message
+    assert "code of hf_dynmask 0.0.1; the code that runs differs from it in plan.py, gone.py" in message
 
 
 def test_the_model_is_left_as_it_is(tmp_path):
