@@ -11,7 +11,7 @@ def patches(image: Tensor, size: int) -> Tensor:
 
     Args:
         image (`Tensor` of shape `(channels, height, width)`):
-            Pixels of any dtype. If a side is not a multiple of `size`, the image is padded with 0 on the right or bottom.
+            Pixels of any dtype. If a side is not a multiple of `size`, the image is padded with 0 at the end of it.
         size (`int`): Side length of a patch in pixels.
 
     Returns:
