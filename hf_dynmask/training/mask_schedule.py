@@ -141,7 +141,7 @@ def _is_same(before: Any, mask: str) -> bool:
 
 def _starts(masks: Mapping[int | float, str], max_steps: int) -> list[int]:
     """The step after which each mask begins, in a training of `max_steps`."""
-    # Exact fractions: in floating point, 0.1 of 30 steps is a little more than 3 and would be rounded up to 4.
+    # Exact fractions: in floating point, 0.07 * 100 is a little more than 7, which would be rounded up to 8.
     starts = {key: key if isinstance(key, int) else math.ceil(Fraction(str(key)) * max_steps) for key in masks}
     for before, after in pairwise(starts):
         if starts[after] < starts[before]:
