@@ -132,8 +132,8 @@ def model_flops(model: PreTrainedModel) -> ModelFlops:
 
 
 def config_work(config: PreTrainedConfig) -> ModelFlops:
-    """[`model_flops`] of the model that a configuration describes, without allocating it. Logits count if the model is a
-    causal language model or an encoder-decoder."""
+    """[`model_flops`] of the model that a configuration describes, without allocating it. Logits count for causal
+    language models and encoder-decoders."""
     is_causal = any(name.endswith(CAUSAL_LM) for name in config.architectures or ())
     auto_class = AutoModelForCausalLM if is_causal else AutoModel
     with torch.device("meta"):
