@@ -97,9 +97,9 @@ class BenchmarkArguments:
     lengths: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Lengths: of the sample reviews, uniform from 8 to 256, heavy-tailed from 16 to 512, or all 64. For "
-            "a language model: of sections of WikiText-2. For an encoder-decoder: of pairs of sentences. None: all that "
-            "fit the shape.",
+            "help": "Lengths: of the sample reviews, uniform from 8 to 256, heavy-tailed from 16 to 512, or all 64. "
+            "For a language model: of sections of WikiText-2. For an encoder-decoder: of pairs of sentences. "
+            "None: all that fit the shape.",
             "choices": list(LENGTHS),
         },
     )
