@@ -63,9 +63,9 @@ PARTS = {
     "padding": "A new model is trained to classify. `fixed size`: the stock BERT, rows padded to `max_length`; "
     "`longest of batch`: the same, rows padded to the longest row of their batch; `lengths`: our model, no padding.",
     "targets": "A new masked language model is trained for `target_epochs` (its `seconds` are given) and fine-tuned to "
-    "classify. Its targets are `drawn once`, `drawn ten times` (as in BERT: the epochs use the copies in turn) or `drawn "
-    "in each epoch` (as in RoBERTa). The loss is measured on the same held-out targets for all variants. `frequencies` "
-    "predicts from token frequencies, without a model.",
+    "classify. Its targets are `drawn once`, `drawn ten times` (as in BERT: the epochs use the copies in turn) or "
+    "`drawn in each epoch` (as in RoBERTa). The loss is measured on the same held-out targets for all variants. "
+    "`frequencies` predicts from token frequencies, without a model.",
     "masks": f"A new language model is trained and evaluated. `fixed`: with the mask `{FINAL_MASK}`; `widening`: with "
     + ", ".join(f"`{mask}` from {start:.0%} of the steps on" for start, mask in WIDENING.items())
     + ". `frequencies` predicts from token frequencies, without a model.",
