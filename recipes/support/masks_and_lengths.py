@@ -19,7 +19,7 @@ WORDS = {
     "full": "every token",
     "causal": "itself and the tokens before it",
     "backward": "itself and the tokens after it",
-    "diagonal": "itself alone",
+    "diagonal": "itself",
     "window": "the tokens from {left} before it to {right} after it",
     "dilated": "the tokens up to {width} away, at distances that {step} divides",
     "chunk": "the tokens of its own chunk of {size}",
@@ -29,7 +29,7 @@ WORDS = {
     "visible": "the tokens outside of `hidden_spans`",
     "segments": "the tokens of its own segment (`segment_ids`)",
     "shared_question": "the tokens of segment 0 and of its own (`segment_ids`)",
-    "global_tokens": "the first {n} tokens, and every token if it is one of these",
+    "global_tokens": "the first {n} tokens, or every token if it is one of them",
     "random": "a random share of {keep} of the tokens (seed {seed})",
     "dense": "the tokens that the batch's `attention_mask` allows",
     "topk": "the {n} tokens with the highest learned scores",
@@ -39,7 +39,7 @@ WORDS = {
 }
 WORDS_OF_FIELDS = {
     "prefix": "the tokens before the end of the prefix (`prefix_lengths`)",
-    "global_tokens": "the tokens marked in `global_tokens`, and every token if it is one of these",
+    "global_tokens": "the tokens marked in `global_tokens`, or every token if it is marked itself",
 }
 
 
@@ -112,7 +112,7 @@ def mask_in_words(mask: Mask) -> str:
     match mask:
         case And():
             first, *rest = map(_operand, mask.parts)
-            return f"of {first}, only {', and of these only '.join(rest)}"
+            return f"{first}, restricted to {' and to '.join(rest)}"
         case Or():
             return " as well as ".join(map(_operand, mask.parts))
         case Not():
