@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         training,
         data_collator=DataCollatorForSeq2SeqWithLengths(tokenizer, model),
         train_dataset=data["train"],
-        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: annotated for data sets of torch only
         processing_class=tokenizer,
         compute_metrics=Evaluation(score, tokenizer, references),
     )

@@ -1,6 +1,6 @@
 """Plots of masks and their blocks, of attention weights, and of lengths.
 
-Shape legend: S sequences of T tokens each, N tokens in all, H heads, Bq and Bk blocks of queries and keys.
+Shape legend: S sequences of T tokens each, N tokens in total, H heads, Bq and Bk blocks of queries and keys.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def parse_arguments(
         arguments (`list[str]`, *optional*): Arguments to parse instead of the command line's.
         defaults (`dict[str, Any]`, *optional*): The recipe's defaults, in addition to `TRAINING_DEFAULTS`.
     """
-    parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: its annotation admits no class
+    parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: the annotation does not allow classes
     if any(issubclass(each, TrainingArguments) for each in classes):
         parser.set_defaults(**TRAINING_DEFAULTS)
     parser.set_defaults(**defaults or {})

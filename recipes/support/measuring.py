@@ -255,5 +255,5 @@ def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
     """
     sides = [batch[name] for batch in batches for name in ("lengths", "decoder_lengths") if name in batch]
     sums = torch.stack([torch.stack([side.sum(), len(side) * side.max()]) for side in sides]).sum(0, keepdim=True)
-    real, places = gather(sums).sum(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]: a tensor of one
+    real, places = gather(sums).sum(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]: a tensor
     return 1 - real / places

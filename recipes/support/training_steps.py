@@ -363,7 +363,7 @@ def measure_in_turns(way: Way, models: Models, batches: Batches, repeats: int, c
     given, lengths = batches[way.batches]()
     model = models.make(way)
     run = make_pass(model, way, [to_device(batch, clock.device) for batch in given])
-    peak = clock.peak_mib(lambda: [run() for _ in range(3)])  # compiles and captures, too
+    peak = clock.peak_mib(lambda: [run() for _ in range(3)])  # also compiles and captures
     turn = clock.seconds(baseline) + clock.seconds(run)
     times = [(clock.seconds(baseline), clock.seconds(run)) for _ in range(max(repeats, min(20, int(0.5 / turn))))]
     theirs, ours = (median(each) for each in zip(*times, strict=True))
