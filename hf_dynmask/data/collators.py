@@ -97,7 +97,7 @@ class CollatorWithLengths(ABC):
         roles = {name: self.role(name, values) for name, values in columns.items()}
         keep = presence(columns, self.main)
         check_sizes(columns, roles, self.main)
-        self._settle_labels(columns, roles, keep)
+        self._set_label_role(columns, roles, keep)
         columns.pop("attention_mask", None)
         if keep is not None:
             columns = without_absent(columns, roles, keep)
@@ -105,7 +105,7 @@ class CollatorWithLengths(ABC):
             columns["labels"] = [_without_first(labels) for labels in columns["labels"]]
         return columns, roles
 
-    def _settle_labels(self, columns: Columns, roles: dict[str, str], keep: list[Tensor] | None) -> None:
+    def _set_label_role(self, columns: Columns, roles: dict[str, str], keep: list[Tensor] | None) -> None:
         """Set the role of labels that are next tokens. Raise a `ValueError` if labels at absent tokens contradict the
         role: labels per token must be -100 there, whereas a list per example has an entry at every place."""
         labels = columns.get("labels", [])
