@@ -202,7 +202,7 @@ class DataCollatorForDynamicMasking:
         return batch
 
     def _collator(self) -> DataCollatorWithLengths:
-        """The collator of the batch in which targets are then drawn."""
+        """The collator that makes the batch, before targets are drawn in it."""
         names = ("flat", "column_roles", "max_tokens", "max_sequences", "column_sizes", "max_length")
         return DataCollatorWithLengths(self.tokenizer, **{name: getattr(self, name) for name in names})
 

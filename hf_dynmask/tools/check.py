@@ -247,7 +247,7 @@ def _examples(source: str, model: PreTrainedModel, texts: list[str] | None) -> l
         raise ValueError("the data must hold at least one non-empty text; got none")
     encoded = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
     rows = [torch.tensor(ids) for ids in encoded if ids]
-    targets = rows[1:] + rows[:1]  # the next text, which has another length
+    targets = rows[1:] + rows[:1]  # the target of a text is the next text
     return [(row, target)[: len(sides)] for row, target in zip(rows, targets, strict=True)]
 
 
