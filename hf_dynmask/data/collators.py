@@ -22,6 +22,8 @@ from .columns import (
     TOKEN,
     Columns,
     are_inputs,
+    check_examples,
+    check_mapping,
     check_roles,
     check_sizes,
     model_name,
@@ -135,6 +137,7 @@ class CollatorWithLengths(ABC):
         """Raise a `ValueError` if the main column of an example has a wrong shape or dtype."""
 
     def _check_column_sizes(self) -> None:
+        check_mapping("column_sizes", self.column_sizes)
         for name, size in (self.column_sizes or {}).items():
             if model_name(name) not in self.uneven:
                 known = " and ".join(f"`{each}`" for each in self.uneven)
@@ -534,15 +537,17 @@ class DataCollatorForSeq2SeqWithLengths:
 
     def __post_init__(self):
         check_roles(self.column_roles, [*LABELS, *MAIN_COLUMNS])
+        check_mapping("column_sizes", self.column_sizes)
         names = ("max_tokens", "max_target_tokens", "max_sequences")
         check_fixed_sizes(self.flat, {name: getattr(self, name) for name in names})
         self._source_collator(of_frames=False)
         self._target_collator()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        check_examples(features)
         sources = [_side_columns(feature, target=False) for feature in features]
         targets = [_side_columns(feature, target=True) for feature in features]
-        given = read_columns([{"lengths": source.pop("lengths", None)} for source in sources]) if sources else {}
+        given = read_columns([{"lengths": source.pop("lengths", None)} for source in sources])
         batch = self._source_collator(any("input_features" in source for source in sources))(sources)
         counted = [batch["lengths"]]
         if any(targets):

@@ -35,11 +35,10 @@ def read_columns(features: Sequence[Mapping[str, Any]]) -> Columns:
     that are `None` in all examples, and columns with an unknown name that are empty in all examples.
 
     Raises:
-        ValueError: There are no examples; a column is missing in some examples, or holds neither numbers nor text;
-            labels are not numbers.
+        ValueError: There are no examples, or they are not mappings; a column is missing in some examples, or holds
+            neither numbers nor text; labels are not numbers.
     """
-    if not features:
-        raise ValueError("`features` must hold at least one example; got none")
+    check_examples(features)
     columns: Columns = {}
     for name in dict.fromkeys(name for feature in features for name in feature):
         values = [feature.get(name) for feature in features]
@@ -61,6 +60,25 @@ def read_columns(features: Sequence[Mapping[str, Any]]) -> Columns:
             continue  # these may be lists of text
         columns[target] = _alike(tensors, is_label=target == "labels")
     return columns
+
+
+def check_examples(features: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a `ValueError` if these are not a list of at least one example, each with values by names of columns."""
+    if isinstance(features, Mapping | str) or not hasattr(features, "__len__"):
+        raise ValueError(f"`features` must be a list of examples; got a {type(features).__name__}")
+    if not len(features):
+        raise ValueError("`features` must hold at least one example; got none")
+    for index, feature in enumerate(features):
+        check_example(feature, index)
+
+
+def check_example(feature: Any, index: int) -> None:
+    """Raise a `ValueError` if this is not an example."""
+    if not isinstance(feature, Mapping):
+        raise ValueError(
+            "an example must be a mapping, such as a dict, of the names of columns to values; got a "
+            f"{type(feature).__name__} in example {index}"
+        )
 
 
 def model_name(name: str) -> str:
@@ -138,8 +156,9 @@ def check_roles(given: Mapping[str, str] | None, main: Sequence[str]) -> dict[st
         main (`Sequence[str]`): Columns with one entry per token.
 
     Raises:
-        ValueError: A role is unknown or does not fit the column.
+        ValueError: It is no mapping; a role is unknown or does not fit the column.
     """
+    check_mapping("column_roles", given)
     for name, role in (given or {}).items():
         known = (TOKEN, EXAMPLE, NEXT_TOKEN) if name in LABELS else (TOKEN, EXAMPLE)
         known = (TOKEN,) if name in (*main, "attention_mask") else known
@@ -147,6 +166,12 @@ def check_roles(given: Mapping[str, str] | None, main: Sequence[str]) -> dict[st
             wanted = " or ".join(map(repr, known))
             raise ValueError(f"`column_roles` must give column `{name}` the role {wanted}; got {role!r}")
     return {model_name(name): role for name, role in (given or {}).items()}
+
+
+def check_mapping(name: str, given: Any) -> None:
+    """Raise a `ValueError` if an argument is neither `None` nor a mapping from the names of columns."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"`{name}` must be a mapping, such as a dict, from the names of columns; got {given!r}")
 
 
 def unknown_role(name: str) -> ValueError:

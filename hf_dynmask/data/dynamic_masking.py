@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .collators import DataCollatorWithLengths
-from .columns import LABELS
+from .columns import LABELS, check_examples
 
 STRATEGIES = ("token", "whole_word", "span")
 COLUMNS = ("special_tokens_mask", "word_ids", "idx")  # read by the collator, not by models
@@ -185,6 +185,7 @@ class DataCollatorForDynamicMasking:
         return collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        check_examples(features)
         epoch = self._target_epoch()
         batch = self._collator()([_without_labels(each) for each in features])
         columns = _pop_columns(batch, features[0])

@@ -2,9 +2,11 @@
 
 import heapq
 import math
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
+from numbers import Integral
 from operator import index
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import DataCollatorForSeq2Seq
 
 from .collators import DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
-from .columns import EXAMPLE, LABELS, MAIN_COLUMNS, model_name, not_binary, read_columns
+from .columns import EXAMPLE, LABELS, MAIN_COLUMNS, check_example, model_name, not_binary, read_columns
 
 logger = getLogger(__name__)
 
@@ -23,6 +25,9 @@ Step = list[list[int]]  # indices of the examples in the batch of each process
 # Before examples are sorted by length, each length is multiplied by a random number from 1 to the jitter. The first
 # jitter with which the examples fit is used. With 1 they always fit: the number of steps is chosen for that order.
 JITTERS = (1.25, 1.1, 1.0)
+# Balanced batches differ more from epoch to epoch. They are given up if batches that are filled up need less than this
+# share of their steps.
+CLEARLY_FEWER = 0.98
 # Shares of the capacity of a stream's full batches to fill with the oldest examples. The first that fits is used.
 FILLS = (0.998, 0.995, 0.99, 0.98, 0.97)
 
@@ -47,8 +52,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
       not change from epoch to epoch, as the [`~transformers.Trainer`] and learning rate schedules expect.
     - The work of linear layers, proportional to the sum of the lengths L, is balanced over all batches: examples are
       taken in order of decreasing length, and each goes into the batch with the fewest tokens so far (longest
-      processing time first; Graham, 1969). The work of attention, proportional to the sum of L², is balanced over the
-      processes of each step: the batches of a step have similar sums of L².
+      processing time first; Graham, 1969). If that needs over 2 % more steps, as with few batches or long examples,
+      each goes into the fullest batch that has room for it instead (best fit decreasing; Johnson et al., 1974). The
+      work of attention, proportional to the sum of L², is balanced over the processes of each step: the batches of a
+      step have similar sums of L².
     - With `shuffle`, each epoch has different batches: lengths are multiplied by random numbers from 1 to 1.25 before
       they are sorted (or to a smaller number, if the examples would not fit the budget), ties are broken at random, and
       the steps are shuffled. The result is a pure function of (`seed`, epoch).
@@ -88,7 +95,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     ```python
     >>> sampler = TokenBudgetBatchSampler([5, 3, 4, 2, 2], max_tokens=8, shuffle=False)
     >>> list(sampler)
-    [[0], [2, 4], [1, 3]]
+    [[0, 1], [2, 3, 4]]
     ```
     """
 
@@ -194,7 +201,9 @@ class TokenBudgetIterableDataset(IterableDataset):
         seed: int = 0,
         truncate: bool = False,
     ):
-        _check_positive(max_tokens=max_tokens, max_sequences=max_sequences, num_replicas=num_replicas)
+        _check_positive(
+            max_tokens=max_tokens, max_sequences=max_sequences, num_replicas=num_replicas, buffer_size=buffer_size
+        )
         if buffer_size < num_replicas:
             raise ValueError(
                 f"`buffer_size` must be at least num_replicas={num_replicas}, an example per process; got {buffer_size}"
@@ -247,7 +256,7 @@ class TokenBudgetIterableDataset(IterableDataset):
         for fill in FILLS if full else ():
             taken = int(np.searchsorted(np.cumsum(lengths), fill * full * capacity, side="right"))
             some, number = np.array(lengths[:taken]), full * self.num_replicas
-            if taken >= number and _pack(some, _order(some, 1.0, None), room, number) is not None:
+            if taken >= number and _balanced(some, _order(some, 1.0, None), room, number) is not None:
                 return _steps(some, room, self.num_replicas, full, generator)
         return self._all_steps(lengths[:taken], generator) or self._all_steps(lengths, generator)
 
@@ -298,9 +307,11 @@ def example_length(example: Mapping[str, Any], column: str = "length", number: i
     it is the number of entries of `input_ids` or `input_features` whose `attention_mask` is not 0.
 
     Raises:
-        ValueError: The example has none of these columns; the length is not an integer of at least 0; `input_ids` is
-            not a list; the mask holds values other than 0 and 1. The message names the example by its `number`.
+        ValueError: The example is not a mapping, or has none of these columns; the length is not an integer of at least
+            0; `input_ids` is not a list; the mask holds values other than 0 and 1. The message names the example by its
+            `number`.
     """
+    check_example(example, number)
     for name in (column, "lengths"):
         if name in example:
             return _whole(example[name], name, number)
@@ -368,18 +379,29 @@ def _examples(dataset: Any, names: Sequence[str]) -> Iterable[Any]:
 
 
 def _num_steps(lengths: np.ndarray, room: _Room, num_replicas: int) -> int:
-    """The smallest number of steps, up to a quarter of a percent, into which the examples can be packed in order of
-    decreasing length; 0 if there is none."""
-    order = _order(lengths, 1.0, None)
-    fewest = math.ceil(int(lengths.sum()) / (room.tokens * num_replicas))
+    """The fewest steps of balanced batches or, if clearly fewer, of batches that are filled up one after the other.
+
+    Returns 0 if examples in order of decreasing length can be packed in neither way.
+    """
+    least = math.ceil(int(lengths.sum()) / (room.tokens * num_replicas))
     if room.sequences is not None:
-        fewest = max(fewest, math.ceil(len(lengths) / (room.sequences * num_replicas)))
+        least = max(least, math.ceil(len(lengths) / (room.sequences * num_replicas)))
+    balanced = _fewest_steps(_balanced, lengths, room, num_replicas, max(1, least))
+    if 0 < CLEARLY_FEWER * balanced <= least:
+        return balanced
+    filled_up = _fewest_steps(_filled_up, lengths, room, num_replicas, max(1, least))
+    return filled_up if filled_up and (not balanced or filled_up < CLEARLY_FEWER * balanced) else balanced
+
+
+def _fewest_steps(pack: Callable, lengths: np.ndarray, room: _Room, num_replicas: int, least: int) -> int:
+    """The fewest steps, to a quarter of a percent, from `least` on; 0 if there is no such number."""
+    order = _order(lengths, 1.0, None)
     most = len(lengths) // num_replicas  # a batch has at least one example
 
     def fit(steps: int) -> bool:
-        return _pack(lengths, order, room, steps * num_replicas) is not None
+        return pack(lengths, order, room, steps * num_replicas) is not None
 
-    too_few, steps = 0, max(1, fewest)
+    too_few, steps = 0, least
     while steps > most or not fit(steps):
         if steps >= most:
             return 0
@@ -406,10 +428,11 @@ def _steps(
 
 def _batches(lengths: np.ndarray, room: _Room, number: int, generator: np.random.Generator | None) -> Step:
     """All examples in `number` batches. In order of decreasing length, the examples must fit this number."""
-    for jitter in JITTERS if generator is not None else JITTERS[-1:]:
-        batches = _pack(lengths, _order(lengths, jitter, generator), room, number)
-        if batches is not None:
-            return batches
+    for pack in (_balanced, _filled_up):
+        for jitter in JITTERS if generator is not None else JITTERS[-1:]:
+            batches = pack(lengths, _order(lengths, jitter, generator), room, number)
+            if batches is not None:
+                return batches
     raise AssertionError(f"examples in order of decreasing length do not fit {number} batches")
 
 
@@ -422,7 +445,7 @@ def _order(lengths: np.ndarray, jitter: float, generator: np.random.Generator | 
     return np.lexsort((generator.random(len(lengths)), -keys)).tolist()
 
 
-def _pack(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
+def _balanced(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
     """Packs the examples into `number` batches. Each example goes into the batch with the fewest tokens so far that has
     room for another sequence. Returns `None` if they do not fit."""
     tokens = lengths.tolist()
@@ -440,27 +463,67 @@ def _pack(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> St
     return batches
 
 
+def _filled_up(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
+    """Examples in `number` batches, each put into the fullest one so far that has room for it; `None` if they do not
+    fit. Takes a time proportional to the examples and, at worst, to the different numbers of tokens in batches."""
+    tokens = lengths.tolist()
+    batches: Step = [[] for _ in range(number)]
+    loads = [0]  # different ones, in order
+    having = {0: list(range(number))}  # the batches with that many tokens
+    for example in order:
+        place = bisect_right(loads, room.tokens - tokens[example]) - 1
+        if place < 0:
+            return None
+        load = loads[place]
+        k = having[load].pop()
+        if not having[load]:
+            del loads[place]
+        batches[k].append(example)
+        if len(batches[k]) != room.sequences:
+            load += tokens[example]
+            if not having.setdefault(load, []):
+                insort(loads, load)
+            having[load].append(k)
+    for batch in batches:
+        if not batch:
+            batch.append(max(batches, key=len).pop())
+    return batches
+
+
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
 def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number is not None and number < 1:
+        if number is None:
+            continue
+        _check_integer(name, number)
+        if number < 1:
             raise ValueError(f"`{name}` must be at least 1; got {number}")
 
 
+def _check_integer(name: str, number: Any) -> None:
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise ValueError(f"`{name}` must be an integer; got {number!r}")
+
+
 def _checked_seed(seed: int) -> int:
+    _check_integer("seed", seed)
     if seed < 0:
         raise ValueError(f"`seed` must be at least 0; got {seed}")
     return seed
 
 
 def _checked(lengths: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-    values = np.asarray(lengths)
+    try:
+        values = np.asarray(lengths)
+    except ValueError:  # lists of different lengths
+        values = np.array(None)
     if values.ndim != 1 or not len(values) or values.dtype.kind not in "iu" or values.min() < 0:
         raise ValueError(
             "`lengths` must be integers of at least 0, one for each of at least one example; "
-            f"got {values.dtype} of shape {values.shape}" + (f" from {values.min()}" if values.size else "")
+            f"got {values.dtype} of shape {values.shape}"
+            + (f" from {values.min()}" if values.size and values.dtype.kind in "iuf" else "")
         )
     return values.astype(np.int64)
 

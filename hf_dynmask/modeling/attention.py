@@ -98,14 +98,19 @@ def dynmask_attention(
         `Tensor` of shape `(1, H, N, Dv)`, flat. A query without any allowed key gives exactly 0.
 
     Raises:
-        ValueError: The implementation is unknown, or does not support the mask, the device or the dtype; the shapes of
-            the tensors do not match each other or the layouts; a field that the mask reads is missing or has the wrong
-            shape.
+        ValueError: The implementation is unknown, or does not support the mask, the device or the dtype; the shapes or
+            dtypes of the tensors do not match each other or the layouts; `dropout` is not a probability; a field that
+            the mask reads is missing or has the wrong shape.
     """
+    for name, given in (("layout", layout), ("key_layout", layout if key_layout is None else key_layout)):
+        if not isinstance(given, SequenceLayout):
+            raise ValueError(f"`{name}` must be a SequenceLayout; got {type(given).__name__}")
     plan = mask if isinstance(mask, MaskPlan) else MaskPlan(mask, layout, key_layout, fields=fields)
     if plan.layout is not layout:
         raise ValueError("`layout` must be the one that the plan was made for; got another")
-    _check_shapes(query, key, value, plan)
+    _check_states(query, key, value, plan)
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"`dropout` must be from 0 to 1; got {dropout}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     output, _ = attend(
         packed(query),
@@ -137,6 +142,9 @@ def attend(
 
     Returns the output `(N, H, Dv)` and the weights `(B, H, T, T)`, which only the reference computes.
     """
+    heads, explicit = query.shape[1], plan.fields.tables.get("attention_mask")
+    if explicit is not None and explicit.shape[1] not in (1, heads):
+        raise ValueError(f"`attention_mask` must have 1 or {heads} heads; got {explicit.shape[1]}")
     if query.device.type != "cpu":  # on a CPU, PyTorch's functions apply autocast themselves
         query, key, value = autocast(query, key, value)
     if key_scores is not None:
@@ -155,10 +163,12 @@ def attend(
 
 def autocast(*states: Tensor) -> tuple[Tensor, ...]:
     """Casts queries, keys and values to the autocast dtype, if autocast is on. The packed kernels do not do so."""
-    device = states[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return states
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in states)
+    device = states[0].device
+    return tuple(x.to(torch.get_autocast_dtype(device.type)) for x in states) if _is_autocast(device) else states
+
+
+def _is_autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 @eager_only
@@ -247,7 +257,7 @@ def _with_key_scores(
     return query, key, plan.with_key_scores(scores.repeat_interleave(query.shape[1] // key_heads, dim=1))
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> None:
+def _check_states(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> None:
     for name, states in (("query", query), ("key", key), ("value", value)):
         if states.dim() != 4:
             raise ValueError(f"`{name}` must have shape (1, heads, tokens, head size); got {tuple(states.shape)}")
@@ -263,6 +273,9 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan) -> 
     ):
         if tuple(states.shape) != expected:
             raise ValueError(f"`{name}` must have shape {expected}; got {tuple(states.shape)}")
-    explicit = plan.fields.tables.get("attention_mask")
-    if explicit is not None and explicit.shape[1] not in (1, heads):
-        raise ValueError(f"`attention_mask` must have 1 or {heads} heads; got {explicit.shape[1]}")
+    dtypes = [states.dtype for states in (query, key, value)]
+    is_one = len(set(dtypes)) == 1 or _is_autocast(query.device)
+    if not (is_one and all(dtype.is_floating_point for dtype in dtypes)):
+        raise ValueError(
+            f"`query`, `key` and `value` must have one floating-point dtype; got {', '.join(map(str, dtypes))}"
+        )

@@ -53,7 +53,7 @@ def layout_of_batch(
             lengths,
             None if explicit else attention_mask,
             missing,
-            None if explicit or position_ids is None else per_token(position_ids, shape),
+            None if explicit or position_ids is None else per_token("position_ids", position_ids, shape),
         )
         return _bounded(layout, packing)
     return frames_of_batch(
@@ -80,7 +80,7 @@ def frames_of_batch(
         whole = _divided_by_index(whole, packing["seq_idx"], is_stated=lengths is not None)
     if position_ids is not None and not is_explicit(attention_mask):
         is_stated = lengths is not None or "seq_idx" in packing
-        whole = whole.divided_by_positions(per_token(position_ids, shape), is_stated)
+        whole = whole.divided_by_positions(per_token("position_ids", position_ids, shape), is_stated)
     whole = _bounded(whole, packing)
     return Frames(whole, whole if missing is None else whole.without(missing))
 
@@ -90,14 +90,13 @@ def is_explicit(attention_mask: Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.dim() > 2
 
 
-def per_token(position_ids: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Positions as int64 `(B, T)`; a single row `(1, T)` is expanded to all rows."""
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, shape[0]) or position_ids.shape[1] != shape[1]:
+def per_token(name: str, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Integers as int64 `(B, T)`; a single row `(1, T)` is expanded to all rows."""
+    if values.dim() != 2 or values.shape[0] not in (1, shape[0]) or values.shape[1] != shape[1]:
         raise ValueError(
-            f"`position_ids` must have the input's shape {tuple(shape)}, or one row for all; "
-            f"got {tuple(position_ids.shape)}"
+            f"`{name}` must have the input's shape {tuple(shape)}, or one row for all; got {tuple(values.shape)}"
         )
-    return integers("position_ids", position_ids).expand(shape)
+    return integers(name, values).expand(shape)
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,15 +109,30 @@ def given_input(
     input_ids: Tensor | None = None,
     input_features: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
+    shape: tuple[str, ...] = ("B", "T"),
     **_,
 ) -> Tensor:
-    """The only input that is given: the one called `main`, which is the model's own, or `inputs_embeds`."""
+    """The only input that is given: the one called `main`, which is the model's own, or `inputs_embeds`.
+
+    Raises:
+        ValueError: None of them or both are given, or the input does not have the dimensions that `shape` names.
+    """
     inputs = given({"input_ids": input_ids, "input_features": input_features, "inputs_embeds": inputs_embeds})
     if len(inputs) != 1 or not inputs.keys() & {main, "inputs_embeds"}:
         raise ValueError(
             f"exactly one of `{main}` and `inputs_embeds` must be given; got {' and '.join(inputs) or 'neither'}"
         )
-    return next(iter(inputs.values()))
+    name, values = inputs.popitem()
+    return values if name == "input_features" else of_tokens(name, values, shape)  # frames are checked with their size
+
+
+def of_tokens(name: str, values: Tensor, shape: tuple[str, ...] = ("B", "T")) -> Tensor:
+    """An input, checked: ids and labels have the dimensions of tokens, named by `shape`, embeddings one more."""
+    if name.endswith("inputs_embeds"):
+        shape = (*shape, "embedding_size")
+    if values.dim() != len(shape):
+        raise ValueError(f"`{name}` must have shape ({', '.join(shape)}); got {tuple(values.shape)}")
+    return values
 
 
 def stated_lengths(

@@ -631,6 +631,12 @@ def integers(name: str, values: Tensor) -> Tensor:
     return values.long()
 
 
+def out_of_range(name: str, values: Tensor, size: int) -> ValueError:
+    """An error for integers that are no rows of a table, or no classes, of which there are `size`."""
+    wrong = values[(values < 0) | (values >= size)]
+    return ValueError(f"`{name}` must be from 0 to {size - 1}; got {wrong[0].item()}")
+
+
 def vector(name: str, values: Tensor | Sequence[int]) -> Tensor:
     """A list of numbers or a tensor `(n,)` as an int64 tensor.
 

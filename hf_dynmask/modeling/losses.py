@@ -7,11 +7,15 @@ Shape legend: B rows of width T, S sequences, N real tokens, V vocabulary, L lab
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalIterable=false
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from .layout import IGNORE_INDEX, SequenceLayout, eager_only, integers, reads_are_free, rolled
+from .layout import IGNORE_INDEX, SequenceLayout, eager_only, integers, out_of_range, reads_are_free, rolled
+
+HINT = " (integers are one class a sequence; floats say of each class whether it holds)"
 
 
 def aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
@@ -23,7 +27,19 @@ def aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: 
 
 def flat_labels(name: str, labels: Tensor, layout: SequenceLayout) -> Tensor:
     """Labels `(B, T)` of tokens as `(1, N)` int64; -100 in the tail."""
+    _check_shape(name, labels, layout.shape)
     return layout.flatten_values(integers(name, labels), fill=IGNORE_INDEX)
+
+
+def _check_shape(name: str, labels: Tensor, *shapes: Sequence[int], hint: str = "") -> None:
+    if not any(tuple(labels.shape) == tuple(shape) for shape in shapes):
+        wanted = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"`{name}` must have shape {wanted}; got {tuple(labels.shape)}{hint}")
+
+
+def _in_full_precision(values: Tensor) -> Tensor:
+    """The values in float32 or better: a loss adds up many, and labels may be large numbers."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
@@ -39,10 +55,12 @@ def _averaged(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | i
 
 def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Cross-entropy of `logits (..., classes)` against `labels (...)`, averaged over the targets."""
-    labels = integers("labels", labels)
-    total = nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    labels, scores = integers("labels", labels).flatten(), _in_full_precision(logits.flatten(0, -2))
+    _check_shape("labels", labels, scores.shape[:1])
+    try:
+        total = nn.functional.cross_entropy(scores, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    except IndexError as error:  # of a CPU; other devices are not read
+        raise out_of_range("labels", labels[labels != IGNORE_INDEX], logits.shape[-1]) from error
     return _averaged(total, (labels != IGNORE_INDEX).sum(), num_items_in_batch)
 
 
@@ -108,16 +126,17 @@ def _ctc_targets(labels: Tensor, layout: SequenceLayout, config: PreTrainedConfi
 
 
 def position_loss(
-    scores: Tensor, positions: Tensor, layout: SequenceLayout, num_items_in_batch: Tensor | int | None
+    scores: Tensor, name: str, positions: Tensor, layout: SequenceLayout, num_items_in_batch: Tensor | int | None
 ) -> Tensor:
-    """Cross-entropy of `scores (1, N)` over each sequence's tokens against `positions (S,)`."""
-    positions = integers("positions", positions).flatten()
-    ids, values = layout.sequence_ids, scores[0].float()
+    """Cross-entropy of `scores (1, N)` over each sequence's tokens against `positions (S,)`, which come as `name`."""
+    _check_shape(name, positions, (layout.num_sequences,), (layout.num_sequences, 1))
+    positions = integers(name, positions).flatten()
+    ids, values = layout.sequence_ids, _in_full_precision(scores[0])
     slots = layout.num_sequences + layout.has_tail
     largest = values.new_full((slots,), -torch.inf).scatter_reduce(0, ids, values.detach(), "amax")
     exponentials = (values - largest[ids]).exp()
     log_sums = largest + values.new_zeros(slots).index_add(0, ids, exponentials).log()
-    targets = nn.functional.pad(positions, (0, layout.has_tail), value=IGNORE_INDEX)[ids]
+    targets = nn.functional.pad(positions, (0, 1), value=IGNORE_INDEX)[ids]  # the last is that of a tail
     is_target = (layout.positions == targets) & layout.is_real
     total = (log_sums[ids] - values).where(is_target, 0).sum()
     return _averaged(total, is_target.sum(), num_items_in_batch)
@@ -140,13 +159,20 @@ def sequence_loss(
         problem = "regression"
     elif problem is None:
         problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    sequences, size = logits.shape
+    one_each = [(sequences,), (sequences, 1)]
     if problem == "single_label_classification":
+        _check_shape("labels", labels, *one_each, hint=HINT)
+        labels = labels.flatten()
         labels = labels if is_unused is None else labels.masked_fill(is_unused, IGNORE_INDEX)
         return token_loss(logits, labels, num_items_in_batch)
+    shapes = one_each if size == 1 else [(sequences, size)]
+    _check_shape("labels", labels, *shapes, hint="" if problem == "regression" else HINT)
     criteria = {
         "regression": nn.functional.mse_loss,
         "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
     }
+    logits = _in_full_precision(logits)
     labels = labels.to(logits.dtype).view_as(logits)
     if is_unused is None:
         return _averaged(criteria[problem](logits, labels, reduction="sum"), labels.numel(), num_items_in_batch)

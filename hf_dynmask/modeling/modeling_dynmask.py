@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, frames_of_batch, given, given_input, is_explicit, layout_of_batch, per_token
 from .configuration_dynmask import DynMaskConfig, mask_texts, masks_of
-from .embedding import embed_tokens
+from .embedding import embed_tokens, flat_embeds
 from .field_shapes import BATCH_FIELDS, TOKEN_FIELDS, takes_fields
 from .fields import key_name
 from .generation import DynMaskGenerationMixin
@@ -125,7 +125,7 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
         """The fields of the configuration that hold these masks; raises a `ValueError` if the model cannot use them."""
         changed = {"cross_mask": self.config.cross_mask if cross_mask is None else cross_mask}
         if mask is not None:
-            by_layer = not isinstance(mask, str)
+            by_layer = isinstance(mask, list | tuple)
             changed |= {"layer_masks": list(mask)} if by_layer else {"layer_masks": None, "mask": mask}
         config = copy.copy(self.config)
         vars(config).update(changed)
@@ -362,7 +362,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         embeds, layout = self.embeddings.feature_embeddings(input_features.to(self.dtype), frames)
         may_be_flat = layout.shape[0] == 1 and not is_explicit(attention_mask)
         if position_ids is not None and may_be_flat:
-            layout.divided_by_positions(per_token(position_ids, layout.shape), is_stated=True)
+            layout.divided_by_positions(per_token("position_ids", position_ids, layout.shape), is_stated=True)
         return layout.unflatten(embeds), layout
 
     @eager_only
@@ -461,10 +461,10 @@ class DynMaskModel(DynMaskPreTrainedModel):
             ids = layout.flatten(integers("input_ids", input_ids))
             words = embed_tokens(self.embeddings.word_embeddings, ids, layout)
         else:
-            words = layout.flatten_values(inputs_embeds)
+            words = flat_embeds(inputs_embeds, self.config.embedding_size, layout)
         types = None
         if token_type_ids is not None:
-            types = layout.flatten(integers("token_type_ids", token_type_ids).expand(layout.shape))
+            types = layout.flatten(per_token("token_type_ids", token_type_ids, layout.shape))
         return self.embeddings(words, position_ids, types), position_ids
 
 
@@ -581,9 +581,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
             ValueError: The inputs contradict each other; the mask allows keys that a cache does not have.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
-            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        tokens = given_input("input_ids", input_ids, inputs_embeds=inputs_embeds)
         rows, width = tokens.shape[:2]
         cache = given_cache(cache, past_key_values)
         seen = num_cached_tokens(cache)
@@ -696,7 +694,7 @@ class DynMaskForMultipleChoice(DynMaskTaskModel):
         self.classifier = nn.Linear(config.hidden_size, 1, bias=config.classifier_bias)
 
     def _encode(self, **inputs):
-        choices = given_input(self.main_input_name, **inputs).shape[1]
+        choices = given_input(self.main_input_name, **inputs, shape=("B", "choices", "T")).shape[1]
         rows = {
             name: value.flatten(0, 1) if isinstance(value, Tensor) and value.dim() > 1 else value
             for name, value in inputs.items()
@@ -762,9 +760,14 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
         )
         logits = self.qa_outputs(self.dropout(self.transform(outputs.last_hidden_state)))
         loss = None
-        if start_positions is not None and end_positions is not None:
-            ends = zip(logits.unbind(-1), (start_positions, end_positions), strict=True)
-            loss = sum(position_loss(scores, place, layout, num_items_in_batch) for scores, place in ends) / 2
+        answer = given({"start_positions": start_positions, "end_positions": end_positions})
+        if len(answer) == 1:
+            raise ValueError(
+                f"`start_positions` and `end_positions` must come together; got `{next(iter(answer))}` alone"
+            )
+        if answer:
+            ends = zip(logits.unbind(-1), answer.items(), strict=True)
+            loss = sum(position_loss(scores, *end, layout, num_items_in_batch) for scores, end in ends) / 2
         start_logits, end_logits = layout.unflatten(logits).unbind(-1)
         return self.output_class(
             loss=loss,

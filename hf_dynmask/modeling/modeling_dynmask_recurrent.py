@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .batch import PACKING, given_input, layout_of_batch
 from .configuration_dynmask_recurrent import DynMaskRecurrentConfig
-from .embedding import embed_tokens
+from .embedding import embed_tokens, flat_embeds
 from .field_shapes import BATCH_FIELDS
 from .heads import SequenceClassification, TaskModel, TokenClassification
 from .layout import SequenceLayout, eager_only, integers
@@ -148,8 +148,10 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
                 position_ids=kwargs.get("position_ids"),
                 packing={name: kwargs.get(name) for name in PACKING},
             )
-        inputs = layout.flatten(inputs if input_ids is None else integers("input_ids", inputs))
-        states = inputs if input_ids is None else embed_tokens(self.word_embeddings, inputs, layout)
+        if input_ids is None:
+            states = flat_embeds(inputs, self.config.embedding_size, layout)
+        else:
+            states = embed_tokens(self.word_embeddings, layout.flatten(integers("input_ids", inputs)), layout)
         output_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         all_states, lasts = [], states.new_zeros(layout.num_sequences, self.config.hidden_size)
         for layer in self.layers:

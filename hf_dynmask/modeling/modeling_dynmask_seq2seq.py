@@ -25,7 +25,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .batch import PACKING, is_explicit, layout_of_batch
+from .batch import PACKING, given, is_explicit, layout_of_batch, of_tokens
 from .configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .field_shapes import BATCH_FIELDS, TOKEN_FIELDS, takes_fields
 from .generation import fields_of_new_tokens
@@ -240,7 +240,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         Raises:
             ValueError: The configuration has no `decoder_start_token_id` or `pad_token_id`.
         """
-        return self._shifted(labels, target_layout(labels, decoder_lengths, None))
+        return self._shifted(labels, target_layout(of_tokens("labels", labels), decoder_lengths, None))
 
     def _shifted(self, labels: Tensor, layout: SequenceLayout) -> Tensor:
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
@@ -318,30 +318,34 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         positions = target["position_ids"] if seen == 0 else None
         layout = target_layout(tokens, target["lengths"], mask, positions, seen)
         cache = self._cache(cache, use_cache, encoder_layout, layout)
-        decoder = self.decoder(
-            **target | {"lengths": None, "attention_mask": mask if is_explicit(mask) else None},
-            **asked,
-            layout=layout,
-            cache=cache,
-            encoder_hidden_states=encoder.last_hidden_state,
-            encoder_layout=encoder_layout,
-            encoder_fields=encoder_fields,
-            return_dict=True,
-        )
+        try:
+            decoder = self.decoder(
+                **target | {"lengths": None, "attention_mask": mask if is_explicit(mask) else None},
+                **asked,
+                layout=layout,
+                cache=cache,
+                encoder_hidden_states=encoder.last_hidden_state,
+                encoder_layout=encoder_layout,
+                encoder_fields=encoder_fields,
+                return_dict=True,
+            )
+        except ValueError as error:
+            raise of_decoder(error) from error
         current = layout if cache is None else last_columns(layout, tokens.shape[1])
         return BothSides(encoder, encoder_layout, decoder, current, cache)
 
     @staticmethod
     def _target_tokens(target: Inputs) -> Tensor:
-        given = [target[name] for name in ("input_ids", "inputs_embeds") if target[name] is not None]
-        if len(given) != 1:
+        inputs = given({name: target[name] for name in ("input_ids", "inputs_embeds")})
+        if len(inputs) != 1:
             raise ValueError(
                 "exactly one of `decoder_input_ids` and `decoder_inputs_embeds` must be given, or `labels` to make "
-                f"ids of; got {'both' if given else 'neither'}. Where the Trainer takes the labels away, to smooth "
+                f"ids of; got {'both' if inputs else 'neither'}. Where the Trainer takes the labels away, to smooth "
                 "them or for a loss function, give the collator the model: "
                 "`DataCollatorForSeq2SeqWithLengths(…, model=model)`"
             )
-        return given[0]
+        name, values = inputs.popitem()
+        return of_tokens(f"decoder_{name}", values)
 
     def _cache(
         self, given: Cache | None, use_cache: bool, encoder_layout: SequenceLayout, layout: SequenceLayout
@@ -418,7 +422,8 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
     def _made_target(self, source, target, labels):
         if labels is None:
             return {}
-        layout = target_layout(labels, target["lengths"], target["attention_mask"], target["position_ids"])
+        tokens = of_tokens("labels", labels)
+        layout = target_layout(tokens, target["lengths"], target["attention_mask"], target["position_ids"])
         return {"input_ids": self._shifted(labels, layout)}
 
     def _outputs(self, sides, labels, num_items_in_batch):
@@ -541,7 +546,12 @@ def target_layout(
             position_ids=position_ids,
         )
     except ValueError as error:
-        raise ValueError(f"of the decoder's inputs: {error}") from error
+        raise of_decoder(error) from error
+
+
+def of_decoder(error: ValueError) -> ValueError:
+    """The error, saying on which side it happened: both have inputs of the same names."""
+    return ValueError(f"of the decoder's inputs: {error}")
 
 
 __all__ = [

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from .batch import per_token
 from .configuration_dynmask import DynMaskConfig, masks_of
+from .embedding import looked_up
 from .features import DynMaskFeatureEmbeddings
 from .graph_attention import attend
 from .kv_cache import given_cache
@@ -142,7 +143,7 @@ class DynMaskEmbeddings(nn.Module):
         if position_ids is None:
             self._check_room(layout)
             return layout.positions[None] + offset
-        flat = layout.flatten(per_token(position_ids, layout.shape))
+        flat = layout.flatten(per_token("position_ids", position_ids, layout.shape))
         return flat + offset * (flat == layout.positions).all() if offset else flat
 
     @property
@@ -166,9 +167,10 @@ class DynMaskEmbeddings(nn.Module):
             if token_type_ids is None:
                 states = states + self.token_type_embeddings.weight[0]
             else:
-                states = states + self.token_type_embeddings(token_type_ids)
+                states = states + looked_up("token_type_ids", self.token_type_embeddings, token_type_ids)
         if self.position_embeddings is not None:
-            states = states + self.position_embeddings(position_ids).to(states.dtype)
+            positions = looked_up("position_ids", self.position_embeddings, position_ids)
+            states = states + positions.to(states.dtype)
         return self.projection(self.dropout(self.norm(states)))
 
 

@@ -98,7 +98,7 @@ class MaskPlan:
         fields: Mapping[str, Tensor] | None = None,
         block_size: int = BLOCK_SIZE,
     ):
-        self.mask = parse(mask) if isinstance(mask, str) else mask
+        self.mask = mask if isinstance(mask, Mask) else parse(mask)
         self.layout = layout
         self.key_layout = layout if key_layout is None else key_layout
         self.block_size = block_size

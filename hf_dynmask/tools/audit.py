@@ -261,9 +261,10 @@ def _inputs(batch: list[Sizes], vocab_size: int, device: torch.device) -> tuple[
     padded, with_lengths = {}, {}
     for names, sizes in zip(NAMES, zip(*batch, strict=True), strict=False):
         ids, attention_mask, lengths = names
-        rows = torch.randint(vocab_size, (len(batch), max(sizes)), generator=generator)
+        width = max(1, *sizes)  # stock models take no rows of width 0
+        rows = torch.randint(vocab_size, (len(batch), width), generator=generator)
         counts = torch.tensor(sizes)
-        padded |= {ids: rows, attention_mask: (torch.arange(max(sizes)) < counts[:, None]).long()}
+        padded |= {ids: rows, attention_mask: (torch.arange(width) < counts[:, None]).long()}
         with_lengths |= {ids: rows, lengths: counts}
     return _on(padded, device), _on(with_lengths, device)
 

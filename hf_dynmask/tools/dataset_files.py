@@ -12,6 +12,8 @@ from typing import Any
 from .reading import EXPECTED
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
+OPTIONS = {"tsv": {"delimiter": "\t"}, "txt": {"encoding": "utf-8-sig"}}  # UTF-8, with or without a mark at its start
+OF_SPLITS = ("Unknown split", "Unrecognized instruction")  # errors that name the split, and not the file
 TEXT = ("string", "large_string")  # types of columns
 SAVED = ("state.json", "dataset_dict.json")  # files that `save_to_disk` writes, for a data set or for a dict of splits
 
@@ -53,16 +55,16 @@ def _read(datasets: Any, source: str, split: str) -> Any:
         with _errors_of(source, "a saved data set"):
             saved = datasets.load_from_disk(source)
         return _split_of(saved, split)
-    ending = path.suffix.removeprefix(".")
+    ending = path.suffix.removeprefix(".").lower()
     if not source or (ending in FORMATS and not path.exists()):
         raise FileNotFoundError(f"the data must be a file, a folder or a Hub id; there is no file {source!r}")
     if not path.is_file():
-        return datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(os.path.abspath(path) if path.is_dir() else source, split=split)
     if ending not in FORMATS:
         raise ValueError(f"a data file must end in one of {', '.join(f'.{name}' for name in FORMATS)}; got {source}")
     if FORMATS[ending] == "json":
         _check_json(path)
-    options: dict[str, Any] = {"delimiter": "\t"} if ending == "tsv" else {}
+    options: dict[str, Any] = OPTIONS.get(ending, {})
     with _errors_of(source, FORMATS[ending]):
         return datasets.load_dataset(FORMATS[ending], data_files=os.path.abspath(path), split=split, **options)
 
@@ -73,7 +75,7 @@ def _errors_of(source: str, form: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error) is ValueError:  # about an unknown split, which the message names
+        if str(error).startswith(OF_SPLITS):
             raise
         reason = error.__cause__ or error
         kind = "" if isinstance(reason, EXPECTED) else f"{type(reason).__name__}: "
@@ -115,7 +117,7 @@ def text_column(dataset: Any, column: str | None = None) -> list[str]:
         column (`str`, *optional*): Its name. `None`: `text`, or the first column that holds text.
 
     Raises:
-        ValueError: There is no such column, or it does not hold text.
+        ValueError: There is no such column, or it does not hold text in UTF-8.
     """
     columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) in TEXT]
     if column is None:
@@ -123,7 +125,10 @@ def text_column(dataset: Any, column: str | None = None) -> list[str]:
     if column not in columns:
         wanted = "a column of text" if column is None else f"`{column}`, a column of text"
         raise ValueError(f"the data must have {wanted}; got {_described(dataset.features)}")
-    return [text or "" for text in dataset[column]]
+    try:
+        return [text or "" for text in dataset[column]]
+    except UnicodeDecodeError as error:  # of json, whose reader does not look at the bytes of texts
+        raise ValueError(f"column `{column}` must hold text in UTF-8: {error}") from error
 
 
 def _described(features: Any) -> str:

@@ -91,7 +91,7 @@ class _Record(TrainerCallback):
     def on_train_begin(self, args, state: TrainerState, control, *, train_dataloader: Any = None, **kwargs):
         steps = _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
         found = {"batches": self.trainer._batch_settings(), "targets": self.trainer._target_settings(), "steps": steps}
-        found = json.loads(json.dumps(found))  # in the form in which a checkpoint returns it
+        found = json.loads(json.dumps(found, default=int))  # as a checkpoint returns it; NumPy integers as integers
         states: Any = state.stateful_callbacks
         if state.global_step:
             _compare(args, state, states.get(KEY, {}).get("attributes"), found)

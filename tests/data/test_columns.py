@@ -247,6 +247,7 @@ def test_roles_of_frames_and_of_masking():
 )
 def test_bad_roles(make):
     for roles, message in [
+        (["x"], r"`column_roles` must be a mapping, such as a dict, .*; got \['x'\]"),
         ({"x": "tokens"}, "`column_roles` must give column `x` the role 'token' or 'example'; got 'tokens'"),
         ({"x": "next_token"}, "`column_roles` must give column `x` the role 'token' or 'example'; got 'next_token'"),
         ({"attention_mask": "example"}, "`column_roles` must give column `attention_mask` the role 'token'; got"),
@@ -415,3 +416,22 @@ def test_lengths_that_are_no_integers():
     for lengths in (True, 1.0, [1]):
         with pytest.raises(ValueError, match="column `lengths` must hold what the collator counts"):
             ROWS([{"input_ids": [5], "lengths": lengths}])
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        ({"input_ids": [[5, 6], [7]]}, "`features` must be a list of examples; got a dict"),
+        (iter(examples()), "`features` must be a list of examples; got a list_iterator"),
+        ([[5, 6], [7]], r"an example must be a mapping, .*; got a list in example 0"),
+        ([*examples(), "text"], r"an example must be a mapping, .*; got a str in example 2"),
+    ],
+)
+@pytest.mark.parametrize(
+    "collator",
+    [ROWS, DataCollatorForSeq2SeqWithLengths(TOKENIZER), DataCollatorForFeatures(), DataCollatorForDynamicMasking],
+)
+def test_what_are_no_examples(collator, features, message):
+    collate = collator(TOKENIZER) if isinstance(collator, type) else collator
+    with pytest.raises(ValueError, match=message):
+        collate(features)

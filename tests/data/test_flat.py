@@ -400,6 +400,7 @@ NAMES = "`max_tokens` and `max_sequences`"
         ({"flat": True, "max_tokens": 8, "max_sequences": -1}, "`max_sequences` must be an integer .* 1; got -1"),
         ({"flat": True, "max_tokens": 8.0, "max_sequences": 2}, "`max_tokens` must be an integer .*; got 8.0"),
         ({"flat": True, "max_tokens": True, "max_sequences": 2}, "`max_tokens` must be an integer .*; got True"),
+        ({"column_sizes": 2}, "`column_sizes` must be a mapping, such as a dict, .*; got 2"),
         ({"column_sizes": {"spans": 2}}, "`column_sizes` must have keys among `hidden_spans`.*; got 'spans'"),
         (
             {"column_sizes": {"hidden_spans": -1}},

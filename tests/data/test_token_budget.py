@@ -108,6 +108,10 @@ def test_an_epoch_has_every_example_once_within_the_budget_and_as_many_steps_on_
     [
         ([128] * 80, 1024, 2, 5),  # eight in each batch, no space left
         ([600] * 10, 1024, 2, 5),  # no two fit together
+        ([5, 3, 4, 2, 2], 8, 1, 2),  # balanced batches would be three
+        ([5, 3, 4, 2, 2] * 2, 8, 2, 2),
+        ([4, 4, 3, 3, 2, 0], 8, 1, 2),
+        ([6, 5, 5, 4, 4, 4], 14, 2, 1),
         ([10, 1, 1, 1], 10, 1, 2),
         ([0, 0, 0], 5, 1, 1),
         ([0, 0, 0], 5, 3, 1),
@@ -290,8 +294,14 @@ def test_pickle():
         ({"lengths": [1.5, 2]}, r"`lengths` must be integers of at least 0, .*; got float64 of shape \(2,\) from 1.5"),
         ({"lengths": [3, -1]}, r"`lengths` must be integers of at least 0, .*; got int64 of shape \(2,\) from -1"),
         ({"lengths": [[1], [2]]}, r"one for each of at least one example; got int64 of shape \(2, 1\)"),
+        ({"lengths": ["5"]}, r"`lengths` must be integers of at least 0, .*; got <U1 of shape \(1,\)$"),
+        ({"lengths": [[1, 2], [3]]}, r"`lengths` must be integers of at least 0, .*; got object of shape \(\)$"),
         ({"max_tokens": 0}, "`max_tokens` must be at least 1; got 0"),
+        ({"max_tokens": "10"}, "`max_tokens` must be an integer; got '10'"),
+        ({"max_tokens": 10.5}, "`max_tokens` must be an integer; got 10.5"),
         ({"max_sequences": 0}, "`max_sequences` must be at least 1; got 0"),
+        ({"max_sequences": True}, "`max_sequences` must be an integer; got True"),
+        ({"seed": 0.5}, "`seed` must be an integer; got 0.5"),
         (
             {"max_tokens": 4},
             r"longest example's length; got max_tokens=4, and example 1 has 5 tokens. .*`truncate=True`",
@@ -422,9 +432,11 @@ def first_batch(rows, **settings):
     [
         ([], {"max_tokens": 0}, "`max_tokens` must be at least 1; got 0"),
         ([], {"max_sequences": -1}, "`max_sequences` must be at least 1; got -1"),
+        ([], {"buffer_size": 1.5}, "`buffer_size` must be an integer; got 1.5"),
         ([], {"num_replicas": 3, "buffer_size": 2}, "`buffer_size` must be at least num_replicas=3.*; got 2"),
         ([], {"seed": -1}, "`seed` must be at least 0; got -1"),
         ([{"length": 1}, {"text": "a"}], {}, "must have a column `length` or `lengths` .*; got text in example 1"),
+        ([[5, 6]], {}, "an example must be a mapping, .*; got a list in example 0"),
         ([{}], {"length_column": "n"}, "must have a column `n` or `lengths` .*; got no columns in example 0"),
         ([{"length": "5"}], {}, "column `length` must hold .* an integer of at least 0; got '5' in example 0"),
         ([{"lengths": -5}], {}, "column `lengths` must hold .* an integer of at least 0; got -5 in example 0"),

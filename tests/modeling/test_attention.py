@@ -519,6 +519,38 @@ def test_tensors_of_wrong_shape(name, shape, message):
         attend_with("auto", "full", layout)(**inputs)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32, torch.bfloat16), (torch.int64,) * 3])
+def test_tensors_of_wrong_dtypes(dtypes):
+    layout = SequenceLayout.from_lengths(torch.tensor([2, 3]))
+    states = [torch.zeros(1, 4, 5, 8, dtype=dtype) for dtype in dtypes]
+    with pytest.raises(ValueError, match=f"must have one floating-point dtype; got {', '.join(map(str, dtypes))}"):
+        attend_with("auto", "full", layout)(*states)
+
+
+def test_autocast_gives_tensors_one_dtype():
+    layout = SequenceLayout.from_lengths(torch.tensor([2, 3]))
+    states = [torch.zeros(1, 4, 5, 8, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend_with("auto", "full", layout)(*states).dtype == torch.bfloat16
+
+
+def test_what_are_no_masks_and_layouts():
+    lengths = torch.tensor([2, 3])
+    layout = SequenceLayout.from_lengths(lengths)
+    inputs = random_inputs(layout, layout, (2, 2, 4, 4))[:3]
+    with pytest.raises(ValueError, match="`layout` must be a SequenceLayout; got Tensor"):
+        dynmask_attention(*inputs, "full", lengths)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="a mask must be text such as .*; got None"):
+        dynmask_attention(*inputs, None, layout)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.5])
+def test_dropout_that_is_no_probability(dropout):
+    layout = SequenceLayout.from_lengths(torch.tensor([2, 3]))
+    with pytest.raises(ValueError, match=f"`dropout` must be from 0 to 1; got {dropout}"):
+        dynmask_attention(*random_inputs(layout, layout, (2, 2, 4, 4))[:3], "full", layout, dropout=dropout)
+
+
 def topk_inputs(heads=4, key_heads=2):
     layout = SequenceLayout.from_lengths(torch.tensor([2, 3]))
     return layout, random_inputs(layout, layout, (heads, key_heads, 4, 4))[:3]

@@ -269,13 +269,32 @@ def test_compiled_model_gives_the_same():
         ({"segment_ids": None}, r"the mask 'segments' reads the field `segment_ids`, which the batch lacks"),
         ({"segment_ids": torch.ones(6, 8)}, r"the field `segment_ids` must have shape \(6, 9\); got \(6, 8\)"),
         ({"input_ids": None}, r"exactly one of `input_ids` and `inputs_embeds` must be given"),
+        ({"input_ids": torch.ones(9).long()}, r"`input_ids` must have shape \(B, T\); got \(9,\)"),
+        ({"input_ids": torch.full((6, 9), 99)}, r"`input_ids` must be from 0 to 98; got 99"),
+        ({"input_ids": torch.full((6, 9), -100)}, r"`input_ids` must be from 0 to 98; got -100"),
+        ({"position_ids": torch.full((6, 9), 20)}, r"`position_ids` must be from 0 to 19; got 20"),
+        ({"token_type_ids": torch.full((6, 9), 2)}, r"`token_type_ids` must be from 0 to 1; got 2"),
+        ({"token_type_ids": torch.ones(6, 8)}, r"`token_type_ids` must have the input's shape \(6, 9\).*got \(6, 8\)"),
+        (
+            {"input_ids": None, "inputs_embeds": torch.ones(6, 32)},
+            r"`inputs_embeds` must have shape \(B, T, embedding_size\); got \(6, 32\)",
+        ),
+        (
+            {"input_ids": None, "inputs_embeds": torch.ones(6, 9, 31)},
+            r"`inputs_embeds` must have shape \(B, T, embedding_size=32\); got \(6, 9, 31\)",
+        ),
         ({"output_attentions": True}, r"`output_attentions` needs attn_implementation='eager'.*got 'dynmask'"),
     ],
 )
 @pytest.mark.parametrize("head", [DynMaskModel, DynMaskForTokenClassification])
 def test_bad_batches(head, change, message):
     with pytest.raises(ValueError, match=message):
-        head(config(mask="segments"))(**batch() | change)
+        head(config(mask="segments", type_vocab_size=2))(**batch() | change)
+
+
+def test_choices_that_are_none():
+    with pytest.raises(ValueError, match=r"`input_ids` must have shape \(B, choices, T\); got \(6, 9\)"):
+        DynMaskForMultipleChoice(config())(batch()["input_ids"], lengths=LENGTHS)
 
 
 def test_flat_batch_that_was_split():

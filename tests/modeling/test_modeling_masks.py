@@ -173,8 +173,9 @@ def test_an_explicit_mask_hides_keys_of_one_example_alone():
     [
         (torch.ones(6, 9, 8, dtype=torch.bool), r"must have shape \(6, 9, 9\) or \(6, heads, 9, 9\); got \(6, 9, 8\)"),
         (torch.zeros(6, 1, 9, 9), r"the field `attention_mask` must be bool; got torch.float32"),
+        (torch.ones(6, 3, 9, 9, dtype=torch.bool), r"`attention_mask` must have 1 or 4 heads; got 3"),
     ],
-    ids=["shape", "dtype"],
+    ids=["shape", "dtype", "heads"],
 )
 def test_an_explicit_mask_of_wrong_kind(mask, message):
     with pytest.raises(ValueError, match=message):
@@ -249,8 +250,13 @@ class TestSetMask:
 
     @pytest.mark.parametrize(
         ("mask", "message"),
-        [("fulll", "did you mean `full`"), (["full"], "one entry a layer, num_hidden_layers=2; got 1")],
-        ids=["unknown", "too few"],
+        [
+            ("fulll", "did you mean `full`"),
+            (["full"], "one entry a layer, num_hidden_layers=2; got 1"),
+            (masks.full(), "a mask must be text such as .*; got "),
+            (["full", 3], "a mask must be text such as .*; got 3"),
+        ],
+        ids=["unknown", "too few", "an object", "a number"],
     )
     def test_a_wrong_mask_changes_nothing(self, mask, message):
         model = DynMaskModel(config(mask="causal"))

@@ -237,6 +237,8 @@ def test_training(cell, flat, tmp_path):
     [
         ({"lengths": LENGTHS + 3}, r"`lengths` must not be beyond the row width 9; got 10"),
         ({"input_ids": None}, r"exactly one of `input_ids` and `inputs_embeds` must be given; got neither"),
+        ({"input_ids": torch.full((6, 9), 10**4)}, r"`input_ids` must be from 0 to \d+; got 10000"),
+        ({"input_ids": None, "inputs_embeds": torch.ones(6, 9, 2)}, r"`inputs_embeds` .* embedding_size=\d+\); got"),
         (
             {"input_features": torch.zeros(6, 9, 5)},
             r"exactly one of `input_ids` and `inputs_embeds` must be given; got input_ids and input_features",

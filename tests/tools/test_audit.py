@@ -206,14 +206,14 @@ WRITERS = {
     "tsv": lambda data, path: data.to_csv(path, sep="\t"),
     "jsonl": lambda data, path: data.to_json(path),
     "parquet": lambda data, path: data.to_parquet(path),
-    "txt": lambda data, path: path.write_text("\n".join(data["text"]) + "\n"),
+    "txt": lambda data, path: path.write_text("\n".join(data["text"]) + "\n", encoding="utf-8-sig"),
 }
 
 
-@pytest.mark.parametrize("ending", WRITERS)
+@pytest.mark.parametrize("ending", [*WRITERS, "CSV"])
 def test_files(ending, model, tmp_path):
     path = tmp_path / f"data.{ending}"
-    WRITERS[ending](Dataset.from_dict({"text": TEXTS}), path)
+    WRITERS[ending.lower()](Dataset.from_dict({"text": TEXTS}), path)
     result = run(path, "--model", model)
     assert result.exit_code == 0, result.stderr
     assert "10 examples, 89 tokens: median 5, 90% 12, 99% 12, most 40" in result.output
@@ -272,6 +272,10 @@ def test_times_of_a_model_that_cannot_be_converted(configuration, sides):
     assert min(audit.time_speedups(configuration, [(length,) * sides for length in LENGTHS], 3)) > 0
 
 
+def test_times_of_texts_without_a_token():
+    assert min(audit.time_speedups(BERT, [(0,), (0,), (2,)], 2)) > 0
+
+
 def test_times_of_a_model_that_computes_attention_itself():
     with pytest.raises(ValueError, match="needs a model that uses transformers' attention interface; DebertaModel"):
         audit.time_speedups(DebertaConfig(**ALBERT), [(3,), (4,)], 2)
@@ -299,12 +303,27 @@ def test_files_of_another_format(model, tmp_path):
     )
 
 
-@pytest.mark.parametrize("ending, message", [("parquet", "not a parquet file"), ("json", "cannot be read as json: ")])
-def test_broken_files(ending, message, model, tmp_path):
-    (tmp_path / f"data.{ending}").write_text('{"text": ')
+@pytest.mark.parametrize(
+    "ending, content, message",
+    [
+        ("parquet", b'{"text": ', "not a parquet file"),
+        ("json", b'{"text": ', "cannot be read as json: "),
+        ("jsonl", '{"text": "é"}'.encode("latin-1"), "column `text` must hold text in UTF-8: 'utf-8' codec can't"),
+        ("csv", b"text,label\n", r"data\.csv cannot be read as csv: .*no data"),
+    ],
+)
+def test_broken_files(ending, content, message, model, tmp_path):
+    (tmp_path / f"data.{ending}").write_bytes(content)
     result = run(tmp_path / f"data.{ending}", "--model", model)
     assert result.exit_code == 2
     assert re.search(f"error: .*{message}", result.stderr)
+
+
+def test_the_working_directory(model, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"text": TEXTS}).to_csv(tmp_path / "data/texts.csv")
+    monkeypatch.chdir(tmp_path / "data")
+    assert "10 examples, 89 tokens" in run(".", "--model", model).output
 
 
 def test_a_split_that_is_not_there(model, tmp_path):
