@@ -160,7 +160,7 @@ def test_lengths_may_be_lists():
     dense = masks.causal().dense(torch.tensor([2, 1]), key_lengths=torch.tensor([3, 0]))
     assert torch.equal(masks.causal().dense([2, 1], key_lengths=[3, 0]), dense)
     with pytest.raises(ValueError, match="`key_lengths` must be integers; got dtype torch.float32"):
-        masks.causal().dense([2, 1], key_lengths=[3.0, 0.0])
+        masks.causal().dense([2, 1], key_lengths=[3.0, 0.0])  # type: ignore[list-item]
 
 
 # --- classification of ranges ------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ WITHOUT_FLAT: dict[str, tuple[dict[str, Any], str]] = {
     "bart": (ENCODER_DECODER, "without cross-attention; this bart model has it"),
     "esm with dropout": (
         SIZES | {"token_dropout": True, "mask_token_id": 4},
-        "attention alone; this esm model has `token_dropout`",
+        "attention only; this esm model has `token_dropout`",
     ),
     "fnet": (SIZES, "those of FNetModel do not"),
     "layoutlm": (SIZES, "LayoutLMSelfAttention got an explicit `attention_mask`"),
