@@ -286,7 +286,7 @@ def test_a_family_that_computes_with_its_mask():
 def test_a_family_that_adds_to_its_mask():
     """Where a tensor is on the left, torch would put another error in place of ours."""
     mask: Any = masking_utils.create_bidirectional_mask(
-        config=BertConfig(attn_implementation="dynmask"), inputs_embeds=torch.ones(1, 2, 4), attention_mask=None
+        config=AutoConfig.for_model("bert", attn_implementation="dynmask"), inputs_embeds=torch.ones(1, 2, 4), attention_mask=None
     )
     for compute in (lambda: torch.ones(2) + mask, lambda: 1.0 - mask, lambda: mask * 2):
         with pytest.raises(TypeError, match=r"this bert model computes with one \(`an operator`\)"):
