@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints what the changelog says of a release, given its tag; an error if it says nothing, or if that is undated."""
+"""Prints the changelog section of a release, given its tag. Fails if there is no such section, or if it has no date."""
 
 import re
 import sys

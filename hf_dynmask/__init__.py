@@ -2,20 +2,20 @@
 
 Importing the package changes six things in transformers, and has no other effect:
 
-- `AutoConfig` and the `AutoModel…` classes find its models.
-- `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`, by which the Trainer's label smoothing knows whose labels to shift, has the names
-  of its causal models.
-- `attn_implementation="dynmask"` is known, for transformers' own models.
-- `PreTrainedModel.get_correct_attn_implementation`, by which a model settles on its attention, is wrapped. A model
-  whose configuration has a mask, see [`set_mask`], gets `"dynmask"`; another attention is an error.
-- `masking_utils._preprocess_mask_arguments` is wrapped, so that transformers looks for no sequences in `position_ids`
-  where a model runs with `"dynmask"` on a batch that says where they are.
-- The functions of `AttentionMaskInterface`, which make the masks of other attention, raise that error too: should
-  another package have put its own method in place of the one above.
+- `AutoConfig` and the `AutoModel…` classes find the models of this package.
+- `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` contains our causal models. The Trainer's label smoothing uses it to decide
+  whether to shift the labels.
+- `attn_implementation="dynmask"` is registered for the models of transformers.
+- `PreTrainedModel.get_correct_attn_implementation`, which resolves a model's `attn_implementation`, is wrapped. A model
+  whose configuration has a mask (see [`set_mask`]) gets `"dynmask"`; asking for another implementation raises an error.
+- `masking_utils._preprocess_mask_arguments` is wrapped, so that transformers does not look for sequences in
+  `position_ids` if a model runs with `"dynmask"` and the batch says where its sequences are.
+- The functions in `AttentionMaskInterface` that make masks for other implementations are wrapped. They raise the same
+  error, in case another package has replaced `get_correct_attn_implementation`.
 
-Where a model of transformers is first to run with `"dynmask"`, the `forward` of its class is wrapped, so that its
-layers can look up what it was given. Models of the class that run with another attention behave as before. All of it
-may be wrapped by others, and happens once, however often the package is imported.
+When a stock model first runs with `"dynmask"`, the `forward` of its class is wrapped, so that its layers can look up
+the batch. Models of that class with another attention implementation behave as before. Other packages may wrap the same
+functions. Importing the package again changes nothing more.
 """
 
 from .conversion import from_transformers, to_transformers

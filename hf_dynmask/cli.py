@@ -57,7 +57,7 @@ from .tools.sharing import load, load_tokenizer, replacing, write
 MARGIN = 8  # terminal columns for the positions of queries
 CELL = 2  # terminal columns of a cell or a block
 EVERY = 5  # cells between two labelled key positions
-MOST_TOKENS = 2**20  # that are drawn
+MOST_TOKENS = 2**20  # in a drawing
 MOST_HEADS = 2**10
 MOST_BLOCKS = 2**12  # side by side in an image
 GLYPHS = {"full": "█", "allowed": "■", "hidden": "·", "partial": "▒", "empty": " "}
@@ -71,27 +71,27 @@ LONGEST_ERROR = 400  # characters of a message
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Turns errors in what the user gave into one line and exit code 2."""
+    """Prints any error as one line and exits with code 2."""
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:
         typer.echo(f"error: {_one_line(error)}", err=True)
-        raise typer.Exit(2) from None  # a StopIteration as the cause would replace it
+        raise typer.Exit(2) from None  # with a StopIteration as its cause, the Exit would be lost
 
 
 def _one_line(error: Exception) -> str:
-    of_arguments = getattr(error, "format_message", None)  # such as an unknown option
-    text = " ".join((str(error) if of_arguments is None else of_arguments()).split())
-    if of_arguments is None and not (isinstance(error, EXPECTED) and text):
+    format_usage_error = getattr(error, "format_message", None)  # of errors such as an unknown option
+    text = " ".join((str(error) if format_usage_error is None else format_usage_error()).split())
+    if format_usage_error is None and not (isinstance(error, EXPECTED) and text):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]} …"
 
 
 @contextmanager
-def _libraries_in_silence() -> Iterator[None]:
-    """Silences logs and progress bars of libraries, which would clutter the one line."""
+def _silent_libraries() -> Iterator[None]:
+    """Switches off logs and progress bars of libraries."""
     loggers = [logging.getLogger(name) for name in ("transformers", "datasets")]
     levels, had_bars = [logger.level for logger in loggers], is_progress_bar_enabled()
     disable_progress_bar()
@@ -108,7 +108,7 @@ def _libraries_in_silence() -> Iterator[None]:
 
 @contextmanager
 def _progress(what: str) -> Iterator[None]:
-    """Shows on a terminal what is being done, and for how long."""
+    """Shows on a terminal what the command is doing, and for how long."""
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -120,11 +120,11 @@ class _Commands(TyperGroup):
     """Commands whose errors are one line each."""
 
     def parse_args(self, ctx, args):
-        with _one_line_errors() if args else nullcontext():  # help is shown without arguments
+        with _one_line_errors() if args else nullcontext():  # without arguments, the help is shown
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
-        with _one_line_errors(), _libraries_in_silence():
+        with _one_line_errors(), _silent_libraries():
             return super().invoke(ctx)
 
 
@@ -148,21 +148,21 @@ def show(
         typer.Option(
             min=1,
             max=MOST_TOKENS,
-            help="Queries and keys of a block.",
-            show_default="128, or more if it takes more to fit",
+            help="Queries and keys per block.",
+            show_default="128, or more if the terminal is too narrow",
         ),
     ] = None,
     heads: Annotated[
-        int, typer.Option(min=1, max=MOST_HEADS, help="Heads of the attention, for masks that differ by head.")
+        int, typer.Option(min=1, max=MOST_HEADS, help="Number of attention heads, for masks that differ by head.")
     ] = 1,
     field: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=JSON", help="A field that the mask reads, by sequence and position."),
+        typer.Option(metavar="NAME=JSON", help="A field that the mask reads, as it would be in a batch."),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw an image into this file instead of the terminal.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write an image to this file instead of the terminal.")] = None,
 ) -> None:
     """
-    Draw which query may see which key, and which blocks attention skips, computes whole, or masks cell by cell.
+    Draw which query may see which key, and which blocks attention skips, computes without a mask, or masks.
 
     An image of several masks shows them side by side, without blocks.
     """
@@ -173,7 +173,7 @@ def show(
         if blocks > MOST_BLOCKS:
             raise ValueError(
                 f"--block-size {block_size or BLOCK_SIZE} makes {blocks:,} blocks, and an image has room for "
-                f"{MOST_BLOCKS:,}: make them larger"
+                f"{MOST_BLOCKS:,}: use larger blocks"
             )
         shared = {"fields": fields, "heads": heads}
         if len(masks) == 1:
@@ -209,7 +209,7 @@ def _lengths(text: str) -> list[int]:
 
 
 def _fields(masks: Sequence[Mask], texts: Sequence[str], sizes: list[int]) -> dict[str, Tensor]:
-    """The fields given as NAME=JSON; all fields that the masks read must be given."""
+    """Parses fields given as NAME=JSON. They must be exactly the fields that the masks read."""
     fields = dict(_field(text) for text in texts)
     read = frozenset().union(*(mask.fields for mask in masks))
     for name in sorted(read - set(fields)):
@@ -235,7 +235,7 @@ def _width_of_cells(length: int, block_size: int) -> int:
 
 
 def _block_size(given: int | None, length: int, room: int) -> int:
-    """The given size if its blocks fit into `room` columns; by default the first multiple of 128 that fits."""
+    """The given block size if its blocks fit into `room` columns; without one, the first multiple of 128 that fits."""
     most = max(room // CELL, 1)
     if given is None:
         return BLOCK_SIZE * -(-length // (BLOCK_SIZE * most))
@@ -243,7 +243,7 @@ def _block_size(given: int | None, length: int, room: int) -> int:
     if count > most:
         raise ValueError(
             f"--block-size {given} makes {count} blocks, and the terminal has room for {most}: "
-            "make them larger, or draw an image with --png FILE"
+            "use larger blocks, or draw an image with --png FILE"
         )
     return given
 
@@ -254,20 +254,20 @@ def _print_panel(console: Console, panel: MaskPanel, heads: int, block_size: int
     for number, sequence in enumerate(panel.sequences):
         console.print(Text(f"\nsequence {number}: {sequence.length:,} tokens"))
         if sequence.cells is None:
-            lines = _drawn(_kinds_of_blocks(sequence), block_size, border=None)
+            lines = _draw_square(_block_kinds(sequence), block_size, border=None)
         else:
-            lines = _drawn(_kinds_of_cells(sequence, block_size), 1, border=block_size)
+            lines = _draw_square(_cell_kinds(sequence, block_size), 1, border=block_size)
         for line in lines:
             console.print(line, no_wrap=True, overflow="ignore", crop=False)
     console.print()
 
 
-def _kinds_of_blocks(sequence: SequenceBlocks) -> list[list[str]]:
+def _block_kinds(sequence: SequenceBlocks) -> list[list[str]]:
     names = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
     return [[names[state] for state in row] for row in sequence.states.tolist()]
 
 
-def _kinds_of_cells(sequence: SequenceBlocks, block_size: int) -> list[list[str]]:
+def _cell_kinds(sequence: SequenceBlocks, block_size: int) -> list[list[str]]:
     assert sequence.cells is not None
     kinds = {EMPTY: ("empty", "empty"), PARTIAL: ("hidden", "allowed"), FULL: ("full", "full")}
     states = over_cells(sequence.states, sequence.length, block_size).tolist()
@@ -277,8 +277,8 @@ def _kinds_of_cells(sequence: SequenceBlocks, block_size: int) -> list[list[str]
     ]
 
 
-def _drawn(kinds: list[list[str]], step: int, border: int | None) -> Iterator[Text]:
-    """Lines of a square of `kinds`, each `step` tokens wide, with borders after every `border` of them."""
+def _draw_square(kinds: list[list[str]], step: int, border: int | None) -> Iterator[Text]:
+    """Lines of a square. Each entry of `kinds` covers `step` tokens; a border follows every `border` entries."""
     size = len(kinds)
     bordered = [bool(border and k and k % border == 0) for k in range(size)]
     header = ""
@@ -319,12 +319,15 @@ CASES = {
 @app.command(epilog="Example: hf-dynmask env --model answerdotai/ModernBERT-base")
 def env(
     model: Annotated[
-        str | None, typer.Option(help="A stock checkpoint, a folder or Hub id: does it compute the padding of rows?")
+        str | None, typer.Option(help="Say instead whether this stock checkpoint, a folder or Hub id, drops padding.")
     ] = None,
 ) -> None:
-    """Show which attention implementation runs here for which mask, and why not another; on a CPU, how threads wait."""
+    """Show which attention implementation runs on this machine for which mask, and why not another.
+
+    On a CPU, also show how waiting threads behave.
+    """
     if model is not None:
-        typer.echo(_says_of_padding(model))
+        typer.echo(_describe_padding(model))
         return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
@@ -334,17 +337,17 @@ def env(
     typer.echo(f"What runs with attn_implementation='dynmask', for heads of size {HEAD_SIZE}:")
     table = Table("mask", "for", "runs", "why not another")
     for text in KINDS_OF_MASKS:
-        cases_of: dict[tuple[str, str], list[str]] = {}
+        cases_by_choice: dict[tuple[str, str], list[str]] = {}
         for case, (dtype, dropout) in CASES.items():
-            cases_of.setdefault(_runs_here(text, device, dtype, dropout), []).append(case)
-        for (runs, why), cases in cases_of.items():
+            cases_by_choice.setdefault(_choice(text, device, dtype, dropout), []).append(case)
+        for (runs, why), cases in cases_by_choice.items():
             table.add_row(text, "all" if len(cases) == len(CASES) else "\n".join(cases), runs, why)
         table.add_section()
     Console(highlight=False).print(table)
 
 
-def _says_of_padding(source: str) -> str:
-    """Whether a stock checkpoint computes the padding of rows, and why."""
+def _describe_padding(source: str) -> str:
+    """Says whether a checkpoint computes the padding of rows, and why."""
     config = read_config(source)
     if isinstance(config, DynMaskBaseConfig):
         return f"This {config.model_type} model computes real tokens alone."
@@ -354,12 +357,12 @@ def _says_of_padding(source: str) -> str:
     if config.is_encoder_decoder:
         model, part, end = model.get_encoder(), f"the encoder of {part}", "; its decoder computes padded rows"
     why = why_rows(model)
-    path = "real tokens alone" if why is None else f"padded rows as they are, since {why}"
-    return f"With attn_implementation='dynmask' {part} computes {path}{end}."
+    tokens = "real tokens alone" if why is None else f"padded rows as they are, since {why}"
+    return f"With attn_implementation='dynmask' {part} computes {tokens}{end}."
 
 
 def _wait_policy() -> str:
-    """What `OMP_WAIT_POLICY` says, and what follows from it."""
+    """The value of `OMP_WAIT_POLICY`, and its effect."""
     policy = os.environ.get("OMP_WAIT_POLICY")
     if (policy or "").strip().lower() == "passive":
         return "OMP_WAIT_POLICY=passive: waiting threads leave their cores to others"
@@ -370,8 +373,8 @@ def _wait_policy() -> str:
     )
 
 
-def _runs_here(text: str, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[str, str]:
-    """[`auto_choice`] for a mask over one short sequence, with its reasons as text."""
+def _choice(text: str, device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[str, str]:
+    """The implementation that [`auto_choice`] picks for a mask over one short sequence, and why not another."""
     plan = MaskPlan(text, SequenceLayout.from_lengths(torch.tensor([2])))
     states = torch.empty(2, 1, HEAD_SIZE, device=device, dtype=dtype)
     runs, passed_over = auto_choice(plan, states, states, states, dropout)
@@ -394,16 +397,18 @@ def audit(
     batch_size: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Examples per batch.")],
     column: Annotated[
         list[str] | None,
-        typer.Option(help="The column of texts, or two columns for pairs.", show_default="text, or the first"),
+        typer.Option(
+            help="The column of texts; give two for pairs of texts.", show_default="text, or the first with text"
+        ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="The column of targets, for an encoder-decoder.")] = None,
     split: Annotated[str, typer.Option(help="The split of the data.")] = "train",
     max_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that texts are truncated to.", show_default="what the model takes"),
+        typer.Option(min=1, help="Truncate texts to this many tokens.", show_default="the model's maximum"),
     ] = None,
     time: Annotated[bool, typer.Option("--time", help="Also time training steps on this machine.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also draw the histogram into this PNG.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the histogram to this PNG file.")] = None,
 ) -> None:
     """Show the lengths of a data set, the padding of its batches, and how much faster lengths are than padded rows."""
     rows = read_dataset(dataset, split)
@@ -446,7 +451,7 @@ def _print_histogram(console: Console, name: str, lengths: Sequence[int]) -> Non
 
 
 class Precision(str, Enum):
-    """Dtypes that models run in."""
+    """The dtypes that `check` can run in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -460,19 +465,21 @@ def check(
         str | None,
         typer.Option(help="Texts: a csv, json, parquet or text file, or a Hub id. Random tokens by default."),
     ] = None,
-    column: Annotated[str | None, typer.Option(help="The column of texts.", show_default="text, or the first")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="The column of texts.", show_default="text, or the first with text")
+    ] = None,
     split: Annotated[str, typer.Option(help="The split of the data.")] = "train",
     dtype: Annotated[
-        list[Precision] | None, typer.Option(help="What to run in.", show_default="float32, bfloat16")
+        list[Precision] | None, typer.Option(help="The dtype to run in.", show_default="float32, bfloat16")
     ] = None,
 ) -> None:
-    """Prove that a checkpoint computes the same without padding as on padded rows, and that its sequences stay apart.
+    """Check that a checkpoint gives the same outputs without padding as on padded rows, and that no sequence leaks.
 
     The first line says whether it is exact, whether sequences leak, and how much faster it is here. A stock checkpoint
-    is run with attn_implementation='dynmask' and, if possible, converted.
+    runs with attn_implementation='dynmask' and, if possible, also converted.
 
-    Exit code 1 if it is wrong. Code that comes with a checkpoint is not run. It is compared with the installed package
-    if that has the version that the checkpoint names, otherwise with the hashes in the checkpoint.
+    The exit code is 1 if anything is wrong. Code that comes with a checkpoint does not run. It is compared with the
+    installed package if the versions match, and otherwise with the hashes in the checkpoint.
     """
     compared = verify_code(model)
     texts = None if data is None else text_column(read_dataset(data, split), column)
@@ -483,7 +490,7 @@ def check(
     _print_summary(findings, [result for result in results if isinstance(result, Speed)])
     if compared:
         typer.echo(f"code: no difference from {compared}")
-    typer.echo(_says_of_padding(model))
+    typer.echo(_describe_padding(model))
     table = Table("what", "dtype", "found", "allowed", "")
     for finding in findings:
         verdict = "right" if finding.is_right else Text("WRONG", style="bold red")
@@ -513,7 +520,7 @@ Output = Annotated[Path, typer.Argument(metavar="OUT", help="A folder: new, empt
 
 @app.command(epilog="Example: hf-dynmask export outputs/model to_share")
 def export(source: Source, output: Output) -> None:
-    """Write a DynMask checkpoint with its code, for those who do not have this package."""
+    """Write a DynMask checkpoint with its code, so that it can be loaded without this package."""
     with _progress("exporting"):
         export_model(load(source), output, load_tokenizer(source))
     typer.echo(f"wrote {output}")
@@ -525,12 +532,12 @@ def convert(
     output: Output,
     to: Annotated[
         str | None,
-        typer.Option(help="Type of the stock model.", show_default="what the checkpoint was converted from"),
+        typer.Option(help="Type of the stock model.", show_default="the type it was converted from"),
     ] = None,
 ) -> None:
-    """Convert a stock checkpoint to a DynMask one with its code, or a DynMask one to a stock one.
+    """Convert a stock checkpoint to a DynMask checkpoint with its code, or a DynMask checkpoint to a stock one.
 
-    The result is loaded again and compared before it is put in place.
+    The result is loaded again and compared with the original before the folder is written.
     """
     with _progress("converting, and comparing with the original"), replacing(output) as new:
         tokenizer, config = load_tokenizer(source), read_config(source)

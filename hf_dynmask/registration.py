@@ -1,4 +1,4 @@
-"""The one place that registers DynMask with transformers' Auto classes and attention interfaces."""
+"""Registers DynMask with transformers' Auto classes and attention interfaces. No other module does."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -76,48 +76,48 @@ AUTO_CLASSES = {
 
 
 def register() -> None:
-    """Registers DynMask models with `AutoConfig` and the `AutoModel…` classes, and the attention `"dynmask"`.
+    """Registers the models with `AutoConfig` and the `AutoModel…` classes, and `attn_implementation="dynmask"`.
 
-    Can be called several times.
+    May be called more than once.
     """
     for config_class, model_classes in AUTO_CLASSES.items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         classes = {AutoConfig: config_class, **model_classes}
-        config_class.classes_in_code = {auto.__name__: _in_code(ours) for auto, ours in classes.items()}
+        config_class.classes_in_code = {auto.__name__: _code_reference(ours) for auto, ours in classes.items()}
         for auto_class, model_class in model_classes.items():
             auto_class.register(config_class, model_class, exist_ok=True)
     AttentionInterface.register(NAME, dynmask_attention_forward)
     AttentionMaskInterface.register(NAME, dynmask_mask)
     _prepare_stock_models()
-    _trust_stated_sequences()
+    _skip_sequence_detection()
     _refuse_other_attention()
 
 
-def _in_code(ours: type) -> str:
-    """The reference to a class in the code of an exported folder."""
+def _code_reference(ours: type) -> str:
+    """The `auto_map` entry for a class in an exported folder, such as `modeling_dynmask.DynMaskModel`."""
     return f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}"
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The class of a DynMask checkpoint from its `architectures`; the bare model if they name none."""
+    """The class that a DynMask checkpoint names in `architectures`; the base model if it names none."""
     classes, names = AUTO_CLASSES[type(config)], config.architectures or ()
     return next((ours for ours in classes.values() if ours.__name__ in names), classes[AutoModel])
 
 
 def _prepare_stock_models() -> None:
-    """Prepares stock models when they set an `attn_implementation`.
+    """Prepares or rejects a stock model when its `attn_implementation` is set.
 
-    Transformers accepts a registered name for every model. A model with its own attention code would silently run that,
-    and a model with a saved mask would ignore it.
+    Transformers accepts a registered name for every model. Without this, a model with its own attention code would
+    silently run that code, and a model with a saved mask would ignore the mask.
     """
-    settle = PreTrainedModel.get_correct_attn_implementation
-    if hasattr(settle, "settles_dynmask"):  # `functools.wraps` copies it
+    resolve = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(resolve, "settles_dynmask"):  # `functools.wraps` copies the attribute
         return
 
-    @wraps(settle)
+    @wraps(resolve)
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         newest = import_module(stock_models.__name__)  # in case the package was imported again
-        return settle(self, newest.settled(self, requested_attention), is_init_check)
+        return resolve(self, newest.settled(self, requested_attention), is_init_check)
 
     switch = PreTrainedModel.set_attn_implementation
 
@@ -133,10 +133,10 @@ def _prepare_stock_models() -> None:
     PreTrainedModel.set_attn_implementation = set_attn_implementation
 
 
-def _trust_stated_sequences() -> None:
-    """Keeps transformers from looking for sequences in `position_ids` where a batch has said where they are.
+def _skip_sequence_detection() -> None:
+    """Keeps transformers from detecting sequences in `position_ids` if the batch already says where they are.
 
-    It would read values from the device for that, and make a mask that separates sequences which are separated already.
+    Detection would read values from the device, and build a mask for sequences that are already kept apart.
     """
     prepare = getattr(masking_utils, "_preprocess_mask_arguments", None)
     if prepare is None or hasattr(prepare, "trusts_stated_sequences"):
@@ -157,9 +157,10 @@ def _trust_stated_sequences() -> None:
 
 
 def _refuse_other_attention() -> None:
-    """Makes other attention implementations raise if the configuration has a mask expression.
+    """Makes other attention implementations raise an error if the configuration has a mask expression.
 
-    Other packages may replace the method above, or the `forward` of a class, without calling ours.
+    This also holds if another package replaces `get_correct_attn_implementation`, or the `forward` of a class, without
+    calling ours.
     """
     for name, make_mask in list(AttentionMaskInterface._global_mapping.items()):
         if name != NAME and not hasattr(make_mask, "refuses_dynmask"):

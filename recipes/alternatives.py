@@ -1,33 +1,35 @@
 """
-Compares the ways that there are to deal with padding: the same weights, examples and machine, one run.
+Compares different ways to handle padding, in one run, with the same weights and examples.
 
     python recipes/alternatives.py
 
-measures a MiniLM-sized BERT on the lengths of film reviews and on heavy-tailed ones. A causal model, or a part of it:
+measures a MiniLM-sized BERT on the lengths of film reviews and on heavy-tailed lengths. For a causal model and one kind
+of lengths:
 
     python recipes/alternatives.py --shapes llama --lengths heavy-tailed --repeats 5
 
-Without dropout, in float32, on the CPU (flash attention, which needs a GPU, is not here):
+These methods run without dropout, in float32, on the CPU. Flash attention is missing, since it needs a GPU.
 
-    padded                     the stock model on padded rows: what a Trainer does by default
-    length-grouped             the same on batches of alike lengths, by `train_sampling_strategy="group_by_length"`
-    batch-rebalanced           the same on batches of alike lengths within an optimizer step, here of all batches, by
-                               `train_sampling_strategy="batch_rebalance"`
-    flattened                  the stock model on one row of all tokens, by `DataCollatorWithFlattening`
-    flattened, mask by hand    the same with a mask `(1, 1, N, N)` that keeps the sequences apart; of BERT, which, in
-                               contrast to Llama, makes none from positions that restart
-    nested tensors             `torch.nn.TransformerEncoder`, which drops padding in inference alone; of BERT
-    packed, FlexAttention      the stock model on rows of one size, filled by a budget of tokens, with a `BlockMask`;
-                               compiled, which takes a C++ compiler and, for every size of the rows, some 10 seconds;
-                               forward alone, as torch has no backward of it for CPUs
+    padded                     the stock model on padded rows, as in a Trainer by default
+    length-grouped             the stock model on batches of similar lengths, from
+                               `train_sampling_strategy="group_by_length"`
+    batch-rebalanced           the stock model on batches of similar lengths within an optimizer step (here: all
+                               batches), from `train_sampling_strategy="batch_rebalance"`
+    flattened                  the stock model on one row of all tokens, from `DataCollatorWithFlattening`
+    flattened, mask by hand    the same with a mask `(1, 1, N, N)` that keeps sequences apart; only for BERT, which does
+                               not derive such a mask from positions that restart, as Llama does
+    nested tensors             `torch.nn.TransformerEncoder`, which drops padding only in inference; only for BERT
+    packed, FlexAttention      the stock model, compiled, on rows of one size that a token budget fills, with a
+                               `BlockMask`; needs a C++ compiler, takes some 10 seconds to compile for each row size,
+                               and has no backward pass on CPUs
     hf_dynmask                 the DynMask model on the batches of `padded`, with lengths
     hf_dynmask, one argument   the stock model with `attn_implementation="dynmask"` on the batches of `padded`
     hf_dynmask, flattened      the stock model with `attn_implementation="dynmask"` on the rows of `flattened`
-    hf_dynmask, token budget   the DynMask model on batches of as many tokens, by `TokenBudgetBatchSampler`
+    hf_dynmask, token budget   the DynMask model on batches with a token budget, from `TokenBudgetBatchSampler`
 
-Before they are timed, the logits of all real tokens are compared with those of `padded`, so that the table tells which
-methods are exact. The runs take turns, and a time is the median over the repeats. Masks are made while the clock runs,
-batches before that.
+Before timing, the logits of all real tokens are compared with those of `padded`, so that the table shows which methods
+are exact. The methods alternate, and the time of each is the median over the repeats. It includes making masks, but not
+making batches.
 """
 
 import support.threads  # noqa: F401
@@ -65,7 +67,7 @@ from support.workloads import (
 )
 
 CPU = torch.device("cpu")
-MEGABATCH = 50  # batches that `LengthGroupedSampler` sorts at once, where there are 4 times as many or more
+MEGABATCH = 50  # batches that `LengthGroupedSampler` sorts together if there are at least four times as many
 
 
 @dataclass
@@ -77,21 +79,21 @@ class AlternativesArguments:
     lengths: list[str] = field(
         default_factory=lambda: ["reviews", "heavy-tailed"],
         metadata={
-            "help": "Of the sample reviews, or from 16 to 512, heavy-tailed.",
+            "help": "Lengths: of the sample reviews, or heavy-tailed from 16 to 512.",
             "choices": ["reviews", "heavy-tailed"],
         },
     )
     passes: list[str] = field(
         default_factory=lambda: list(PASSES), metadata={"help": "What is timed.", "choices": list(PASSES)}
     )
-    batch_size: int = field(default=8, metadata={"help": "Sequences in a batch; 8 is the Trainer's default."})
-    batches: int = field(default=16, metadata={"help": f"Batches in a run, {MEGABATCH} at most."})
-    repeats: int = field(default=3, metadata={"help": "Timed runs, after one that warms up."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences per batch; 8 is the Trainer's default."})
+    batches: int = field(default=16, metadata={"help": f"Batches per run, at most {MEGABATCH}."})
+    repeats: int = field(default=3, metadata={"help": "Timed runs, after one warm-up run."})
     output: str = field(default="outputs/alternatives.json", metadata={"help": "Where to write the results."})
 
 
 class Contender(NamedTuple):
-    """A model, its batches, and of each batch the numbers of its examples."""
+    """A method: a model, its batches, and the indices of the examples in each batch."""
 
     model: Any
     batches: list[Batch]
@@ -114,7 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare(shape: str, name: str, options: AlternativesArguments) -> Results:
     """Exactness and speed of all contenders on examples of these lengths."""
-    torch.compiler.reset()  # or FlexAttention would compile for rows of any size now, which torch 2.13 fails at on CPUs
+    # Without a reset, FlexAttention would now compile for rows of any size, which fails on CPUs with torch 2.13.
+    torch.compiler.reset()
     torch.manual_seed(0)
     lengths = typical_lengths(name, options.batch_size, options.batches)
     contenders = make_contenders(shape, lengths, options.batch_size)
@@ -156,25 +159,24 @@ def compare(shape: str, name: str, options: AlternativesArguments) -> Results:
 
 def typical_lengths(name: str, batch_size: int, batches: int) -> list[int]:
     """
-    Lengths of the examples of an epoch's length-grouped batches, batch after batch, each so many-th of those that are
-    sorted at once.
+    Lengths of examples that are typical of an epoch grouped by length.
 
-    Grouped, 16 of them have about as much padding as the whole epoch, and shuffled too. The first 16 batches of a data
-    set would tell too little: so few examples can hardly be grouped.
+    `LengthGroupedSampler` sorts 50 batches together. From these, `batches` are taken at regular intervals, and their
+    lengths are returned batch by batch. With 16 batches, the padding is about that of the whole epoch, grouped as well
+    as shuffled. The first 16 batches of a data set would be misleading, since so few examples cannot be grouped well.
     """
     lengths = [length for (length,) in LENGTHS[name](4 * MEGABATCH * batch_size)]
     order = list(LengthGroupedSampler(batch_size, lengths=lengths))
-    sorted_at_once = make_groups([lengths[k] for k in order], batch_size)[:MEGABATCH]
+    megabatch = make_groups([lengths[k] for k in order], batch_size)[:MEGABATCH]
     step = MEGABATCH / batches
-    return [length for k in range(batches) for length in sorted_at_once[int((k + 0.5) * step)]]
+    return [length for k in range(batches) for length in megabatch[int((k + 0.5) * step)]]
 
 
 def make_contenders(shape: str, lengths: Sequence[int], batch_size: int) -> dict[str, Contender]:
-    """The contenders, on examples of these lengths, which come in groups of alike ones."""
+    """The contenders by name, on examples of these lengths. The lengths are grouped by batches of similar ones."""
     stock, ours = make_models(shape, "float32", CPU)
-    stock.config.use_cache = ours.config.use_cache = (
-        False  # as the Trainer sets it; with a cache, Llama mixes sequences
-    )
+    # As the Trainer sets it. With a cache, sequences in a flat row of Llama see each other.
+    stock.config.use_cache = ours.config.use_cache = False
     attention, flex = copy.deepcopy(stock), copy.deepcopy(stock)
     attention.set_attn_implementation("dynmask")
     flex.set_attn_implementation("flex_attention")
@@ -184,7 +186,7 @@ def make_contenders(shape: str, lengths: Sequence[int], batch_size: int) -> dict
     max_tokens = max(sum(lengths[k] for k in group) for group in shuffled)
     budget = list(TokenBudgetBatchSampler(lengths, max_tokens))
     rebalanced = BatchRebalanceSampler(list(lengths), len(lengths), dp_size=1, grad_accum=len(shuffled))
-    lengths_given = partial(pad_with_lengths, config=stock.config)
+    rows = partial(pad_with_lengths, config=stock.config)
     packed = partial(pack, size=max_tokens)
 
     def contender(model: Any, collate: Callable[..., Batch], groups: list[Any], trains: bool = True) -> Contender:
@@ -197,15 +199,15 @@ def make_contenders(shape: str, lengths: Sequence[int], batch_size: int) -> dict
         "flattened": contender(stock, flatten, shuffled),
     }
     if stock.config.model_type == "bert":
-        contenders["flattened, mask by hand"] = contender(WithMask(stock, matrix_of), flatten, shuffled)
+        contenders["flattened, mask by hand"] = contender(WithMask(stock, dense_mask), flatten, shuffled)
         contenders["nested tensors"] = contender(NestedBert(stock), pad, shuffled, trains=False)
-        flex = WithMask(flex, blocks_of)
+        flex = WithMask(flex, block_mask)
     return contenders | {
         "packed, FlexAttention": contender(flex, packed, budget, trains=False),
-        "hf_dynmask": contender(ours, lengths_given, shuffled),
+        "hf_dynmask": contender(ours, rows, shuffled),
         "hf_dynmask, one argument": contender(attention, pad, shuffled),
         "hf_dynmask, flattened": contender(attention, flatten, shuffled),
-        "hf_dynmask, token budget": contender(ours, lengths_given, budget),
+        "hf_dynmask, token budget": contender(ours, rows, budget),
     }
 
 
@@ -214,14 +216,14 @@ def pad_with_lengths(examples: Sequence[Batch], config: PreTrainedConfig) -> Bat
 
 
 def pack(examples: Sequence[Batch], size: int) -> Batch:
-    """One row of this size: what is left over is one more sequence."""
+    """One row of this size. The unused places at its end become one more sequence."""
     left = size - sum(len(example["input_ids"]) for example in examples)
     filler = {"input_ids": torch.ones(left, dtype=torch.long), "labels": torch.full((left,), IGNORED)}
     return flatten([*examples, filler] if left else examples)
 
 
 def padding_share(batches: Sequence[Batch], tokens: int) -> float:
-    """Share of the places in batches that hold no token of an example."""
+    """Share of the places in the batches that hold no token of an example."""
     return 1 - tokens / sum(batch["input_ids"].numel() for batch in batches)
 
 
@@ -229,7 +231,7 @@ def padding_share(batches: Sequence[Batch], tokens: int) -> float:
 
 
 class WithMask(nn.Module):
-    """A model on flat batches that is handed the mask which keeps sequences apart, made of positions that restart."""
+    """A model that gets, with each flat batch, a mask that keeps sequences apart, made from positions that restart."""
 
     def __init__(self, model: nn.Module, make_mask: Callable[[Tensor], Tensor | BlockMask]):
         super().__init__()
@@ -240,14 +242,14 @@ class WithMask(nn.Module):
         return self.model(position_ids=position_ids, attention_mask=self.make_mask(position_ids), **batch)
 
 
-def matrix_of(position_ids: Tensor) -> Tensor:
-    """Whether two tokens are of the same sequence, `(1, 1, N, N)`."""
+def dense_mask(position_ids: Tensor) -> Tensor:
+    """Whether two tokens belong to the same sequence, `(1, 1, N, N)`."""
     sequences = (position_ids == 0).cumsum(-1)
     return sequences[:, None, :, None] == sequences[:, None, None, :]
 
 
-def blocks_of(position_ids: Tensor) -> BlockMask:
-    """The same as FlexAttention takes it."""
+def block_mask(position_ids: Tensor) -> BlockMask:
+    """The same mask in the form that FlexAttention takes."""
     sequences = (position_ids[0] == 0).cumsum(-1)
 
     def same_sequence(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -257,8 +259,8 @@ def blocks_of(position_ids: Tensor) -> BlockMask:
 
 
 class NestedBert(nn.Module):
-    """A [`~transformers.BertForTokenClassification`] whose layers run in [`torch.nn.TransformerEncoder`], which makes
-    nested tensors of padded ones where no gradient is wanted."""
+    """A [`~transformers.BertForTokenClassification`] whose layers run in [`torch.nn.TransformerEncoder`]. Without
+    gradients, it converts padded tensors to nested ones."""
 
     def __init__(self, stock: Any):
         super().__init__()
@@ -284,7 +286,7 @@ class NestedBert(nn.Module):
 
 
 def _layer_weights(layer: Any) -> dict[str, Tensor]:
-    """A BERT layer's weights as [`torch.nn.TransformerEncoderLayer`] names them."""
+    """The weights of a BERT layer under the names of [`torch.nn.TransformerEncoderLayer`]."""
     attention = layer.attention
     projections = [attention.self.query, attention.self.key, attention.self.value]
     parts = {
@@ -328,7 +330,7 @@ def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
 
 
 def report(results: Results) -> str:
-    """What it was measured on, and a table in Markdown for each model and distribution of lengths."""
+    """A Markdown report: the environment, and a table for each model and distribution of lengths."""
     environment = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
     return "\n\n".join([environment, *(part for each in results["comparisons"] for part in _comparison(each))])
 

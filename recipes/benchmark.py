@@ -1,33 +1,34 @@
 """
-Times a DynMask model and the stock model that it equals, on the same examples.
+Times a DynMask model and its stock equivalent on the same examples.
 
     python recipes/benchmark.py
 
-measures MiniLM in float32 and bfloat16. Other models, or a part of the table:
+measures MiniLM in float32 and bfloat16. For other models, or only a part of the table:
 
     python recipes/benchmark.py --shapes bert-base --dtypes float32 --lengths reviews --repeats 3
     python recipes/benchmark.py --shapes llama bart --dtypes float32 --batch_size 16
 
-Methods to compute texts of different lengths, without dropout, forward and forward with backward:
+There are three measurements. The first times these methods for texts of different lengths, without dropout, forward
+alone and forward plus backward:
 
     padded     the stock model on padded rows with an attention mask
-    sorted     the same, after the examples were sorted by length, so that rows of a batch are alike
+    sorted     the same on examples sorted by length, so that the rows of a batch have similar lengths
     dynmask    the DynMask model with the same weights, on the batches of `padded`, with lengths
     unpadded   the stock model with `attn_implementation="dynmask"`, on the batches of `padded`
-    flat       the same on one row of all the tokens (not of an encoder-decoder)
-    floor      the stock model without a mask on rows of one length, as many tokens in all: nothing is wasted here
+    flat       the same on one row of all tokens (not for an encoder-decoder)
+    floor      the stock model without a mask on rows of equal length with the same total of tokens: no padding at all
 
-one attention layer with a window at 8,192 tokens, against `scaled_dot_product_attention` with the mask as a matrix; and
-steps of training on heavy-tailed lengths, in batches of a fixed number of examples against batches with a budget of
-tokens, as many as the largest of the others holds.
+The second times one attention layer with a window over 8,192 tokens, against `scaled_dot_product_attention` with a
+dense mask. The third times training steps on heavy-tailed lengths: batches with a fixed number of examples, against
+batches with a token budget. The budget is the number of tokens in the largest of the batches of fixed size.
 
-The runs take turns, and a time is the median over the repeats. Work is counted in floating-point operations:
-`2 * weights * tokens + 4 * layers * hidden_size * pairs` forward, three times that with backward (weights: of the
-layers' matrices, and of a language model's output; pairs: of a token and one that it sees). The ideal speed-up is the
-ratio of the work on padded rows to the work on real tokens.
+The methods alternate, and the time of each is the median over the repeats. Work is counted in floating-point
+operations: `2 * weights * tokens + 4 * layers * hidden_size * pairs` for forward, and three times that with backward.
+Weights are those of the layers' matrices and of a language model's output. Pairs are a query and a key that it sees.
+The ideal speed-up is the work on padded rows, divided by the work on real tokens.
 
-On a CUDA device it times training steps of larger models in bfloat16 instead, see `recipes/support/training_steps.py`.
-Each result is printed at once. The exit code is 1 if one of the ways failed:
+On a CUDA device, the script times training steps of larger models in bfloat16 instead; see
+`recipes/support/training_steps.py`. Each result is printed at once. The exit code is 1 if a method failed:
 
     python recipes/benchmark.py --quick --repeats 5 --output outputs/gpu.json  # the most important, in five minutes
 """
@@ -73,7 +74,7 @@ MASK = "causal & window(255, 0)"
 MASK_HEADS, MASK_HEAD_DIM = 12, 32
 MASK_TOKENS = 8192
 MASK_MEMORY_TOKENS = (2048, 4096, 8192, 16384)
-# Labels and colours, which any colour vision tells apart, of the methods in the figure.
+# Labels and colours of the methods in the figure. The colours can be told apart with any colour vision.
 BARS = {
     "padded": ("stock, padded", "#B0B5BA"),
     "dynmask": ("hf_dynmask, lengths", "#0067A5"),
@@ -91,22 +92,23 @@ class BenchmarkArguments:
     )
     dtypes: list[str] = field(
         default_factory=lambda: ["float32", "bfloat16"],
-        metadata={"help": "Of weights and activations.", "choices": ["float32", "bfloat16"]},
+        metadata={"help": "Dtypes of weights and activations.", "choices": ["float32", "bfloat16"]},
     )
     lengths: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Of the sample reviews, uniform from 8 to 256, heavy-tailed from 16 to 512, all 64; of a language "
-            "model sections of WikiText-2; of an encoder-decoder pairs of sentences. None: all that fit the shape.",
+            "help": "Lengths: of the sample reviews, uniform from 8 to 256, heavy-tailed from 16 to 512, or all 64. "
+            "For a language model: of sections of WikiText-2. For an encoder-decoder: of pairs of sentences. "
+            "None: all that fit the shape.",
             "choices": list(LENGTHS),
         },
     )
-    batch_size: int = field(default=32, metadata={"help": "Sequences in a batch."})
-    batches: int = field(default=2, metadata={"help": "Batches in a run."})
-    repeats: int = field(default=3, metadata={"help": "Timed runs, after one that warms up."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences per batch."})
+    batches: int = field(default=2, metadata={"help": "Batches per run."})
+    repeats: int = field(default=3, metadata={"help": "Timed runs, after one warm-up run."})
     quick: bool = field(default=False, metadata={"help": "On CUDA: time only the most important, in five minutes."})
     output: str = field(
-        default="outputs/benchmark.json", metadata={"help": "Where to write the results; a figure of them lies beside."}
+        default="outputs/benchmark.json", metadata={"help": "Where to write the results, and a figure next to them."}
     )
 
 
@@ -164,7 +166,7 @@ def check_lengths(shape: str, lengths: list[str]) -> None:
 
 
 def benchmark_models(options: BenchmarkArguments, device: torch.device) -> Iterable[Results]:
-    """The figures of every shape, dtype, distribution of lengths and pass."""
+    """Measurements for every shape, dtype, distribution of lengths and pass."""
     for shape in options.shapes:
         for dtype in options.dtypes:
             stock, ours = make_models(shape, dtype, device)
@@ -183,8 +185,8 @@ def benchmark_models(options: BenchmarkArguments, device: torch.device) -> Itera
 def make_batches(
     lengths: Sequence[Lengths], batch_size: int, config: PreTrainedConfig, device: torch.device
 ) -> dict[str, list[Batch]]:
-    """Batches of examples with these lengths for each method."""
-    examples = [make_example(of_one, config) for of_one in lengths]
+    """Batches for each method, of examples with these lengths."""
+    examples = [make_example(sizes, config) for sizes in lengths]
     groups = make_groups(examples, batch_size)
     padded = [pad(group) for group in groups]
     by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
@@ -201,7 +203,7 @@ def make_batches(
 
 
 def _equal_rows(lengths: Sequence[Lengths], config: PreTrainedConfig) -> Batch:
-    """As many rows, all of the mean lengths."""
+    """The same number of rows, all of the mean length."""
     rows = len(lengths)
     mean = tuple(round(sum(side) / rows) for side in zip(*lengths, strict=True))
     batch = pad([make_example(mean, config) for _ in range(rows)])
@@ -243,7 +245,7 @@ def benchmark_model(
 
 
 def computed_lengths(batches: Iterable[Batch], config: PreTrainedConfig) -> list[Lengths]:
-    """Tokens that are computed for each example: its own, or the width of its row where there are no lengths."""
+    """The number of tokens that are computed for each example: its own, or without lengths the width of its row."""
     lengths: list[Lengths] = []
     for batch in batches:
         sides = [_side(batch, "input_ids", "lengths")]
@@ -266,13 +268,13 @@ def _side(batch: Batch, tokens: str, lengths: str) -> list[int]:
 def benchmark_mask(dtype: str, pass_name: str, repeats: int, device: torch.device) -> Results:
     """Time and memory of attention with [`MASK`], and how the memory grows with the number of tokens.
 
-    The plan of the mask is made anew in each run; the matrix for `scaled_dot_product_attention` is there beforehand.
+    The time includes making the plan of the mask, but not the dense mask for `scaled_dot_product_attention`.
     """
     training = PASSES[pass_name]
     expression = masks.parse(MASK)
     allowed = expression.dense(torch.tensor([MASK_TOKENS], device=device))
 
-    def matrix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
     def dynmask(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -288,7 +290,7 @@ def benchmark_mask(dtype: str, pass_name: str, repeats: int, device: torch.devic
         ]
         return partial(run_attention, attend, states)
 
-    jobs = {"matrix": [job(matrix, MASK_TOKENS)], "dynmask": [job(dynmask, MASK_TOKENS)]}
+    jobs = {"matrix": [job(dense, MASK_TOKENS)], "dynmask": [job(dynmask, MASK_TOKENS)]}
     seconds = time_in_turns(jobs, repeats, device)
     return {
         "dtype": dtype,
@@ -305,18 +307,18 @@ def run_attention(attend: Callable[..., Tensor], states: Sequence[Tensor]) -> ob
     return torch.autograd.grad(output, states, torch.ones_like(output)) if output.requires_grad else output
 
 
-# --- Batches by a budget of tokens -----------------------------------------------------------------------------------
+# --- Batches with a token budget -------------------------------------------------------------------------------------
 
 
 def benchmark_budget(shape: str, dtype: str, options: BenchmarkArguments, device: torch.device) -> Results:
-    """Time and memory of an epoch of training steps, the optimizer's among them, on both kinds of batches."""
+    """Time and memory of an epoch of training steps, optimizer included, on both kinds of batches."""
     _, model = make_models(shape, dtype, device)
     lengths = LENGTHS[BUDGET_LENGTHS](options.batch_size * BUDGET_BATCHES)
-    tokens = [sum(of_one) for of_one in lengths]
+    tokens = [sum(sizes) for sizes in lengths]
     fixed = make_groups(range(len(lengths)), options.batch_size)
     max_tokens = max(sum(tokens[k] for k in batch) for batch in fixed)
     methods = {"fixed": fixed, "budget": list(TokenBudgetBatchSampler(tokens, max_tokens))}
-    examples = [make_example(of_one, model.config) for of_one in lengths]
+    examples = [make_example(sizes, model.config) for sizes in lengths]
     batches = {
         method: [
             to_device(with_lengths(pad([examples[k] for k in batch]), model.config), device)
@@ -352,7 +354,7 @@ def train_epoch(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batche
 
 
 def report(results: Results) -> str:
-    """The figures as tables in Markdown, headed by what they were measured on."""
+    """A Markdown report: the environment and the tables."""
     environment = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
     tables = [*_model_tables(results["models"]), _mask_table(results["mask"])]
     if results["budget"]:
@@ -392,7 +394,7 @@ def _model_tables(records: list[Results]) -> list[str]:
 
 
 def draw(records: list[Results]) -> Figure:
-    """Real tokens per second as bars: a panel for each shape, dtype and pass, a group for each kind of lengths."""
+    """Bars of real tokens per second: a panel for each shape, dtype and pass, a group for each kind of lengths."""
     panels: dict[tuple[str, ...], list[Results]] = {}
     for record in records:
         panels.setdefault(tuple(record[key] for key in ("shape", "dtype", "pass")), []).append(record)

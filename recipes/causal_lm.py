@@ -1,9 +1,9 @@
 """
-Trains a Llama-like language model from scratch, with the stock `Trainer`, on flat batches: no padding, no packing code.
+Trains a Llama-like language model from scratch with the stock `Trainer`, on flat batches: no padding and no packing.
 
     python recipes/causal_lm.py
 
-uses sections of WikiText-2. To train the stock Llama on padded batches too, from the same weights:
+uses sections of WikiText-2. To also train the stock Llama on padded batches, from the same weights:
 
     python recipes/causal_lm.py --baseline
 
@@ -91,14 +91,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Byte pairs ("Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909) of the texts."""
+    """A byte-level byte-pair encoding (arXiv:1508.07909) learned from the texts."""
     pairs = ByteLevelBPETokenizer()
     pairs.train_from_iterator(iter(texts), vocab_size, special_tokens=[END, PADDING], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=END, bos_token=END, pad_token=PADDING)
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Splits texts, each with an end token, into pieces of `max_length` tokens whose first ones are no targets."""
+    """Appends an end token to each text, and splits it into pieces of at most `max_length` tokens. The first token of a
+    piece is not a target."""
     end = tokenizer.eos_token_id
 
     def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -142,7 +143,7 @@ def targets(rows: Dataset) -> list[int]:
 
 
 def surprise(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood `(B, T - 1)` of each token after the first; 0 if it is no target."""
+    """Negative log-likelihood `(B, T - 1)` of each token after the first; 0 for tokens that are not targets."""
     return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none")
 
 
@@ -164,9 +165,9 @@ class RecipeArguments(CommonArguments):
     )
     mask: str = field(default="causal", metadata={"help": "Mask expression, such as `causal & window(127, 0)`."})
     max_length: int = field(default=512, metadata={"help": "Tokens per document; longer ones are split."})
-    vocab_size: int = field(default=4096, metadata={"help": "Of a new model."})
-    hidden_size: int = field(default=256, metadata={"help": "Of a new model."})
-    num_layers: int = field(default=4, metadata={"help": "Of a new model."})
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary size of a new model."})
+    hidden_size: int = field(default=256, metadata={"help": "Hidden size of a new model."})
+    num_layers: int = field(default=4, metadata={"help": "Layers of a new model."})
     eval_rows: int = field(default=400, metadata={"help": "Maximum number of documents for evaluation."})
 
 
@@ -188,7 +189,7 @@ from transformers import pipeline
 writer = pipeline("text-generation", model="path/to/this/folder")
 writer("The history of", max_new_tokens=40)
 """
-LIMITS = "Its texts resemble its data in form, and their content is made up."
+LIMITS = "Its texts resemble its training data in form, but their content is made up."
 ABOUT = About(
     recipe="causal_lm",
     task="text-generation",

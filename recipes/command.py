@@ -1,10 +1,10 @@
 """
-Runs the command `hf-dynmask` on samples.
+Runs the `hf-dynmask` command on sample models and data sets.
 
     python recipes/command.py audit sample:reviews --model sample:minilm --batch-size 32
     python recipes/command.py check sample:minilm --data sample:reviews
 
-A sample can be given in place of a model or of a data file, which is then its split `train`.
+A sample can take the place of a model or of a data file. A data sample is replaced with its split `train`.
 """
 
 import sys

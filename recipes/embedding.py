@@ -1,10 +1,10 @@
 """
 Fine-tunes a BERT-like checkpoint to embed questions near the paragraphs that answer them, with the trainer of
-sentence-transformers, on ordinary padded batches of which the stock model computes the real tokens alone.
+sentence-transformers. Batches are ordinary padded ones; the stock model computes only their real tokens.
 
     python recipes/embedding.py
 
-uses questions of SQuAD and MiniLM. To train the same model without this package too, from the same weights:
+uses questions of SQuAD and MiniLM. To also train the same model without this package, from the same weights:
 
     python recipes/embedding.py --baseline
 
@@ -12,10 +12,9 @@ With your own model and data, from the Hub or from disk (columns `question` and 
 
     python recipes/embedding.py --model google-bert/bert-base-uncased --dataset rajpurkar/squad_v2
 
-The other paragraphs of a batch are the wrong answers to a question. Held-out questions are searched among all held-out
-paragraphs; the same search with BM25, and with the model before its training, is what the results are compared with.
-All options of `SentenceTransformerTrainingArguments` apply.
-Results, model card and model are written to `--output_dir`.
+The other paragraphs of a batch are the negatives of a question. For evaluation, each held-out question is searched in
+all held-out paragraphs. The results are compared with those of BM25, and with those of the model before training. All
+options of `SentenceTransformerTrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
 import support.threads  # noqa: F401
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_model(folder: str, attn_implementation: str = "dynmask", *, recipe: SearchArguments, device: str) -> Any:
-    """Loads a checkpoint; one without a way to pool gets the mean of its tokens."""
+    """Loads a checkpoint. If it has no pooling, sentence-transformers adds mean pooling."""
     model = SentenceTransformer(
         folder,
         device=device,
@@ -88,7 +87,7 @@ def load_model(folder: str, attn_implementation: str = "dynmask", *, recipe: Sea
 
 
 def similarities(model: SentenceTransformer, search: Search) -> np.ndarray:
-    """Scores `(Q, P)`: how similar the embeddings of questions and paragraphs are."""
+    """The similarity `(Q, P)` of each question's embedding to each paragraph's."""
     embedded = model.encode_query(search.questions), model.encode_document(search.paragraphs)
     return np.asarray(model.similarity(*embedded))
 
@@ -113,14 +112,14 @@ texts = model.encode_document(["The play was written by Ben Jonson.", "It rained
 model.similarity(question, texts)
 """
 LIMITS = (
-    "It finds texts of the kind that it was trained on. Those who wrote the questions saw the paragraphs and use their "
-    "words, which helps BM25; `hybrid_mrr@10` is that of the sum of both scores, each standardized."
+    "It finds texts of the kind that it was trained on. The questions were written by people who saw the paragraphs "
+    "and used their words, which favours BM25. `hybrid_mrr@10` is the MRR of the sum of both scores, each standardized."
 )
 ABOUT = About(
     recipe="embedding",
     task="sentence-similarity",
     metrics=[*METRICS, HYBRID],
-    title="Search by embeddings",
+    title="Embeddings for search",
     usage=USAGE,
     limits=LIMITS,
     library="sentence-transformers",

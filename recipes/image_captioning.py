@@ -1,14 +1,14 @@
 """
-Trains an encoder-decoder from random weights to caption pictures, with the stock `Seq2SeqTrainer`, on batches
-of patches that carry lengths: a picture of any size is a sequence of its own length.
+Trains an encoder-decoder from random weights to caption pictures, with the stock `Seq2SeqTrainer`. Batches hold patches
+and lengths: a picture of any size is a sequence of its own length.
 
     python recipes/image_captioning.py
 
-uses small pictures with captions. To train the same model on padded batches too:
+uses small pictures with captions. To also train the same model on padded batches:
 
     python recipes/image_captioning.py --baseline
 
-With your own pictures beside a `metadata.csv` with the columns `file_name` and `text`:
+With a folder of your own pictures and a `metadata.csv` with the columns `file_name` and `text`:
 
     python recipes/image_captioning.py --dataset path/to/folder --max_side 256 --num_hidden_layers 8
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         training,
         data_collator=collator,
         train_dataset=data["train"],
-        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: annotated for data sets of torch only
         processing_class=tokenizer,
         compute_metrics=partial(overlap, tokenizer=tokenizer),
     )
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding of the texts."""
+    """A byte-level byte-pair encoding learned from the texts."""
     pairs = ByteLevelBPETokenizer()
     pairs.train_from_iterator(iter(texts), vocab_size, special_tokens=[PAD, START, END], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token=PAD, bos_token=START, eos_token=END)
@@ -108,9 +108,9 @@ def extract_features(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, rec
 
 
 def read_picture(file: str, max_side: int, patch: int) -> dict[str, Tensor]:
-    """A picture's patches and their positions, as `input_features (T, 3 * patch**2)` and `position_ids (T,)`.
+    """The patches of a picture and their positions: `input_features (T, 3 * patch**2)` and `position_ids (T,)`.
 
-    Pixels are from -1 (black) to 0 (white, the background).
+    Pixels range from -1 (black) to 0 (white, the background).
     """
     with Image.open(file) as opened:
         drawn = opened.convert("RGBA")
@@ -174,13 +174,13 @@ class RecipeArguments(CommonArguments):
     dataset: str = field(
         default="sample:pictures", metadata={"help": "A folder of pictures with `metadata.csv`, or a sample."}
     )
-    max_side: int = field(default=128, metadata={"help": "Pixels; larger pictures are scaled down."})
+    max_side: int = field(default=128, metadata={"help": "Longest side in pixels; larger pictures are scaled down."})
     patch: int = field(default=16, metadata={"help": "Side of a patch in pixels."})
     max_target_tokens: int = field(default=32, metadata={"help": "Longer captions are truncated."})
     vocab_size: int = field(default=1000, metadata={"help": "Size of the vocabulary learned from the captions."})
-    hidden_size: int = field(default=192, metadata={"help": "Width of both sides; 64 a head."})
+    hidden_size: int = field(default=192, metadata={"help": "Hidden size of both sides, with heads of 64."})
     num_hidden_layers: int = field(default=3, metadata={"help": "Layers of each side."})
-    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
+    dropout: float = field(default=0.2, metadata={"help": "Dropout of hidden states and attention weights."})
 
 
 DEFAULTS = {
@@ -207,7 +207,7 @@ ABOUT = About(
     recipe="image_captioning",
     task="image-to-text",
     metrics=["chrf"],
-    title="Captions of small pictures",
+    title="Image captioning",
     usage=USAGE,
     limits=LIMITS,
     unit="patches and tokens",

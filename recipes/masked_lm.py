@@ -1,15 +1,15 @@
 """
-Fine-tunes a BERT-like checkpoint to fill in masked words, with the stock `Trainer`, on batches that carry lengths, with
-targets drawn again in every epoch.
+Fine-tunes a BERT-like checkpoint to fill in masked words with the stock `Trainer`, on batches with lengths. Targets are
+drawn again in every epoch.
 
     python recipes/masked_lm.py
 
-uses sections of WikiText-2 and MiniLM, which gets a new head. To train the stock model on padded batches too, from the
+uses sections of WikiText-2 and MiniLM, which gets a new head. To also train the stock model on padded batches, from the
 same weights and on the same targets:
 
     python recipes/masked_lm.py --baseline
 
-With your own model and data, from the Hub or from disk (column `text`), and spans of words for targets:
+With your own model and data, from the Hub or from disk (column `text`), and spans of words as targets:
 
     python recipes/masked_lm.py --model google-bert/bert-base-uncased --dataset notes.txt --strategy span
 
@@ -45,7 +45,7 @@ from support.samples import resolve_model
 
 
 class MaskedLMTrainer(DynamicMaskingMixin, Trainer):
-    """Tells the collator which epoch it is."""
+    """Sets the collator's epoch."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Splits texts into pieces of at most `max_length` tokens, each with special tokens."""
+    """Splits texts into pieces of at most `max_length` tokens. Each piece has special tokens."""
 
     def pieces(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         cut = tokenizer(batch["text"], truncation=True, max_length=max_length, return_overflowing_tokens=True)
@@ -100,14 +100,14 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 
 def has_head(checkpoint: str) -> bool:
-    """Whether a checkpoint has a masked-LM head; otherwise a new one is added."""
+    """Whether a checkpoint has a masked-LM head. If not, a new one is added."""
     return any(name.endswith("ForMaskedLM") for name in AutoConfig.from_pretrained(checkpoint).architectures or ())
 
 
 def start_from_frequencies(bias: Tensor, seen: list[int]) -> None:
     """Sets the bias `(V,)` of a new head to the log frequency of each token, with add-one smoothing.
 
-    Otherwise, a short training would mostly learn these frequencies.
+    Without this, a short training would mostly learn these frequencies.
     """
     counts = torch.bincount(torch.tensor(seen), minlength=len(bias)) + 1
     with torch.no_grad():
@@ -125,9 +125,9 @@ class PaddedRows(DataCollatorForDynamicMasking):
 
 def surprise(logits: Tensor, labels: Tensor) -> Tensor:
     """
-    Negative log-likelihood `(B, T)` of each label; 0 where there is no target.
+    Negative log-likelihood `(B, T)` of each label; 0 for tokens that are not targets.
 
-    The trainer keeps these instead of the logits, which need memory for every token of the vocabulary.
+    The trainer keeps these numbers instead of the logits, which would take too much memory.
     """
     found = torch.zeros(labels.shape, device=logits.device)
     is_target = labels != IGNORED
@@ -140,7 +140,7 @@ def perplexity(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that may be targets."""
+    """All tokens that can be targets."""
     special = set(tokenizer.all_special_ids)
     return [token for ids in rows["input_ids"] for token in ids if token not in special]
 
@@ -163,7 +163,7 @@ class RecipeArguments(DropoutArguments):
     )
     max_length: int = field(default=256, metadata={"help": "Tokens per text; longer ones are split."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Probability that a token is a target."})
-    strategy: str = field(default="token", metadata={"help": "Targets are a `token`, a `whole_word` or a `span`."})
+    strategy: str = field(default="token", metadata={"help": "The unit of targets: `token`, `whole_word` or `span`."})
     eval_rows: int = field(default=300, metadata={"help": "Maximum number of pieces for evaluation."})
 
 

@@ -1,9 +1,9 @@
 """
-Fine-tunes a BERT-like checkpoint to find answers in texts, with the stock `Trainer`, on batches that carry lengths.
+Fine-tunes a BERT-like checkpoint to find answers in texts with the stock `Trainer`, on batches with lengths.
 
     python recipes/question_answering.py
 
-uses questions of SQuAD and MiniLM. To train the stock model on padded batches too, from the same weights:
+uses questions of SQuAD and MiniLM. To also train the stock model on padded batches, from the same weights:
 
     python recipes/question_answering.py --baseline
 
@@ -11,9 +11,8 @@ With your own model and data, from the Hub or from disk (columns `context`, `que
 
     python recipes/question_answering.py --model google-bert/bert-base-uncased --dataset rajpurkar/squad_v2
 
-Long contexts are read in overlapping windows. All options of `TrainingArguments` apply.
-Results, model card and model are written to `--output_dir`. The metrics are SQuAD's, implemented here, since `evaluate`
-would fetch them from the Hub.
+Long contexts are read in overlapping windows. All options of `TrainingArguments` apply. Results, model card and model
+are written to `--output_dir`. The metrics of SQuAD are implemented here, since `evaluate` would download them.
 """
 
 import support.threads  # noqa: F401
@@ -51,7 +50,7 @@ from support.reporting import About, train_and_report
 from support.samples import resolve_model
 
 MAX_ANSWER_TOKENS = 30
-NO_ANSWER = 0  # a window's first token, [CLS], stands for a missing answer
+NO_ANSWER = 0  # the first token of a window, [CLS], means "no answer"
 ELSEWHERE = (-1, -1)  # offsets of tokens outside the context
 
 
@@ -121,8 +120,9 @@ def windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, 
         stride (`int`): Tokens of the context that a window shares with the next one.
 
     Returns:
-        `Dataset`: The tokenizer's columns, `start_positions` and `end_positions` of the first answer (0 in windows
-        without it), the question's `row`, and `offsets`: where in the context each token begins and ends.
+        `Dataset`: One row per window: the tokenizer's columns; `start_positions` and `end_positions` of the first
+        answer, or 0 if the window does not contain it; the `row` of the question; and `offsets`, where in the context
+        each token begins and ends.
 
     Raises:
         ValueError: A question leaves room for no more context than `stride`.
@@ -164,7 +164,7 @@ def windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, 
 
 
 def answer_place(offsets: Sequence[tuple[int, int]], answers: dict[str, list[Any]]) -> tuple[int, int]:
-    """First and last token of the first answer if the window contains all of it."""
+    """First and last token of the first answer. Both are `NO_ANSWER` unless the window contains the whole answer."""
     if not answers["text"]:
         return NO_ANSWER, NO_ANSWER
     start = answers["answer_start"][0]
@@ -180,7 +180,7 @@ def answer_place(offsets: Sequence[tuple[int, int]], answers: dict[str, list[Any
 
 @dataclass
 class Evaluation:
-    """Computes metrics of the answers from the logits of windows; `contexts` and `references` are by question."""
+    """Computes metrics of answers from the logits of windows. `contexts` and `references` are per question."""
 
     windows: Dataset
     contexts: list[str]
@@ -191,8 +191,8 @@ class Evaluation:
         return score(self.answers(start_logits, end_logits), self.references)
 
     def answers(self, start_logits: np.ndarray, end_logits: np.ndarray) -> list[str]:
-        """For each question, the best span of all its windows, or no answer if the lowest score of "no answer" among
-        the windows is at least as high (Devlin et al., arXiv:1810.04805)."""
+        """The answer to each question: the best span over all its windows, or no answer if the lowest score for "no
+        answer" among the windows is at least as high (Devlin et al., arXiv:1810.04805)."""
         spans: list[tuple[float, str]] = [(-np.inf, "")] * len(self.contexts)
         no_answer = np.full(len(self.contexts), np.inf)
         columns = (self.windows["row"], self.windows["offsets"], start_logits, end_logits)
@@ -205,22 +205,22 @@ class Evaluation:
 
 
 def best_span(offsets: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[float, int, int]:
-    """Score, first and last token of the best span of up to `MAX_ANSWER_TOKENS` tokens of the context."""
+    """Score, first and last token of the best span of the context, of up to `MAX_ANSWER_TOKENS` tokens."""
     length = len(offsets)  # logits include padding
-    of_context = offsets[:, 0] >= 0
+    in_context = offsets[:, 0] >= 0
     scores = starts[:length, None] + ends[None, :length]
-    allowed = np.tril(np.triu(of_context[:, None] & of_context), MAX_ANSWER_TOKENS - 1)
+    allowed = np.tril(np.triu(in_context[:, None] & in_context), MAX_ANSWER_TOKENS - 1)
     first, last = np.unravel_index(np.where(allowed, scores, -np.inf).argmax(), scores.shape)
     return float(scores[first, last]), int(first), int(last)
 
 
 def score(answers: list[str], references: list[list[str]]) -> dict[str, float]:
     """
-    SQuAD's measures (Rajpurkar et al., arXiv:1606.05250, arXiv:1806.03822), in percent: `exact_match`, and `f1` over
-    words, each against the best matching reference. Without references, the right answer is an empty one.
+    The metrics of SQuAD (Rajpurkar et al., arXiv:1606.05250, arXiv:1806.03822), in percent: `exact_match`, and `f1`
+    over words, each against the best matching reference. If there are no references, the right answer is empty.
 
     Args:
-        answers (`list[str]`): One answer per question, empty for none.
+        answers (`list[str]`): One answer per question; empty for no answer.
         references (`list[list[str]]`): The right answers to each question.
     """
     exact, overlap = 0.0, 0.0
@@ -283,7 +283,7 @@ ABOUT = About(
     recipe="question_answering",
     task="question-answering",
     metrics=["f1", "exact_match"],
-    title="Answers in texts",
+    title="Extractive question answering",
     usage=USAGE,
     limits=LIMITS,
 )

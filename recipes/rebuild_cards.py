@@ -1,5 +1,5 @@
 """
-Rebuilds cards and figures from results files, and writes them beside these.
+Rebuilds model cards and figures from results files, and writes them next to the results.
 
     python recipes/rebuild_cards.py model_cards/*.json
 """

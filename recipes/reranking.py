@@ -1,10 +1,10 @@
 """
-Fine-tunes a BERT-like checkpoint to sort the best results of BM25, with the trainer of sentence-transformers, on
-ordinary padded batches of which the stock model computes the real tokens alone.
+Fine-tunes a BERT-like checkpoint to rerank the top results of BM25, with the trainer of sentence-transformers. Batches
+are ordinary padded ones; the stock model computes only their real tokens.
 
     python recipes/reranking.py
 
-uses questions of SQuAD and MiniLM. To train the same model without this package too, from the same weights:
+uses questions of SQuAD and MiniLM. To also train the same model without this package, from the same weights:
 
     python recipes/reranking.py --baseline
 
@@ -12,8 +12,8 @@ With your own model and data, from the Hub or from disk (columns `question` and 
 
     python recipes/reranking.py --model google-bert/bert-base-uncased --dataset rajpurkar/squad_v2
 
-The cross-encoder reads a question and a paragraph as one text. It learns from each question with its own paragraph and
-with others that BM25 finds, and is compared with the order of BM25 on held-out questions and paragraphs.
+The cross-encoder reads a question and a paragraph as one text. It is trained on each question with its own paragraph
+and with other paragraphs that BM25 finds. On held-out questions and paragraphs, it is compared with the order of BM25.
 All options of `CrossEncoderTrainingArguments` apply. Results, model card and model are written to `--output_dir`.
 """
 
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 def load_model(
     folder: str, attn_implementation: str = "dynmask", *, recipe: "RecipeArguments", training: TrainingArguments
 ) -> Any:
-    """Loads a checkpoint; one without a head gets the same random one each time."""
+    """Loads a checkpoint. If it has no head, it gets the same random head each time."""
     set_seed(training.seed)
     return CrossEncoder(
         folder,
@@ -90,12 +90,12 @@ def load_model(
 
 def pairs_of(search: Search, negatives: int, seed: int) -> Dataset:
     """
-    Pairs to learn from.
+    Training pairs of questions and paragraphs.
 
     Args:
         search ([`Search`]): The questions and paragraphs.
-        negatives (`int`): Wrong paragraphs per question, drawn from the first `TOP` that BM25 finds.
-        seed (`int`): Of the draws.
+        negatives (`int`): Wrong paragraphs per question, drawn from the `TOP` best results of BM25.
+        seed (`int`): Seed of the draws.
 
     Returns:
         `Dataset`: The columns `question`, `context`, and `label`: 1 for the question's own paragraph, else 0.
@@ -110,21 +110,21 @@ def pairs_of(search: Search, negatives: int, seed: int) -> Dataset:
 
 
 def best(scores: np.ndarray) -> np.ndarray:
-    """The places of the `TOP` highest of scores `(..., P)`."""
+    """The indices of the `TOP` highest scores, of scores `(..., P)`."""
     return np.argsort(-scores, axis=-1, kind="stable")[..., :TOP]
 
 
 def reranked(model: CrossEncoder, search: Search, found: np.ndarray) -> np.ndarray:
-    """Scores `(Q, P)` by the model for the `TOP` paragraphs with the highest scores `found`."""
+    """The model's scores `(Q, P)` for the `TOP` paragraphs with the highest scores `found`; `-inf` for all others."""
     places = best(found)
     pairs = [
         (question, search.paragraphs[place])
         for question, row in zip(search.questions, places, strict=True)
         for place in row
     ]
-    read = model.predict(pairs, activation_fn=nn.Identity())  # a sigmoid makes ties
+    predicted = model.predict(pairs, activation_fn=nn.Identity())  # a sigmoid would round high scores to ties
     scores = np.full_like(found, -np.inf)
-    np.put_along_axis(scores, places, read.reshape(places.shape), axis=1)
+    np.put_along_axis(scores, places, predicted.reshape(places.shape), axis=1)
     return scores
 
 
@@ -133,7 +133,7 @@ def reranked(model: CrossEncoder, search: Search, found: np.ndarray) -> np.ndarr
 
 @dataclass
 class RecipeArguments(SearchArguments):
-    negatives: int = field(default=1, metadata={"help": "Wrong paragraphs per question to learn from."})
+    negatives: int = field(default=1, metadata={"help": "Wrong paragraphs per question in training."})
     eval_rows: int = field(default=150, metadata={"help": "Maximum number of questions for evaluation."})
 
 
@@ -152,14 +152,14 @@ model = CrossEncoder("path/to/this/folder", model_kwargs={"attn_implementation":
 model.rank("Who wrote the play?", ["The play was written by Ben Jonson.", "It rained all day in London."])
 """
 LIMITS = (
-    "It sorts texts that a search has found, and cannot find those that the search has missed. `hybrid_mrr@10` is that "
-    "of the sum of its scores and those of BM25, each standardized."
+    "It reranks texts that a search has found, and cannot find texts that the search has missed. `hybrid_mrr@10` is "
+    "the MRR of the sum of its scores and those of BM25, each standardized."
 )
 ABOUT = About(
     recipe="reranking",
     task="text-ranking",
     metrics=[HYBRID, *METRICS],
-    title="Sorting the results of a search",
+    title="Reranking search results",
     usage=USAGE,
     limits=LIMITS,
     library="sentence-transformers",

@@ -1,9 +1,9 @@
 """
-Fine-tunes a BERT-like checkpoint to classify texts, with the stock `Trainer`, on batches that carry lengths.
+Fine-tunes a BERT-like checkpoint to classify texts with the stock `Trainer`, on batches with lengths.
 
     python recipes/sequence_classification.py
 
-uses the sample reviews and MiniLM. To train the stock model on padded batches too, from the same weights:
+uses film reviews and MiniLM. To also train the stock model on padded batches, from the same weights:
 
     python recipes/sequence_classification.py --baseline
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def encode_labels(data: DatasetDict) -> DatasetDict:
-    """Encodes labels as classes, in the sorted order of `train`."""
+    """Encodes labels as classes. The order is that of the sorted labels of `train`."""
     label = data["train"].features["label"]
     if not isinstance(label, ClassLabel):
         label = ClassLabel(names=[str(name) for name in sorted(set(data["train"]["label"]))])
@@ -113,7 +113,7 @@ from transformers import pipeline
 classifier = pipeline("text-classification", model="path/to/this/folder")
 classifier("A film to remember.")
 """
-LIMITS = "Every text gets one of the labels, whatever it is about. Its probabilities have not been calibrated."
+LIMITS = "Every text gets one of the labels, whatever it is about. The probabilities are not calibrated."
 ABOUT = About(
     recipe="sequence_classification",
     task="text-classification",

@@ -1,19 +1,20 @@
 """
-Trains a speech recogniser from random weights, with the stock `Trainer`, on batches of frames that carry lengths.
+Trains a speech recogniser from random weights with the stock `Trainer`, on batches of frames with lengths.
 
     python recipes/speech_recognition.py
 
-uses short phrases of spoken Spanish. To train the same model on padded batches too:
+uses short phrases of spoken Spanish. To also train the same model on padded batches:
 
     python recipes/speech_recognition.py --baseline
 
-With your own recordings, in any format that libsndfile reads, beside a `metadata.csv` with the columns `file_name` and
-`text`:
+With a folder of your own recordings, in any format that libsndfile reads, and a `metadata.csv` with the columns
+`file_name` and `text`:
 
     python recipes/speech_recognition.py --dataset path/to/folder --num_hidden_layers 12 --hidden_size 512
 
-Log-mel frames go through two convolutions and an encoder; connectionist temporal classification (CTC) spells the text.
-All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`.
+Log-mel frames pass through two convolutions and an encoder, which is trained with connectionist temporal classification
+(CTC) on characters. All options of `TrainingArguments` apply. Results, model card and model are written to
+`--output_dir`.
 """
 
 import support.threads  # noqa: F401
@@ -103,7 +104,7 @@ def normalize(text: str) -> str:
 
 
 def make_tokenizer(texts: Iterable[str]) -> Wav2Vec2CTCTokenizer:
-    """A tokenizer with a token per character of the texts; the first, `<pad>`, is the blank of CTC."""
+    """A tokenizer with a token for each character of the texts. The first token, `<pad>`, is the blank of CTC."""
     characters = sorted(set("".join(texts)) - {" "})
     vocabulary = {character: i for i, character in enumerate(["<pad>", "<unk>", "|", *characters])}
     with TemporaryDirectory() as folder:  # one per process
@@ -115,7 +116,7 @@ def make_tokenizer(texts: Iterable[str]) -> Wav2Vec2CTCTokenizer:
 def extract_features(
     texts: DatasetDict, extractor: Speech2TextFeatureExtractor, tokenizer: Wav2Vec2CTCTokenizer
 ) -> DatasetDict:
-    """Computes `input_features (T, MEL_BINS)`, a frame every 10 ms, and `labels` from `file_name` and `text`."""
+    """Computes `input_features (T, MEL_BINS)`, one frame every 10 ms, and `labels` from `file_name` and `text`."""
 
     def extract(row: dict[str, str]) -> dict[str, Any]:
         return {
@@ -170,7 +171,7 @@ def make_model(recipe: "RecipeArguments", tokenizer: Wav2Vec2CTCTokenizer) -> Dy
 
 
 def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
-    """The token of each frame `(B, T)`. For absent frames logits are 0, which gives the first token, the blank."""
+    """The most likely token of each frame `(B, T)`. Absent frames have logits of 0, so they get token 0, the blank."""
     return logits.argmax(-1)
 
 
@@ -195,9 +196,9 @@ class RecipeArguments(CommonArguments):
         default="sample:phrases",
         metadata={"help": "A folder of recordings with `metadata.csv`, or a sample."},
     )
-    hidden_size: int = field(default=192, metadata={"help": "Width of the encoder; 64 a head."})
+    hidden_size: int = field(default=192, metadata={"help": "Hidden size of the encoder, with heads of 64."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the encoder."})
-    dropout: float = field(default=0.2, metadata={"help": "Of hidden states and attention weights."})
+    dropout: float = field(default=0.2, metadata={"help": "Dropout of hidden states and attention weights."})
 
 
 DEFAULTS = {
@@ -218,14 +219,14 @@ sound, sampling_rate = soundfile.read("speech.wav")  # one channel, 16,000 Hz
 recognizer({"raw": sound, "sampling_rate": sampling_rate})
 """
 LIMITS = (
-    "It recognises voices, accents and microphones unlike those of its data less well. It spells by ear and knows no "
-    "words."
+    "It is less accurate on voices, accents and microphones that differ from its training data. It spells by ear and "
+    "knows no words."
 )
 ABOUT = About(
     recipe="speech_recognition",
     task="automatic-speech-recognition",
     metrics=["cer", "wer"],
-    title="Speech recognition by characters",
+    title="Character-level speech recognition",
     usage=USAGE,
     limits=LIMITS,
     unit="frames",

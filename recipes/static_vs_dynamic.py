@@ -1,20 +1,21 @@
 """
-Measures whether dynamic masking is better than static masking, on small new models and several seeds:
+Measures whether dynamic masking is better than static masking, with small new models and several seeds. There are three
+parts:
 
-    padding    film reviews are classified on rows padded to one fixed size, against rows with lengths
-    targets    a masked language model learns targets drawn once or ten times, against targets drawn again
-               in each epoch, and is then fine-tuned to classify film reviews
-    masks      a language model learns under one mask, against a window that widens during training
+    padding    classification of film reviews: rows padded to one fixed size, against rows with lengths
+    targets    masked language modeling, then fine-tuning to classify film reviews: targets drawn once or ten
+               times, against targets drawn again in every epoch
+    masks      causal language modeling: one mask, against a window that widens during training
 
     python recipes/static_vs_dynamic.py
 
-The seeds are `--seed` and the numbers after it. All variants of a part have the same seeds, hence the same initial
+The seeds are `--seed` and the numbers after it. All variants of a part use the same seeds, and so the same initial
 weights and order of examples. To run a single part on more seeds:
 
     python recipes/static_vs_dynamic.py --parts targets --num_seeds 5
 
-Other options of `TrainingArguments` apply to every part; `--num_train_epochs` is for the classifiers. Results, card and
-figure are written to `--output_dir`.
+Other options of `TrainingArguments` apply to all parts, except `--num_train_epochs`, which applies to the classifiers.
+Results, card and figure are written to `--output_dir`.
 """
 
 import support.threads  # noqa: F401
@@ -59,16 +60,17 @@ from support.variants import Measured, Variants, make_figure, measure, report, v
 FINAL_MASK = "causal"
 WIDENING = {0: "causal & window(31, 0)", 0.4: "causal & window(127, 0)", 0.8: FINAL_MASK}
 PARTS = {
-    "padding": "A new model learns to classify. `fixed size`: the stock BERT, all rows of `max_length`; `longest of "
-    "batch`: the same, rows filled up to the longest of their batch; `lengths`: our model, nothing filled up.",
-    "targets": "A new masked language model learns for `target_epochs` (`seconds`) and is fine-tuned to classify. Its "
-    "targets are `drawn once`, `drawn ten times` (BERT: the epochs take turns) or `drawn in each epoch` (RoBERTa). The "
-    "loss is that of targets in held-out texts, the same for all. `frequencies` of tokens serve in place of a model.",
-    "masks": f"A new language model learns and is evaluated. `fixed`: under the mask `{FINAL_MASK}`; `widening`: under "
+    "padding": "A new model is trained to classify. `fixed size`: the stock BERT, rows padded to `max_length`; "
+    "`longest of batch`: the same, rows padded to the longest row of their batch; `lengths`: our model, no padding.",
+    "targets": "A new masked language model is trained for `target_epochs` (its `seconds` are given) and fine-tuned to "
+    "classify. Its targets are `drawn once`, `drawn ten times` (as in BERT: the epochs use the copies in turn) or "
+    "`drawn in each epoch` (as in RoBERTa). The loss is measured on the same held-out targets for all variants. "
+    "`frequencies` predicts from token frequencies, without a model.",
+    "masks": f"A new language model is trained and evaluated. `fixed`: with the mask `{FINAL_MASK}`; `widening`: with "
     + ", ".join(f"`{mask}` from {start:.0%} of the steps on" for start, mask in WIDENING.items())
-    + ". `frequencies` of tokens serve in place of a model.",
+    + ". `frequencies` predicts from token frequencies, without a model.",
 }
-UNTRAINED = "frequencies"  # of each token
+UNTRAINED = "frequencies"  # the variant without a model: predictions from token frequencies
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class Reviews(NamedTuple):
-    """Examples with `input_ids` and `label`, their tokenizer, and the names of the labels."""
+    """Examples with `input_ids` and `label`, their tokenizer, and the label names."""
 
     data: DatasetDict
     tokenizer: PreTrainedTokenizerBase
@@ -278,18 +280,18 @@ class RecipeArguments(ReportArguments):
     )
     documents: str = field(
         default="sample:wikitext",
-        metadata={"help": "Of `masks`: a Hub id, a csv, json, parquet or text file or a sample, with column `text`."},
+        metadata={"help": "For `masks`: a Hub id, a csv, json, parquet or text file or a sample, with column `text`."},
     )
-    hidden_size: int = field(default=64, metadata={"help": "Of the new models."})
-    num_layers: int = field(default=2, metadata={"help": "Of the new models."})
+    hidden_size: int = field(default=64, metadata={"help": "Hidden size of the new models."})
+    num_layers: int = field(default=2, metadata={"help": "Layers of the new models."})
     vocab_size: int = field(default=2000, metadata={"help": "Size of the vocabulary learned from the training data."})
     max_length: int = field(default=128, metadata={"help": "Tokens per review, and the width of rows of fixed size."})
     target_rows: int = field(default=350, metadata={"help": "Maximum number of reviews for masked language modeling."})
-    target_epochs: int = field(default=40, metadata={"help": "Of masked language modeling."})
-    document_rows: int = field(default=250, metadata={"help": "Maximum number of training documents of `masks`."})
-    document_length: int = field(default=1024, metadata={"help": "Tokens per document; longer ones are truncated."})
+    target_epochs: int = field(default=40, metadata={"help": "Epochs of masked language modeling."})
+    document_rows: int = field(default=250, metadata={"help": "Maximum number of training documents for `masks`."})
+    document_length: int = field(default=1024, metadata={"help": "Tokens per document; longer ones are split."})
     document_batch_size: int = field(default=4, metadata={"help": "Documents per batch."})
-    document_epochs: int = field(default=2, metadata={"help": "Of the language model."})
+    document_epochs: int = field(default=2, metadata={"help": "Epochs of the language model."})
 
 
 DEFAULTS = {
@@ -301,13 +303,13 @@ DEFAULTS = {
     "logging_steps": 100,
 }
 LIMITS = (
-    "What is best for models of this size, on these texts and for so few steps, need not be best for larger models and "
-    "longer trainings. Times were measured on a machine that may have done other work at the time."
+    "What is best for models of this size, these texts and so few steps may not be best for larger models and longer "
+    "training. Times were measured on a machine that may have been busy with other work."
 )
 
 
 def make_card(results: Results) -> ModelCard:
-    return variants_card(results, title="Static against dynamic masking", limits=LIMITS)
+    return variants_card(results, title="Static versus dynamic masking", limits=LIMITS)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ Trains an encoder-decoder from random weights to summarise, with the stock `Seq2
 
     python recipes/summarization.py
 
-uses the beginnings of news articles and their highlights. To train the stock model on padded batches too:
+uses the beginnings of news articles and their summaries. To also train the stock model on padded batches:
 
     python recipes/summarization.py --baseline
 
@@ -11,8 +11,8 @@ With your own texts, from the Hub or from disk (columns `text` and `summary`), a
 
     python recipes/summarization.py --dataset articles.csv --max_source_tokens 1024 --num_train_epochs 10
 
-All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`. The
-metrics are rouge-score's own, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
+All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`. Metrics
+come from rouge-score itself, since `evaluate` would download its wrapper from the Hub.
 """
 
 import support.threads  # noqa: F401
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         training,
         data_collator=DataCollatorForSeq2SeqWithLengths(tokenizer, model),
         train_dataset=data["train"],
-        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: annotated for data sets of torch only
         processing_class=tokenizer,
         compute_metrics=Evaluation(score, tokenizer, references),
     )
@@ -114,7 +114,7 @@ batch = tokenizer(["An article."], truncation=True, max_length=128, return_tenso
 tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)
 """
 LIMITS = (
-    "It reads only the beginning of a text and may state what the text does not say, which the metrics do not notice."
+    "It reads only the beginning of a text. It may state what the text does not say, which the metrics do not detect."
 )
 ABOUT = About(
     recipe="summarization",

@@ -1,10 +1,9 @@
 """
-Trains a character-level tagger of names from random weights with the stock `Trainer`, on batches that carry
-lengths.
+Trains a character-level tagger of names from random weights with the stock `Trainer`, on batches with lengths.
 
     python recipes/token_classification.py
 
-uses sentences of Chinese news with persons, places and organisations. To train the stock BERT on padded batches too,
+uses sentences of Chinese news with persons, places and organisations. To also train the stock BERT on padded batches,
 from the same weights:
 
     python recipes/token_classification.py --baseline
@@ -13,8 +12,8 @@ With your own checkpoint and data, from the Hub or from disk (columns `tokens` a
 
     python recipes/token_classification.py --model google-bert/bert-base-chinese --dataset names.jsonl
 
-All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`. The metrics
-are seqeval's own, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
+All options of `TrainingArguments` apply. Results, model card and model are written to `--output_dir`. Metrics come from
+seqeval itself, since `evaluate` would download its wrapper from the Hub.
 """
 
 import support.threads  # noqa: F401
@@ -127,7 +126,7 @@ def load_sentences(source: str) -> DatasetDict:
 
 
 def encode_tags(data: DatasetDict) -> DatasetDict:
-    """Encodes tags as classes; tags that are texts are sorted."""
+    """Encodes tags as classes. Tags that are texts are sorted first."""
     if isinstance(data["train"].features["ner_tags"].feature, ClassLabel):
         return data
     names = {tag for rows in data.values() for tags in rows["ner_tags"] for tag in tags}
@@ -152,7 +151,7 @@ def new_tokenizer(sentences: Iterable[list[str]]) -> PreTrainedTokenizerBase:
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Splits sentences into pieces of at most `max_length` tokens; the first token of a word has its tag."""
+    """Splits sentences into pieces of at most `max_length` tokens. The first token of a word gets the word's tag."""
 
     def encoded(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         pieces = tokenizer(
@@ -172,7 +171,7 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 
 def spread(tags: Sequence[int], words: Sequence[int | None]) -> list[int]:
-    """Labels the first token of each word with its tag."""
+    """Labels of tokens: the first token of a word has the word's tag, all other tokens are ignored."""
     before = [None, *words]
     return [
         IGNORED if word is None or word == previous else tags[word]
@@ -203,7 +202,7 @@ def new_model(recipe: "RecipeArguments", tokenizer: Any, settings: dict[str, Any
 
 
 def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
-    """The class of each token `(B, T)`."""
+    """The most likely class of each token `(B, T)`."""
     return logits.argmax(-1)
 
 
@@ -257,8 +256,8 @@ class RecipeArguments(DropoutArguments):
         metadata={"help": "A Hub id, a json or parquet file or a sample, with the columns `tokens` and `ner_tags`."},
     )
     max_length: int = field(default=512, metadata={"help": "Tokens per sentence; longer ones are split."})
-    hidden_size: int = field(default=128, metadata={"help": f"Of a new model; {HEAD_SIZE} a head."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "Of a new model."})
+    hidden_size: int = field(default=128, metadata={"help": f"Hidden size of a new model, with heads of {HEAD_SIZE}."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of a new model."})
 
 
 DEFAULTS = {
@@ -277,14 +276,14 @@ tagger = pipeline("token-classification", model="path/to/this/folder", aggregati
 tagger("新华社记者兰红光摄")
 """
 LIMITS = (
-    "It finds names like those in its data, and misses or splits others: do not rely on it to find, or to "
-    "hide, all persons in a text."
+    "It finds names like those in its training data, and misses or splits others. Do not rely on it to find or to "
+    "redact all persons in a text."
 )
 ABOUT = About(
     recipe="token_classification",
     task="token-classification",
     metrics=["f1", "precision", "recall"],
-    title="Names in texts",
+    title="Named entity recognition",
     usage=USAGE,
     limits=LIMITS,
 )

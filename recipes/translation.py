@@ -3,7 +3,7 @@ Trains an encoder-decoder from random weights to translate, with the stock `Seq2
 
     python recipes/translation.py
 
-uses short English sentences and their Spanish translations. To train the stock model on padded batches too:
+uses short English sentences and their Spanish translations. To also train the stock model on padded batches:
 
     python recipes/translation.py --baseline
 
@@ -11,8 +11,8 @@ With your own pairs, from the Hub or from disk (columns `source` and `target`), 
 
     python recipes/translation.py --dataset pairs.csv --hidden_size 512 --num_hidden_layers 6 --num_train_epochs 10
 
-All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`. The
-metrics are sacrebleu's own chrF and BLEU, since `evaluate`, which wraps it, would fetch the wrapper from the Hub.
+All options of `Seq2SeqTrainingArguments` apply. Results, model card and model are written to `--output_dir`. Metrics
+come from sacrebleu itself, since `evaluate` would download its wrapper from the Hub.
 """
 
 import support.threads  # noqa: F401
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         training,
         data_collator=DataCollatorForSeq2SeqWithLengths(tokenizer, model),
         train_dataset=data["train"],
-        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: its annotation admits those of torch alone
+        eval_dataset=data["test"],  # pyright: ignore[reportArgumentType]: annotated for data sets of torch only
         processing_class=tokenizer,
         compute_metrics=Evaluation(score, tokenizer, references),
     )
@@ -100,7 +100,7 @@ batch = tokenizer(["I like it.", "Where do you live?"], padding=True, return_ten
 tokenizer.batch_decode(model.generate(**batch, num_beams=4), skip_special_tokens=True)
 """
 LIMITS = (
-    "It may omit, add or reverse what is said without any sign of it. The metrics compare characters and "
+    "It may omit, add or reverse parts of the meaning without any sign of it. The metrics compare characters and "
     "words, not meaning."
 )
 ABOUT = About(

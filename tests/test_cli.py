@@ -219,7 +219,7 @@ def test_env_without_an_accelerator(monkeypatch):
     assert result.exit_code == 0
     assert f"torch {torch.__version__}, " in result.output
     assert "; device: cpu\n" in result.output
-    reason = "chosen on CUDA devices alone; got 'cpu'"
+    reason = "chosen only on CUDA devices; got 'cpu'"
     rows = [
         (text, "all", "blocks", f"varlen: {reason}\nbanded: {reason}\nflex: {reason}") for text in cli.KINDS_OF_MASKS
     ]
@@ -297,10 +297,10 @@ def test_env_on_cuda(monkeypatch):
     assert rows[2] == (window, "bfloat16\nbfloat16, dropout", "varlen", "")
     assert rows[3][:3] == (window, "float32\nfloat32, dropout", "banded")
     why = rows[3][3].replace("\n", " ")
-    assert "got torch.float32; memory-efficient attention: it serves `full` and `causal`" in why
+    assert "got torch.float32; memory-efficient attention: it supports `full` and `causal`" in why
     general = (
-        "varlen: it serves `full`, `causal` and windows; got 'causal | prefix(16)'\n"
-        "banded: it serves windows between the tokens of one layout; got 'causal | prefix(16)'"
+        "varlen: it supports `full`, `causal` and windows; got 'causal | prefix(16)'\n"
+        "banded: it supports windows between the tokens of one layout; got 'causal | prefix(16)'"
     )
     assert rows[-3:-1] == [
         ("causal | prefix(16)", "bfloat16\nfloat32", "flex", general),

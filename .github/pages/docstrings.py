@@ -1,4 +1,4 @@
-"""Docstrings in the Hugging Face format as Markdown: griffe knows that of Google, which it resembles."""
+"""Converts docstrings in the Hugging Face format to Markdown, since griffe does not know that format."""
 
 import re
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ LINK = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
 
 class HuggingFaceDocstrings(Extension):
     """
-    Rewrites the docstrings of what a package exports when it is loaded: sections, entries, and links such as
-    [`set_mask`]. An entry that has not the form of the others is a warning.
+    Rewrites the docstrings of a package's public names when the package is loaded: sections, entries, and links such as
+    [`set_mask`]. Warns about entries that are not in the format.
     """
 
     def on_package(self, *, pkg: Module, **kwargs) -> None:
@@ -37,7 +37,7 @@ class HuggingFaceDocstrings(Extension):
 
 
 def objects(parent: Object) -> Iterator[Object]:
-    """All objects in a module or class, itself among them; what it imports belongs to others."""
+    """A module or class and all objects in it, except imported ones."""
     yield parent
     for member in parent.members.values():
         if not member.is_alias:
@@ -47,9 +47,9 @@ def objects(parent: Object) -> Iterator[Object]:
 def to_markdown(docstring: str, public: set[str], path: str) -> str:
     """
     Args:
-        docstring (`str`): In the Hugging Face format.
+        docstring (`str`): A docstring in the Hugging Face format.
         public (`set[str]`): Names of the package that can be linked to.
-        path (`str`): Whose docstring it is, for warnings.
+        path (`str`): The object that the docstring belongs to, for warnings.
     """
 
     def section(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""What pages take from the package and from the README, so that it is said once."""
+"""Inserts pictures of masks, and tables of the README, into the pages."""
 
 import re
 from html import escape
@@ -33,7 +33,7 @@ def on_page_markdown(markdown: str, **kwargs) -> str:
 
 
 def table_of_readme(head: str) -> str:
-    """The table whose first row has this text."""
+    """The table of the README whose first row contains this text."""
     tables = re.findall(r"(?:^\|.*\n)+", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = [table for table in tables if head in table.partition("\n")[0]]
     if len(found) != 1:
@@ -42,7 +42,7 @@ def table_of_readme(head: str) -> str:
 
 
 def gallery(source: str, *args, **kwargs) -> str:
-    """A fenced block of lines `MASK: what it is for` as cards with pictures."""
+    """Renders a fenced block of lines `MASK: what it is for` as cards with pictures."""
     return f'<div class="gallery">{"".join(map(card, source.splitlines()))}</div>'
 
 
@@ -52,7 +52,7 @@ def card(line: str) -> str:
 
 
 def picture(text: str) -> str:
-    """The cells of a mask over two sequences as SVG; heads that differ are side by side."""
+    """The cells of a mask over two sequences, as SVG. Heads that differ are side by side."""
     mask = masks.parse(text)
     heads = 2 if text.startswith("heads") else 1
     fields = {name: FIELDS[name] for name in mask.fields}
@@ -65,7 +65,7 @@ def picture(text: str) -> str:
 
 
 def panel(allowed: Tensor, left: int) -> str:
-    """One head: `allowed` has shape (batch, query, key)."""
+    """The picture of one head. `allowed` has shape (batch, query, key)."""
     shapes, start = [], 0
     for cells, length in zip(allowed, LENGTHS.tolist(), strict=True):
         corner = f'x="{left + start * CELL}" y="{start * CELL}"'

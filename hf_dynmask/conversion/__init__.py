@@ -1,4 +1,4 @@
-"""Converts stock checkpoints to DynMask models with the same outputs, and back; all weights stay bit-equal."""
+"""Converts stock checkpoints to DynMask models with the same outputs, and back. All weights stay bit-equal."""
 
 from .engine import from_transformers, to_transformers
 

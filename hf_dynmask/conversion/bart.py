@@ -1,10 +1,10 @@
 """BART (arXiv:1910.13461), after `transformers.models.bart.modeling_bart`. Marian shares its two sides.
 
-`BartForSequenceClassification` reads the decoder at the source's last `</s>`, ours at the last token. They agree for
-sources that end in `</s>`, as BART's tokenizer makes them, and decoder inputs made from such sources.
+`BartForSequenceClassification` reads the decoder at the position of the source's last `</s>`; our model reads it at the
+last token. They agree if the source ends in `</s>`, as with BART's tokenizer, and the decoder inputs are made from it.
 """
 
-# The sides are optional only until the configuration has been made.
+# The sides are optional only until the configuration's constructor has run.
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from ..modeling.configuration_dynmask_seq2seq import DynMaskSeq2SeqConfig
 from .family import Family, Names, Settings, classifier_dropout
 
-_OFFSET = 2  # `BartLearnedPositionalEmbedding` has two rows before that of the first token
+_OFFSET = 2  # in `BartLearnedPositionalEmbedding`, two rows come before the row of the first position
 _SIZES = {"num_hidden_layers": "layers", "num_attention_heads": "attention_heads", "intermediate_size": "ffn_dim"}
 _MODULES_OF_SIDE = {
     "embeddings.position_embeddings": "embed_positions",
@@ -46,12 +46,12 @@ RENAMED = {
     "attention_probs_dropout_prob": "attention_dropout",
     "initializer_range": "init_std",
 }
-# Dropouts that have no counterpart here.
+# Kinds of dropout that have no counterpart here.
 NO_DROPOUT = {"activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 
 
 def sides(config: PreTrainedConfig) -> Settings:
-    """What BART and Marian share: the sizes of both sides and the factor of the embeddings."""
+    """Settings that BART and Marian share: the sizes of both sides and the scale of the embeddings."""
     sizes = {side: {ours: getattr(config, f"{side}_{theirs}") for ours, theirs in _SIZES.items()} for side in SIDES}
     return sizes | {"embedding_scale": config.d_model**0.5 if config.scale_embedding else 1.0}
 
@@ -68,7 +68,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
     return sides(config) | {
         "position_offset": _OFFSET,
         "max_position_embeddings": config.max_position_embeddings + _OFFSET,
-        # `BartClassificationHead` has its dropout on both sides of the dense layer that is our pooler.
+        # `BartClassificationHead` has dropout before and after the dense layer, which is our pooler.
         "pooler_dropout": config.classifier_dropout if task == "sequence-classification" else 0.0,
     }
 
@@ -81,7 +81,7 @@ def _restored(config: DynMaskSeq2SeqConfig, task: str) -> Settings:
 
 
 def _required(config: PreTrainedConfig, task: str) -> Settings:
-    return NO_DROPOUT | {"tie_word_embeddings": True}  # without it the two sides share no embeddings, either
+    return NO_DROPOUT | {"tie_word_embeddings": True}  # without it, the two sides do not share embeddings either
 
 
 BART = Family(

@@ -25,12 +25,12 @@ RENAMED = {"norm_eps": "layer_norm_eps"}
 
 
 def tied_bias(config: PreTrainedConfig, task: str) -> Settings:
-    """Untied masked-LM heads have a second bias that no output depends on and that our models lack."""
+    """Requires tied embeddings for masked LM: an untied head has a second, unused bias, which our models lack."""
     return {"tie_word_embeddings": True} if task == "masked-lm" else {}
 
 
 def token_types(config: PreTrainedConfig) -> int:
-    """Rows of the token type table; the stock code adds a token type even if none is given."""
+    """Rows of the token type embedding. The stock code adds a token type even if none is configured."""
     return max(config.type_vocab_size, 1)
 
 
@@ -43,7 +43,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
 
 
 def restored(config: DynMaskConfig, task: str) -> Settings:
-    """A question answering head has no dropout, whatever the setting says."""
+    """Leaves out the dropout of a question answering head, which has none whatever the setting."""
     return {"classifier_dropout": None} if task == "question-answering" else {}
 
 

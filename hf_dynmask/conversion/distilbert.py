@@ -1,6 +1,6 @@
 """DistilBERT (arXiv:1910.01108), after `transformers.models.distilbert.modeling_distilbert`.
 
-With `sinusoidal_pos_embds` positions are still weights, only initialised with sines, in the stock model and here.
+With `sinusoidal_pos_embds`, positions are still weights in both models; they are only initialised with sines.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..modeling.configuration_dynmask import DynMaskConfig
 from .family import TOKEN_HEADS, Family, Names, Settings, classifier_dropout
 
-# Settings for the dropout before a classifier; `DistilBertForTokenClassification` uses that of the hidden layers.
+# Names of the dropout before a classifier. `DistilBertForTokenClassification` uses the dropout of the hidden layers.
 _DROPOUT = {
     "sequence-classification": "seq_classif_dropout",
     "multiple-choice": "seq_classif_dropout",

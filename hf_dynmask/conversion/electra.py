@@ -18,7 +18,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
     }
     if task == "question-answering":
         settings["classifier_dropout"] = 0.0
-    if task == "sequence-classification":  # `ElectraClassificationHead`: dropout on both sides of the dense layer
+    if task == "sequence-classification":  # `ElectraClassificationHead` has dropout before and after the dense layer
         settings["pooler_dropout"] = classifier_dropout(config)
     if task == "multiple-choice":  # `ElectraSequenceSummary`
         settings["pooler_act"] = config.summary_activation or "linear"

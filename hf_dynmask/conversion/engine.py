@@ -1,4 +1,4 @@
-"""`from_transformers` and `to_transformers`: one implementation for all families, which are [`Family`] data."""
+"""`from_transformers` and `to_transformers`: one implementation for all families, which are described by [`Family`]."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ from .zero3 import whole_weights
 
 
 class Task(NamedTuple):
-    """The classes of a task: the stock ones by config class, and ours, one per config class."""
+    """The classes of a task: the stock classes by config class, and ours, one for each of our config classes."""
 
     stock: Mapping[type[PreTrainedConfig], Any]
     ours: tuple[Any, ...]
 
-    def ours_of(self, family: Family) -> Any:
+    def our_class(self, family: Family) -> Any:
         """Our class for models of `family`."""
         return next(cls for cls in self.ours if cls.config_class is family.config_class)
 
@@ -79,7 +79,8 @@ TASKS = {
 
 FAMILIES = all_families()
 
-# Stock settings, some from older releases, that change the function or have no counterpart here.
+# Values that stock settings must have, since other values change the outputs or have no counterpart here. Some are
+# settings of older releases.
 REQUIRED = {
     "is_decoder": False,
     "add_cross_attention": False,
@@ -88,8 +89,8 @@ REQUIRED = {
 }
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-COMPILED = "_orig_mod."  # in names of a compiled part of a model
-ADAPTED = (".base_layer", ".original_module")  # PEFT's name for a layer that it wraps
+COMPILED = "_orig_mod."  # part of the names of weights if a module is compiled
+ADAPTED = (".base_layer", ".original_module")  # PEFT's names for a layer that it wraps
 
 COMMON_FIELDS = {field.name for field in fields(DynMaskBaseConfig)}
 OUR_FIELDS = [field.name for field in fields(DynMaskConfig) if field.name not in COMMON_FIELDS]
@@ -108,30 +109,30 @@ def from_transformers(
             A folder, a Hub id, or a loaded stock model: an encoder of type `bert`, `camembert`, `distilbert`,
             `electra`, `eurobert`, `modernbert`, `roberta` or `xlm-roberta`; a decoder of type `gemma3_text`,
             `gpt2`, `llama`, `mistral`, `qwen2` or `qwen3`; or an encoder-decoder of type `bart` or `marian`. Sliding
-            windows become mask expressions. A loaded model may be compiled or wrapped for parallel training; PEFT
-            adapters must be merged.
+            windows become mask expressions. A loaded model may be compiled or wrapped for parallel training. PEFT
+            adapters must be merged first.
         task (`str`, *optional*):
             `"base"`, `"sequence-classification"`, `"token-classification"` or `"question-answering"`; for encoders also
-            `"masked-lm"` or `"multiple-choice"`, for decoders `"causal-lm"`. As in transformers, EuroBERT and Gemma 3
-            lack `"question-answering"`, the former also `"multiple-choice"`, the latter `"token-classification"`.
-            Encoder-decoders have `"base"`, `"seq2seq-lm"` and (BART) `"sequence-classification"`. `None`: the task of
-            the checkpoint's `architectures` or of the loaded model's class, or `"base"` if the checkpoint names no such
-            class.
+            `"masked-lm"` or `"multiple-choice"`; for decoders also `"causal-lm"`. As in transformers, EuroBERT has no
+            `"question-answering"` and `"multiple-choice"`, and Gemma 3 has no `"question-answering"` and
+            `"token-classification"`. Encoder-decoders have `"base"`, `"seq2seq-lm"` and (BART)
+            `"sequence-classification"`. `None`: the task of the class in the checkpoint's `architectures`, or of the
+            loaded model; `"base"` if the checkpoint names no class of a known task.
         overrides (*optional*):
-            Config fields. Fields of the stock config (`num_labels`, `hidden_dropout_prob`, …) are passed to the stock
-            model's `from_pretrained`, as are loading options (`dtype`, `revision`, …). Fields that only
+            Config fields. Fields of the stock config (`num_labels`, `hidden_dropout_prob`, …) and loading options
+            (`dtype`, `revision`, …) are passed to the stock model's `from_pretrained`. Fields that only
             [`DynMaskConfig`] has (`mask`, `layer_masks`, `attn_implementation`, …) are set on the converted config. For
-            a loaded model only fields of [`DynMaskConfig`] can be given. For an encoder-decoder the fields are those of
-            [`DynMaskSeq2SeqConfig`]: `encoder={...}` and `decoder={...}` say what differs from the stock sides.
+            a loaded model, only fields of [`DynMaskConfig`] can be given. For an encoder-decoder, they are fields of
+            [`DynMaskSeq2SeqConfig`], where `encoder={...}` and `decoder={...}` override fields of the two sides.
 
     Returns:
         [`DynMaskPreTrainedModel`]: The model for the task, with the dtype, device and mode (train or eval) of the stock
-        model; from a path or Hub id the mode is eval, as always in transformers. All parameters are trainable. A loaded
-        model is not changed and its weights are copied; weights read from a checkpoint are used without a copy.
+        model. From a path or Hub id, the model is in eval mode, as in transformers. All parameters are trainable. A
+        loaded model is not changed, and its weights are copied. Weights from a checkpoint are used without a copy.
 
     Raises:
         ValueError: The model type or task is unknown; the stock model has adapters or uses an unsupported feature; an
-            override cannot be applied; the weights do not fit.
+            override cannot be applied; the weights do not have the expected names and shapes.
 
     Example:
 
@@ -147,21 +148,21 @@ def from_transformers(
         stock_config = copy.deepcopy(stock.config)
         family = _family(stock_config.model_type)
         task = _task_of_model(stock, task)
-        set_on_ours, set_on_theirs = _split(overrides, stock_config)
-        _set(stock_config, set_on_theirs, family)
+        our_overrides, stock_overrides = _split(overrides, stock_config)
+        _set(stock_config, stock_overrides, family)
         _check_supported(stock_config, task)
     else:
         stock_config = AutoConfig.from_pretrained(source, **overrides)
         family = _family(stock_config.model_type)
         task = _task_of_checkpoint(stock_config, task)
-        set_on_ours, set_on_theirs = _split(overrides, stock_config)
+        our_overrides, stock_overrides = _split(overrides, stock_config)
         _check_supported(stock_config, task)
         with whole_weights():
-            stock = TASKS[task].stock[type(stock_config)].from_pretrained(source, **set_on_theirs)
-        stock = _plain(stock)  # it may have been loaded with an adapter
+            stock = TASKS[task].stock[type(stock_config)].from_pretrained(source, **stock_overrides)
+        stock = _plain(stock)  # raises if the checkpoint has an adapter
         stock_config = stock.config
     with no_init_weights():
-        model = TASKS[task].ours_of(family)(_our_config(stock_config, task, **set_on_ours))
+        model = TASKS[task].our_class(family)(_our_config(stock_config, task, **our_overrides))
     links = family.links(task, model.base_model_prefix, stock.base_model_prefix, _num_layers(model.config))
     with whole_weights(stock):
         _check_tables(stock, family)
@@ -169,13 +170,13 @@ def from_transformers(
         if isinstance(source, nn.Module):
             weights = _cloned(weights)
     _fill(model, to_ours(weights, links), family)
-    _hand_on(stock, model)
+    _copy_state(stock, model)
     return model
 
 
 def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None) -> PreTrainedModel:
     r"""
-    Converts a DynMask model to a stock model with bit-equal weights; the inverse of [`from_transformers`].
+    Converts a DynMask model to a stock model with bit-equal weights: the inverse of [`from_transformers`].
 
     Args:
         model ([`DynMaskPreTrainedModel`]): A model of this package, compiled or not, without PEFT adapters. It is not
@@ -184,8 +185,8 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
             A type that [`from_transformers`] takes. `None`: the type that the model was converted from.
 
     Returns:
-        [`PreTrainedModel`]: The stock model for the same task, with the same dtype, device and mode. Fields that
-        [`DynMaskConfig`] lacks (`sep_token_id`, …) have the stock config's defaults.
+        [`PreTrainedModel`]: The stock model for the same task, with the same dtype, device and mode. Config fields that
+        [`DynMaskConfig`] lacks (`sep_token_id`, …) have their default values.
 
     Raises:
         ValueError: No model type is given or known; the type cannot represent the model (rotary positions, a mask other
@@ -222,15 +223,15 @@ def to_transformers(model: DynMaskPreTrainedModel, model_type: str | None = None
     _fill(stock, to_theirs(weights, links, _weights(stock, family)), family)
     for table in _tables(stock, family).values():
         stock._init_weights(table.to(model.dtype))
-    _hand_on(model, stock)
+    _copy_state(model, stock)
     return stock
 
 
 def _plain(model: nn.Module) -> Any:
-    """Unwraps a model from `torch.compile` and parallel training.
+    """Removes the wrappers of `torch.compile` and parallel training from a model.
 
     Raises:
-        ValueError: It has adapters, which cannot be converted.
+        ValueError: The model has adapters, which cannot be converted.
     """
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, PARALLEL) else model.get_submodule("_orig_mod")
@@ -250,7 +251,7 @@ def _family(model_type: str) -> Family:
 
 
 def _without_conversion(model_type: str) -> str:
-    """What serves a stock model that cannot be converted, if anything does."""
+    """A hint for an error: whether a stock model that cannot be converted runs without conversion."""
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         return ""
     model_class: Any = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
@@ -259,7 +260,7 @@ def _without_conversion(model_type: str) -> str:
 
 
 def _find_task(config: PreTrainedConfig, class_names: list[str]) -> str | None:
-    """The task whose stock class for `config` has one of the names."""
+    """The task whose stock class for `config` is one of these names."""
     return next((task for task, stock in _stock_classes(config).items() if stock.__name__ in class_names), None)
 
 
@@ -289,17 +290,17 @@ def _task_of_model(model: PreTrainedModel, task: str | None) -> str:
 
 
 def _our_fields(config_class: type[PreTrainedConfig]) -> set[str]:
-    """Names that the constructor takes; for an encoder-decoder these include the fields of its sides."""
+    """The names of fields that the constructor takes. For an encoder-decoder, they include the fields of its sides."""
     names = {field.name for field in fields(config_class)}
     return names | OF_BOTH_SIDES if config_class is DynMaskSeq2SeqConfig else names
 
 
 def _split(overrides: Settings, stock_config: PreTrainedConfig) -> tuple[Settings, Settings]:
-    """Splits overrides into those of the converted config and those of the stock model's loading."""
-    fields_of_ours = _our_fields(FAMILIES[stock_config.model_type].config_class)
-    alone = {name for name in fields_of_ours if not hasattr(stock_config, name)} | {"attn_implementation"}
-    ours = {name: value for name, value in overrides.items() if name in alone}
-    return ours, {name: value for name, value in overrides.items() if name not in alone}
+    """Splits overrides into those for the converted config, and those for the stock config or loading."""
+    our_fields = _our_fields(FAMILIES[stock_config.model_type].config_class)
+    only_ours = {name for name in our_fields if not hasattr(stock_config, name)} | {"attn_implementation"}
+    ours = {name: value for name, value in overrides.items() if name in only_ours}
+    return ours, {name: value for name, value in overrides.items() if name not in only_ours}
 
 
 def _set(stock_config: PreTrainedConfig, overrides: Settings, family: Family) -> None:
@@ -346,7 +347,7 @@ def _stock_config(config: OurConfig, model_type: str, task: str) -> PreTrainedCo
 
 
 def _value(config: OurConfig, name: str) -> Any:
-    """A field of the configuration or, if an encoder-decoder has none of this name, of its decoder."""
+    """A field of the configuration. If an encoder-decoder has no such field, that of its decoder."""
     return getattr(config if hasattr(config, name) else config.decoder, name)
 
 
@@ -367,24 +368,23 @@ def _check_supported(stock_config: PreTrainedConfig, task: str) -> None:
 
 
 def _unrepresentable(config: OurConfig, model_type: str, task: str) -> list[str]:
-    """Reasons why a DynMask model cannot become a stock one: what a conversion there and back would change."""
+    """Reasons why a DynMask model cannot become a stock one: the settings that a round trip would change."""
     family = FAMILIES[model_type]
     if not isinstance(config, family.config_class):
         return [f"its configuration is a {family.config_class.__name__}, and the model's a {type(config).__name__}"]
     if task not in family.heads:
         return [f"it has no model for {task!r}"]
     stock_config = _stock_config(config, model_type, task)
-    expected, found = (_function(side, task) for side in (_our_config(stock_config, task), config))
+    expected, found = (_effective(each, task) for each in (_our_config(stock_config, task), config))
     return _differences(expected, found) + _unsupported(stock_config, task)
 
 
-def _function(config: OurConfig, task: str) -> Settings:
-    """The fields that determine what a model computes."""
+def _effective(config: OurConfig, task: str) -> Settings:
+    """The settings that determine what a model computes."""
     if isinstance(config, DynMaskSeq2SeqConfig):
-        of_sides = {
-            f"{side}.{name}": value for side in SIDES for name, value in _function(getattr(config, side), task).items()
-        }
-        return of_sides | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
+        by_side = {side: _effective(getattr(config, side), task) for side in SIDES}
+        settings = {f"{side}.{name}": value for side in SIDES for name, value in by_side[side].items()}
+        return settings | {name: getattr(config, name) for name in ("share_embeddings", "tie_word_embeddings")}
     unread = {"source_model_type", "layer_masks", "layer_types", "bos_token_id", "eos_token_id", "use_cache"}
     unread |= OF_CLASSIFIERS
     if task != "base":
@@ -400,16 +400,16 @@ def _function(config: OurConfig, task: str) -> Settings:
 
 
 def _classifier(config: DynMaskConfig, task: str) -> Settings:
-    """The settings of classifiers that a head reads: to one of tokens a pooler is nothing."""
+    """The settings of classifiers that the head reads. A token classifier does not use a pooler."""
     if task in POOLED or task == "base" and config.use_pooler:
         return {name: getattr(config, name) for name in OF_CLASSIFIERS}
     transform = config.classifier_transform
     return {"classifier_transform": "none" if transform == "pooler" else transform} if task in TOKEN_HEADS else {}
 
 
-def _once_if_equal(of_layers: list[Any]) -> Any:
+def _once_if_equal(values: list[Any]) -> Any:
     """The common value of all layers, or the list of values if they differ."""
-    return of_layers[0] if all(value == of_layers[0] for value in of_layers) else of_layers
+    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -418,14 +418,14 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[
 
 
 def _weights(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
-    """The weights of `model` without tables; of tied weights, only the one to which the others are tied."""
-    left_out = {*model.all_tied_weights_keys, *(f"{name}.weight" for name in _tables(model, family))}
+    """The weights of a model, without tables. Of tied weights, only the one that the others are tied to."""
+    skipped = {*model.all_tied_weights_keys, *(f"{name}.weight" for name in _tables(model, family))}
     weights = {name.replace(COMPILED, ""): weight for name, weight in model.state_dict().items()}
-    return {name: weight for name, weight in weights.items() if name not in left_out}
+    return {name: weight for name, weight in weights.items() if name not in skipped}
 
 
 def _tables(model: PreTrainedModel, family: Family) -> dict[str, nn.Module]:
-    """The modules of a stock model whose weights are computed by its code."""
+    """The modules of a stock model whose weights are computed, not learned, such as sinusoidal positions."""
     modules = ((name.replace(COMPILED, ""), module) for name, module in model.named_modules())
     return {name: module for name, module in modules if name.rpartition(".")[2] in family.tables}
 
@@ -434,7 +434,7 @@ def _check_tables(stock: PreTrainedModel, family: Family) -> None:
     for name, table in _tables(stock, family).items():
         computed = copy.deepcopy(table)
         stock._init_weights(computed)
-        given, expected = (each.get_parameter("weight") for each in (table, computed))
+        given, expected = (module.get_parameter("weight") for module in (table, computed))
         if not torch.allclose(given, expected, atol=1e-2):
             raise ValueError(f"`{name}` must hold what a {stock.config.model_type!r} model computes; got other values")
 
@@ -444,9 +444,9 @@ def _cloned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fill(model: PreTrainedModel, weights: dict[str, Tensor], family: Family) -> None:
-    """Makes the tensors the weights of `model`, without a copy."""
+    """Assigns weights to a model, without a copy."""
     shapes, expected = (
-        {name: tuple(weight.shape) for name, weight in side.items()} for side in (weights, _weights(model, family))
+        {name: tuple(weight.shape) for name, weight in each.items()} for each in (weights, _weights(model, family))
     )
     if problems := _differences(expected, shapes):
         raise ValueError(f"the weights do not fit: {'; '.join(problems)}")
@@ -454,8 +454,8 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor], family: Family) ->
     model.tie_weights()
 
 
-def _hand_on(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Copies device, mode and generation settings."""
+def _copy_state(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Gives a model the device, mode and generation settings of another."""
     target.to(source.device)  # pyright: ignore[reportArgumentType]: transformers wraps `to` without its type
     target.train(source.training)
     if source.can_generate() and target.can_generate():

@@ -1,4 +1,4 @@
-"""EuroBERT (arXiv:2503.05500), after `transformers.models.eurobert.modeling_eurobert`: a Llama that sees both sides."""
+"""EuroBERT (arXiv:2503.05500), after `transformers.models.eurobert.modeling_eurobert`: a bidirectional Llama."""
 
 from __future__ import annotations
 

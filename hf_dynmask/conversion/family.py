@@ -1,4 +1,4 @@
-"""The description of a family of stock models that converts its checkpoints to DynMask and back."""
+"""Describes a family of stock models, so that its checkpoints can be converted to DynMask and back."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ Names = Mapping[str | tuple[str, ...], str]
 Settings = dict[str, Any]
 OurConfig = DynMaskConfig | DynMaskSeq2SeqConfig
 
-# Heads with the same names in several families.
+# Heads whose names are the same in several families.
 TOKEN_HEADS: dict[str, Names] = {
     "token-classification": {"classifier": "classifier"},
     "question-answering": {"qa_outputs": "qa_outputs"},
 }
-# Tasks whose heads read what is pooled of a sequence.
+# Tasks whose heads read the pooled states of a sequence.
 POOLED = ("sequence-classification", "multiple-choice")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One stock architecture as data. Pairs are always ours -> theirs.
+    """One stock architecture as data. Mappings of names always go from ours to theirs.
 
-    Config fields with the same name on both sides carry over; a field of [`DynMaskConfig`] that the family does not
-    mention has its default.
+    Config fields with the same name on both sides are copied. A field of [`DynMaskConfig`] that the family does not
+    mention keeps its default.
 
     Args:
         model_types (`tuple[str, ...]`): The stock configurations' `model_type`.
         modules (`dict[str | tuple[str, ...], str]`):
-            Modules of the bare model that hold weights; `{i}` is the index of the layer. Several of ours may be equal
-            parts of one of theirs.
+            Modules of the base model that hold weights; `{i}` is the index of the layer. A tuple of our modules holds
+            equal parts of one stock module.
         heads (`dict[str, dict[str, str]]`):
-            For each task, further modules or single tensors, by their full names.
+            For each task, the modules or single tensors of the head, by their full names.
         renamed (`dict[str, str]`): Config fields whose names differ.
         implied (`Callable`):
             `(stock_config, task) -> dict`: fields of [`DynMaskConfig`] that follow from the stock code, or from
@@ -51,9 +51,9 @@ class Family:
         required (`Callable`, *optional*):
             `(stock_config, task) -> dict`: values that stock settings must have for the model to be convertible.
         transposed (`tuple[str, ...]`, *optional*):
-            Last parts of the names of stock modules that store weights as `(inputs, outputs)`.
+            Last part of the names of stock modules that store weights as `(inputs, outputs)`.
         tables (`tuple[str, ...]`, *optional*):
-            Last parts of the names of stock modules whose weights are computed rather than learned.
+            Last part of the names of stock modules whose weights are computed rather than learned.
         config_class (`type`, *optional*, defaults to [`DynMaskConfig`]):
             The class of our configuration. `renamed` and `implied` may name any field that its constructor takes.
     """
@@ -70,22 +70,23 @@ class Family:
     config_class: type[OurConfig] = DynMaskConfig
 
     def links(self, task: str, our_prefix: str, their_prefix: str, num_layers: int) -> dict[str, Link]:
-        """Links each stock module's full name to ours. A prefix is the bare model's name in a model with a head."""
+        """Links the full name of each stock module to ours. A prefix is the name of the base model in a model with a
+        head."""
         ours, theirs = ("", "") if task == "base" else (f"{our_prefix}.", f"{their_prefix}.")
-        pairs = [(ours, theirs, *pair) for pair in self.modules.items()]
-        pairs += [("", "", *pair) for pair in self.heads[task].items()]
+        entries = [(ours, theirs, *pair) for pair in self.modules.items()]
+        entries += [("", "", *pair) for pair in self.heads[task].items()]
         links = {}
-        for our_place, their_place, names, name in pairs:
-            names = (names,) if isinstance(names, str) else names
-            transposed = name.rpartition(".")[2] in self.transposed
+        for our_start, their_start, our_names, their_name in entries:
+            our_names = (our_names,) if isinstance(our_names, str) else our_names
+            transposed = their_name.rpartition(".")[2] in self.transposed
             for i in range(max(num_layers, 1)):
-                full = tuple(f"{our_place}{own}".format(i=i) for own in names)
-                links[f"{their_place}{name}".format(i=i)] = Link(full, transposed)
+                full_names = tuple(f"{our_start}{name}".format(i=i) for name in our_names)
+                links[f"{their_start}{their_name}".format(i=i)] = Link(full_names, transposed)
         return links
 
 
 def all_families() -> dict[str, Family]:
-    """The families by model type: all that the files beside this one declare."""
+    """All families that the modules of this package declare, by model type."""
     package = __name__.rpartition(".")[0]
     modules = [import_module(f"{package}.{found.name}") for found in iter_modules([str(Path(__file__).parent)])]
     families = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
@@ -93,5 +94,5 @@ def all_families() -> dict[str, Family]:
 
 
 def classifier_dropout(config: PreTrainedConfig) -> float:
-    """The dropout before a classifier in either configuration; `None` means `hidden_dropout_prob`."""
+    """The dropout before a classifier, in our configuration or a stock one. `None` means `hidden_dropout_prob`."""
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

@@ -1,7 +1,7 @@
 """Gemma 3 (arXiv:2503.19786), after `transformers.models.gemma3.modeling_gemma3`: its text model, causal or, as in
 EmbeddingGemma (arXiv:2509.20354), bidirectional.
 
-The stock model rounds the scale of its embeddings to the dtype of the weights; here it stays as it is.
+The stock model rounds the scale of its embeddings to the dtype of the weights; ours does not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from .modernbert import KINDS, restored_layers
 
 
 def _mask(width: int | None, is_causal: bool) -> str:
-    """The mask of a layer in which a token sees as many, itself included, before it and, if not causal, behind it."""
+    """The mask of a layer whose window has `width` tokens, including the query's own position, on the left and, unless
+    causal, on the right. `None` means no window."""
     if is_causal:
         return causal_window(width)
     return "full" if width is None else f"window({width - 1})"
@@ -40,7 +41,7 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
 def _restored(config: DynMaskConfig, task: str) -> Settings:
     layers, widest = restored_layers(config)
     is_causal = any(right == 0 for _, right in (mask.band() or (None, None) for mask in config.masks()))
-    if widest is not None:  # the stock configuration makes one side of a bidirectional window
+    if widest is not None:  # the constructor of the stock configuration halves the width of a bidirectional window
         layers["sliding_window"] = widest + 1 if is_causal else 2 * widest
     return layers | {"use_bidirectional_attention": not is_causal}
 

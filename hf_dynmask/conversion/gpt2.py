@@ -1,8 +1,8 @@
 """GPT-2 ("Language Models are Unsupervised Multitask Learners"), after `transformers.models.gpt2.modeling_gpt2`.
 
-The stock model adds the token embedding of `token_type_ids` if they are given; here they are ignored. As in every model
-of this package, the embedding of `pad_token_id` gets no gradient from inputs, even if a real token has that id; the
-stock model trains it.
+If `token_type_ids` are given, the stock model adds their token embeddings; our model ignores them. As in all models of
+this package, the embedding of `pad_token_id` gets no gradient from inputs, even if a real token has that id. The stock
+model trains it.
 """
 
 from __future__ import annotations

@@ -34,16 +34,17 @@ _CLASSIFIER_DROPOUT = 0.1
 
 
 def head_settings(config: PreTrainedConfig, task: str) -> Settings:
-    """A decoder's heads: dropout before a classifier of tokens alone; one of sequences is a matrix at the last token.
+    """Settings of a decoder's heads. Only a token classifier has dropout. A sequence classifier is a matrix at the last
+    token.
 
-    As in the stock code, that is the last token whose id is not `pad_token_id`; with `inputs_embeds`, where the stock
-    code reads the last column, and without such an id it is the last token.
+    As in the stock code, this is the last token whose id is not `pad_token_id`. Without a `pad_token_id`, and with
+    `inputs_embeds` (where the stock code reads the last column), it is the last real token.
     """
-    found = getattr(config, "classifier_dropout", None)
-    of_tokens = _CLASSIFIER_DROPOUT if found is None else found
-    without = dict.fromkeys(("question-answering", "sequence-classification"), 0.0)
+    given = getattr(config, "classifier_dropout", None)
+    token_dropout = _CLASSIFIER_DROPOUT if given is None else given
+    no_dropout = dict.fromkeys(("question-answering", "sequence-classification"), 0.0)
     return {
-        "classifier_dropout": {"token-classification": of_tokens, **without}.get(task),
+        "classifier_dropout": {"token-classification": token_dropout, **no_dropout}.get(task),
         "classifier_pooling": "last",
         "classifier_transform": "none",
         "classifier_bias": False,
@@ -57,7 +58,7 @@ def restored_head_dropout(config: DynMaskConfig, task: str) -> Settings:
 
 
 def decoder(config: PreTrainedConfig, task: str) -> Settings:
-    """Settings that follow from the stock code of this decoder."""
+    """Settings that follow from the stock code of the decoder."""
     return {
         "gated_feed_forward": True,
         "norm_type": "rms_norm",

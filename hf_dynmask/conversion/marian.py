@@ -1,9 +1,9 @@
-"""Marian (arXiv:1804.00344), after `transformers.models.marian.modeling_marian`: BART with fixed positions.
+"""Marian (arXiv:1804.00344), after `transformers.models.marian.modeling_marian`: BART with sinusoidal positions.
 
-The stock decoder also scales `decoder_inputs_embeds`; ours uses them unscaled.
+The stock decoder also scales `decoder_inputs_embeds`; ours does not.
 """
 
-# The sides are optional only until the configuration has been made.
+# The sides are optional only until the configuration's constructor has run.
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from .llama import DECODER, HEADS, RENAMED, decoder, restored_head_dropout
 
 
 def causal_window(width: int | None) -> str:
-    """The mask of a stock sliding window over `width` keys, including the query's own; `None`: all keys."""
+    """The mask of a stock sliding window over `width` keys, including the query's own. `None` means all keys."""
     return "causal" if width is None else f"causal & window({width - 1}, 0)"
 
 

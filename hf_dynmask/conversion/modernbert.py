@@ -24,13 +24,13 @@ def _implied(config: PreTrainedConfig, task: str) -> Settings:
         "attention_probs_dropout_prob": 0.0,
         "classifier_pooling": _POOLINGS[config.classifier_pooling],
         "classifier_transform": "lm_head",
-        "classifier_bias": True,  # the stock setting of this name is of the dense layer before
+        "classifier_bias": True,  # the stock setting with this name is for the dense layer before the classifier
         "use_pooler": False,
     }
 
 
 def restored_layers(config: DynMaskConfig) -> tuple[Settings, int | None]:
-    """Which layers slide, their rotary parameters, and how far to the left the widest window among them reaches."""
+    """The type and the rotary parameters of each layer, and how far to the left the widest window reaches."""
     widths = [left for left, _ in (mask.band() or (None, None) for mask in config.masks())]
     kinds = [KINDS[width is not None] for width in widths]
     rotary = dict(zip(kinds, config.rope_by_layer(), strict=True)) if config.rope_parameters else None
@@ -52,7 +52,7 @@ def _restored(config: DynMaskConfig, task: str) -> Settings:
 
 def _required(config: PreTrainedConfig, task: str) -> Settings:
     return {
-        # Ours has one dropout for embeddings and sublayers, and none inside the feed-forward layer.
+        # Our models have one dropout for embeddings and sublayers, and none inside the feed-forward layer.
         "embedding_dropout": 0.0,
         "attention_dropout": 0.0,
         "mlp_dropout": 0.0,

@@ -12,12 +12,12 @@ from .family import TOKEN_HEADS, Family, Settings, classifier_dropout
 def _implied(config: PreTrainedConfig, task: str) -> Settings:
     return {
         "type_vocab_size": token_types(config),
-        # `create_position_ids_from_input_ids`: the first token has the position after that of padding.
+        # `create_position_ids_from_input_ids`: positions start after `pad_token_id`, the position of padding.
         "position_offset": (config.pad_token_id or 0) + 1,
         "lm_head_act": "gelu",
-        # `RobertaClassificationHead` has its dropout on both sides of the dense layer that is our pooler.
+        # `RobertaClassificationHead` has dropout before and after the dense layer, which is our pooler.
         "pooler_dropout": classifier_dropout(config) if task == "sequence-classification" else 0.0,
-        # These heads do not read it.
+        # The heads of these two tasks do not read the setting.
         "classifier_dropout": {"multiple-choice": None, "question-answering": 0.0}.get(task, config.classifier_dropout),
     }
 

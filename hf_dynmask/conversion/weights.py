@@ -1,4 +1,4 @@
-"""Renames weights of a stock model to ours and back, splitting, joining or transposing them where needed."""
+"""Renames the weights of a stock model to ours and back, and splits, joins or transposes them where needed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Link(NamedTuple):
-    """The names in our model of the weights of one stock module, or of one stock tensor.
+    """Our names for the weights of one stock module, or for one stock tensor.
 
     Args:
-        ours (`tuple[str, ...]`): Our names; several hold equal parts of the outputs, in this order.
+        ours (`tuple[str, ...]`): Our names. If there are several, they hold equal parts of the outputs, in this order.
         transposed (`bool`): Whether the stock weight is `(inputs, outputs)`, as in transformers' `Conv1D`.
     """
 
@@ -21,7 +21,7 @@ class Link(NamedTuple):
     transposed: bool = False
 
     def split(self, theirs: Tensor) -> list[Tensor]:
-        """Our tensors that make up one of theirs; the tensor itself, without a copy, if it is a single one."""
+        """Splits a stock tensor into ours. If there is only one part, it is returned without a copy."""
         if self.transposed:
             theirs = theirs.t()
         parts = theirs.chunk(len(self.ours))
@@ -39,16 +39,16 @@ Links = Mapping[str, Link]
 
 
 def to_ours(theirs: Mapping[str, Tensor], links: Links) -> dict[str, Tensor]:
-    """The weights of a stock model under our names; an unknown one keeps its name."""
+    """The weights of a stock model under our names. Unknown weights keep their names."""
     ours = {}
     for name, weight in theirs.items():
         link = _link_of(name, links)
-        ours |= zip(link.ours, link.split(weight), strict=False)  # an incomplete one is reported as missing later
+        ours |= zip(link.ours, link.split(weight), strict=False)  # missing parts are reported later
     return ours
 
 
 def to_theirs(ours: Mapping[str, Tensor], links: Links, names: Iterable[str]) -> dict[str, Tensor]:
-    """Our weights under the stock `names`; a weight that belongs to none of them keeps its name."""
+    """Our weights under the stock `names`. Weights that belong to none of them keep their names."""
     left, theirs = dict(ours), {}
     for name in names:
         link = _link_of(name, links)
@@ -58,7 +58,7 @@ def to_theirs(ours: Mapping[str, Tensor], links: Links, names: Iterable[str]) ->
 
 
 def _link_of(name: str, links: Links) -> Link:
-    """The link of a stock tensor, under its own name or that of its module."""
+    """The link of a stock tensor, found by its own name or by the name of its module."""
     module, _, tensor = name.rpartition(".")
     if name in links or module not in links:
         return links.get(name, Link((name,)))

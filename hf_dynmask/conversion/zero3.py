@@ -1,4 +1,4 @@
-"""Gathers weights that DeepSpeed's ZeRO-3 has partitioned among processes."""
+"""Gathers weights that DeepSpeed's ZeRO-3 has partitioned over processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers.integrations import deepspeed as integration
 @contextmanager
 def whole_weights(*models: nn.Module) -> Iterator[None]:
     """
-    Without ZeRO-3, does nothing. With it, the weights of `models` are whole on every process inside the block, and so
-    are those of models loaded there, which the Trainer partitions when it begins to train. All processes must enter
-    the block together.
+    Inside this context, every process holds all weights of `models`, and models are loaded without being partitioned;
+    the Trainer partitions them when training begins. All processes must enter the context together. Does nothing
+    without ZeRO-3.
     """
     if not integration.is_deepspeed_zero3_enabled():
         yield
@@ -24,7 +24,7 @@ def whole_weights(*models: nn.Module) -> Iterator[None]:
 
     reference: Any = integration._hf_deepspeed_config_weak_ref
     config = reference()
-    integration.unset_hf_deepspeed_config()  # tells `from_pretrained` to partition weights
+    integration.unset_hf_deepspeed_config()  # while it is set, `from_pretrained` partitions weights
     try:
         with deepspeed.zero.GatheredParameters([weight for model in models for weight in model.parameters()]):
             yield

@@ -1,4 +1,4 @@
-"""From examples to batches: collators, which make them carry lengths, and budgets of tokens, which fill them."""
+"""From examples to batches: collators that add lengths, and samplers that fill batches up to a token budget."""
 
 from .collators import DataCollatorForFeatures, DataCollatorForSeq2SeqWithLengths, DataCollatorWithLengths
 from .dynamic_masking import DataCollatorForDynamicMasking

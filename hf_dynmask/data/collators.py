@@ -1,4 +1,4 @@
-"""Collators that describe a batch by the lengths of its sequences."""
+"""Collators whose batches carry the lengths of their sequences."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ from .flat import FlatBatch, check_count, check_fixed_sizes, filled
 
 
 class CollatorWithLengths(ABC):
-    """What collators with `lengths` share. An example has as many tokens as entries in the column `main`."""
+    """Base class of collators with `lengths`. The column `main` has one entry per token of an example."""
 
     main: ClassVar[str]
     flat: bool
@@ -44,7 +44,7 @@ class CollatorWithLengths(ABC):
     max_sequences: int | None
     column_sizes: Mapping[str, int] | None
 
-    name_of_max_tokens: ClassVar[str] = "max_tokens"  # as the user sets it
+    name_of_max_tokens: ClassVar[str] = "max_tokens"  # the name under which the user sets it, for errors
     uneven: ClassVar[tuple[str, ...]] = ("hidden_spans",)  # columns per example whose lists may differ in length
 
     def __post_init__(self):
@@ -60,22 +60,22 @@ class CollatorWithLengths(ABC):
             check_lengths(columns.pop("lengths"), lengths)
         self._check_room(lengths)
         tokens = self._join(self.main, columns.pop(self.main))
-        if self.flat:  # Accelerate reads the number of examples off the first tensor
+        if self.flat:  # `lengths` come first: Accelerate takes the number of examples from the first tensor
             batch = {"lengths": filled(lengths, self.max_sequences, 0), self.main: tokens}
         else:
-            is_there = torch.arange(tokens.shape[1]) < lengths[:, None]
-            batch = {self.main: tokens, "lengths": lengths, "attention_mask": is_there.long()}
+            is_token = torch.arange(tokens.shape[1]) < lengths[:, None]
+            batch = {self.main: tokens, "lengths": lengths, "attention_mask": is_token.long()}
         for name, values in columns.items():
             batch[name] = self._stack(name, values) if roles[name] == EXAMPLE else self._join(name, values)
         return FlatBatch(batch) if self.flat else batch
 
     def role(self, name: str, values: list[Tensor]) -> str:
         """
-        The role of a column, `"token"` or `"example"`: from `column_roles`, or else from its name.
+        The role of a column, `"token"` or `"example"`, from `column_roles` or else from the column's name.
 
         Args:
-            name (`str`): The name that models give the column.
-            values (`list[Tensor]`): A tensor for each example. Scalars are per example, and so are labels of floats.
+            name (`str`): The name of the model's argument.
+            values (`list[Tensor]`): One tensor per example. Scalars are per example, and so are labels of floats.
 
         Raises:
             ValueError: The name is unknown.
@@ -89,7 +89,7 @@ class CollatorWithLengths(ABC):
             raise unknown_role(name)
         return EXAMPLE if values[0].is_floating_point() else self.role_of_labels
 
-    role_of_labels: ClassVar[str] = TOKEN  # if they are lists of integers
+    role_of_labels: ClassVar[str] = TOKEN  # of lists of integers
 
     def _present(self, features: Sequence[Mapping[str, Any]]) -> tuple[Columns, dict[str, str]]:
         """The columns without absent tokens, and the role of each column."""
@@ -97,7 +97,7 @@ class CollatorWithLengths(ABC):
         roles = {name: self.role(name, values) for name, values in columns.items()}
         keep = presence(columns, self.main)
         check_sizes(columns, roles, self.main)
-        self._settle_labels(columns, roles, keep)
+        self._set_label_role(columns, roles, keep)
         columns.pop("attention_mask", None)
         if keep is not None:
             columns = without_absent(columns, roles, keep)
@@ -105,9 +105,9 @@ class CollatorWithLengths(ABC):
             columns["labels"] = [_without_first(labels) for labels in columns["labels"]]
         return columns, roles
 
-    def _settle_labels(self, columns: Columns, roles: dict[str, str], keep: list[Tensor] | None) -> None:
-        """Recognize labels that are the next tokens, and raise a `ValueError` if labels of absent tokens contradict the
-        role: a label per token is -100 there, while a list per example has an entry at every place."""
+    def _set_label_role(self, columns: Columns, roles: dict[str, str], keep: list[Tensor] | None) -> None:
+        """Set the role of labels that are next tokens. Raise a `ValueError` if labels at absent tokens contradict the
+        role: labels per token must be -100 there, whereas a list per example has an entry at every place."""
         labels = columns.get("labels", [])
         if "labels" in check_roles(self.column_roles, [self.main]) or not any(label.ndim for label in labels):
             return
@@ -123,7 +123,7 @@ class CollatorWithLengths(ABC):
                 raise unknown_role("labels")
 
     def _columns(self, features: Sequence[Mapping[str, Any]]) -> Columns:
-        """The numbers in the examples, checked, under the names that models give them."""
+        """The numeric columns of the examples, checked, under the names of the model's arguments."""
         columns = read_columns(features)
         if self.main not in columns:
             raise ValueError(f"examples must have a column `{self.main}`; got {', '.join(columns) or 'no numbers'}")
@@ -132,7 +132,7 @@ class CollatorWithLengths(ABC):
 
     @abstractmethod
     def _check_main(self, values: list[Tensor]) -> None:
-        """Raise a `ValueError` where the main column of an example has a wrong shape or dtype."""
+        """Raise a `ValueError` if the main column of an example has a wrong shape or dtype."""
 
     def _check_column_sizes(self) -> None:
         for name, size in (self.column_sizes or {}).items():
@@ -185,14 +185,14 @@ class CollatorWithLengths(ABC):
         return filled(torch.stack(values), self.max_sequences, self._padding(name))
 
     def _even(self, name: str, values: list[Tensor]) -> list[Tensor]:
-        """Lists of a column per example, padded to the column's entry in `column_sizes`, or else to the longest."""
+        """Pad the lists of a column per example to its size in `column_sizes`, or else to the longest list."""
         longest = max(map(len, values))
         sizes = {model_name(column): size for column, size in (self.column_sizes or {}).items()}
         size = sizes.get(name, longest if self.max_sequences is None else None)
         if size is None:
             raise ValueError(
                 f"column `{name}` must have one size in all batches if `max_sequences` is set: give the collator the "
-                f"most entries of an example, `column_sizes={{'{name}': …}}`; got up to {longest} in this batch"
+                f"maximum size, `column_sizes={{'{name}': …}}`; got up to {longest} in this batch"
             )
         if longest > size:
             place = max(range(len(values)), key=lambda index: len(values[index]))
@@ -206,38 +206,38 @@ class CollatorWithLengths(ABC):
 @dataclass
 class DataCollatorWithLengths(CollatorWithLengths):
     """
-    Collates tokenized examples into a batch that carries `lengths`, which is all that models need to know of padding.
+    Collates tokenized examples into a batch with `lengths`, which tell the model where the padding is.
 
-    Each column of the examples has a role, by its name:
+    Each column of the examples has a role, which depends on its name:
 
     - **per token**, one entry for each token of the example: `token_type_ids`, `position_ids`,
       `special_tokens_mask`, `offset_mapping`, `word_ids`, `segment_ids`, `global_tokens`, `missing`, `inputs_embeds`,
       `shift_labels`, and `labels` that are lists of integers. These are padded, or flattened, along with `input_ids`.
     - **per example**: `start_positions`, `end_positions`, `prefix_lengths`, `mask_choice`, `hidden_spans`, `idx`,
-      `labels` of floats (for regression, or for several labels at once), and every column with a single number per
-      example. These are stacked, so they must have the same shape in all examples. `hidden_spans` may differ in number:
-      examples with fewer of them get spans of length 0.
+      `labels` of floats (for regression or multi-label classification), and every column with a single number per
+      example. These are stacked, so they must have the same shape in all examples. Only the number of `hidden_spans`
+      may differ: examples with fewer spans get spans of length 0.
 
     A list under any other name needs a role in `column_roles`.
 
-    Integers become int64 and floats float32; booleans stay, except in labels, where they become int64. `label` and
-    `label_ids` are renamed to `labels`, and text is left out, as in [`~transformers.default_data_collator`]. `None` in
-    `word_ids`, for a token that is in no word, becomes -1.
+    Integers become int64 and floats float32. Booleans stay booleans, except in labels, where they become int64. `label`
+    and `label_ids` are renamed to `labels`, and columns of text are left out, as in
+    [`~transformers.default_data_collator`]. `None` in `word_ids`, for a token that is in no word, becomes -1.
 
-    If the examples are padded (`attention_mask` with zeros), their absent tokens are removed first, wherever they are;
-    `start_positions` and `end_positions` move along. A column `lengths`, which a budget of tokens may read, must hold
-    the number of real tokens.
+    If the examples are padded (`attention_mask` with zeros), their absent tokens are removed first, wherever they are,
+    and `start_positions` and `end_positions` are shifted accordingly. A column `lengths`, which a token budget may
+    read, must hold the number of real tokens.
 
-    **Flat batches for a causal model.** Nothing predicts the first token of a sequence, but in a row of several
-    sequences the [`~transformers.Trainer`] would count it as a target. If `labels` are next tokens, the first one of
-    each sequence is therefore set to -100. Labels count as next tokens if `column_roles` says so, or if it gives them
-    no role and all that are not -100 equal `input_ids`.
+    **Flat batches for a causal model.** No token predicts the first token of a sequence, but in a row of several
+    sequences the [`~transformers.Trainer`] would count it as a target. If `labels` are next tokens, the first label of
+    each sequence is therefore set to -100. Labels are treated as next tokens if `column_roles` says so, or if it gives
+    them no role and all labels other than -100 equal `input_ids`.
 
     **Flat batches of one shape.** With `max_tokens` and `max_sequences`, all flat batches have the same shape, whatever
-    they hold, as a compiled model or a CUDA graph needs. The examples come first, the places behind them are absent,
-    and `lengths` ends in zeros. [`TokenBudgetBatchSampler`] makes batches that leave few places empty, and
-    [`TokenBudgetMixin`] sets both numbers itself. Such batches are for training. Metrics of an evaluation would count
-    the absent sequences, so evaluate with `flat=False`.
+    they hold, as a compiled model or a CUDA graph needs. The examples come first, the places after them are absent, and
+    `lengths` ends in zeros. [`TokenBudgetBatchSampler`] makes batches that leave few places unused, and
+    [`TokenBudgetMixin`] sets both numbers itself. Use such batches for training only: an evaluation would include the
+    absent sequences in its metrics, so evaluate with `flat=False`.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its pad token fills the rows.
@@ -245,55 +245,54 @@ class DataCollatorWithLengths(CollatorWithLengths):
             Put all sequences end to end in one row, without padding. Such a batch is for one device: Accelerate's
             `dispatch_batches` and [`~torch.nn.DataParallel`] cannot split it.
         label_pad_token_id (`int`, *optional*, defaults to -100):
-            The label where there is no token or no sequence; losses in PyTorch ignore -100.
+            The label of padding: where there is no token or no sequence. Losses in PyTorch ignore -100.
         return_position_ids (`bool`, *optional*, defaults to `False`):
-            Add `position_ids`, counted from 0 in each sequence. The models do not need them; TRL's `SFTTrainer` expects
-            them.
+            Add `position_ids`, counted from 0 in each sequence. The models do not need them; TRL's `SFTTrainer` does.
         column_roles (`Mapping[str, str]`, *optional*):
-            Roles of columns that override those from their names: `"token"` or `"example"`. Labels can also be
-            `"next_token"`: one per token, predicted from the tokens before it.
+            Roles of columns, `"token"` or `"example"`, in place of the roles that follow from their names. Labels can
+            also be `"next_token"`: one per token, predicted from the tokens before it.
         count_answers (`bool`, *optional*, defaults to `False`):
-            Add `labels` to examples with answers (`start_positions`, `end_positions`) that have none. A
-            [`DynMaskForQuestionAnswering`] does not read them; the Trainer counts them, and so averages the loss over
-            the answers of all batches of a step, which may have different numbers of them. [`TokenBudgetMixin`] does
-            this by itself. Do not combine it with `label_smoothing_factor`, which smooths all `labels`, or with stock
-            models, whose loss does not use the count.
+            Add `labels` to batches that have answers (`start_positions`, `end_positions`) but no labels. A
+            [`DynMaskForQuestionAnswering`] does not read them. The Trainer counts them, and so averages the loss over
+            the answers of all batches of an optimizer step, even if their numbers of answers differ.
+            [`TokenBudgetMixin`] does this itself. Do not combine it with `label_smoothing_factor`, which smooths all
+            `labels`, or with stock models, whose loss does not use the count.
         max_tokens (`int`, *optional*): Size of a flat row. `None`: the number of its tokens.
         max_sequences (`int`, *optional*): Size of `lengths` with a flat row. `None`: the number of its sequences.
         column_sizes (`Mapping[str, int]`, *optional*):
-            The most `hidden_spans` of an example, `{"hidden_spans": K}`. `None`: the most in the batch. Required with
-            `max_sequences` if there are such columns, since all batches must have the same K.
+            The maximum number of `hidden_spans` of an example, `{"hidden_spans": K}`. `None`: the maximum in the batch.
+            Required with `max_sequences` if there are such columns, since all batches must have the same K.
         max_length (`int`, *optional*):
-            With `flat`: the most tokens of an example. The batch carries it as `max_length_q`, and kernels on a GPU are
-            started for sequences of that size, not of the whole row. [`TokenBudgetMixin`] sets it itself.
+            With `flat`: the maximum length of an example. The batch carries it as `max_length_q`, so that kernels on a
+            GPU are launched for sequences of that length, not of the whole row. [`TokenBudgetMixin`] sets it itself.
 
     Returns:
         `dict[str, Tensor]`: For B examples of N tokens in total, the longest of which has T:
 
-        - `input_ids`, int64 `(B, T)`: from the left edge, whatever the tokenizer's `padding_side`, then the pad id.
+        - `input_ids`, int64 `(B, T)`: padded on the right with the pad id, whatever the tokenizer's `padding_side`.
           With `flat`: `(1, N)`.
         - `lengths`, int64 `(B,)`: tokens of each sequence.
-        - `attention_mask`, int64 `(B, T)`: 1 for tokens and 0 for padding; for code that asks for it, such as the
-          Trainer's `include_num_input_tokens_seen`. With `flat`: none.
-        - columns per token: `(B, T, …)`, then 0 (labels: `label_pad_token_id`). With `flat`: `(1, N, …)`.
+        - `attention_mask`, int64 `(B, T)`: 1 for tokens and 0 for padding, for code that reads it, such as the
+          Trainer's `include_num_input_tokens_seen`. With `flat`, there is none.
+        - columns per token: `(B, T, …)`, padded with 0 (labels: `label_pad_token_id`). With `flat`: `(1, N, …)`.
         - columns per example: `(B, …)`; `hidden_spans`: `(B, K, 2)`.
         - `labels`, with `count_answers`: int64 `(B,)`, the `start_positions`, or -100 if the answer is not inside the
           sequence.
 
         With `max_tokens` and `max_sequences`:
 
-        - `input_ids`, int64 `(1, max_tokens)`: the tokens, then the pad id (0 if the tokenizer has none).
-        - `lengths`, int64 `(max_sequences,)`: tokens of each sequence, then 0.
-        - columns per token: `(1, max_tokens, …)`, then 0 or `False` (labels: `label_pad_token_id`).
-        - columns per example: `(max_sequences, …)`, then 0, or `label_pad_token_id` in `labels` (also of floats),
-          `start_positions` and `end_positions`; `hidden_spans`: `(max_sequences, K, 2)`.
+        - `input_ids`, int64 `(1, max_tokens)`: padded with the pad id (0 if the tokenizer has none).
+        - `lengths`, int64 `(max_sequences,)`: tokens of each sequence, padded with 0.
+        - columns per token: `(1, max_tokens, …)`, padded with 0 or `False` (labels: `label_pad_token_id`).
+        - columns per example: `(max_sequences, …)`, padded with 0, or with `label_pad_token_id` in `labels` (also of
+          floats), `start_positions` and `end_positions`; `hidden_spans`: `(max_sequences, K, 2)`.
 
     Raises:
         ValueError: `column_roles` has an unknown role, or one that does not fit the column. `max_tokens` and
             `max_sequences` come without `flat`, only one of them is given, or one is not a positive integer.
             `max_length` comes without `flat`, or is not a positive integer. `column_sizes` has an unknown column or a
             negative size. When called: there are no examples; `input_ids` is missing or not a list of integers; the
-            role of a column is not known; a column does not have the shape of its role, is missing in some examples, or
+            role of a column is unknown; a column does not have the shape of its role, is missing in some examples, or
             does not hold numbers or text; labels are text; `lengths` is wrong; rows need padding and the tokenizer has
             no pad token; the examples do not fit `max_tokens`, `max_sequences`, `max_length` or `column_sizes`, or a
             size in `column_sizes` is missing.
@@ -361,7 +360,7 @@ class DataCollatorWithLengths(CollatorWithLengths):
         pad_token_id = getattr(self.tokenizer, "pad_token_id", None)  # a flat collator needs no tokenizer
         if not isinstance(pad_token_id, int):
             if self.flat:
-                return 0  # no model reads it, since `lengths` tells where the last sequence ends
+                return 0  # no model reads it, since `lengths` says where the last sequence ends
             raise ValueError(
                 f"`tokenizer.pad_token` must be set to pad rows of different lengths; got pad_token_id={pad_token_id}. "
                 "Set it, for example to `tokenizer.eos_token`, or collate with `flat=True`"
@@ -374,40 +373,42 @@ class DataCollatorForFeatures(CollatorWithLengths):
     """
     Collates examples of frames (speech, patches of an image, time series) into a batch that carries `lengths`.
 
-    Columns have the roles of [`DataCollatorWithLengths`], with frames as tokens. The one difference: `labels` that are
-    lists of integers are per example, such as the targets of a [`DynMaskForCTC`], and are padded. Labels per frame need
-    `column_roles={"labels": "token"}`.
+    Columns have the same roles as in [`DataCollatorWithLengths`], with frames in place of tokens. There is one
+    difference: `labels` that are lists of integers, such as the targets of a [`DynMaskForCTC`], are per example and are
+    padded. Labels per frame need `column_roles={"labels": "token"}`.
 
     Args:
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
         label_pad_token_id (`int`, *optional*, defaults to -100):
-            Pads lists of labels; the label where there is no frame or no sequence.
+            The label of padding: behind the labels of an example, and where there is no frame or no sequence.
         column_roles (`Mapping[str, str]`, *optional*): As in [`DataCollatorWithLengths`].
         max_tokens (`int`, *optional*): Size of a flat row, in frames. `None`: the number of its frames.
         max_sequences (`int`, *optional*): Size of `lengths` with a flat row. `None`: the number of its sequences.
         column_sizes (`Mapping[str, int]`, *optional*):
-            The most labels of an example, `{"labels": L}`, and the most `hidden_spans`. `None`: the most in the batch.
-            Required with `max_sequences` if there are such columns, since all batches must have the same L.
+            The maximum numbers of labels and `hidden_spans` of an example, such as `{"labels": L}`. `None`: the maximum
+            in the batch. Required with `max_sequences` if there are such columns, since all batches must have the same
+            sizes.
 
     Returns:
         `dict[str, Tensor]`: For B examples of N frames in total, the longest of which has T:
 
-        - `input_features`, float32 `(B, T, F)`: from the left edge, then 0. With `flat`: `(1, N, F)`.
+        - `input_features`, float32 `(B, T, F)`: padded on the right with 0. With `flat`: `(1, N, F)`.
         - `lengths`, int64 `(B,)`: frames of each sequence.
-        - `attention_mask`, int64 `(B, T)`: 1 for frames and 0 for padding. With `flat`: none.
-        - `labels` that are lists of integers: int64 `(B, L)`, each list followed by `label_pad_token_id`.
+        - `attention_mask`, int64 `(B, T)`: 1 for frames and 0 for padding. With `flat`, there is none.
+        - `labels` that are lists of integers: int64 `(B, L)`, padded with `label_pad_token_id`.
         - other columns as in [`DataCollatorWithLengths`].
 
         With `max_tokens` and `max_sequences`:
 
-        - `input_features`, float32 `(1, max_tokens, F)`: the frames, then 0.
-        - `lengths`, int64 `(max_sequences,)`: frames of each sequence, then 0.
-        - `labels` that are lists of integers: int64 `(max_sequences, L)`, then `label_pad_token_id`.
+        - `input_features`, float32 `(1, max_tokens, F)`: padded with 0.
+        - `lengths`, int64 `(max_sequences,)`: frames of each sequence, padded with 0.
+        - `labels` that are lists of integers: int64 `(max_sequences, L)`, padded with `label_pad_token_id`.
 
     Raises:
         ValueError: An argument is wrong as in [`DataCollatorWithLengths`]. When called: there are no examples;
             `input_features` is missing, not a list of frames, or has frames of different sizes; another column is wrong
-            as there; the examples do not fit `max_tokens`, `max_sequences` or `column_sizes`, or a size is missing.
+            as in [`DataCollatorWithLengths`]; the examples do not fit `max_tokens`, `max_sequences` or `column_sizes`,
+            or a size is missing.
 
     Example:
 
@@ -462,49 +463,50 @@ class DataCollatorForSeq2SeqWithLengths:
     """
     Collates pairs of a source and a target into a batch that carries the lengths of both.
 
-    The target consists of `labels` and the columns whose names begin with `decoder_`; all others are the source. The
-    columns of each side have the roles of [`DataCollatorWithLengths`], without `decoder_` in their names; `labels` are
-    the tokens of the target. A source of frames, `input_features`, is collated as in [`DataCollatorForFeatures`]. A
-    column `lengths` may count the tokens of the source, or of both sides.
+    The columns `labels` and those whose names begin with `decoder_` are the target; all others are the source. Columns
+    have the same roles as in [`DataCollatorWithLengths`], where the prefix `decoder_` does not count. `labels` are the
+    tokens of the target. A source of frames (`input_features`) is collated as in [`DataCollatorForFeatures`]. A column
+    `lengths` may count the tokens of the source, or of both sides together.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its pad token fills the rows.
         model ([`DynMaskForConditionalGeneration`] or a stock model, *optional*):
-            Makes decoder inputs from the labels with its `prepare_decoder_input_ids_from_labels`. They are needed if
-            the [`~transformers.Trainer`] does not pass the labels to the model: with `label_smoothing_factor` or
-            `compute_loss_func`. `None`: the batch has none, and the model makes its own from the labels.
+            Its `prepare_decoder_input_ids_from_labels` makes decoder inputs from the labels. They are needed if the
+            [`~transformers.Trainer`] does not pass the labels to the model, that is, with `label_smoothing_factor` or
+            `compute_loss_func`. `None`: the batch has no decoder inputs, and the model makes its own from the labels.
         flat (`bool`, *optional*, defaults to `False`): Put all sequences of a side end to end, without padding.
-        label_pad_token_id (`int`, *optional*, defaults to -100): The label where there is no token.
+        label_pad_token_id (`int`, *optional*, defaults to -100): The label of padding.
         column_roles (`Mapping[str, str]`, *optional*): As in [`DataCollatorWithLengths`], with the columns' full names.
         max_tokens (`int`, *optional*): Size of the flat row of sources. `None`: the number of its tokens.
-        max_target_tokens (`int`, *optional*): Size of the flat row of targets, given if and only if `max_tokens` is.
+        max_target_tokens (`int`, *optional*): Size of the flat row of targets. Required with `max_tokens`.
         max_sequences (`int`, *optional*): Size of `lengths` and `decoder_lengths` with flat rows.
         column_sizes (`Mapping[str, int]`, *optional*):
             As in [`DataCollatorWithLengths`], for `hidden_spans` and `decoder_hidden_spans`.
 
     Returns:
-        `dict[str, Tensor]`: For B pairs, the longest target of which has U tokens, and all targets together M:
+        `dict[str, Tensor]`: For B pairs, whose longest target has U tokens and whose targets have M tokens in total:
 
         - `input_ids (B, T)` or `input_features (B, T, F)`, `lengths (B,)`, `attention_mask (B, T)` and the other
-          columns of the source: as from the collator for that side alone.
-        - `labels`, int64 `(B, U)`: the targets, then `label_pad_token_id`. With `flat`: `(1, M)`.
+          columns of the source: as from [`DataCollatorWithLengths`] or [`DataCollatorForFeatures`].
+        - `labels`, int64 `(B, U)`: the targets, padded with `label_pad_token_id`. With `flat`: `(1, M)`.
         - `decoder_lengths`, int64 `(B,)`: tokens of each target.
-        - `decoder_input_ids`, int64, with `model`: of the shape of `labels`.
+        - `decoder_input_ids`, int64, with `model`: of the same shape as `labels`.
         - the other columns of the target, named `decoder_…`.
 
         With `max_tokens`, `max_target_tokens` and `max_sequences`:
 
-        - `input_ids (1, max_tokens)` or `input_features (1, max_tokens, F)`, `lengths (max_sequences,)`: as there.
-        - `labels`, int64 `(1, max_target_tokens)`: the targets, then `label_pad_token_id`.
-        - `decoder_lengths`, int64 `(max_sequences,)`: tokens of each target, then 0.
-        - `decoder_input_ids`, int64 `(1, max_target_tokens)`, with `model`: then the pad id.
+        - `input_ids (1, max_tokens)` or `input_features (1, max_tokens, F)`, and `lengths (max_sequences,)`: as from
+          those collators.
+        - `labels`, int64 `(1, max_target_tokens)`: the targets, padded with `label_pad_token_id`.
+        - `decoder_lengths`, int64 `(max_sequences,)`: tokens of each target, padded with 0.
+        - `decoder_input_ids`, int64 `(1, max_target_tokens)`, with `model`: padded with the pad id.
 
-        Examples without a target give the columns of the source only.
+        If no example has a target, the batch has the columns of the source only.
 
     Raises:
-        ValueError: An argument is wrong as in [`DataCollatorWithLengths`]. When called: a side is wrong as there; there
-            are columns of a target but no `labels`, or these are not a list of integers; `lengths` counts neither the
-            source nor both sides.
+        ValueError: An argument is wrong as in [`DataCollatorWithLengths`]. When called: one side is wrong as in that
+            collator; there are columns of a target but no `labels`, or these are not a list of integers; `lengths`
+            counts neither the source nor both sides.
 
     Example:
 
@@ -538,8 +540,8 @@ class DataCollatorForSeq2SeqWithLengths:
         self._target_collator()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        sources = [_of_side(feature, target=False) for feature in features]
-        targets = [_of_side(feature, target=True) for feature in features]
+        sources = [_side_columns(feature, target=False) for feature in features]
+        targets = [_side_columns(feature, target=True) for feature in features]
         given = read_columns([{"lengths": source.pop("lengths", None)} for source in sources]) if sources else {}
         batch = self._source_collator(any("input_features" in source for source in sources))(sources)
         counted = [batch["lengths"]]
@@ -550,17 +552,17 @@ class DataCollatorForSeq2SeqWithLengths:
         return batch
 
     def role(self, name: str, values: list[Tensor]) -> str:
-        """The role of a column in relation to the source's tokens, as in [`DataCollatorWithLengths`]. Columns of the
-        target are per example."""
-        return EXAMPLE if _of_target(name) else self._source_collator(name == "input_features").role(name, values)
+        """The role of a column, as in [`DataCollatorWithLengths`], with respect to the tokens of the source. Columns of
+        the target are therefore per example."""
+        return EXAMPLE if _is_target(name) else self._source_collator(name == "input_features").role(name, values)
 
     def _source_collator(self, of_frames: bool) -> CollatorWithLengths:
         settings: dict[str, Any] = {
             "flat": self.flat,
-            "column_roles": _of_side(self.column_roles or {}, target=False),
+            "column_roles": _side_columns(self.column_roles or {}, target=False),
             "max_tokens": self.max_tokens,
             "max_sequences": self.max_sequences,
-            "column_sizes": _of_side(self.column_sizes or {}, target=False),
+            "column_sizes": _side_columns(self.column_sizes or {}, target=False),
         }
         if of_frames:
             return DataCollatorForFeatures(**settings)
@@ -571,10 +573,10 @@ class DataCollatorForSeq2SeqWithLengths:
             self.tokenizer,
             self.flat,
             self.label_pad_token_id,
-            column_roles={**_of_side(self.column_roles or {}, target=True), "labels": TOKEN},
+            column_roles={**_side_columns(self.column_roles or {}, target=True), "labels": TOKEN},
             max_tokens=self.max_target_tokens,
             max_sequences=self.max_sequences,
-            column_sizes=_of_side(self.column_sizes or {}, target=True),
+            column_sizes=_side_columns(self.column_sizes or {}, target=True),
             model=self.model,
         )
 
@@ -589,7 +591,7 @@ class DataCollatorForSeq2SeqWithLengths:
 
 @dataclass
 class _DataCollatorForTargets(DataCollatorWithLengths):
-    """Collates the target, whose columns come without `decoder_`."""
+    """Collates targets. Their columns have no prefix `decoder_`."""
 
     model: MakesDecoderInputs | None = None
 
@@ -604,24 +606,24 @@ class _DataCollatorForTargets(DataCollatorWithLengths):
         return columns, roles
 
     def _decoder_inputs(self, model: MakesDecoderInputs, targets: list[Tensor]) -> list[Tensor]:
-        """What a model makes from labels in rows, which every model can read."""
+        """Decoder inputs of each target. Labels are passed to the model in padded rows, which every model can read."""
         width = max(1, *map(len, targets))
         rows = torch.stack([pad(labels, (0, width - len(labels)), value=IGNORE_INDEX) for labels in targets])
         inputs = model.prepare_decoder_input_ids_from_labels(labels=rows)
         return [row[: len(labels)] for row, labels in zip(inputs, targets, strict=True)]
 
 
-def _of_target(name: str) -> bool:
+def _is_target(name: str) -> bool:
     return name in LABELS or name.startswith("decoder_")
 
 
-def _of_side(columns: Mapping[str, Any], target: bool) -> dict[str, Any]:
-    """The columns of a side, without `decoder_`."""
-    return {name.removeprefix("decoder_"): columns[name] for name in columns if _of_target(name) == target}
+def _side_columns(columns: Mapping[str, Any], target: bool) -> dict[str, Any]:
+    """The columns of the target or of the source, without the prefix `decoder_`."""
+    return {name.removeprefix("decoder_"): columns[name] for name in columns if _is_target(name) == target}
 
 
 def check_lengths(given: list[Tensor], *counted: Tensor) -> None:
-    """Raise a `ValueError` if a column `lengths` differs from all of the counts of an example's tokens."""
+    """Raise a `ValueError` if an entry of the column `lengths` equals none of the counts of that example's tokens."""
     for index, length in enumerate(given):
         known = [int(count[index]) for count in counted]
         if length.ndim or length.is_floating_point() or length.dtype == torch.bool or int(length) not in known:
@@ -632,14 +634,15 @@ def check_lengths(given: list[Tensor], *counted: Tensor) -> None:
 
 
 def _without_first(labels: Tensor) -> Tensor:
-    """The next tokens of a sequence, without its first one, which nothing predicts."""
+    """The labels of a sequence, without the first one, which no token predicts."""
     labels = labels.clone()
     labels[:1] = IGNORE_INDEX
     return labels
 
 
 def counted_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`labels (B,)` for a batch with answers but without labels: -100 if an answer is not inside its sequence."""
+    """`labels (B,)` for a batch with answers but without labels: the `start_positions`, or -100 if an answer is not
+    inside its sequence. Empty for any other batch."""
     if "labels" in batch or not all(name in batch for name in ("lengths", *ANSWER)):
         return {}
     start, end = (batch[name].flatten() for name in ANSWER)

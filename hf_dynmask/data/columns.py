@@ -1,4 +1,4 @@
-"""Columns of examples: which numbers they hold, and whether they have an entry per token or one per example."""
+"""Columns of examples: converts them to tensors, and finds out whether they are per token or per example."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,12 +31,12 @@ ROLES: Mapping[str, str] = {
 
 def read_columns(features: Sequence[Mapping[str, Any]]) -> Columns:
     """
-    The numbers in the examples, under the names that models give them. Columns of text are left out, and so are columns
-    that are `None` in all examples, or that have an unknown name and are empty in all.
+    The numeric columns of the examples, under the names of the model's arguments. Left out are columns of text, columns
+    that are `None` in all examples, and columns with an unknown name that are empty in all examples.
 
     Raises:
-        ValueError: There are no examples; a column is missing in some, or does not hold numbers or text; labels are
-            text, or not numbers.
+        ValueError: There are no examples; a column is missing in some examples, or holds neither numbers nor text;
+            labels are not numbers.
     """
     if not features:
         raise ValueError("`features` must hold at least one example; got none")
@@ -64,18 +64,18 @@ def read_columns(features: Sequence[Mapping[str, Any]]) -> Columns:
 
 
 def model_name(name: str) -> str:
-    """The name that models give the column."""
+    """The name of the model's argument for a column."""
     return "labels" if name in LABELS else name
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is text, or a list of texts, nested to any depth."""
+    """Whether a value is text or a list of texts, nested to any depth."""
     if isinstance(value, str | bytes):
         return True
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "US" or (value.dtype.kind == "O" and any(map(_is_text, value.flat)))
     if not isinstance(value, list | tuple) or (value and isinstance(value[0], int | float | np.number | Tensor)):
-        return False  # decided by the first entry, since lists of tokens are long
+        return False  # the first entry decides, since lists of tokens are long
     return any(map(_is_text, value))
 
 
@@ -97,7 +97,7 @@ def _array(name: str, value: Any) -> Tensor:
         array = np.array(value)
         if array.dtype == object:  # datasets in NumPy format give nested lists, or `None` among numbers
             array = np.array(array.tolist(), dtype=float if name == "word_ids" else None)
-    except (ValueError, TypeError):  # raised by NumPy for ragged lists and for what is not a number
+    except (ValueError, TypeError):  # NumPy raises these for ragged lists and for objects that are not numbers
         array = np.array(None)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"column `{name}` must hold numbers, lists of them of equal length, or text; got {value!r}")
@@ -105,7 +105,7 @@ def _array(name: str, value: Any) -> Tensor:
 
 
 def _whole(words: Tensor) -> Tensor:
-    """Word numbers as integers; -1 for a token that is in no word, which comes as `None` or NaN."""
+    """Word numbers as integers. `None` and NaN, for a token that is in no word, become -1."""
     if not words.is_floating_point():
         return words
     whole = words.nan_to_num(nan=-1).long()
@@ -113,7 +113,8 @@ def _whole(words: Tensor) -> Tensor:
 
 
 def _alike(tensors: list[Tensor], is_label: bool) -> list[Tensor]:
-    """The tensors in one dtype. That of an empty list does not count, and its trailing shape follows the others."""
+    """Converts the tensors of a column to one dtype. Empty tensors do not affect the dtype, and take the trailing shape
+    of the others."""
     filled = [tensor for tensor in tensors if tensor.numel()]
     if any(tensor.is_floating_point() for tensor in filled):
         dtype = torch.float32
@@ -130,11 +131,11 @@ def _alike(tensors: list[Tensor], is_label: bool) -> list[Tensor]:
 
 def check_roles(given: Mapping[str, str] | None, main: Sequence[str]) -> dict[str, str]:
     """
-    The `column_roles` of a collator, checked, under the names that models give the columns.
+    Checks the `column_roles` of a collator, and returns them under the names of the model's arguments.
 
     Args:
-        given (`Mapping[str, str]`, *optional*): The argument.
-        main (`Sequence[str]`): Columns whose entries are the tokens.
+        given (`Mapping[str, str]`, *optional*): The argument of the collator.
+        main (`Sequence[str]`): Columns with one entry per token.
 
     Raises:
         ValueError: A role is unknown or does not fit the column.
@@ -149,7 +150,7 @@ def check_roles(given: Mapping[str, str] | None, main: Sequence[str]) -> dict[st
 
 
 def unknown_role(name: str) -> ValueError:
-    """An error for a column whose role neither its name nor its values tell."""
+    """An error for a column whose role follows neither from its name nor from its values."""
     return ValueError(
         f"column `{name}` must have a role: set `column_roles={{'{name}': 'token'}}` on the collator if it has one "
         f"entry per token, or `column_roles={{'{name}': 'example'}}` if it describes the example as a whole"
@@ -157,8 +158,8 @@ def unknown_role(name: str) -> ValueError:
 
 
 def check_sizes(columns: Columns, roles: Mapping[str, str], main: str) -> None:
-    """Raise a `ValueError` if a column per token does not have one entry for each token, or entries of different
-    shapes."""
+    """Raise a `ValueError` if a column per token does not have exactly one entry per token, or if its entries differ in
+    shape."""
     for name, values in columns.items():
         if roles[name] == EXAMPLE:
             continue
@@ -167,17 +168,17 @@ def check_sizes(columns: Columns, roles: Mapping[str, str], main: str) -> None:
             if shape[:1] != (len(tokens),):
                 raise ValueError(
                     f"column `{name}` must have one entry for each of the {len(tokens)} tokens of example {index}; got "
-                    f"shape {shape}{_OTHERWISE.format(name) if name == 'labels' else ''}"
+                    f"shape {shape}{_LABELS_HINT.format(name) if name == 'labels' else ''}"
                 )
         if len({shape[1:] for shape in shapes}) > 1:
             raise ValueError(f"column `{name}` must have entries of one shape; got shapes {shapes}")
 
 
-_OTHERWISE = ". Labels per example must be floats, or need `column_roles={{'{}': 'example'}}` on the collator"
+_LABELS_HINT = ". Labels per example must be floats, or need `column_roles={{'{}': 'example'}}` on the collator"
 
 
 def are_inputs(labels: list[Tensor], ids: list[Tensor]) -> bool:
-    """Whether the labels, apart from ignored ones, are the tokens themselves, as for next-token prediction."""
+    """Whether the labels, apart from ignored ones, equal the tokens, as in next-token prediction."""
     known = [label != IGNORE_INDEX for label in labels]
     pairs = list(zip(labels, ids, known, strict=True))
     same = all(label.shape == own.shape and torch.equal(label[kept], own[kept]) for label, own, kept in pairs)
@@ -206,7 +207,7 @@ def presence(columns: Columns, main: str) -> list[Tensor] | None:
 
 
 def not_binary(mask: Tensor | np.ndarray, index: int) -> ValueError:
-    """An error for a mask of an example with other numbers than 0 and 1, which may be those of documents."""
+    """An error for an example whose mask has numbers other than 0 and 1, such as document numbers."""
     return ValueError(
         f"`attention_mask` of an example must hold 0 or 1; got {mask.tolist()} in example {index} ({NUMBERED})"
     )
@@ -227,7 +228,7 @@ def without_absent(columns: Columns, roles: Mapping[str, str], keep: list[Tensor
 
 
 def _moved(position: Tensor, kept: Tensor) -> Tensor:
-    """A token's position once absent ones are removed. Positions outside the example mean "no answer" and stay."""
+    """A token's position after absent tokens are removed. Positions outside the example mean "no answer" and stay."""
     inside = (position >= 0) & (position < len(kept))
     before = pad(kept.cumsum(0), (1, 0))
     return torch.where(inside, before[position.clamp(0, len(kept))], position)

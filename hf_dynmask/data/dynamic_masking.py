@@ -21,7 +21,7 @@ COLUMNS = ("special_tokens_mask", "word_ids", "idx")  # read by the collator, no
 SETTINGS_OF_TARGETS = ("mlm_probability", "strategy", "mask_replace_prob", "random_replace_prob", "at_least_one")
 SETTINGS_OF_TARGETS += ("dynamic", "copies", "seed")
 
-# Values that stand in for an epoch.
+# Special values of the epoch.
 UNKNOWN = -2
 EVALUATION = -1
 
@@ -29,54 +29,55 @@ EVALUATION = -1
 SPAN_LENGTHS = 0.2 * 0.8 ** np.arange(10)
 SPAN_LENGTHS /= SPAN_LENGTHS.sum()
 SPAN_MEAN = float(SPAN_LENGTHS @ np.arange(1, 11))
-SPAN_SHARE = SPAN_MEAN / (SPAN_MEAN + 1)  # the share of words in spans if one word separates each two spans
-# Remaining length of the span at a random word inside a span; long spans contain more words.
+SPAN_SHARE = SPAN_MEAN / (SPAN_MEAN + 1)  # the share of words in spans if all gaps are one word long
+# How much of a span remains at a random word inside of it. Long spans count more, since they contain more words.
 REST_LENGTHS = SPAN_LENGTHS[::-1].cumsum()[::-1] / SPAN_MEAN
 
 
 @dataclass
 class DataCollatorForDynamicMasking:
     """
-    Collates tokenized examples for masked language modeling into a batch that carries `lengths`. Targets are drawn in
-    every epoch again as in RoBERTa (arXiv:1907.11692), or once as in BERT (arXiv:1810.04805).
+    Collates tokenized examples for masked language modeling into a batch with `lengths`. Targets are drawn again in
+    every epoch, as in RoBERTa (arXiv:1907.11692), or only once, as in BERT (arXiv:1810.04805).
 
     The targets of an example are a function of `seed`, the epoch and the example. They do not depend on the number of
-    workers and processes, the batch size, the order of examples or the rest of the batch, and a run that resumes from a
-    checkpoint draws the same ones. The next epoch has different targets.
+    workers and processes, the batch size, the order of examples or the rest of the batch. A run that resumes from a
+    checkpoint draws the same targets. The next epoch has different ones.
 
-    **Setting the epoch.** A [`~transformers.Trainer`] with [`DynamicMaskingMixin`] does it. In your own loop, call
+    **Setting the epoch.** A [`~transformers.Trainer`] with [`DynamicMaskingMixin`] sets it. In your own loop, call
     [`~DataCollatorForDynamicMasking.set_epoch`] before you iterate over the data loader; persistent workers see the new
     epoch too. The collator raises an error if the epoch was never set.
 
     **Evaluation.** Use the collator that [`~DataCollatorForDynamicMasking.for_evaluation`] returns: its targets are
     always the same, and differ from those of training.
 
-    **Identity of an example.** Its `input_ids` without absent tokens. Copies of one text in a dataset therefore have
-    the same targets in an epoch, unless a column `idx` distinguishes them.
+    **Identity of an example.** An example is identified by its `input_ids` without absent tokens. Copies of one text in
+    a dataset therefore have the same targets in an epoch, unless a column `idx` distinguishes them.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Provides the mask token, the special tokens (which are never targets), the ordinary tokens that replace some
             of the targets, and the pad token.
         mlm_probability (`float` or `dict[int, float]`, *optional*, defaults to 0.15):
-            The probability that a token is a target, above 0 and at most 1 (`"span"`: below 0.79). Or a schedule: the
-            first epoch of each probability, in increasing order from 0. Evaluation uses the last one.
+            The probability that a token is a target, above 0 and at most 1 (`"span"`: below 0.79). A `dict` is a
+            schedule: it maps the first epoch of each probability to it, in increasing order from 0. Evaluation uses the
+            last probability.
         strategy (`str`, *optional*, defaults to `"token"`):
             - `"token"`: tokens are drawn independently.
             - `"whole_word"`: words are drawn independently; all tokens of a word are targets, or none.
             - `"span"`: spans of 1 to 10 whole words, whose length is distributed as in SpanBERT (geometric with 0.2,
-              mean 3.8). SpanBERT draws spans until a share of the example is reached; here each word is in a span with
-              the given probability. A span may be cut at the start or end of the example.
+              mean 3.8). SpanBERT draws spans until they cover a share of the example; here each word is in a span with
+              the given probability. The start or end of the example may cut a span off.
         mask_replace_prob (`float`, *optional*, defaults to 0.8): The share of targets replaced with the mask token.
         random_replace_prob (`float`, *optional*, defaults to 0.1):
             The share of targets replaced with a random ordinary token of the vocabulary. The rest is left unchanged.
             With `"span"`, all targets of a span are treated the same way, as in SpanBERT.
         at_least_one (`bool`, *optional*, defaults to `False`):
-            Whether to give an example without a target one after all: a token, word or span. With a probability of
-            0.15, one in 25 examples of 20 tokens has none, or, with `"span"`, of 64 words.
+            Whether every example gets at least one target: a token, word or span. Otherwise, at a probability of 0.15,
+            about one in 25 examples of 20 tokens has no target; with `"span"`, one in 25 examples of 64 words.
         dynamic (`bool`, *optional*, defaults to `True`): Whether each epoch has its own targets.
         copies (`int`, *optional*, defaults to 1):
-            Without `dynamic`, the number of sets of targets, which the epochs use in turn. BERT has 10.
+            With `dynamic=False`: the number of sets of targets, which the epochs use in turn. BERT uses 10.
         seed (`int`, *optional*, defaults to 0): The seed of the targets.
         flat (`bool`, *optional*, defaults to `False`): Put all sequences end to end in one row, without padding.
         column_roles (`Mapping[str, str]`, *optional*): As in [`DataCollatorWithLengths`].
@@ -85,36 +86,37 @@ class DataCollatorForDynamicMasking:
         column_sizes (`Mapping[str, int]`, *optional*), max_length (`int`, *optional*): As in
             [`DataCollatorWithLengths`].
 
-    The examples may have these columns, which are not in the batch:
+    The collator reads these columns of the examples, if there are any, and leaves them out of the batch:
 
     - `special_tokens_mask`, integers, per token: 1 for tokens that must not be targets, besides the special tokens.
-    - `word_ids`, integers, per token: the word it belongs to, as from [`~transformers.BatchEncoding.word_ids`]. `None`,
-      or NaN in datasets in NumPy or PyTorch format, is in no word. Without this column, the tokenizer's vocabulary must
+    - `word_ids`, integers, per token: the word of the token, as from [`~transformers.BatchEncoding.word_ids`]. `None`
+      (in datasets in NumPy or PyTorch format: NaN) means no word. Without this column, the tokenizer's vocabulary must
       mark the beginnings of words with `"Ġ"` or `"▁"`, or their continuations with `"##"`.
     - `idx`, an integer or text, per example: see above.
 
-    A stock Trainer removes them before the collator sees them; one with [`DynamicMaskingMixin`] does not.
+    A stock Trainer removes them before the collator sees them; a Trainer with [`DynamicMaskingMixin`] does not.
 
     Returns:
         `dict[str, Tensor]`: For B examples of N tokens in total, the longest of which has T:
 
         - `input_ids`, int64 `(B, T)`: most of the targets are replaced. With `flat`: `(1, N)`.
-        - `labels`, int64, of the same shape: the original tokens at the targets, -100 elsewhere. Any labels of the
-          examples are dropped.
+        - `labels`, int64, of the same shape: the original tokens at the targets, -100 elsewhere. Labels of the examples
+          are dropped.
         - `lengths`, int64 `(B,)`, `attention_mask` and other columns: as from [`DataCollatorWithLengths`].
 
         With `max_tokens` and `max_sequences`:
 
-        - `input_ids`, int64 `(1, max_tokens)`: the tokens, then the pad id.
-        - `labels`, int64 `(1, max_tokens)`: as above, then -100.
-        - `lengths`, int64 `(max_sequences,)`: tokens of each sequence, then 0.
+        - `input_ids`, int64 `(1, max_tokens)`: padded with the pad id.
+        - `labels`, int64 `(1, max_tokens)`: padded with -100.
+        - `lengths`, int64 `(max_sequences,)`: tokens of each sequence, padded with 0.
 
     Raises:
         ValueError: The tokenizer has no mask token; the strategy is unknown; a probability is out of range, or the sum
             of `mask_replace_prob` and `random_replace_prob` exceeds 1; `mlm_probability` is not a valid schedule, or is
             a schedule without `dynamic`; `copies` is not a positive integer, or is given with `dynamic`; `seed` is
             negative; an argument is wrong as in [`DataCollatorWithLengths`]. When called: the epoch was never set; a
-            column has a wrong type or shape; the beginnings of words are not known; the examples are wrong as there.
+            column has a wrong type or shape; the beginnings of words are unknown; the examples are wrong as in
+            [`DataCollatorWithLengths`].
 
     Example:
 
@@ -154,7 +156,7 @@ class DataCollatorForDynamicMasking:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._epoch.share_memory_()  # an unpickled collator has its own epoch, which its workers must see change
+        self._epoch.share_memory_()  # an unpickled collator has its own epoch, which its workers must see
 
     def set_epoch(self, epoch: int) -> None:
         """
@@ -164,7 +166,8 @@ class DataCollatorForDynamicMasking:
             epoch (`int`): The epoch, counted from 0.
 
         Raises:
-            ValueError: `epoch` is not an integer of at least 0; the collator is one for evaluation.
+            ValueError: `epoch` is not an integer of at least 0; the collator is from
+                [`~DataCollatorForDynamicMasking.for_evaluation`].
         """
         if not _is_int(epoch, 0):
             raise ValueError(f"`epoch` must be an integer of at least 0; got {epoch!r}")
@@ -176,15 +179,15 @@ class DataCollatorForDynamicMasking:
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> "DataCollatorForDynamicMasking":
-        """A collator with the same settings whose targets never change, whatever the epoch of the training."""
+        """A collator with the same settings whose targets never change, whatever the epoch."""
         collator = copy.copy(self)
         collator._epoch = _shared(EVALUATION)
         return collator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        epoch = self._epoch_of_targets()
+        epoch = self._target_epoch()
         batch = self._collator()([_without_labels(each) for each in features])
-        columns = _columns(batch, features[0])
+        columns = _pop_columns(batch, features[0])
         ids = batch["input_ids"]
         batch["labels"] = torch.full_like(ids, -100)
         may_be_target = ~self._vocabulary.is_special(ids)
@@ -199,11 +202,12 @@ class DataCollatorForDynamicMasking:
         return batch
 
     def _collator(self) -> DataCollatorWithLengths:
-        """Makes the batch that targets are then drawn in."""
+        """The collator that makes the batch, before targets are drawn in it."""
         names = ("flat", "column_roles", "max_tokens", "max_sequences", "column_sizes", "max_length")
         return DataCollatorWithLengths(self.tokenizer, **{name: getattr(self, name) for name in names})
 
-    def _epoch_of_targets(self) -> int:
+    def _target_epoch(self) -> int:
+        """The epoch, or the number of the copy, whose targets to draw."""
         epoch = int(self._epoch)
         if epoch == EVALUATION:
             return epoch
@@ -224,7 +228,7 @@ class DataCollatorForDynamicMasking:
         return probabilities[-1 if epoch == EVALUATION else bisect_right(list(self.mlm_probability), epoch) - 1]
 
     def _words(self, ids: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        """A number per token that changes where a word begins. With `"token"`, each token counts as a word."""
+        """The word number of each token. With `"token"`, each token is a word of its own."""
         if self.strategy == "token":
             return torch.arange(ids.shape[1]).expand_as(ids)
         if "word_ids" in columns:
@@ -237,9 +241,9 @@ class DataCollatorForDynamicMasking:
         return self._vocabulary.begins_word(ids).cumsum(1)
 
     def _sequences(self, values: Tensor, lengths: Tensor) -> list[np.ndarray]:
-        """A view of the entries of each sequence."""
+        """A view of the values of each sequence."""
         if self.flat:
-            return np.split(values[0].numpy(), lengths.cumsum(0).numpy())[:-1]  # without the places behind the last
+            return np.split(values[0].numpy(), lengths.cumsum(0).numpy())[:-1]  # without the unused places at the end
         return [row[:length] for row, length in zip(values.numpy(), lengths.tolist(), strict=True)]
 
     def _mask(self, epoch: int, name: int, ids, labels, may_be_target, words) -> None:
@@ -255,14 +259,14 @@ class DataCollatorForDynamicMasking:
         places = places[targets]
         labels[places] = ids[places]
 
-        # What happens to a target is drawn per span, or else per target.
-        fate = uniform[2][span[word] if self.strategy == "span" else np.arange(len(word))][targets]
-        other = self._vocabulary.ordinary(uniform[3][:-1][targets])
-        other_or_kept = np.where(fate < self.mask_replace_prob + self.random_replace_prob, other, ids[places])
-        ids[places] = np.where(fate < self.mask_replace_prob, self._vocabulary.mask_id, other_or_kept)
+        # Whether a target is masked, replaced or kept is drawn per span, or else per target.
+        draw = uniform[2][span[word] if self.strategy == "span" else np.arange(len(word))][targets]
+        random = self._vocabulary.ordinary(uniform[3][:-1][targets])
+        random_or_kept = np.where(draw < self.mask_replace_prob + self.random_replace_prob, random, ids[places])
+        ids[places] = np.where(draw < self.mask_replace_prob, self._vocabulary.mask_id, random_or_kept)
 
     def _choose(self, count: int, probability: float, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each word, the number of its span, or of the next one, and whether it is a target."""
+        """For each word, the index of its span (in a gap: of the next span), and whether the word is a target."""
         if self.strategy == "span":
             return _spans(count, probability, uniform, self.at_least_one)
         draws = uniform[0, :count]
@@ -273,7 +277,7 @@ class DataCollatorForDynamicMasking:
 
 
 class _Vocabulary:
-    """Properties of a tokenizer's tokens, in tables by their ids."""
+    """Lookup tables of a tokenizer's tokens, by id."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         ids = tokenizer.get_vocab()
@@ -283,10 +287,10 @@ class _Vocabulary:
         first = [ids[token] for token in ids if token.startswith(("Ġ", "▁"))]
         later = [ids[token] for token in ids if token.startswith("##")]
         self.marks_words = bool(first or later)
-        # A vocabulary that marks the first token of a word may also have tokens of number signs, for headings.
-        goes_on = len(later) > len(first)
-        self._begins_word = torch.full((max(ids.values()) + 1,), goes_on)
-        self._begins_word[later if goes_on else first] = not goes_on
+        # A vocabulary that marks the beginnings of words may also have some tokens that start with "##", for headings.
+        marks_later = len(later) > len(first)
+        self._begins_word = torch.full((max(ids.values()) + 1,), marks_later)
+        self._begins_word[later if marks_later else first] = not marks_later
 
     def is_special(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, self._special)
@@ -300,7 +304,7 @@ class _Vocabulary:
         return self._begins_word[ids]
 
     def ordinary(self, uniform: np.ndarray) -> np.ndarray:
-        """Ids of tokens that are not special, chosen by numbers in [0, 1)."""
+        """Ids of tokens that are not special, one for each uniform number in [0, 1)."""
         return self._ordinary[(uniform * len(self._ordinary)).astype(np.int64)]
 
 
@@ -310,7 +314,7 @@ def _shared(epoch: int) -> Tensor:
 
 
 def _without_labels(feature: Mapping[str, Any]) -> dict[str, Any]:
-    """The example without labels, and with an `idx` of text as a number."""
+    """The example without labels. An `idx` that is text becomes a number."""
     kept = {name: value for name, value in feature.items() if name not in LABELS}
     if isinstance(kept.get("idx"), str):
         digest = hashlib.blake2b(kept["idx"].encode(), digest_size=8)
@@ -318,22 +322,22 @@ def _without_labels(feature: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _columns(batch: dict[str, Tensor], feature: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Remove the columns that only the collator reads from the batch. `feature` is the first example."""
+def _pop_columns(batch: dict[str, Tensor], feature: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Remove and return the columns that only the collator reads. `feature` is the first example."""
     columns = {}
     for name in COLUMNS:
         values = batch.pop(name, None)
         if feature.get(name) is None:
             continue
-        each, like = ("example", batch["lengths"]) if name == "idx" else ("token", batch["input_ids"])
+        unit, like = ("example", batch["lengths"]) if name == "idx" else ("token", batch["input_ids"])
         if values is None or values.shape != like.shape or values.is_floating_point():
-            raise ValueError(f"column `{name}` must hold an integer for each {each}; got {feature[name]!r}")
+            raise ValueError(f"column `{name}` must hold an integer for each {unit}; got {feature[name]!r}")
         columns[name] = values
     return columns
 
 
 def _uniform(rows: int, columns: int, seed: int, epoch: int, name: int, ids: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) that are a function of the arguments, on any machine and with any release of NumPy."""
+    """Uniform numbers in [0, 1), `(rows, columns)`. They depend only on the arguments, not on the machine or NumPy."""
     identity = np.concatenate([[seed, epoch, name], ids]).astype("<i8").tobytes()
     key = hashlib.blake2b(identity, digest_size=16)
     bits = np.random.Philox(key=int.from_bytes(key.digest(), "little")).random_raw(rows * columns)
@@ -342,11 +346,11 @@ def _uniform(rows: int, columns: int, seed: int, epoch: int, name: int, ids: np.
 
 def _spans(count: int, probability: float, uniform: np.ndarray, at_least_one: bool) -> tuple[np.ndarray, np.ndarray]:
     """
-    For each of `count` words the number of its span, or of the next one, and whether it is in that span.
+    For each of `count` words: the index of its span (in a gap: of the next span), and whether it is in that span.
 
-    Gaps and spans alternate. Gaps of at least one word have a geometric length, such that the share of spans is
-    `probability`. The state at the first word (in a gap or in a span, and how much of it remains) is drawn as at a
-    random word of an endless text, so that every word of the example has the same probability.
+    Gaps and spans alternate. The length of a gap is geometric and at least one word, such that the share of words in
+    spans is `probability`. The state at the first word (in a gap or in a span, and how much of it remains) is drawn as
+    at a random word of an endless text, so that every word of the example has the same probability.
 
     Args:
         uniform (`np.ndarray` of shape `(2, n)`, n > count): Numbers in [0, 1).

@@ -1,4 +1,4 @@
-"""Flat batches: their class, and the fixed sizes that collators can give them."""
+"""Flat batches: their class, and checks of their fixed sizes."""
 
 import copy
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from .columns import MAIN_COLUMNS
 
 
 class FlatBatch(dict[str, Any]):
-    """A batch whose sequences stand end to end in one row, which cannot be split.
+    """A batch whose sequences are end to end in one row. It cannot be split.
 
-    Where one process collates for all, Accelerate slices and joins batches, and makes the result with their class: the
-    checks here then raise an error.
+    If one process collates for all (`dispatch_batches`), Accelerate slices and concatenates batches and constructs the
+    results with the same class. The checks in the constructor then raise an error.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -36,19 +36,19 @@ class FlatBatch(dict[str, Any]):
 
 
 def _is_cut(lengths: Tensor) -> bool:
-    """Whether these are a slice of the lengths of a batch, given to one of several processes."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    is_part = lengths.untyped_storage().nbytes() > lengths.nbytes
-    return is_part and several and torch.distributed.get_world_size() > 1
+    """Whether these lengths are a slice of a batch's lengths, in a run with several processes."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_slice = lengths.untyped_storage().nbytes() > lengths.nbytes
+    return is_slice and is_distributed and torch.distributed.get_world_size() > 1
 
 
 def is_flat(collator: Any) -> bool:
-    """Whether a collator is one of ours and makes flat batches, which it can give a fixed size."""
+    """Whether a collator is one of ours and makes flat batches, to which it can give a fixed size."""
     return hasattr(collator, "max_sequences") and collator.flat
 
 
 def with_settings(collator: Any, **settings: Any) -> Any:
-    """A copy of a collator with some settings changed. If it draws targets, both share the epoch."""
+    """A copy of a collator with some settings changed. A copy of a masking collator shares its epoch."""
     collator = copy.copy(collator)
     for name, value in settings.items():
         setattr(collator, name, value)
@@ -66,14 +66,14 @@ def in_rows(collator: Any) -> Any:
 
 def check_fixed_sizes(flat: bool, sizes: Mapping[str, int | None]) -> None:
     """
-    Check the numbers that give all flat batches one shape.
+    Check the sizes that give all flat batches one shape.
 
     Args:
-        flat (`bool`): The collator's.
-        sizes (`Mapping[str, int | None]`): The collator's numbers by their names.
+        flat (`bool`): Whether the collator makes flat batches.
+        sizes (`Mapping[str, int | None]`): The collator's sizes by name.
 
     Raises:
-        ValueError: They come without `flat`, only some of them are given, or one is not an integer of at least 1.
+        ValueError: Sizes are given without `flat`, only some of them are given, or one is not an integer of at least 1.
     """
     given = {name: size for name, size in sizes.items() if size is not None}
     *first, last = (f"`{name}`" for name in sizes)
@@ -94,7 +94,7 @@ def check_count(name: str, count: Any, least: int) -> None:
 
 
 def filled(values: Tensor, size: int | None, filler: int) -> Tensor:
-    """`values`, padded along dimension 0 to `size` with `filler`; not padded if `size` is `None`."""
+    """Pads `values` along dimension 0 to `size` with `filler`, unless `size` is `None`."""
     if size is None or len(values) == size:
         return values
     return torch.cat([values, values.new_full((size - len(values), *values.shape[1:]), filler)])

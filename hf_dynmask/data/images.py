@@ -7,16 +7,17 @@ from torch.nn.functional import pad
 
 def patches(image: Tensor, size: int) -> Tensor:
     """
-    Cuts an image into square patches, in reading order from the top left.
+    Cuts an image into square patches: row by row from the top, left to right.
 
     Args:
         image (`Tensor` of shape `(channels, height, width)`):
-            Pixels of any dtype. If a side is not a multiple of `size`, the patches at its end are padded with 0.
+            Pixels of any dtype. If a side is not a multiple of `size`, the image is padded with 0 at the end of it.
         size (`int`): Side length of a patch in pixels.
 
     Returns:
         `Tensor` of shape `(patches, channels * size * size)`: the `input_features` of one example for
-        [`DataCollatorForFeatures`]. A patch holds its pixels channel by channel, like a weight of `nn.Conv2d`.
+        [`DataCollatorForFeatures`]. Pixels of a patch are ordered by channel, row and column, like a weight of
+        `nn.Conv2d`.
 
     Raises:
         ValueError: `image` does not have three dimensions, or `size` is below 1.
@@ -37,16 +38,17 @@ def patches(image: Tensor, size: int) -> Tensor:
 
 def patch_positions(image: Tensor, size: int, columns: int) -> Tensor:
     """
-    Positions of an image's patches on a grid that all images share: the same position means the same place.
+    Positions of an image's patches on a grid that all images share, so that equal positions mean the same place.
 
     Args:
         image (`Tensor` of shape `(channels, height, width)`): As in [`patches`].
         size (`int`): Side length of a patch in pixels.
-        columns (`int`): Columns of the grid: the most patches in a row of any image.
+        columns (`int`): Columns of the grid: the width in patches of the widest image.
 
     Returns:
         int64 `Tensor` of shape `(patches,)`: `row * columns + column`, the `position_ids` of one example. A model
-        without subsampling, whose `max_position_embeddings` is the number of cells, learns a position for each cell.
+        without subsampling, whose `max_position_embeddings` is the number of cells of the grid, learns one position
+        embedding per cell.
 
     Raises:
         ValueError: The image is wider than the grid; `image` or `size` is wrong as in [`patches`].

@@ -1,4 +1,4 @@
-"""Batches by a budget of tokens: as many examples as fit, instead of a fixed number."""
+"""Batches with a token budget: as many examples as fit, instead of a fixed number."""
 
 import heapq
 import math
@@ -20,15 +20,15 @@ logger = getLogger(__name__)
 
 Step = list[list[int]]  # indices of the examples in the batch of each process
 
-# Lengths are multiplied by random numbers from 1 to this before they are sorted. The first value for which the examples
-# fit is used. With 1 the order is strictly by length, for which the number of steps is chosen, so they always fit.
+# Before examples are sorted by length, each length is multiplied by a random number from 1 to the jitter. The first
+# jitter with which the examples fit is used. With 1 they always fit: the number of steps is chosen for that order.
 JITTERS = (1.25, 1.1, 1.0)
-# Shares of the full batches of a stream to fill with the oldest examples. The first for which they fit is used.
+# Shares of the capacity of a stream's full batches to fill with the oldest examples. The first that fits is used.
 FILLS = (0.998, 0.995, 0.99, 0.98, 0.97)
 
 
 class _Room(NamedTuple):
-    """The most that a batch can hold. With `sequences=None`, any number of sequences."""
+    """The capacity of a batch. `sequences=None` means any number of sequences."""
 
     tokens: int
     sequences: int | None
@@ -41,47 +41,47 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     """
     Batches of examples with at most a given number of tokens in total.
 
-    Models that take `lengths` do no work on padding, so the budget counts real tokens, not rows times their width.
+    Models that take `lengths` do not compute padding, so the budget counts real tokens, not rows times their width.
 
-    - An epoch has every example exactly once, and the same number of steps, `num_steps`, on each process. It is the
-      same in every epoch, as the [`~transformers.Trainer`] and learning rate schedules expect.
-    - The work of linear layers, proportional to the sum of lengths L, is balanced over all batches: examples are taken
-      in order of decreasing length, each into the batch with the fewest tokens so far (longest processing time first;
-      Graham, 1969). The work of attention, proportional to the sum of L², is balanced over the processes of each step:
-      a step consists of batches with similar sums of L².
+    - An epoch contains every example exactly once. Each process has the same number of steps, `num_steps`, which does
+      not change from epoch to epoch, as the [`~transformers.Trainer`] and learning rate schedules expect.
+    - The work of linear layers, proportional to the sum of the lengths L, is balanced over all batches: examples are
+      taken in order of decreasing length, and each goes into the batch with the fewest tokens so far (longest
+      processing time first; Graham, 1969). The work of attention, proportional to the sum of L², is balanced over the
+      processes of each step: the batches of a step have similar sums of L².
     - With `shuffle`, each epoch has different batches: lengths are multiplied by random numbers from 1 to 1.25 before
-      they are sorted (less if the examples would not fit the budget), ties are broken at random, and the steps are
-      shuffled. All of this is a pure function of (`seed`, epoch).
+      they are sorted (or to a smaller number, if the examples would not fit the budget), ties are broken at random, and
+      the steps are shuffled. The result is a pure function of (`seed`, epoch).
 
-    With `rank=None` the sampler yields the batches of all processes in turn, step after step. This is what Accelerate
-    distributes over its processes: prepare the [`~torch.utils.data.DataLoader`], with
-    `DataLoaderConfiguration(even_batches=False)` on older releases. It calls [`set_epoch`] itself, and
+    With `rank=None` the sampler yields the batches of all processes in turn, step by step, which Accelerate then
+    distributes: prepare the [`~torch.utils.data.DataLoader`], on older releases with
+    `DataLoaderConfiguration(even_batches=False)`. Accelerate calls [`set_epoch`] itself, and
     [`~accelerate.skip_first_batches`] resumes in mid-epoch. [`TokenBudgetMixin`] does all of this for a Trainer.
 
     Args:
-        lengths (`Sequence[int]`): Tokens of each example of the dataset, in its order.
-        max_tokens (`int`): The budget: the most tokens in a batch of one process.
+        lengths (`Sequence[int]`): The number of tokens of each example, in the order of the dataset.
+        max_tokens (`int`): The budget: the maximum number of tokens in a batch of one process.
         max_sequences (`int`, *optional*):
-            The most examples in a batch. `None`: as many as fit the budget; the attribute `max_sequences` is then a
-            bound that holds in all epochs. Both numbers give the flat batches of [`DataCollatorWithLengths`] one shape:
-            `max_tokens=sampler.max_tokens, max_sequences=sampler.max_sequences`.
+            The maximum number of examples in a batch. `None`: as many as fit the budget; the attribute `max_sequences`
+            is then an upper bound for all epochs. To give the flat batches of [`DataCollatorWithLengths`] one shape,
+            pass it `max_tokens=sampler.max_tokens, max_sequences=sampler.max_sequences`.
         num_replicas (`int`, *optional*, defaults to 1): Number of processes that share each step.
         rank (`int`, *optional*): Yield only the batches of this process. `None`: those of all processes, in turn.
         shuffle (`bool`, *optional*, defaults to `True`):
-            `False`: the same batches in every epoch, those with the longest examples first.
+            `False`: the same batches in every epoch, those with the most attention work first.
         seed (`int`, *optional*, defaults to 0): Seed of the shuffling; must be the same on all processes.
         truncate (`bool`, *optional*, defaults to `False`):
-            Count an example longer than the budget as `max_tokens` tokens instead of raising an error. The collator has
-            to truncate the examples themselves.
+            Count an example longer than the budget as `max_tokens` tokens instead of raising an error. The collator
+            must then truncate the example itself.
 
     Yields:
-        `list[int]`: indices of the examples of a batch; at least one.
+        `list[int]`: Indices of the examples of a batch; at least one.
 
     Raises:
         ValueError: `lengths` is empty or does not hold integers of at least 0; `max_tokens`, `max_sequences`,
             `num_replicas`, `rank` or `seed` is out of range; an example is longer than the budget; the examples cannot
-            make the same number of batches on each process: there are fewer of them than processes, or too few fit into
-            one batch.
+            be divided into the same number of batches on each process, since there are fewer examples than processes,
+            or too few fit into one batch.
 
     Example:
 
@@ -126,7 +126,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.max_sequences = max_sequences or self._bound(room)
 
     def _bound(self, room: _Room) -> int:
-        """A few more examples than any batch of one epoch has, so that other epochs can be packed as well."""
+        """A bound on the examples per batch: a few more than in one epoch, so that other epochs can be packed too."""
         number = self.num_steps * self.num_replicas
         batches = _batches(self.lengths, room, number, None)
         if self.shuffle:
@@ -135,7 +135,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return min(len(self.lengths), most + 1 + most // 16)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration. Each has different batches."""
+        """Set the epoch of the next iteration. Each epoch has different batches."""
         self.epoch = epoch
 
     def __len__(self):
@@ -152,31 +152,31 @@ class TokenBudgetIterableDataset(IterableDataset):
     """
     Turns a stream of examples into a stream of batches with at most a given number of tokens.
 
-    Examples are collected in a buffer. Whenever it is full, they are made into batches as in
-    [`TokenBudgetBatchSampler`]. Half of these batches are yielded; the examples of the others stay in the buffer. So
-    every example comes exactly once, except at the end of the stream: if up to `num_replicas - 1` examples are too few
-    for a batch on each process, they are left out, with a warning.
+    Examples are collected in a buffer. Whenever it is full, they are packed into batches as in
+    [`TokenBudgetBatchSampler`]. Half of these batches are yielded; the examples of the others stay in the buffer. Every
+    example is yielded exactly once, except at the end of the stream: up to `num_replicas - 1` examples that are too few
+    for a batch on each process are left out, with a warning.
 
-    Each process has to read the same stream. The batches of all processes come in turn, step after step, as
-    [`~accelerate.data_loader.IterableDatasetShard`] with `batch_size=1` distributes them. With several workers in a
-    data loader the stream has to divide itself among them, as those of `datasets` do.
+    Each process must read the same stream. The batches of all processes are yielded in turn, step by step, as
+    [`~accelerate.data_loader.IterableDatasetShard`] with `batch_size=1` distributes them. If a data loader has several
+    workers, the stream must divide itself among them, as the streams of `datasets` do.
 
     Args:
         dataset (`Iterable[Mapping]`): The examples. If it has a `set_epoch`, it is called with every new epoch.
-        max_tokens (`int`): The budget: the most tokens in a batch of one process.
+        max_tokens (`int`): The budget: the maximum number of tokens in a batch of one process.
         max_sequences (`int`, *optional*):
-            The most examples in a batch. `None`: `max_tokens`, or `buffer_size` if that is smaller.
+            The maximum number of examples in a batch. `None`: `max_tokens`, or `buffer_size` if that is smaller.
         num_replicas (`int`, *optional*, defaults to 1): Number of processes that share each step.
         buffer_size (`int`, *optional*, defaults to 1000):
-            Size of the buffer in examples. A larger one fills batches better and shuffles the stream more. It should
-            hold several steps.
+            Size of the buffer in examples. A larger buffer leaves fewer places unused and shuffles the stream more. It
+            should hold several steps.
         length_column (`str`, *optional*, defaults to `"length"`): See [`example_length`].
         seed (`int`, *optional*, defaults to 0): Seed of the shuffling; must be the same on all processes.
         truncate (`bool`, *optional*, defaults to `False`):
             Count an example longer than the budget as `max_tokens` tokens instead of raising an error.
 
     Yields:
-        `list[Mapping]`: the examples of a batch; at least one.
+        `list[Mapping]`: The examples of a batch; at least one.
 
     Raises:
         ValueError: A number is out of range. While iterating: an example has no length or is longer than the budget.
@@ -210,7 +210,7 @@ class TokenBudgetIterableDataset(IterableDataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration. Each has different batches."""
+        """Set the epoch of the next iteration. Each epoch has different batches."""
         self._epoch.fill_(epoch)
         set_epoch = getattr(self.dataset, "set_epoch", None)
         if set_epoch is not None:
@@ -228,9 +228,9 @@ class TokenBudgetIterableDataset(IterableDataset):
                 steps = self._full_steps(lengths, generator)
                 steps = steps[: math.ceil(len(steps) / 2)]
                 yield from ([examples[k] for k in batch] for step in steps for batch in step)
-                gone = {k for step in steps for batch in step for k in batch}
-                lengths = [length for k, length in enumerate(lengths) if k not in gone]
-                examples = [example for k, example in enumerate(examples) if k not in gone]
+                yielded = {k for step in steps for batch in step for k in batch}
+                lengths = [length for k, length in enumerate(lengths) if k not in yielded]
+                examples = [example for k, example in enumerate(examples) if k not in yielded]
         steps = self._all_steps(lengths, generator)
         yield from ([examples[k] for k in batch] for step in steps for batch in step)
         left_out = len(examples) - sum(len(batch) for step in steps for batch in step)
@@ -241,7 +241,7 @@ class TokenBudgetIterableDataset(IterableDataset):
             )
 
     def _full_steps(self, lengths: list[int], generator: np.random.Generator) -> list[Step]:
-        """Steps of the oldest examples, almost all of them full; of all examples if they do not fill a step."""
+        """Steps of the oldest examples, almost completely filled. If the examples do not fill a step, steps of all."""
         room, capacity = _Room(self.max_tokens, self.max_sequences), self.max_tokens * self.num_replicas
         full, taken = sum(lengths) // capacity, 0
         for fill in FILLS if full else ():
@@ -252,7 +252,8 @@ class TokenBudgetIterableDataset(IterableDataset):
         return self._all_steps(lengths[:taken], generator) or self._all_steps(lengths, generator)
 
     def _all_steps(self, lengths: list[int], generator: np.random.Generator) -> list[Step]:
-        """Steps of all examples, or without some of the last ones if there are none otherwise; possibly none at all."""
+        """Steps of all examples, or of all but the last few if all together cannot be divided among the processes.
+        Returns no steps if that does not help."""
         room = _Room(self.max_tokens, self.max_sequences)
         for number in range(len(lengths), max(0, len(lengths) - self.num_replicas), -1):
             some = np.array(lengths[:number])
@@ -264,8 +265,8 @@ class TokenBudgetIterableDataset(IterableDataset):
 
 @dataclass
 class CollatorWithinBudget:
-    """Wraps a collator: truncates examples to a budget of tokens if asked to, and raises a `ValueError` if a batch
-    exceeds it. The collator does not see the column of lengths, unless that is `lengths`, which it may check."""
+    """Wraps a collator. Truncates examples to the token budget if `truncate` is set. Raises a `ValueError` if a batch
+    exceeds the budget. Removes the column of lengths, except a column `lengths`, which the collator may check."""
 
     collator: Callable[[list[Any]], Any]
     max_tokens: int
@@ -293,12 +294,12 @@ def _without(feature: Any, name: str) -> Any:
 
 def example_length(example: Mapping[str, Any], column: str = "length", number: int = 0) -> int:
     """
-    The number of tokens of an example: from the given column, or else `lengths`, or else the number of entries of
-    `input_ids` or `input_features`, without those that are 0 in `attention_mask`.
+    The number of tokens of an example. It is read from the given column or else from `lengths`. Without these columns,
+    it is the number of entries of `input_ids` or `input_features` whose `attention_mask` is not 0.
 
     Raises:
         ValueError: The example has none of these columns; the length is not an integer of at least 0; `input_ids` is
-            not a list; or the mask holds other values than 0 and 1. The message names the example by its `number`.
+            not a list; the mask holds values other than 0 and 1. The message names the example by its `number`.
     """
     for name in (column, "lengths"):
         if name in example:
@@ -334,7 +335,7 @@ def example_lengths(dataset: Any, column: str = "length") -> list[int]:
 
 
 def pair_lengths(dataset: Any) -> np.ndarray:
-    """The numbers of tokens of the source and the target of each example of a map-style dataset, `(examples, 2)`."""
+    """The numbers of source and target tokens of each example of a map-style dataset, `(examples, 2)`."""
     source = {name: name for name in (*MAIN_COLUMNS, "attention_mask")}
     target = {**dict.fromkeys(LABELS, "input_ids"), "decoder_attention_mask": "attention_mask"}
     pairs = []
@@ -356,19 +357,19 @@ def list_sizes(dataset: Any, names: Sequence[str]) -> dict[str, int]:
 
 
 def _examples(dataset: Any, names: Sequence[str]) -> Iterable[Any]:
-    """The examples of a map-style dataset. A `datasets.Dataset` without a transform reads only the given columns."""
+    """The examples of a map-style dataset. Of a `datasets.Dataset` without a transform, only the given columns."""
     names = [name for name in names if name in getattr(dataset, "column_names", [])]
     if names and dataset.format["type"] != "custom":
         dataset = dataset.select_columns(names)
     return dataset if hasattr(dataset, "__iter__") else (dataset[number] for number in range(len(dataset)))
 
 
-# --- Which examples go together ---------------------------------------------------------------------------------------
+# --- Packing examples into batches ------------------------------------------------------------------------------------
 
 
 def _num_steps(lengths: np.ndarray, room: _Room, num_replicas: int) -> int:
-    """The fewest steps, to a quarter of a percent, for which examples in order of decreasing length can be packed; 0 if
-    there is no such number."""
+    """The smallest number of steps, up to a quarter of a percent, into which the examples can be packed in order of
+    decreasing length; 0 if there is none."""
     order = _order(lengths, 1.0, None)
     fewest = math.ceil(int(lengths.sum()) / (room.tokens * num_replicas))
     if room.sequences is not None:
@@ -392,19 +393,19 @@ def _num_steps(lengths: np.ndarray, room: _Room, num_replicas: int) -> int:
 def _steps(
     lengths: np.ndarray, room: _Room, num_replicas: int, num_steps: int, generator: np.random.Generator | None
 ) -> list[Step]:
-    """All examples in `num_steps` steps, shuffled by the generator, or else those with the most work first."""
+    """All examples in `num_steps` steps: shuffled by the generator, or without one, the most attention work first."""
     batches = _batches(lengths, room, num_steps * num_replicas, generator)
     batches.sort(key=lambda batch: int((lengths[batch] ** 2).sum()), reverse=True)
     steps = [batches[start : start + num_replicas] for start in range(0, len(batches), num_replicas)]
     if generator is not None:
         generator.shuffle(steps)
         for step in steps:
-            generator.shuffle(step)  # so that no process always has the most work
+            generator.shuffle(step)  # so that it is not always the same process that has the most work
     return steps
 
 
 def _batches(lengths: np.ndarray, room: _Room, number: int, generator: np.random.Generator | None) -> Step:
-    """All examples in `number` batches, which must be enough to pack them in order of decreasing length."""
+    """All examples in `number` batches. In order of decreasing length, the examples must fit this number."""
     for jitter in JITTERS if generator is not None else JITTERS[-1:]:
         batches = _pack(lengths, _order(lengths, jitter, generator), room, number)
         if batches is not None:
@@ -413,7 +414,8 @@ def _batches(lengths: np.ndarray, room: _Room, number: int, generator: np.random
 
 
 def _order(lengths: np.ndarray, jitter: float, generator: np.random.Generator | None) -> list[int]:
-    """Indices in order of decreasing length: exactly without a generator, else up to `jitter`, ties in random order."""
+    """Indices in order of decreasing length. With a generator, lengths are first multiplied by random numbers from 1 to
+    `jitter`, and ties are in random order."""
     if generator is None:
         return np.argsort(-lengths, kind="stable").tolist()
     keys = lengths * generator.uniform(1, jitter, len(lengths))
@@ -421,8 +423,8 @@ def _order(lengths: np.ndarray, jitter: float, generator: np.random.Generator | 
 
 
 def _pack(lengths: np.ndarray, order: list[int], room: _Room, number: int) -> Step | None:
-    """Examples in `number` batches, each put into the one with the fewest tokens so far that has room for another
-    sequence; `None` if they do not fit."""
+    """Packs the examples into `number` batches. Each example goes into the batch with the fewest tokens so far that has
+    room for another sequence. Returns `None` if they do not fit."""
     tokens = lengths.tolist()
     batches: Step = [[] for _ in range(number)]
     loads = [(0, 0, k) for k in range(number)]  # a heap: tokens, examples, which batch
@@ -464,8 +466,8 @@ def _checked(lengths: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def _within(lengths: np.ndarray, max_tokens: int, truncate: bool, first: int = 0) -> np.ndarray:
-    """The lengths, limited to the budget; a `ValueError` if one exceeds it and `truncate` is not set. `first` is the
-    number of the first example."""
+    """The lengths, with `truncate` limited to the budget. Raises a `ValueError` if one exceeds it without `truncate`.
+    `first` is the number of the first example."""
     if not truncate and lengths.max() > max_tokens:
         raise ValueError(
             f"`max_tokens` must be at least the longest example's length; got max_tokens={max_tokens}, and example "
@@ -491,7 +493,7 @@ def _whole(value: Any, column: str, number: int) -> int:
 
 
 def _role(collator: Any) -> Callable[[str, list[torch.Tensor]], str]:
-    """How the collator tells columns per token from others. Stock collators use the same names."""
+    """The function that returns the role of a column. Stock collators use the one of ours: their names are the same."""
     if hasattr(collator, "role"):
         return collator.role
     like: Any = DataCollatorWithLengths
@@ -511,7 +513,7 @@ def _truncated(features: list[Any], max_tokens: int, role: Callable[[str, list[t
     for number, feature in enumerate(features):
         mask = feature.get("attention_mask")
         present = np.ones(len(feature[main]), bool) if mask is None else _present(mask, number)
-        end = int(np.searchsorted(np.cumsum(present), max_tokens, side="right"))  # absent ones do not count
+        end = int(np.searchsorted(np.cumsum(present), max_tokens, side="right"))  # absent tokens do not count
         shorter = {name: value[:end] if model_name(name) in per_token else value for name, value in feature.items()}
         if "lengths" in feature:
             shorter["lengths"] = min(int(feature["lengths"]), max_tokens)

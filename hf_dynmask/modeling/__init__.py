@@ -1,1 +1,1 @@
-"""All that travels with a checkpoint: files beside each other that import by `from .name import X` alone."""
+"""The code that is exported with a checkpoint. Its files import each other only by `from .name import X`."""

@@ -1,4 +1,4 @@
-"""`dynmask_attention`: one operation over flat tensors, several implementations, all equal to the reference."""
+"""`dynmask_attention`: one operation on flat tensors, with several implementations that agree with the reference."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Implementation(NamedTuple):
         attend (`Callable`):
             `(query, key, value, plan, *, scaling, dropout) -> (output, weights | None)`, on packed `(N, H, D)` tensors.
         unsupported (`Callable`):
-            `(plan, query, key, value, dropout) -> str | None`: why it cannot serve these; `None`: it can.
-        takes_tails (`bool`): Whether it takes layouts with a tail, of which the host knows no lengths.
-        is_traced (`bool`): Whether a graph may trace it, in place of calling an operator.
+            `(plan, query, key, value, dropout) -> str | None`: the reason why it cannot be used; `None` if it can.
+        takes_tails (`bool`): Whether it accepts layouts with a tail, whose lengths the host does not know.
+        is_traced (`bool`): Whether a graph may trace it. The others are called as an opaque operator.
     """
 
     attend: Callable[..., tuple[Tensor, Tensor | None]]
@@ -49,8 +49,8 @@ IMPLEMENTATIONS = {
     "reference": Implementation(attend_reference),
     "sdpa": Implementation(attend_sdpa),
 }
-CHOSEN_ON_CUDA = ("varlen", "banded", "flex")  # by `"auto"`: the first that serves
-CUDA_LIKE = ("cuda", "meta")  # tensors without values take the way of those on a GPU
+CHOSEN_ON_CUDA = ("varlen", "banded", "flex")  # `"auto"` takes the first of these that can be used
+CUDA_LIKE = ("cuda", "meta")  # on `meta`, `"auto"` chooses as on CUDA
 
 
 def dynmask_attention(
@@ -75,30 +75,32 @@ def dynmask_attention(
         key (`Tensor` of shape `(1, Hk, Nk, D)`): Keys; Hk divides H (grouped-query attention).
         value (`Tensor` of shape `(1, Hk, Nk, Dv)`): Values.
         mask (`Mask`, `str` or `MaskPlan`):
-            The expression, its text, or a plan made before (then `fields` are the plan's).
-        layout (`SequenceLayout`): Where the queries sit.
-        key_layout (`SequenceLayout`, *optional*): Where the keys sit, sequence for sequence. `None`: with the queries.
+            The mask expression, its text, or a plan, which has fields of its own.
+        layout (`SequenceLayout`): Layout of the queries.
+        key_layout (`SequenceLayout`, *optional*):
+            Layout of the keys, with as many sequences as `layout`. `None`: the keys are the tokens of the queries.
         fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, in the batch's layout.
-        scaling (`float`, *optional*): Factor of the scores. `None`: `D ** -0.5`.
-        dropout (`float`, *optional*, defaults to 0.0): Probability with which an attention weight is dropped.
+        scaling (`float`, *optional*): Factor applied to the scores. `None`: `D ** -0.5`.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout probability of the attention weights.
         apply_mask_to (`str`, *optional*, defaults to `"scores"`):
-            `"scores"` hides keys before the softmax; `"weights"` multiplies the weights of the softmax over the whole
-            sequence, without renormalising (reference only).
+            `"scores"` masks the scores before the softmax. `"weights"` masks the weights after a softmax over the whole
+            sequence, without renormalising them (reference only).
         key_scores (`Tensor` of shape `(1, 1 | Hk, Nk)`, *optional*):
-            Learned scores of the keys, for masks with `topk`: it chooses by them, and they are added to the attention
-            scores, whence their gradient.
+            Learned scores of the keys, for masks with `topk`, which chooses keys by them. They are also added to the
+            attention scores, through which they receive a gradient.
         implementation (`str`, *optional*, defaults to `"auto"`):
             `"blocks"` (block-sparse, any device), `"varlen"` (fused kernels over packed sequences: CUDA, masks that are
             `full`, `causal` or, in half precision, windows), `"banded"` (windows by plain matrix products, any device),
             `"flex"` (FlexAttention: CUDA, no dropout, no `topk`), `"reference"` (dense, padded), `"sdpa"` (dense mask,
-            padded), or `"auto"`: on CUDA the first of varlen, banded and flex that serves, else blocks.
+            padded), or `"auto"`: on CUDA the first of varlen, banded and flex that can be used, otherwise blocks.
 
     Returns:
-        `Tensor` of shape `(1, H, N, Dv)`: flat; a query with no key to see gives exactly 0.
+        `Tensor` of shape `(1, H, N, Dv)`, flat. A query without any allowed key gives exactly 0.
 
     Raises:
-        ValueError: An unknown implementation, or one that cannot serve the mask, the device or the dtype; tensors whose
-            shapes do not fit each other or the layouts; a field that the mask needs is missing or has the wrong shape.
+        ValueError: The implementation is unknown, or does not support the mask, the device or the dtype; the shapes of
+            the tensors do not match each other or the layouts; a field that the mask reads is missing or has the wrong
+            shape.
     """
     plan = mask if isinstance(mask, MaskPlan) else MaskPlan(mask, layout, key_layout, fields=fields)
     if plan.layout is not layout:
@@ -131,9 +133,11 @@ def attend(
     key_scores: Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """[`dynmask_attention`] with a plan, on packed `(N, H, D)` tensors: output `(N, H, Dv)`, and weights
-    `(B, H, T, T)` from the reference."""
-    if query.device.type != "cpu":  # on which PyTorch's own functions do so
+    """[`dynmask_attention`] with a plan, on packed `(N, H, D)` tensors.
+
+    Returns the output `(N, H, Dv)` and the weights `(B, H, T, T)`, which only the reference computes.
+    """
+    if query.device.type != "cpu":  # on a CPU, PyTorch's functions apply autocast themselves
         query, key, value = autocast(query, key, value)
     if key_scores is not None:
         query, key, plan = _with_key_scores(query, key, plan, key_scores, scaling)
@@ -143,14 +147,14 @@ def attend(
         raise ValueError(f"`apply_mask_to` must be 'scores' or 'weights'; got {apply_mask_to!r}")
     if apply_mask_to == "weights":
         if implementation not in ("auto", "reference"):
-            raise ValueError(f"`apply_mask_to='weights'` is served by 'reference'; got {implementation!r}")
+            raise ValueError(f"`apply_mask_to='weights'` needs the implementation 'reference'; got {implementation!r}")
         attend_weights = partial(attend_reference, apply_mask_to="weights")
         return _without_tail(attend_weights, query, key, value, plan, scaling, dropout)
     return _attend(implementation, query, key, value, plan, scaling, dropout)
 
 
 def autocast(*states: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values in the dtype of autocast, if it is on, which packed kernels do not ask for."""
+    """Casts queries, keys and values to the autocast dtype, if autocast is on. The packed kernels do not do so."""
     device = states[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return states
@@ -166,7 +170,7 @@ def _attend(
     elif implementation == "auto":
         implementation, _ = auto_choice(plan, query, key, value, dropout)
     else:
-        _check_serves(implementation, plan, query, key, value, dropout)
+        _check_supported(implementation, plan, query, key, value, dropout)
     chosen = IMPLEMENTATIONS[implementation]
     if chosen.takes_tails or not (plan.layout.has_tail or plan.key_layout.has_tail):
         return chosen.attend(query, key, value, plan, scaling=scaling, dropout=dropout)
@@ -182,7 +186,7 @@ def _without_tail(
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of the tokens of sequences alone; 0 in the tail."""
+    """Calls `function` without the tails of the layouts; its output is padded with 0 in the tail."""
     trimmed = plan.trimmed
     if trimmed is plan:
         return function(query, key, value, plan, scaling=scaling, dropout=dropout)
@@ -194,24 +198,26 @@ def _without_tail(
 def auto_choice(
     plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0
 ) -> tuple[str, dict[str, str]]:
-    """What `implementation="auto"` takes, and why it passed over each that comes before."""
-    passed_over = {}
+    """The implementation that `"auto"` chooses, and for each one that it rejects before it the reason."""
+    rejected = {}
     for name in CHOSEN_ON_CUDA:
-        reason = None if query.device.type in CUDA_LIKE else f"chosen on CUDA devices alone; got '{query.device.type}'"
+        reason = None if query.device.type in CUDA_LIKE else f"chosen only on CUDA devices; got '{query.device.type}'"
         reason = reason or IMPLEMENTATIONS[name].unsupported(plan, query, key, value, dropout)
         if reason is None:
-            return name, passed_over
-        passed_over[name] = reason
-    return "blocks", passed_over
+            return name, rejected
+        rejected[name] = reason
+    return "blocks", rejected
 
 
-def _check_serves(name: str, plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+def _check_supported(name: str, plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"`implementation` must be one of {_listed(['auto', *IMPLEMENTATIONS])}; got {name!r}")
     reason = IMPLEMENTATIONS[name].unsupported(plan, query, key, value, dropout)
     if reason is not None:
-        able = [other for other, it in IMPLEMENTATIONS.items() if not it.unsupported(plan, query, key, value, dropout)]
-        raise ValueError(f"`implementation` {name!r} cannot serve this: {reason}. Those that can: {_listed(able)}")
+        usable = [
+            other for other, it in IMPLEMENTATIONS.items() if not it.unsupported(plan, query, key, value, dropout)
+        ]
+        raise ValueError(f"`implementation` {name!r} cannot be used here: {reason}. Those that can: {_listed(usable)}")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -221,20 +227,23 @@ def _listed(names: Iterable[str]) -> str:
 def _with_key_scores(
     query: Tensor, key: Tensor, plan: MaskPlan, key_scores: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, MaskPlan]:
-    """Query and key with the scores as one more channel, so that their product adds them; the plan that knows them."""
+    """Appends the scores to query and key as one more channel, so that the attention scores include them.
+
+    Returns the query, the key, and the plan with the scores by which `topk` chooses.
+    """
     tokens, key_heads, _ = key.shape
-    given = key_scores.shape[1] if key_scores.dim() == 3 else 0
-    if tuple(key_scores.shape) != (1, given, tokens) or given not in (1, key_heads):
+    score_heads = key_scores.shape[1] if key_scores.dim() == 3 else 0
+    if tuple(key_scores.shape) != (1, score_heads, tokens) or score_heads not in (1, key_heads):
         raise ValueError(f"`key_scores` must have shape (1, 1 | {key_heads}, {tokens}); got {tuple(key_scores.shape)}")
     if "key_scores" not in plan.mask.fields:
         raise ValueError(f"`key_scores` must come with a mask that has `topk`; got '{plan.mask}'")
     scores = key_scores.expand(1, key_heads, tokens)
     channels = query.shape[-1]
-    extra = -(channels + 1) % 8 + 1  # kernels like sizes that are multiples of 8
+    extra = -(channels + 1) % 8 + 1  # kernels need head sizes that are multiples of 8
     ones = nn.functional.pad(query.new_full((*query.shape[:2], 1), 1 / scaling), (0, extra - 1))
     query = torch.cat([query, ones], dim=-1)
-    of_keys = scores[0].T.unsqueeze(-1).to(key.dtype)
-    key = torch.cat([key, nn.functional.pad(of_keys, (0, extra - 1))], dim=-1)
+    channel = scores[0].T.unsqueeze(-1).to(key.dtype)
+    key = torch.cat([key, nn.functional.pad(channel, (0, extra - 1))], dim=-1)
     return query, key, plan.with_key_scores(scores.repeat_interleave(query.shape[1] // key_heads, dim=1))
 
 

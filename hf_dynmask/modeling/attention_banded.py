@@ -1,9 +1,9 @@
-"""Attention in windows by plain matrix products: each block of tokens against the blocks that its windows reach.
+"""Sliding-window attention by plain matrix products: each block of queries against the keys within its reach.
 
-All sizes follow from the mask and the number of tokens: nothing is read from a device, and dropout and gradients are
-PyTorch's own. It serves where no fused kernel does: windows in float32, on any device.
+All sizes follow from the mask and the number of tokens, so nothing is read from a device. Dropout and gradients are
+PyTorch's own. It is used for windows in float32, which the packed kernels do not support.
 
-Shape legend: N tokens in n blocks of L, H heads, D and Dv head sizes, K = keys that a block reaches.
+Shape legend: N tokens in n blocks of L, H heads, D and Dv head sizes, K keys within reach of a block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .plan import MaskPlan
 from .softmax import softmax_attention, without_keys, without_poison
 
 SMALLEST_BLOCK = 64
-LARGEST = 2**28  # scores that are held at once
+LARGEST = 2**28  # scores in memory at once
 
 
 def attend(
@@ -37,9 +37,9 @@ def attend(
 
 
 def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> str | None:
-    """Why it cannot serve, or `None`: it can."""
+    """The reason why this implementation cannot be used; `None` if it can."""
     if None in (plan.band or (None,)) or plan.layout is not plan.key_layout:
-        return f"it serves windows between the tokens of one layout; got '{plan.mask}'"
+        return f"it supports windows between the tokens of one layout; got '{plan.mask}'"
     blocks = Blocks.of(_window(plan), plan.layout.num_tokens)
     scores = query.shape[1] * blocks.number * blocks.size * (blocks.before + blocks.size + blocks.behind)
     if scores > LARGEST:
@@ -48,24 +48,27 @@ def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropo
 
 
 def _window(plan: MaskPlan) -> tuple[int, int]:
-    """The plan's band, which has two bounds."""
+    """The plan's band, both bounds of which are finite."""
     left, right = plan.band or (None, None)
     assert left is not None and right is not None
     return left, right
 
 
 class Blocks(NamedTuple):
-    """How tokens are cut: `number` blocks of `size`, each of which sees `before` and `behind` tokens beside its own."""
+    """Division of the tokens into `number` blocks of `size`.
+
+    A block sees its own tokens, `before` tokens in front of it and `behind` tokens after it.
+    """
 
     number: int
     size: int
     before: int
     behind: int
-    missing: int  # places of the last block that no token takes
+    unused: int  # places of the last block without a token
 
     @classmethod
     def of(cls, band: tuple[int, int], tokens: int) -> Blocks:
-        """Of a window, and so many tokens."""
+        """The blocks for a window over this number of tokens."""
         before, behind = (min(bound, tokens) for bound in band)
         size = max(SMALLEST_BLOCK, before, behind)
         number = -(-tokens // size)
@@ -73,17 +76,17 @@ class Blocks(NamedTuple):
 
     def of_queries(self, states: Tensor, fill: float = 0) -> Tensor:
         """`(H, N, D)` as `(n, H, L, D)`."""
-        padded = nn.functional.pad(states, (0, 0, 0, self.missing), value=fill)
+        padded = nn.functional.pad(states, (0, 0, 0, self.unused), value=fill)
         return padded.unflatten(1, (self.number, self.size)).transpose(0, 1)
 
     def of_keys(self, states: Tensor, fill: float = 0) -> Tensor:
         """`(H, N, D)` as `(n, H, K, D)`."""
-        padded = nn.functional.pad(states, (0, 0, self.before, self.behind + self.missing), value=fill)
+        padded = nn.functional.pad(states, (0, 0, self.before, self.behind + self.unused), value=fill)
         return padded.unfold(1, self.before + self.size + self.behind, self.size).permute(1, 0, 3, 2)
 
 
 def _allowed(plan: MaskPlan) -> Tensor:
-    """Bool `(n, 1, L, K)`: which query of a block may see which key that the block reaches."""
+    """Bool `(n, 1, L, K)`: which query of a block may see which of the keys within its reach."""
     layout, (left, right) = plan.layout, _window(plan)
     blocks = Blocks.of((left, right), layout.num_tokens)
     ids, positions = (values[None, :, None] for values in (layout.sequence_ids, layout.positions))

@@ -1,4 +1,4 @@
-"""Block-sparse `scaled_dot_product_attention` on any device: computes the tiles of a [`MaskPlan`], nothing else.
+"""Block-sparse `scaled_dot_product_attention` on any device, which computes only the tiles of a [`MaskPlan`].
 
 Shape legend: n sequences of a group, L tokens each, H heads, N real tokens, D and Dv head sizes.
 """
@@ -19,23 +19,23 @@ from .layout import eager_only
 from .plan import GroupPlan, MaskPlan, Tile
 from .softmax import softmax_attention
 
-# Sequences up to LONGEST_FILLED tokens are filled up to whole vectors of VECTOR tokens: those of nearly equal lengths
-# then share a call, and the fused CPU kernel, which handles a ragged end in slow scalar code, has none. For longer ones
-# the copying would cost what it gains, except in half precision, where a ragged end costs most.
+# Sequences of up to LONGEST_FILLED tokens are filled up to a multiple of VECTOR tokens. Sequences of nearly equal
+# length then share a call, and the fused CPU kernel does not fall back to slow scalar code for a ragged end. For longer
+# sequences the copying costs as much as it saves, except in half precision, where a ragged end is slowest.
 VECTOR = 16
 LONGEST_FILLED = 64
 LONGEST_FILLED_HALF = 512
-SMALL = 2**14  # numbers; of fewer PyTorch's own gradient of a gather takes less time than a function in Python
+SMALL = 2**14  # elements up to which PyTorch's own gradient of a gather is faster than an autograd function in Python
 HALF = (torch.bfloat16, torch.float16)
 
 
 class Bucket(NamedTuple):
-    """Neighbouring groups that are attended to as one.
+    """Neighbouring groups that are computed in one call.
 
     Attributes:
-        group (`GroupPlan`): The groups joined, sizes filled up.
-        mask_of (`Callable`): Mask of one of the group's tiles, `None` where all its pairs are allowed or it is causal.
-        sizes (`list[tuple[int, int]]`): Queries and keys of each of its sequences, before they are filled up.
+        group (`GroupPlan`): The joined groups, with sizes filled up.
+        mask_of (`Callable`): Returns the mask of a tile; `None` if all its pairs are allowed, or if it is causal.
+        sizes (`list[tuple[int, int]]`): Numbers of queries and keys of each sequence before it is filled up.
     """
 
     group: GroupPlan
@@ -44,99 +44,100 @@ class Bucket(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the tokens of a bucket stand: n tokens at P places.
+    """Assignment of the n tokens of a bucket to its P places.
 
     Attributes:
-        taken (`Tensor` of shape `(P,)`): The token at each place. Sequences are filled up with copies of their last
+        token_at (`Tensor` of shape `(P,)`): The token at each place. Sequences are filled up with copies of their last
             token, which no query sees.
         tokens (`Tensor` of shape `(n,)`): The bucket's tokens, ascending.
-        place_of (`Tensor` of shape `(n,)`): The place of each of them.
+        place_of (`Tensor` of shape `(n,)`): The place of each token in `tokens`.
     """
 
-    taken: Tensor
+    token_at: Tensor
     tokens: Tensor
     place_of: Tensor
 
     @classmethod
     def of(cls, tokens: np.ndarray, sizes: list[int], filled: int, device: torch.device) -> Places:
-        """Of the tokens of sequences of `sizes` one after another, each filled up to `filled`."""
-        own = np.array(sizes)[:, None]
-        starts = own.cumsum()[:, None] - own
+        """The places for `tokens`, which hold sequences of `sizes` end to end; each is filled up to `filled` tokens."""
+        lengths = np.array(sizes)[:, None]
+        starts = lengths.cumsum()[:, None] - lengths
         inside = np.arange(filled)
-        taken = tokens[(starts + np.minimum(inside, own - 1))].ravel()
-        (place_of,) = (inside < own).ravel().nonzero()
+        token_at = tokens[(starts + np.minimum(inside, lengths - 1))].ravel()
+        (place_of,) = (inside < lengths).ravel().nonzero()
         ascending = tokens.argsort()
-        places = taken, tokens[ascending], place_of[ascending]
+        places = token_at, tokens[ascending], place_of[ascending]
         return cls(*(torch.from_numpy(each).to(device) for each in places))
 
 
 class Side(NamedTuple):
-    """How the tokens of a side, queries or keys, come to their buckets and back.
+    """The buckets of one side, queries or keys: moves its tokens there and back.
 
     Attributes:
         num_tokens (`int`): N.
-        pieces (`list[slice | Places]`): The tokens of each bucket; a slice where they stand as they are to stand.
+        pieces (`list[slice | Places]`): The tokens of each bucket: a slice if they need no reordering and no filling.
     """
 
     num_tokens: int
     pieces: list[slice | Places]
 
     def take(self, states: Tensor) -> tuple[Tensor, ...]:
-        """`(N, H, D)` as what stands at the places of each bucket, `(places, H, D)`."""
-        return _Take.apply(states, self) if self._needs_own_gradient(states) else self.taken(states)
+        """Splits `(N, H, D)` into the tensors of the buckets, `(places, H, D)` each."""
+        return _Take.apply(states, self) if self._needs_own_gradient(states) else self.split(states)
 
     def put_back(self, states: list[Tensor]) -> Tensor:
         """The inverse of [`take`]."""
-        return _PutBack.apply(self, *states) if self._needs_own_gradient(*states) else self.placed(states)
+        return _PutBack.apply(self, *states) if self._needs_own_gradient(*states) else self.join(states)
 
     def _needs_own_gradient(self, *states: Tensor) -> bool:
-        """Whether PyTorch's own gradients, which add up tensors of all tokens, would take longer."""
+        """Whether an autograd function is faster than PyTorch's gradients, which add up a full tensor per bucket."""
         is_small = len(self.pieces) == 1 and states[0].numel() <= SMALL
         return not is_small and any(each.requires_grad for each in states)
 
-    def taken(self, states: Tensor) -> tuple[Tensor, ...]:
-        """[`take`] without a gradient of its own."""
+    def split(self, states: Tensor) -> tuple[Tensor, ...]:
+        """[`take`] with PyTorch's gradients."""
         return tuple(
-            states[piece] if isinstance(piece, slice) else states.index_select(0, piece.taken) for piece in self.pieces
+            states[piece] if isinstance(piece, slice) else states.index_select(0, piece.token_at)
+            for piece in self.pieces
         )
 
-    def placed(self, states: Sequence[Tensor]) -> Tensor:
-        """Tokens of buckets, `(tokens, H, D)` or what stands at their places, as `(N, H, D)`."""
-        found = [
-            states if isinstance(piece, slice) else states.index_select(0, piece.place_of)
-            for states, piece in zip(states, self.pieces, strict=True)
+    def join(self, states: Sequence[Tensor]) -> Tensor:
+        """[`put_back`] with PyTorch's gradients."""
+        buckets = [
+            bucket if isinstance(piece, slice) else bucket.index_select(0, piece.place_of)
+            for bucket, piece in zip(states, self.pieces, strict=True)
         ]
-        if len(found) == 1:
-            return found[0]
-        whole = found[0].new_empty(self.num_tokens, *found[0].shape[1:])
-        for values, piece in zip(found, self.pieces, strict=True):
+        if len(buckets) == 1:
+            return buckets[0]
+        joined = buckets[0].new_empty(self.num_tokens, *buckets[0].shape[1:])
+        for bucket, piece in zip(buckets, self.pieces, strict=True):
             if isinstance(piece, slice):
-                whole[piece] = values
+                joined[piece] = bucket
             else:
-                whole.index_copy_(0, piece.tokens, values)
-        return whole
+                joined.index_copy_(0, piece.tokens, bucket)
+        return joined
 
 
 class _Take(torch.autograd.Function):
-    """[`Side.taken`], in which only one copy of a token has a gradient: no query sees the others."""
+    """[`Side.split`] with a gradient for only one copy of each token: no query sees the other copies."""
 
     @staticmethod
     def forward(ctx, states: Tensor, side: Side) -> tuple[Tensor, ...]:
         ctx.side = side
-        return side.taken(states)
+        return side.split(states)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return ctx.side.placed(grads), None
+        return ctx.side.join(grads), None
 
 
 class _PutBack(torch.autograd.Function):
-    """[`Side.placed`]; copies of tokens have no gradient."""
+    """[`Side.join`] without gradients for the copies of tokens."""
 
     @staticmethod
     def forward(ctx, side: Side, *states: Tensor) -> Tensor:
         ctx.side, ctx.places = side, [len(each) for each in states]
-        return side.placed(states)
+        return side.join(states)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -172,8 +173,10 @@ def attend(
 
 
 def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Side, Side]:
-    """The plan's groups, and where their queries and keys stand; groups of up to `longest` tokens that one tile covers
-    are joined with neighbours that fill up to the same size."""
+    """The buckets of a plan, and their queries and keys.
+
+    A group of at most `longest` tokens that one tile covers is joined with neighbours that fill up to the same size.
+    """
 
     def filled_sizes(numbered: tuple[int, GroupPlan]) -> tuple[int, int]:
         number, group = numbered
@@ -188,7 +191,7 @@ def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Side, Side]:
 
 
 def _side(plan: MaskPlan, buckets: list[Bucket], side: int) -> Side:
-    """The queries (0) or the keys (1)."""
+    """The buckets of the queries (`side` 0) or of the keys (1)."""
     tokens = (plan.layout, plan.key_layout)[side].num_tokens
     order = plan.token_orders[side]
     order = np.arange(tokens) if order is None else order
@@ -200,8 +203,8 @@ def _side(plan: MaskPlan, buckets: list[Bucket], side: int) -> Side:
         first += len(own)
         in_place = all(size == filled for size in sizes) and (np.diff(own) == 1).all()
         start = int(own[0]) if len(own) else 0
-        stands = slice(start, start + len(own))
-        pieces.append(stands if in_place else Places.of(own, sizes, filled, plan.layout.device))
+        contiguous = slice(start, start + len(own))
+        pieces.append(contiguous if in_place else Places.of(own, sizes, filled, plan.layout.device))
     return Side(tokens, pieces)
 
 
@@ -215,7 +218,7 @@ def _alone(plan: MaskPlan, group: GroupPlan) -> Bucket:
 
 def _joined(plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Bucket:
     causal = groups[0].tiles[0].causal
-    # A lower triangle ends before the copies.
+    # With a causal mask no token sees the copies, which come after all tokens.
     mask = None if causal else _joined_mask(plan, groups, queries, keys, device)
     tile = Tile(slice(0, queries), (slice(0, keys),), mask is not None, causal)
     sizes = [(group.queries, group.keys) for group in groups for _ in range(group.count)]
@@ -225,7 +228,7 @@ def _joined(plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, de
 def _joined_mask(
     plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, device: torch.device
 ) -> Tensor | None:
-    """Bool `(n, 1 | H, 1 | queries, keys)` over the sequences of several whole groups; `None` where all is allowed."""
+    """Bool `(n, 1 | H, 1 | queries, keys)` over the sequences of several whole groups; `None` if all are allowed."""
     masks = [plan.tile_mask(group, group.tiles[0]) for group in groups]
     if all(mask is None for mask in masks):
         if all(group.keys == keys for group in groups):
@@ -243,7 +246,7 @@ def _joined_mask(
 
 
 def _attend_bucket(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
-    """Attention `(queries, H, Dv)` of what stands in a bucket, `(queries | keys, H, D)`."""
+    """Attention `(queries, H, Dv)` within a bucket, whose states are `(queries, H, D)` and `(keys, H, D)`."""
     group = bucket.group
     query, key, value = (
         states.view(group.count, size, *states.shape[1:]).transpose(1, 2)
@@ -278,15 +281,18 @@ def attend_tile(
 
 
 def _is_slow_in_kernel(query: Tensor, dropout: float) -> bool:
-    """Whether matrix products beat the fused CPU kernel, whose half-precision backward pass is several times slower."""
+    """Whether plain matrix products are faster than the fused CPU kernel.
+
+    That kernel has no dropout, and its half-precision backward pass is several times slower.
+    """
     return query.device.type == "cpu" and (dropout > 0 or (query.dtype in HALF and query.requires_grad))
 
 
 class _Tiles(torch.autograd.Function):
     """Several tiles of one group. Each tile is a small graph of its own, whose gradients are added in place.
 
-    Slicing the keys in the outer graph would give every tile a gradient of full length; here memory and time grow with
-    the tiles alone.
+    If the outer graph sliced the keys, every tile would have a gradient of full length. Here memory and time are
+    proportional to the sizes of the tiles.
     """
 
     @staticmethod
@@ -334,7 +340,7 @@ class _Tiles(torch.autograd.Function):
 
 
 def _parts(states: Tensor, slices: tuple[slice, ...]) -> Tensor:
-    """Places of `(n, H, L, D)` in some slices, as a view where it is one."""
+    """The slices of `(n, H, L, D)` along L, joined; a view if there is only one slice."""
     if len(slices) == 1:
         return states[:, :, slices[0]]
     return torch.cat([states[:, :, places] for places in slices], dim=2)

@@ -1,8 +1,8 @@
-"""FlexAttention (arXiv:2412.05496) with a `BlockMask` made from the plan, which looks at blocks, not at cells.
+"""FlexAttention (arXiv:2412.05496) with a `BlockMask` that is made from the plan without evaluating single cells.
 
-Borders of blocks of flat tokens do not respect those of sequences: they cut each sequence into fragments. A pair of
-blocks is what the pairs of its fragments that belong to one sequence are. All sizes follow from the numbers of tokens
-and of sequences: nothing is read from a device.
+Blocks of flat tokens do not end where sequences end: their borders cut the sequences into fragments. Whether a pair of
+blocks is empty, partial or full follows from its pairs of fragments of the same sequence. All sizes follow from the
+numbers of tokens and of sequences, so nothing is read from a device.
 
 Shape legend: S sequences, N tokens, H heads, F fragments, R and C blocks of queries and keys.
 """
@@ -25,11 +25,11 @@ from .plan import MaskPlan
 from .softmax import without_keys, without_poison
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SMALLEST_HEAD = 16  # what the matrix units of a GPU take
-BLOCK_MULTIPLE = 128  # the kernels' own tiles divide it
-FIRST_CAPABILITY = (7, 0)  # Triton's
-# Every expression is compiled once for each of: dtype, gradients or none, one length or any. A float is a constant of
-# the kernel (a scaling, the share that `random` keeps); lengths and the integers of an expression may change.
+SMALLEST_HEAD = 16  # the smallest head size that the matrix units of a GPU support
+BLOCK_MULTIPLE = 128  # a multiple of the kernels' own tile sizes
+FIRST_CAPABILITY = (7, 0)  # the lowest that Triton supports
+# Each expression is compiled once per dtype, with or without gradients, for one length or for any length. Floats are
+# constants of a kernel (the scaling, the `keep` of `random`). Lengths and the integers of an expression may change.
 COMPILING = {"recompile_limit": 256, "accumulated_recompile_limit": 4096, "specialize_float": True}
 
 
@@ -37,10 +37,10 @@ class Fragments(NamedTuple):
     """The pieces into which block borders cut the sequences of a layout, in flat order. Some may be empty.
 
     Attributes:
-        sequences (`Tensor` of shape `(F,)`): The sequence that each is of; S: none.
-        blocks (`Tensor` of shape `(F,)`): The block that each lies in.
-        lows, highs (`Tensor` of shape `(F,)`): Its first and its last position.
-        are_whole (bool `Tensor` of shape `(F,)`): Whether it fills its block.
+        sequences (`Tensor` of shape `(F,)`): The sequence of each fragment; S if it has none.
+        blocks (`Tensor` of shape `(F,)`): The block of each fragment.
+        lows, highs (`Tensor` of shape `(F,)`): The first and the last position in each fragment.
+        are_whole (bool `Tensor` of shape `(F,)`): Whether a fragment fills its block.
     """
 
     sequences: Tensor
@@ -51,7 +51,7 @@ class Fragments(NamedTuple):
 
 
 class _Pair(Fields):
-    """The fields at one pair of tokens, number by number: what [`Mask.allowed`] reads when its indices are scalars."""
+    """The fields of a single pair of tokens, for [`Mask.allowed`] with scalar indices."""
 
     def __init__(self, tables: dict[str, Tensor], sequence: Tensor, head: Tensor):
         super().__init__(tables)
@@ -77,9 +77,9 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
     """Attention on packed `(N, H, D)` tensors; weights are not computed. See [`unsupported`]."""
-    if not (plan.layout.num_tokens and plan.key_layout.num_tokens):  # which the kernels do not take
+    if not (plan.layout.num_tokens and plan.key_layout.num_tokens):  # the kernels do not accept empty tensors
         return without_keys(query, key, value), None
-    if query.device.type == "meta":  # without values there is nothing but shapes, and what is made for a kernel
+    if query.device.type == "meta":  # no kernel runs; the block mask is made as on CUDA
         block_mask(plan, query.shape[1])
         return without_keys(query, key, value), None
     poisoned = None
@@ -97,7 +97,7 @@ def attend(
 
 
 def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> str | None:
-    """Why FlexAttention cannot serve these, or `None`: it can. On CPU it runs unfused, to check results."""
+    """The reason why FlexAttention cannot be used; `None` if it can. On a CPU it runs unfused, to check results."""
     if plan.mask.holds(TopK):
         return "`topk` looks at all keys of a query at once"
     if dropout:
@@ -112,11 +112,11 @@ def unsupported(plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropo
 
 def _unsupported_tensors(plan: MaskPlan, query: Tensor, value: Tensor) -> str | None:
     if query.dtype not in DTYPES:
-        return f"it takes {', '.join(map(str, DTYPES))}; got {query.dtype}"
+        return f"it supports {', '.join(map(str, DTYPES))}; got {query.dtype}"
     if min(query.shape[-1], value.shape[-1]) < SMALLEST_HEAD:
-        return f"it takes head sizes from {SMALLEST_HEAD}; got {query.shape[-1]} and {value.shape[-1]}"
+        return f"it supports head sizes of at least {SMALLEST_HEAD}; got {query.shape[-1]} and {value.shape[-1]}"
     if plan.block_size % BLOCK_MULTIPLE:
-        return f"it takes blocks of a multiple of {BLOCK_MULTIPLE} tokens; got {plan.block_size}"
+        return f"it supports block sizes that are multiples of {BLOCK_MULTIPLE}; got {plan.block_size}"
     return None
 
 
@@ -124,21 +124,21 @@ def _unsupported_here(device: torch.device) -> str | None:
     if device.type == "meta":
         return None
     if find_spec("triton") is None:
-        return "it needs Triton, not installed"
+        return "it needs Triton, which is not installed"
     capability = torch.cuda.get_device_capability(device)
     if capability < FIRST_CAPABILITY:
-        return f"it takes GPUs of compute capability {FIRST_CAPABILITY} and later; got {capability}"
+        return f"it supports GPUs of compute capability {FIRST_CAPABILITY} and later; got {capability}"
     return None
 
 
 @lru_cache
 def _compiled(backend: str) -> Callable[..., Tensor]:
-    """`flex_attention` compiled; with `"eager"` its unfused form is what is compiled."""
+    """`flex_attention` compiled; with the backend `"eager"` it runs unfused."""
     return torch.compile(flex_attention, backend=backend, fullgraph=True)  # type: ignore[return-value]
 
 
 def block_mask(plan: MaskPlan, heads: int) -> BlockMask:
-    """The plan's mask for so many heads, over the flat order: shape `(1, 1 | H, N, Nk)`. Made once."""
+    """The plan's mask for this number of heads over flat tokens, of shape `(1, 1 | H, N, Nk)`; the plan caches it."""
     return plan.derived(_block_mask, heads)
 
 
@@ -164,20 +164,20 @@ def _block_mask(plan: MaskPlan, heads: int) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers `(..., R)` and columns `(..., R, C)` of each row's blocks, as a `BlockMask` holds them."""
+    """The number of blocks in each row, `(..., R)`, and their columns, `(..., R, C)`, as a `BlockMask` stores them."""
     width = blocks.shape[-1]
-    place = blocks.cumsum(-1, dtype=torch.int32)
-    target = (place - 1).where(blocks, width).long()
+    counts = blocks.cumsum(-1, dtype=torch.int32)
+    target = (counts - 1).where(blocks, width).long()
     columns = torch.arange(width, dtype=torch.int32, device=blocks.device).expand(blocks.shape)
     listed = torch.zeros(*blocks.shape[:-1], width + 1, dtype=torch.int32, device=blocks.device)
-    return place[..., -1:].sum(-1, dtype=torch.int32), listed.scatter(-1, target, columns)[..., :width]
+    return counts[..., -1:].sum(-1, dtype=torch.int32), listed.scatter(-1, target, columns)[..., :width]
 
 
 def _mask_mod(plan: MaskPlan, heads: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether one flat query token may see one flat key token, as FlexAttention asks it."""
+    """FlexAttention's `mask_mod`: whether a flat query token may see a flat key token."""
     runs = [(run.start, part.mask) for run, part in plan.by_heads(heads)]
     (q_sequence, q_position), (k_sequence, k_position) = (
-        (layout.sequence_ids.detach(), layout.positions.detach())  # others than those of queries, for the compiler
+        (layout.sequence_ids.detach(), layout.positions.detach())  # the compiler needs distinct tensors for both sides
         for layout in (plan.layout, plan.key_layout)
     )
     tables, last = plan.fields.tables, plan.layout.num_sequences - 1
@@ -194,7 +194,7 @@ def _mask_mod(plan: MaskPlan, heads: int) -> Callable[[Tensor, Tensor, Tensor, T
 
 
 def _blocks_by_head(plan: MaskPlan, heads: int) -> list[tuple[Tensor, Tensor]]:
-    """[`_blocks`] of each head; of one alone where all have the same mask."""
+    """[`_blocks`] of each head, or of only one head if all have the same mask."""
     runs = plan.by_heads(heads)
     if len(runs) == 1 and not _differs_by_head(plan.fields):
         return [_blocks(runs[0][1])]
@@ -213,9 +213,9 @@ def _differs_by_head(fields: Fields) -> bool:
 
 
 def _blocks(plan: MaskPlan, fields: Fields | None = None) -> tuple[Tensor, Tensor]:
-    """Bool `(R, C)` twice: the pairs of blocks in which a query may see a key, and in which all queries see all keys.
+    """Two bool tensors `(R, C)`: whether some query of a block may see some key, and whether all queries see all keys.
 
-    The first may hold too many, the second too few.
+    The first may be True for too many pairs of blocks, the second for too few.
     """
     queries, fields = _fragments(plan.layout, plan.block_size), fields or plan.fields
     keys = queries if plan.key_layout is plan.layout else _fragments(plan.key_layout, plan.block_size)
@@ -230,7 +230,7 @@ def _blocks(plan: MaskPlan, fields: Fields | None = None) -> tuple[Tensor, Tenso
     shape = [-(-layout.num_tokens // plan.block_size) for layout in (plan.layout, plan.key_layout)]
 
     def of_blocks(pairs: Tensor) -> Tensor:
-        """Whether any pair of fragments `(F, F)` of each pair of blocks is one of these."""
+        """Whether any pair of fragments in a pair of blocks has its flag set: `(F, F)` to `(R, C)`."""
         by_row = pairs.new_zeros(shape[0], pairs.shape[1], dtype=torch.int32).index_add(0, queries.blocks, pairs.int())
         return by_row.new_zeros(shape).index_add(1, keys.blocks, by_row) > 0
 
@@ -241,7 +241,7 @@ def _fragments(layout: SequenceLayout, block: int) -> Fragments:
     tokens, device = layout.num_tokens, layout.device
     borders = torch.arange(0, tokens, block, device=device)
     ends = layout.lengths.cumsum(0)
-    starts = torch.cat([borders, torch.zeros_like(ends[:1]), ends]).sort().values  # the last of `ends` begins the tail
+    starts = torch.cat([borders, torch.zeros_like(ends[:1]), ends]).sort().values  # the last of `ends` starts the tail
     stops = nn.functional.pad(starts[1:], (0, 1), value=tokens)
     sizes = stops - starts
     first, last = starts.clamp(max=tokens - 1), (stops - 1).clamp(min=0)

@@ -25,7 +25,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """[`softmax_attention`] on packed `(N, H, D)` tensors; weights `(B, H, T, T)` in the batch's layout.
 
-    With `apply_mask_to="weights"` the softmax runs over a sequence's tokens, and the mask multiplies its weights.
+    With `apply_mask_to="weights"` the softmax runs over all tokens of a sequence, and the mask sets weights to 0.
     """
     rows = plan.in_rows
     output, weights = softmax_attention(

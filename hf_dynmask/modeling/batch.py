@@ -1,4 +1,4 @@
-"""What the arguments of a forward pass say of a batch: which tokens are there, and which belong to one sequence.
+"""Reads from the arguments of a forward pass which tokens of a batch are real, and which of them form a sequence.
 
 Shape legend: B rows of width T in the batch, S sequences, N real tokens.
 """
@@ -15,7 +15,7 @@ from .frames import Frames
 from .graph_layout import layout_in_graph
 from .layout import SequenceLayout, eager_only, integers, reads_are_free
 
-# What transformers' and TRL's padding-free collators call the sequences of one row, beside `position_ids`.
+# Arguments by which padding-free collators of transformers and TRL describe a row of sequences, beside `position_ids`.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 Lengths = Tensor | Sequence[int]
 
@@ -30,15 +30,15 @@ def layout_of_batch(
     position_ids: Tensor | None = None,
     packing: Mapping[str, Any] | None = None,
 ) -> SequenceLayout:
-    """Where the tokens of a batch of `shape` `(B, T)` sit.
+    """The layout of a batch of `shape` `(B, T)`.
 
-    `lengths` say so, or `cu_seq_lens_q`, or `seq_idx`, or a 0/1 `attention_mask`, or `position_ids` that restart;
-    without any of these all tokens are there, and each row is one sequence. An explicit `attention_mask` of three or
-    four dimensions says nothing of that, and with one neither do `position_ids`. Tokens that are `missing` are left
+    It is given by `lengths`, `cu_seq_lens_q`, `seq_idx`, a 0/1 `attention_mask` or `position_ids` that restart. Without
+    any of these all tokens are real and each row is one sequence. An explicit `attention_mask` of three or four
+    dimensions does not affect the layout, nor do `position_ids` that come with one. Tokens that are `missing` are left
     out; the others keep their positions.
 
     Args:
-        packing (`dict[str, Any]`): The arguments named in `PACKING`, as far as they are given.
+        packing (`dict[str, Any]`): Those of the arguments in `PACKING` that are given.
 
     Raises:
         ValueError: The arguments contradict each other, or one does not fit the shape.
@@ -72,7 +72,7 @@ def frames_of_batch(
     position_ids: Tensor | None = None,
     packing: Mapping[str, Any] | None = None,
 ) -> Frames:
-    """As [`layout_of_batch`], with the tokens that are missing as well."""
+    """Like [`layout_of_batch`], but the result also has the layout that includes the missing tokens."""
     packing = given(packing or {})
     lengths = stated_lengths(lengths, packing, shape, device)
     whole = SequenceLayout.of_batch(shape, device, lengths, None if is_explicit(attention_mask) else attention_mask)
@@ -86,12 +86,12 @@ def frames_of_batch(
 
 
 def is_explicit(attention_mask: Tensor | None) -> bool:
-    """Whether a mask says which query may see which key, rather than which tokens are there."""
+    """Whether a mask says which query may see which key, rather than which tokens are real."""
     return attention_mask is not None and attention_mask.dim() > 2
 
 
 def per_token(position_ids: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Positions `(B, T)`, int64, of which there may be one row for all."""
+    """Positions as int64 `(B, T)`; a single row `(1, T)` is expanded to all rows."""
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, shape[0]) or position_ids.shape[1] != shape[1]:
         raise ValueError(
             f"`position_ids` must have the input's shape {tuple(shape)}, or one row for all; "
@@ -101,7 +101,7 @@ def per_token(position_ids: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that are not `None`."""
+    """The arguments that are not `None`."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -112,7 +112,7 @@ def given_input(
     inputs_embeds: Tensor | None = None,
     **_,
 ) -> Tensor:
-    """The one input that there is: that named `main`, which the model reads, or `inputs_embeds`."""
+    """The only input that is given: the one called `main`, which is the model's own, or `inputs_embeds`."""
     inputs = given({"input_ids": input_ids, "input_features": input_features, "inputs_embeds": inputs_embeds})
     if len(inputs) != 1 or not inputs.keys() & {main, "inputs_embeds"}:
         raise ValueError(
@@ -124,18 +124,18 @@ def given_input(
 def stated_lengths(
     lengths: Lengths | None, packing: Mapping[str, Any], shape: tuple[int, int], device: torch.device
 ) -> Tensor | None:
-    """`lengths`, or what `cu_seq_lens_q` say in their place.
+    """`lengths`, or the lengths that follow from `cu_seq_lens_q`.
 
     Raises:
-        ValueError: `cu_seq_lens_q` come with several rows, do not go from 0 up to the width of the row, or contradict
-            `lengths` or `cu_seq_lens_k`.
+        ValueError: `cu_seq_lens_q` comes with several rows, does not rise from 0 to the width of the row, or
+            contradicts `lengths` or `cu_seq_lens_k`.
     """
     if lengths is not None:
         lengths = torch.as_tensor(lengths, device=device)
     names = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if packing.get(name) is not None]
     if not names:
         return lengths
-    if not reads_are_free(device):  # no value is looked at
+    if not reads_are_free(device):  # checks would have to read the values
         name = names[0]
         return lengths if lengths is not None else integers(name, torch.as_tensor(packing[name], device=device)).diff()
     return _checked_ends({name: torch.as_tensor(packing[name], device=device) for name in names}, lengths, shape)
@@ -164,7 +164,7 @@ def _checked_ends(ends: dict[str, Tensor], lengths: Tensor | None, shape: tuple[
 
 
 def _divided_by_index(whole: SequenceLayout, seq_idx: Tensor, is_stated: bool) -> SequenceLayout:
-    """The layout with a sequence for each run of one number in `seq_idx` `(B, T)`."""
+    """The layout in which each run of equal numbers in `seq_idx (B, T)` is a sequence."""
     if tuple(seq_idx.shape) != tuple(whole.shape):
         raise ValueError(f"`seq_idx` must have the input's shape {whole.shape}; got {tuple(seq_idx.shape)}")
     numbers = whole.flatten(integers("seq_idx", seq_idx))[0]
@@ -177,9 +177,10 @@ def _divided_by_index(whole: SequenceLayout, seq_idx: Tensor, is_stated: bool) -
 
 
 def _bounded(whole: SequenceLayout, packing: Mapping[str, Any]) -> SequenceLayout:
-    """The layout with the bounds of the longest sequence that the batch gives.
+    """The layout with `max_length_q` and `max_length_k`, if given, as bounds of the longest sequence.
 
-    A device that is not read checks them itself, and does not go on where a sequence is longer; a graph checks nothing.
+    On a CPU the bounds are checked here. Other devices check them without a host read and stop if a sequence is longer.
+    Graphs do not check them.
     """
     for name in ("max_length_q", "max_length_k"):
         bound = packing.get(name)

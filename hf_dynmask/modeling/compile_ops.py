@@ -1,6 +1,6 @@
-"""Operators that a graph of `torch.compile` or `torch.export` calls and does not look into.
+"""Opaque operators for graphs of `torch.compile` and `torch.export`.
 
-Inside they are what runs without a graph, errors included.
+An operator runs the same code as without a graph, and raises the same errors.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Callable
 import torch
 
 PACKAGE = re.sub(r"[^A-Za-z0-9_]", "_", __name__.rpartition(".")[0] or __name__)
-_libraries: list[torch.library.Library] = [*globals().get("_libraries", ())]  # operators go with theirs
+# An operator is removed together with its library. The list survives a second execution of this file.
+_libraries: list[torch.library.Library] = [*globals().get("_libraries", ())]
 
 
 def operator(
     schema: str, run: Callable, shapes: Callable, gradients: tuple[Callable, Callable] | None = None
 ) -> Callable:
-    """An operator of the graph.
+    """Registers an operator.
 
     Args:
         schema (`str`): Its name, arguments and results.
-        run (`Callable`): What it does, on any device.
-        shapes (`Callable`): Results of the same shapes, dtypes and strides, for tensors without values.
-        gradients (`tuple[Callable, Callable]`, *optional*): Its backward pass, and what that is given.
+        run (`Callable`): Its implementation on all devices.
+        shapes (`Callable`): Its fake implementation, whose results have the right shapes, dtypes and strides.
+        gradients (`tuple[Callable, Callable]`, *optional*): Its backward pass, and the function that saves its inputs.
     """
     name = schema.partition("(")[0]
     library = torch.library.Library(_free_namespace(name), "FRAGMENT")
@@ -38,8 +39,11 @@ def operator(
 
 
 def _free_namespace(operator_name: str) -> str:
-    """Code that travels with a checkpoint has operators of its own, beside those of an installed package, and so has
-    code that is executed again: graphs that were made before go on with theirs."""
+    """A namespace that does not yet have an operator of this name.
+
+    The code of a checkpoint registers its own operators beside those of an installed package. So does a file that is
+    executed again, while existing graphs continue to call the earlier operators.
+    """
     namespace = PACKAGE
     while hasattr(getattr(torch.ops, namespace), operator_name):
         namespace += "_"

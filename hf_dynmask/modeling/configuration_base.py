@@ -1,4 +1,4 @@
-"""What every DynMask configuration has: a version, and the code that goes with a shared checkpoint."""
+"""The base of every DynMask configuration: its format version, and the code that is saved with a shared checkpoint."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from transformers.utils import CONFIG_NAME, logging
 from .configuration_former import with_current_names
 from .messages import shown
 
-CONFIG_VERSION = 2  # increased whenever older code would misread what newer code saves; 1 is that of hf_dynmask 0.1.0
-HERE = Path(__file__).parent  # of the package, or of the copy of a checkpoint's code that transformers runs
-REFERENCE = re.compile(r"(\w+)\.\w+")  # to a class, in an `auto_map`
+CONFIG_VERSION = 2  # increased when older code would misread what newer code saves; hf_dynmask 0.1.0 has version 1
+HERE = Path(__file__).parent  # in the package, or in the copy of a checkpoint's code that transformers runs
+REFERENCE = re.compile(r"(\w+)\.\w+")  # a class in an `auto_map`
 MODULE = re.compile(r"\w+\.py")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHUNK = 2**20  # bytes
@@ -33,7 +33,7 @@ def _package_version() -> str:
         return "(the code of a checkpoint)"
 
 
-def _readable(config_version: int) -> None:
+def _check_version(config_version: int) -> None:
     if config_version > CONFIG_VERSION:
         raise ValueError(
             f"`config_version` must be at most {CONFIG_VERSION}, the newest that hf_dynmask {_package_version()} "
@@ -41,12 +41,12 @@ def _readable(config_version: int) -> None:
         )
 
 
-def _is_record(code: Any) -> None:
-    """Of code: which version of the package it is of, and the SHA-256 of each file."""
+def _check_record(code: Any) -> None:
+    """Raises unless `code` is `None` or holds the version of the package and the SHA-256 of each file."""
     if code is None:
         return
-    of_version, hashes = (code.get("version"), code.get("sha256")) if isinstance(code, dict) else (None, None)
-    if not (isinstance(of_version, str) and isinstance(hashes, dict)):
+    code_version, hashes = (code.get("version"), code.get("sha256")) if isinstance(code, dict) else (None, None)
+    if not (isinstance(code_version, str) and isinstance(hashes, dict)):
         raise ValueError(f"`dynmask_code` must be {{'version': text, 'sha256': {{file: hash}}}}; got {shown(code)}")
     for name, value in hashes.items():
         if not (MODULE.fullmatch(name) and isinstance(value, str) and SHA256.fullmatch(value)):
@@ -59,24 +59,24 @@ def _is_record(code: Any) -> None:
 @strict
 class DynMaskBaseConfig(PreTrainedConfig):
     """
-    What [`DynMaskConfig`], [`DynMaskSeq2SeqConfig`] and [`DynMaskRecurrentConfig`] share.
+    Base class of [`DynMaskConfig`], [`DynMaskSeq2SeqConfig`] and [`DynMaskRecurrentConfig`].
 
     Args:
         config_version (`int`, *optional*, defaults to 2):
-            Version of the format that the configuration is saved in. Files of earlier versions are read, with their
-            former names; what is loaded has the current version.
+            Version of the file format. Files of earlier versions are converted to the current version when they are
+            loaded.
         dynmask_code (`dict`, *optional*):
-            Of a checkpoint that was saved with its code, the `version` of this package, and the `sha256` of each file.
+            For a checkpoint that was saved with its code: the `version` of this package and the `sha256` of each file.
 
     Raises:
-        StrictDataclassError: The version is newer than this code; `dynmask_code` is no such record.
+        StrictDataclassError: The version is newer than this code, or `dynmask_code` is not such a dictionary.
     """
 
-    # Where a checkpoint's code has the classes of this configuration; the registration fills it in.
+    # The `auto_map` of a checkpoint with code: `module.Class` of each auto class. The registration fills it in.
     classes_in_code: ClassVar[dict[str, str]] = {}
 
-    config_version: int = validated_field(_readable, default=CONFIG_VERSION)
-    dynmask_code: dict[str, Any] | None = validated_field(_is_record, default=None)
+    config_version: int = validated_field(_check_version, default=CONFIG_VERSION)
+    dynmask_code: dict[str, Any] | None = validated_field(_check_record, default=None)
 
     def __post_init__(self, **kwargs):
         self.config_version = CONFIG_VERSION
@@ -96,7 +96,7 @@ class DynMaskBaseConfig(PreTrainedConfig):
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def check_shareable(self) -> None:
-        """Raise a `ValueError` where something cannot travel with a checkpoint."""
+        """Raises a `ValueError` if part of the configuration cannot be saved with a checkpoint."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.check_shareable()
@@ -106,11 +106,11 @@ class DynMaskBaseConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _add_code(self, folder: Path) -> None:
-        """The files of this configuration's classes, into the folder, and their hashes, into this configuration.
+        """Copies the files of this configuration's classes into the folder and records their hashes.
 
-        What `auto_map` says may be data of a checkpoint, so it is written again. A class of others stays in it where
-        its file is in the folder: transformers has put it there, since the model that is saved is of that class. Code
-        that came with a checkpoint is saved again by transformers, and the hashes stay.
+        An `auto_map` from a checkpoint is not trusted, so it is written again. It keeps a class of other code if the
+        file of that class is in the folder: transformers puts it there when the saved model is of that class. Code that
+        came with a checkpoint does not get here: transformers copies it, and its hashes stay as they are.
         """
         files = {HERE / f"{reference.partition('.')[0]}.py" for reference in self.classes_in_code.values()}
         files |= {Path(found) for path in files for found in get_relative_import_files(path)}
@@ -130,18 +130,18 @@ class DynMaskBaseConfig(PreTrainedConfig):
 
 
 def _file_of(reference: Any) -> str | None:
-    """The file that `module.Class` speaks of; `None` where that is not what the reference is."""
+    """The file of a reference `module.Class`; `None` if it has another form."""
     found = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
     return f"{found[1]}.py" if found else None
 
 
 def _put(source: Path, target: Path, replaces: bool) -> None:
-    """Copy a file of code, not through a link, and not over a file of others."""
+    """Copies a source file. It does not follow a link at the target, and does not replace a file of other code."""
     is_there = target.is_symlink() or target.exists()
     if target.is_dir() or (is_there and not replaces and hash_of(target) != hash_of(source)):
         logger.warning(
-            f"{target} is kept, since it is not of hf_dynmask: the checkpoint does not work where the package is not "
-            "installed; save it into a folder of its own"
+            f"{target} is kept, since it does not belong to hf_dynmask: the checkpoint will not load where the package "
+            "is not installed; save it to another folder"
         )
         return
     if is_there:
@@ -150,34 +150,34 @@ def _put(source: Path, target: Path, replaces: bool) -> None:
 
 
 def code_of(folder: Path) -> dict[str, Any] | None:
-    """The record of its code in a folder's `config.json`, as in [`DynMaskBaseConfig`]; `None` where there is none."""
+    """`dynmask_code` of the `config.json` in a folder, see [`DynMaskBaseConfig`]; `None` if there is none."""
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         code = config.get("dynmask_code") if isinstance(config, dict) else None
-        _is_record(code)
+        _check_record(code)
     except (OSError, ValueError, RecursionError):
         return None
     return code
 
 
 def changed_code(hashes: dict[str, str], folder: Path) -> list[str]:
-    """The names of files in `folder` that are missing or have another SHA-256 than `hashes` say."""
+    """The names of files in `folder` that are missing, or whose SHA-256 differs from `hashes`."""
     return [name for name, value in hashes.items() if hash_of(folder / name) != value]
 
 
 def warn_of_other_code(config: PreTrainedConfig) -> None:
-    """Warn where the code that runs is not that which the checkpoint was shared with."""
+    """Warns if the code that runs differs from the code that the checkpoint was saved with."""
     code = getattr(config, "dynmask_code", None)
     if code and (changed := changed_code(code["sha256"], HERE)):
         logger.warning_once(
-            f"the checkpoint was shared with the code of hf_dynmask {code['version']}; "
-            f"what runs now differs from it in {', '.join(changed)}"
+            f"the checkpoint was saved with the code of hf_dynmask {code['version']}; "
+            f"the code that runs differs from it in {', '.join(changed)}"
         )
 
 
 def hash_of(path: Path) -> str | None:
-    """SHA-256 of a file; `None` where there is no regular file."""
+    """SHA-256 of a file; `None` if it is not a regular file."""
     if not path.is_file():
         return None
     found = sha256()

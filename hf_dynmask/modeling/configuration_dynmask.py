@@ -31,29 +31,29 @@ from .masks import Custom, Mask, parse
 
 
 def masks_of(config: "DynMaskConfig") -> list[Mask]:
-    """[`DynMaskConfig.masks`], for a model to call.
+    """[`DynMaskConfig.masks`] as a function, which models call.
 
-    Transformers loads the code that came with a checkpoint twice, for its configuration and for its model: classes of
-    one are not those of the other.
+    Transformers loads a checkpoint's code twice, for the configuration and for the model. A model must not mix the mask
+    classes of the two, and so does not call methods of the configuration that return masks.
     """
     return [parse(text) for text in mask_texts(config)]
 
 
 def mask_texts(config: "DynMaskConfig") -> list[str]:
-    """Each layer's mask, as the configuration has it."""
+    """The text of each layer's mask."""
     texts = config.layer_masks
     return texts if texts is not None else distinct_mask_texts(config) * config.num_hidden_layers
 
 
 def distinct_mask_texts(config: "DynMaskConfig") -> list[str]:
-    """The masks that some layer has, without a list of all layers."""
+    """The distinct masks of the layers. Unlike [`mask_texts`], it makes no list with an entry per layer."""
     if config.layer_masks is not None:
         return list(dict.fromkeys(config.layer_masks))
     return ["full" if config.mask is None else config.mask]
 
 
 def _mask(name: str, value: str) -> None:
-    """An expression of the mask language."""
+    """Raises if a value is not an expression of the mask language."""
     try:
         parse(value)
     except ValueError as error:
@@ -111,19 +111,21 @@ class DynMaskConfig(DynMaskBaseConfig):
         embedding_size (`int`, *optional*):
             Width of the token embeddings; projected to `hidden_size` where it differs (ELECTRA). `None`: `hidden_size`.
         num_features (`int`, *optional*):
-            Numbers in a frame of `input_features`, which the model then reads in place of token ids: log-mel bins, the
-            pixels of a patch, the channels of a time series. `None`: it reads token ids.
+            Features per frame of `input_features`, which the model then reads instead of token ids: log-mel bins, the
+            pixels of a patch, the channels of a time series. `None`: the model reads token ids.
         conv_kernel (`list[int]`, *optional*, defaults to `()`):
-            Frames in the window of each convolution that the frames go through (odd). None: they are projected.
+            Kernel size of each convolution over the frames (odd). `()`: frames are projected without convolutions.
         conv_stride (`list[int]`, *optional*, defaults to `()`):
-            Stride of each: n frames become `ceil(n / stride)`. Whisper: kernels `[3, 3]`, strides `[1, 2]`.
+            Stride of each convolution, which makes `ceil(n / stride)` of n frames. Whisper has kernels `[3, 3]` and
+            strides `[1, 2]`.
         num_hidden_layers (`int`, *optional*, defaults to 6): Number of blocks.
         num_attention_heads (`int`, *optional*, defaults to 8): Query heads.
         num_key_value_heads (`int`, *optional*):
             Key/value heads; must divide the query heads (grouped-query attention). `None`: as many as query heads.
         head_dim (`int`, *optional*): Size of a query/key head. `None`: `hidden_size / num_attention_heads`.
         value_head_dim (`int`, *optional*): Size of a value head. `None`: `head_dim`.
-        query_pre_attn_scalar (`float`, *optional*): Scores are divided by its root (Gemma 3). `None`: `head_dim`.
+        query_pre_attn_scalar (`float`, *optional*):
+            Scores are divided by its square root (Gemma 3). `None`: `head_dim`.
         intermediate_size (`int`, *optional*, defaults to 2048): Inner width of the feed-forward layer.
         hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the feed-forward layer.
         gated_feed_forward (`bool`, *optional*, defaults to `False`):
@@ -131,8 +133,8 @@ class DynMaskConfig(DynMaskBaseConfig):
         norm_type (`str`, *optional*, defaults to `"layer_norm"`):
             `"layer_norm"`, `"rms_norm"` or `"zero_centered_rms_norm"`, which multiplies by 1 + weight (Gemma).
         norm_placement (`str`, *optional*, defaults to `"post"`):
-            `"post"` normalises each residual sum (BERT); `"pre"` each sublayer's input and the last output (Llama);
-            `"both"` each sublayer's output, too (Gemma 3).
+            `"post"` normalises each residual sum (BERT). `"pre"` normalises each sublayer's input and the last output
+            (Llama). `"both"` is `"pre"` and also normalises each sublayer's output (Gemma 3).
         norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of every norm.
         norm_bias (`bool`, *optional*, defaults to `True`): Whether a LayerNorm has a bias.
         first_attention_norm (`bool`, *optional*, defaults to `True`):
@@ -143,18 +145,17 @@ class DynMaskConfig(DynMaskBaseConfig):
         position_type (`str`, *optional*, defaults to `"learned"`):
             `"learned"`, `"sinusoidal"` (arXiv:1706.03762), `"rotary"` (arXiv:2104.09864) or `"none"`.
         sinusoidal_in_halves (`bool`, *optional*, defaults to `False`):
-            Whether sinusoidal positions have all sines before all cosines (Marian, Whisper) rather than in turns.
+            Whether sinusoidal positions have all sines before all cosines (Marian, Whisper) rather than alternating.
         position_offset (`int`, *optional*, defaults to 0):
-            Row of the position table that position 0 reads (RoBERTa: `pad_token_id + 1`). Explicit `position_ids` are
-            rows of the table, unless they count each sequence from 0, as collators do that know of no offset.
+            Row of the position table for position 0 (RoBERTa: `pad_token_id + 1`). Explicit `position_ids` are rows of
+            the table, unless they count every sequence from 0, as collators do. Then the offset is added to them.
         max_position_embeddings (`int`, *optional*, defaults to 10000): Rows of the position table.
         rope_parameters (`dict`, *optional*):
-            Rotary parameters as in transformers (`rope_theta`, `rope_type`, …): those of all layers, or, by layer type,
-            a dictionary for each type in `layer_types` (ModernBERT, Gemma 3).
+            Rotary parameters as in transformers (`rope_theta`, `rope_type`, …): one dictionary for all layers, or a
+            dictionary of them for each type in `layer_types` (ModernBERT, Gemma 3).
         layer_types (`list[str]`, *optional*):
-            Each layer's type, `"full_attention"`, `"sliding_attention"` or `"chunked_attention"`, where
-            `rope_parameters` is by layer type. It selects rotary parameters alone; which keys a layer sees is in
-            `layer_masks`.
+            Each layer's type, `"full_attention"`, `"sliding_attention"` or `"chunked_attention"`, if `rope_parameters`
+            is by layer type. The type only selects rotary parameters; `layer_masks` decides which keys a layer sees.
         type_vocab_size (`int`, *optional*, defaults to 0): Number of token types; with 0 `token_type_ids` are ignored.
         attention_bias (`bool`, *optional*, defaults to `True`): Whether the attention projections have biases.
         attention_output_bias (`bool`, *optional*): Whether the output projection has one. `None`: `attention_bias`.
@@ -168,37 +169,39 @@ class DynMaskConfig(DynMaskBaseConfig):
         pooler_act (`str`, *optional*, defaults to `"tanh"`): Activation of the pooler.
         pooler_dropout (`float`, *optional*, defaults to 0.0): Dropout before the pooler.
         classifier_pooling (`str`, *optional*, defaults to `"first"`):
-            What a pooler and a classifier of sequences read: the `"first"` token (BERT), the `"last"` one whose id is
-            not `pad_token_id` (Llama), the `"mean"` of all tokens, or the mean after each is transformed, `"late"`. The
-            sides of an encoder-decoder take none: its classifier reads the decoder's last token.
+            Input of a pooler and of a sequence classifier: the `"first"` token (BERT), the `"last"` token whose id is
+            not `pad_token_id` (Llama), the `"mean"` of all tokens, or the mean of the transformed tokens, `"late"`. It
+            must be left out in an encoder-decoder, whose classifier reads the decoder's last token.
         classifier_transform (`str`, *optional*, defaults to `"pooler"`):
-            What stands between states and a classifier: the `"pooler"`, for classifiers of sequences alone (BERT); the
-            dense layer, activation and norm of an `"lm_head"`, for those of tokens and answers, too (ModernBERT); or
-            `"none"` (Llama).
+            Module between the states and a classifier: the `"pooler"`, in sequence classification only (BERT); dense
+            layer, activation and norm of an `"lm_head"`, also in token classification and question answering
+            (ModernBERT); or `"none"` (Llama).
         classifier_bias (`bool`, *optional*, defaults to `True`): Whether a classifier of sequences has a bias.
         lm_head_transform (`bool`, *optional*, defaults to `True`):
             Whether a masked-LM head has a dense layer, activation and norm before its decoder (EuroBERT has none).
         lm_head_act (`str`, *optional*, defaults to `"gelu"`): Activation inside the masked-LM head.
-        lm_head_bias (`bool`, *optional*, defaults to `True`): Whether the dense layer inside that head has a bias.
-        decoder_bias (`bool`, *optional*, defaults to `True`): Whether the decoder of that head has one.
+        lm_head_bias (`bool`, *optional*, defaults to `True`): Whether the dense layer of the masked-LM head has a bias.
+        decoder_bias (`bool`, *optional*, defaults to `True`): Whether the decoder of the masked-LM head has a bias.
         mask (`str`, *optional*):
             Mask expression of every layer; see [`hf_dynmask.masks`]. `None`: `"full"`, or `"causal"` in a causal
             language model.
-        layer_masks (`list[str]`, *optional*): One mask expression a layer; wins over `mask`.
+        layer_masks (`list[str]`, *optional*): One mask expression per layer; takes precedence over `mask`.
         add_cross_attention (`bool`, *optional*, defaults to `False`):
             Whether each layer also attends to an encoder's states, as in the decoder of a [`DynMaskSeq2SeqModel`].
-        cross_mask (`str`, *optional*, defaults to `"full"`): Mask expression of that attention.
+        cross_mask (`str`, *optional*, defaults to `"full"`): Mask expression of the cross-attention.
         apply_mask_to (`str`, *optional*, defaults to `"scores"`):
-            `"scores"` hides keys before the softmax; `"weights"` multiplies the softmax's weights without
-            renormalising, as some texts write it (by the dense reference).
+            `"scores"` masks the scores before the softmax. `"weights"` masks the weights after the softmax without
+            renormalising them, as some texts define it (computed by the dense reference).
         use_cache (`bool`, *optional*, defaults to `True`):
-            Whether a causal language model hands back keys and values when it does not train.
+            Whether a causal language model returns keys and values when it is not training.
         ctc_loss_reduction (`str`, *optional*, defaults to `"mean"`):
-            `"mean"`: each sequence's CTC loss is divided by the length of its target, and these are averaged; `"sum"`.
+            `"mean"`: the CTC loss of each sequence is divided by the length of its target, then averaged. `"sum"`: the
+            losses are summed.
         ctc_zero_infinity (`bool`, *optional*, defaults to `False`):
-            Whether a target that is too long for its frames counts 0, rather than being an error.
+            Whether a target that is too long for its frames has a loss of 0 instead of raising an error.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of initial weights.
-        tie_word_embeddings (`bool`, *optional*, defaults to `True`): Whether input and output embeddings are one.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether input and output embeddings share their weights.
         source_model_type (`str`, *optional*): `model_type` of the stock checkpoint that this one was converted from.
 
     Raises:
@@ -294,18 +297,18 @@ class DynMaskConfig(DynMaskBaseConfig):
         heads = self.num_attention_heads
         if self.hidden_size % heads:
             raise ValueError(
-                f"`hidden_size` must be a multiple of num_attention_heads={heads}, or `head_dim` be given; "
+                f"`hidden_size` must be a multiple of num_attention_heads={heads}, or `head_dim` must be given; "
                 f"got {self.hidden_size}"
             )
         return self.hidden_size // heads
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Frames of the input for each that comes out of the convolutions."""
+        """Frames of the input per frame after the convolutions."""
         return prod(self.conv_stride)
 
     def check_shareable(self) -> None:
-        """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""
+        """Raises a `ValueError` if a mask has a Python predicate, which cannot be saved with a checkpoint."""
         custom = [mask for mask in map(parse, self._mask_texts()) if mask.holds(Custom)]
         if custom:
             raise ValueError(
@@ -318,7 +321,7 @@ class DynMaskConfig(DynMaskBaseConfig):
         return masks_of(self)
 
     def rope_by_type(self) -> dict[str, dict[str, Any]]:
-        """The rotary parameters of each type in `layer_types`; empty if all layers have the same ones, or none."""
+        """The rotary parameters of each type in `layer_types`; empty if they are not by layer type."""
         if not is_by_layer_type(self.rope_parameters):
             return {}
         return {kind: self.rope_parameters[kind] for kind in self.layer_types}
@@ -332,7 +335,7 @@ class DynMaskConfig(DynMaskBaseConfig):
 
     @property
     def sliding_window(self) -> int:
-        """Tokens that transformers' caches keep in layers of type `"sliding_attention"`: all, as masks may change."""
+        """Tokens that transformers' caches keep in `"sliding_attention"` layers: all, since masks may change."""
         if not self.layer_types:
             raise AttributeError("a configuration without `layer_types` has no `sliding_window`; see `layer_masks`")
         return LARGEST
@@ -343,7 +346,7 @@ class DynMaskConfig(DynMaskBaseConfig):
         return self.sliding_window
 
     def convert_rope_params_to_dict(self, **kwargs):
-        given: Any = kwargs.pop("rope_scaling", None) or self.rope_parameters  # the former is its name before 5.0
+        given: Any = kwargs.pop("rope_scaling", None) or self.rope_parameters  # `rope_scaling` is its name before 5.0
         self.rope_parameters = given
         if not is_by_layer_type(given):
             return super().convert_rope_params_to_dict(**kwargs)
@@ -428,7 +431,7 @@ class DynMaskConfig(DynMaskBaseConfig):
             parse(text).head_borders(self.num_attention_heads)
 
     def _mask_texts(self) -> list[str]:
-        """Each mask once."""
+        """The distinct masks, the cross-attention's included."""
         return list(dict.fromkeys([*distinct_mask_texts(self), self.cross_mask]))
 
 

@@ -22,17 +22,17 @@ from .configuration_fields import at_least, check_padding, checked_settings, not
 )
 class DynMaskRecurrentConfig(DynMaskBaseConfig):
     r"""
-    Configuration of [`DynMaskRecurrentModel`] and its heads: recurrent layers to compare attention with on equal data.
+    Configuration of [`DynMaskRecurrentModel`] and its heads, a recurrent baseline for comparison with attention.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 10000): Number of token ids.
         hidden_size (`int`, *optional*, defaults to 512):
-            Width of a layer's output; of a bidirectional one half of it is of each direction.
+            Width of a layer's output; in a bidirectional layer, each direction has half of it.
         embedding_size (`int`, *optional*): Width of the token embeddings. `None`: `hidden_size`.
         num_hidden_layers (`int`, *optional*, defaults to 2): Number of layers.
         cell (`str`, *optional*, defaults to `"lstm"`): `"lstm"` or `"gru"`, as in `torch.nn`.
         bidirectional (`bool`, *optional*, defaults to `True`): Whether each layer also reads from the end.
-        hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of what each layer reads.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout of each layer's input.
         classifier_dropout (`float`, *optional*): Dropout before a classifier. `None`: `hidden_dropout_prob`.
         classifier_bias (`bool`, *optional*, defaults to `True`): Whether a classifier of sequences has a bias.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -65,7 +65,7 @@ class DynMaskRecurrentConfig(DynMaskBaseConfig):
     def validate_sizes(self):
         check_padding(self)
         if self.bidirectional and self.hidden_size % 2:
-            raise ValueError(f"`hidden_size` must be even: half is of each direction; got {self.hidden_size}")
+            raise ValueError(f"`hidden_size` must be even: each direction has half of it; got {self.hidden_size}")
 
 
 __all__ = ["DynMaskRecurrentConfig"]

@@ -1,6 +1,6 @@
 """Configuration of the DynMask encoder-decoder."""
 
-# The sides are something else than a `DynMaskConfig` only until `__post_init__` has run.
+# The sides may be dictionaries or `None` only until `__post_init__` has run.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 from dataclasses import fields
@@ -28,26 +28,26 @@ OF_A_DECODER = {
 @strict
 class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
     """
-    Configuration of a [`DynMaskSeq2SeqModel`] and its heads: one [`DynMaskConfig`] a side.
+    Configuration of a [`DynMaskSeq2SeqModel`] and its heads, with one [`DynMaskConfig`] per side.
 
-    A field of [`DynMaskConfig`] that is given here is that of both sides, or, of a mask or of frames, that of the
-    encoder; what `encoder` or `decoder` say wins. The three masks are `encoder.mask` (`"full"` unless given),
-    `decoder.mask` (`"causal"`) and `decoder.cross_mask` (`"full"`).
+    Fields of [`DynMaskConfig`] that are given here apply to both sides, except that `mask`, `layer_masks` and the
+    fields for frames apply only to the encoder. Fields in `encoder` and `decoder` take precedence. The three masks are
+    `encoder.mask` (`"full"` unless given), `decoder.mask` (`"causal"`) and `decoder.cross_mask` (`"full"`).
 
     Args:
-        encoder ([`DynMaskConfig`] or `dict`, *optional*): The encoder, or what in it differs.
-        decoder ([`DynMaskConfig`] or `dict`, *optional*): The decoder, or what in it differs.
+        encoder ([`DynMaskConfig`] or `dict`, *optional*): The encoder's configuration, or the fields that differ in it.
+        decoder ([`DynMaskConfig`] or `dict`, *optional*): The decoder's configuration, or the fields that differ in it.
         share_embeddings (`bool`, *optional*):
-            Whether encoder and decoder read tokens through one embedding, which is then the output's, too. `None`: yes,
-            where the encoder reads tokens and `tie_word_embeddings` is set.
+            Whether encoder and decoder share one token embedding, which is then also the output embedding. `None`:
+            `True` if the encoder reads tokens and `tie_word_embeddings` is `True`.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether the decoder's input and output embeddings are one.
-        decoder_start_token_id (`int`, *optional*): The token that every target is shifted behind.
-        pad_token_id (`int`, *optional*, defaults to 0): Id of padding; stands for an ignored label in decoder inputs.
+            Whether the decoder's input and output embeddings share their weights.
+        decoder_start_token_id (`int`, *optional*): First token of the decoder inputs that are made from labels.
+        pad_token_id (`int`, *optional*, defaults to 0): Id of padding; it replaces ignored labels in decoder inputs.
         source_model_type (`str`, *optional*): `model_type` of the stock checkpoint that this one was converted from.
 
     Raises:
-        StrictDataclassError: A side is refused by [`DynMaskConfig`], or the sides do not fit each other.
+        StrictDataclassError: A side is not a valid [`DynMaskConfig`], or the sides do not match.
 
     Example:
 
@@ -93,7 +93,7 @@ class DynMaskSeq2SeqConfig(DynMaskBaseConfig):
         self.decoder.use_cache = value
 
     def check_shareable(self) -> None:
-        """Raise a `ValueError` where a mask is a Python predicate, which cannot travel with a checkpoint."""
+        """Raises a `ValueError` if a mask has a Python predicate, which cannot be saved with a checkpoint."""
         for side in (self.encoder, self.decoder):
             side.check_shareable()
 

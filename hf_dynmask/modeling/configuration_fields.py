@@ -1,4 +1,4 @@
-"""What the fields of a configuration may hold, which may be a stranger's: a type, a range and a message each."""
+"""Checks of configuration fields, whose values may come from an untrusted checkpoint: types, ranges and messages."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -18,8 +18,8 @@ from transformers.utils import logging
 from .configuration_former import FORMER_NAMES, LAYER_TYPES
 from .messages import shown
 
-LARGEST = 2**31 - 1  # of integers
-MOST_LABELS = 10**5  # that a number may ask for: transformers makes a name for each, in half a second
+LARGEST = 2**31 - 1  # the largest integer that a field may have
+MOST_LABELS = 10**5  # the largest `num_labels`: transformers makes a name per label, which takes half a second here
 Check = Callable[[str, Any], None]
 Config = TypeVar("Config", bound=type)
 
@@ -27,11 +27,13 @@ logger = logging.get_logger(__name__)
 
 
 def ranges(**checks: Check) -> Callable[[Config], Config]:
-    """Decorates a configuration, beneath `strict`: has values of fields checked when they are set, after their types.
+    """Class decorator for a configuration, below `strict`: checks the values of fields when they are set.
+
+    Types are checked first.
 
     Args:
-        checks (`Callable`): By field, `check(name, value)` raises a `ValueError` for a value that the field cannot
-            have. `None` is not checked.
+        checks (`Callable`): For each field, a function `check(name, value)` that raises a `ValueError` for an invalid
+            value. `None` is not checked.
     """
 
     def wrap(config: Config) -> Config:
@@ -68,12 +70,12 @@ def at_least(minimum: int, maximum: int = LARGEST) -> Check:
     return check
 
 
-def number(wanted: str, is_right: Callable[[float], bool]) -> Check:
-    """Finite numbers of which something is right."""
+def number(wanted: str, condition: Callable[[float], bool]) -> Check:
+    """Finite numbers that meet a condition; `wanted` describes them in the error."""
 
     def check(name: str, value: Any) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and abs(value) <= float_info.max and is_right(value)):
+        if not (is_number and abs(value) <= float_info.max and condition(value)):
             raise ValueError(f"`{name}` must be {wanted}; got {shown(value)}")
 
     return check
@@ -85,7 +87,7 @@ probability = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def one_of(*choices: Any) -> Check:
-    """One of some values."""
+    """One of the given values."""
 
     def check(name: str, value: Any) -> None:
         if value not in choices:
@@ -95,7 +97,7 @@ def one_of(*choices: Any) -> Check:
 
 
 def of_type(kind: Any, wanted: str) -> Check:
-    """Values of a type."""
+    """Values of a type; `wanted` describes them in the error."""
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, kind):
@@ -107,11 +109,11 @@ def of_type(kind: Any, wanted: str) -> Check:
 boolean = of_type(bool, "True or False")
 text = of_type(str, "text")
 dictionary = of_type(dict, "a dictionary")
-_label = of_type(str | int, "text")  # or a number, as Python has it
+_label = of_type(str | int, "text")  # in Python, labels may be numbers
 
 
 def each(check_one: Check) -> Check:
-    """A list, every entry of which passes a check."""
+    """A list whose entries all pass a check."""
 
     def check(name: str, value: Any) -> None:
         of_type(list | tuple, "a list")(name, value)
@@ -122,7 +124,7 @@ def each(check_one: Check) -> Check:
 
 
 def mapping(check_key: Check, check_value: Check) -> Check:
-    """A dictionary that is not empty, every key and value of which pass a check."""
+    """A non-empty dictionary whose keys and values all pass a check."""
 
     def check(name: str, value: Any) -> None:
         dictionary(name, value)
@@ -136,7 +138,7 @@ def mapping(check_key: Check, check_value: Check) -> Check:
 
 
 def activation(name: str, value: Any) -> None:
-    """A name of transformers' activations."""
+    """The name of an activation function of transformers."""
     if value not in ACT2FN:
         raise ValueError(
             f"`{name}` must be the name of an activation of transformers: {', '.join(ACT2FN)}; got {shown(value)}"
@@ -144,14 +146,14 @@ def activation(name: str, value: Any) -> None:
 
 
 def is_by_layer_type(rope_parameters: Any) -> bool:
-    """Whether these are rotary parameters by layer type rather than those of all layers."""
+    """Whether there are rotary parameters for each layer type rather than one set for all layers."""
     return bool(rope_parameters) and any(isinstance(value, dict) for value in rope_parameters.values())
 
 
 def rotary(name: str, value: Any) -> None:
-    """Rotary parameters as transformers names them, of all layers or by layer type.
+    """Rotary parameters under transformers' names, for all layers or by layer type.
 
-    Transformers warns of parameters that it does not know.
+    Transformers itself warns about unknown parameters.
     """
     dictionary(name, value)
     if is_by_layer_type(value):
@@ -169,7 +171,7 @@ def _rotary_parameters(name: str, value: dict[str, Any]) -> None:
             ROTARY[key](f"{name}[{key!r}]", value[key])
 
 
-NEEDED = {"rope_type", "rope_theta"}  # which are filled in where they are absent, not where they are `None`
+NEEDED = {"rope_type", "rope_theta"}  # must not be `None`: transformers only fills them in if they are absent
 ROTARY: dict[str, Check] = {
     "rope_type": one_of(*{"default": None, **ROPE_INIT_FUNCTIONS}),
     "rope_theta": positive,
@@ -193,7 +195,7 @@ ROTARY: dict[str, Check] = {
 
 
 def _whole(name: str, value: Any) -> None:
-    """An integer, or one in text, as keys of JSON are."""
+    """An integer, or its text, since JSON keys are text."""
     if not re.fullmatch(r"-?[0-9]{1,18}", str(value), re.ASCII):
         raise ValueError(f"`{name}` must be an integer; got {shown(value)}")
 
@@ -206,13 +208,13 @@ def _floating(name: str, value: Any) -> None:
 
 
 def _references(name: str, value: Any) -> None:
-    """Where code has classes: a text each, or a list of them for tokenizers."""
+    """An `auto_map`: a reference per auto class, or a list of references for tokenizers."""
     dictionary(name, value)
     for key, entry in value.items():
         of_type(str | list | tuple, "text, or a list")(f"{name}[{key!r}]", entry)
 
 
-SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, nor do all its releases check alike
+SETTINGS: dict[str, Check] = {  # transformers checks only some of these types, and not the same ones in all releases
     "transformers_version": text,
     "architectures": each(text),
     "output_hidden_states": boolean,
@@ -238,46 +240,47 @@ SETTINGS: dict[str, Check] = {  # not all have a type that transformers checks, 
 
 
 def checked_settings(config: PreTrainedConfig, given: dict[str, Any], of_parts: Iterable[str] = ()) -> dict[str, Any]:
-    """What [`~transformers.PreTrainedConfig`] is to be given, checked, as are its own fields.
+    """Checks the settings that a configuration passes on to [`~transformers.PreTrainedConfig`], and its own fields.
 
-    A setting that is no field becomes an attribute, as of any configuration. If its name is nearly that of a field, a
-    warning says so.
+    A setting that is not a field becomes an attribute, as in any configuration. If its name is almost that of a field,
+    a warning says so.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]): The configuration in its `__post_init__`.
-        given (`dict[str, Any]`): What it was given that is no field of its class.
-        of_parts (`Iterable[str]`, *optional*): Further names that it knows, as fields of its parts.
+        config ([`~transformers.PreTrainedConfig`]): The configuration, which is in its `__post_init__`.
+        given (`dict[str, Any]`): The settings that are not fields of its class; they are returned.
+        of_parts (`Iterable[str]`, *optional*): Names of fields that belong to its parts.
 
     Raises:
         ValueError: A setting would replace a method or attribute of the class, or is out of its range.
     """
     names = {field.name for field in fields(config)}
-    absent = sorted(names.union(of_parts) - given.keys())
+    not_given = sorted(names.union(of_parts) - given.keys())
     for name, value in given.items():
         if name in FORMER_NAMES:
             raise ValueError(f"`{name}` is a former name of `{FORMER_NAMES[name]}`; got {shown(value)}")
         _check_free(type(config), name, value)
-        near = [known for known in absent if _one_slip_apart(name, known)]
+        near = [known for known in not_given if _one_slip_apart(name, known)]
         if near and not hasattr(config, name):
             logger.warning_once(f"`{name}` is no field of {type(config).__name__}; is it meant to be `{near[0]}`?")
     settings = {name: getattr(config, name) for name in names} | given
     for name in SETTINGS.keys() & settings.keys():
         if settings[name] is not None or name == "num_labels":
             SETTINGS[name](name, settings[name])
-    unread = {"per_layer_config": "equal layers, which may differ in `layer_masks`"}
+    unsupported = {"per_layer_config": "equal layers, which may differ in `layer_masks`"}
     if "rope_parameters" not in names:
-        unread |= dict.fromkeys(("rope_parameters", "rope_scaling"), "no rotary positions of its own")
-    for name, reason in unread.items():
+        unsupported |= dict.fromkeys(("rope_parameters", "rope_scaling"), "no rotary positions of its own")
+    for name, reason in unsupported.items():
         if given.get(name) is not None:
             raise ValueError(f"`{name}` must be None: a {type(config).__name__} has {reason}; got {shown(given[name])}")
     return given
 
 
 def _check_free(config_class: type[PreTrainedConfig], name: str, value: Any) -> None:
+    """Raises if a setting would replace a method or attribute of the class."""
     taken = getattr_static(config_class, name, None)
     if isinstance(taken, property):
         is_code = taken.fset is None
-    else:  # a subclass may have defaults that are no fields
+    else:  # plain class attributes may be defaults of a subclass
         is_code = hasattr(taken, "__get__") or hasattr(PreTrainedConfig, name) and name != "model_type"
     if is_code or name.startswith("__"):
         raise ValueError(
@@ -287,14 +290,14 @@ def _check_free(config_class: type[PreTrainedConfig], name: str, value: Any) -> 
 
 
 def check_padding(config: Any) -> None:
-    """Raises a `ValueError` where a table of token embeddings has no row for padding."""
+    """Raises a `ValueError` if the table of token embeddings has no row for padding."""
     pad, size = config.pad_token_id, config.vocab_size
     if pad is not None and not -size <= pad < size:
         raise ValueError(f"`pad_token_id` must be None or a token id below vocab_size={size}; got {shown(pad)}")
 
 
 def _one_slip_apart(name: str, known: str) -> bool:
-    """Whether one character is missing, too many or another one, or two neighbours have changed places."""
+    """Whether two names differ by one missing, extra or wrong character, or by two swapped neighbours."""
     if abs(len(name) - len(known)) > 1:
         return False
     start = len(commonprefix([name, known]))

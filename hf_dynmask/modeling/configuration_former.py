@@ -1,18 +1,17 @@
-"""What earlier versions saved in a configuration, in the names of this one."""
+"""Converts the settings of configurations that earlier versions have saved to the current names."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from .messages import shown
 
-# By former name, the current one.
-FORMER_NAMES = {
+FORMER_NAMES = {  # former name: current name
     "query_key_norm": "use_qk_norm",
     "feed_forward_bias": "mlp_bias",
     "layer_rope_theta": "rope_parameters",
 }
 FORMER_VALUES = {"norm_placement": {"after": "post", "before": "pre"}}
-# Types of layers for which the caches of transformers hold keys and values.
+# The layer types for which transformers' caches hold keys and values.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -20,10 +19,10 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a saved configuration under their current names.
 
     Args:
-        settings (`dict[str, Any]`): As read from a `config.json`; it is not changed.
+        settings (`dict[str, Any]`): The contents of a `config.json`, which are not modified.
 
     Raises:
-        ValueError: A setting is there under both of its names; `layer_rope_theta` cannot be expressed by layer types.
+        ValueError: A setting is given under both of its names; `layer_rope_theta` cannot be expressed by layer types.
     """
     current = {name: value for name, value in settings.items() if name not in FORMER_NAMES}
     bases = settings.get("layer_rope_theta")
@@ -39,7 +38,7 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_layer_type(bases: Any, common: Any) -> dict[str, Any]:
-    """`layer_types` and `rope_parameters` that give each layer its base: a type for each different one."""
+    """`layer_types` and `rope_parameters` that give each layer its base, with one layer type per distinct base."""
     if not (isinstance(bases, list | tuple) and all(isinstance(base, int | float) for base in bases)):
         raise ValueError(f"`layer_rope_theta` must be a list of numbers; got {shown(bases)}")
     if not isinstance(common, dict):

@@ -14,8 +14,9 @@ from .layout import Group, SequenceLayout, eager_only
 def embed_tokens(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
     """Embeddings `(1, N, E)` of token ids `(1, N)`.
 
-    The noise of NEFTune (arXiv:2310.05914), a hook on the table, goes by the shape of what the table returns: by
-    `alpha / sqrt(length * E)`. So the table is then given each sequence as a row, those of one length together.
+    NEFTune (arXiv:2310.05914) is a hook on the table, which scales its noise by the shape of the table's output:
+    `alpha / sqrt(length * E)`. With NEFTune, the table is therefore called on rows of one sequence each. Sequences of
+    the same length share a call.
     """
     if table.training and hasattr(table, "neftune_noise_alpha"):
         return _embed_rows(table, input_ids, layout)
@@ -27,7 +28,7 @@ def _embed_rows(table: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> 
     groups = [group for group in layout.groups if group.length]
     tail = layout.num_tokens - sum(layout.sizes)
     groups += [Group(tail, 1)] if tail else []
-    if not groups:  # no row to scale noise by
+    if not groups:  # without rows, the hook would divide by 0
         return nn.functional.embedding(input_ids, table.get_parameter("weight"))
     pieces = input_ids[0].split([group.length * group.count for group in groups])
     rows = [table(ids.view(group.count, group.length)).flatten(0, 1) for ids, group in zip(pieces, groups, strict=True)]

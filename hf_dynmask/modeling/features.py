@@ -1,7 +1,7 @@
-"""Continuous inputs: frames of numbers in place of token ids, subsampled by convolutions that stay in their sequence.
+"""Continuous inputs: frames of features instead of token ids, subsampled by convolutions within each sequence.
 
-Shape legend: B rows of width T, S sequences, N real frames of F features, E embedding size; M real frames behind a
-convolution, whose windows hold K frames.
+Shape legend: B rows of width T, S sequences, N real frames of F features, E embedding size; M real frames after a
+convolution with a kernel of K frames; C and C' channels.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from .layout import SequenceLayout
 
 
 class DynMaskConvolution(nn.Conv1d):
-    """A convolution along each sequence alone. Beyond its ends, and where a frame is missing, stands 0.
+    """A convolution over each sequence separately, which reads 0 beyond its ends and at missing frames.
 
     The weight is that of `nn.Conv1d(..., padding=kernel_size // 2)`.
     """
 
     def forward(self, states: Tensor, frames: Frames) -> tuple[Tensor, Frames]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """States `(1, N, C)` of the frames to states `(1, M, C')` and the frames that are left."""
+        """States `(1, N, C)` of the frames to states `(1, M, C')` and the layouts of the subsampled frames."""
         (kernel,), (stride,) = self.kernel_size, self.stride
         after = frames.subsampled(stride)
         windows = frames.windows(kernel, after, stride)
-        padded = nn.functional.pad(states[0], (0, 0, 0, 1))  # the frame that is read where there is none
+        padded = nn.functional.pad(states[0], (0, 0, 0, 1))  # frame N, which is read where there is no frame, is 0
         read = nn.functional.embedding(windows, padded).flatten(1)
         return nn.functional.linear(read, self.weight.transpose(1, 2).flatten(1), self.bias)[None], after
 
 
 class DynMaskFeatureEmbeddings(nn.Module):
-    """Frames `(B, T, F)` to embeddings: a projection of each, or convolutions, each with an activation behind it."""
+    """Frames `(B, T, F)` to embeddings: a linear projection, or convolutions with an activation after each."""
 
     def __init__(self, config: DynMaskConfig):
         super().__init__()
@@ -45,7 +45,7 @@ class DynMaskFeatureEmbeddings(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, input_features: Tensor, frames: Frames) -> tuple[Tensor, SequenceLayout]:
-        """Features in the batch's layout to flat embeddings `(1, M, E)` and the layout that they are in."""
+        """Features in the batch's layout to flat embeddings `(1, M, E)` and their layout."""
         states = frames.present.flatten(input_features)
         if self.projection is not None:
             return self.projection(states), frames.present

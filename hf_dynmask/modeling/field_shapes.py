@@ -1,4 +1,4 @@
-"""The one table of fields, the tensors that come with a batch and that masks read; and how a `forward` takes them.
+"""The table of fields, which are tensors of a batch that masks read, and a decorator for a `forward` that takes them.
 
 Shape legend: B sequences, T positions (Tq of queries, Tk of keys), H heads, K spans.
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
-# The fields that a batch may have, each with its shape. Fields of one value a token may come apart for the keys, as
-# `key_<name>`, and for the decoder, as `decoder_<name>`.
+# The fields that a batch may have, with their shapes. A field with one value per token may have other values for the
+# keys, as `key_<name>`. Fields of a decoder are called `decoder_<name>`.
 BATCH_FIELDS = {
     "segment_ids": ("B", "T"),
     "prefix_lengths": ("B",),
@@ -21,17 +21,17 @@ BATCH_FIELDS = {
     "mask_choice": ("B",),
 }
 FIELD_SHAPES = BATCH_FIELDS | {
-    "attention_mask": ("B", "1 | H", "Tq", "Tk"),  # an explicit one
-    "key_scores": ("B", "1 | H", "Tk"),  # which layers compute
+    "attention_mask": ("B", "1 | H", "Tq", "Tk"),  # an explicit mask
+    "key_scores": ("B", "1 | H", "Tk"),  # computed by the layers
 }
 BOOL_FIELDS = ("attention_mask", "global_tokens")
 TOKEN_FIELDS = tuple(name for name, shape in FIELD_SHAPES.items() if shape == ("B", "T"))
 
 
 def takes_fields(*prefixes: str) -> Callable[[Forward], Forward]:
-    """Put the fields of a batch, under names with these prefixes, into the signature of a `forward`.
+    """Adds the fields of a batch, with each of these prefixes, to the signature of a `forward`.
 
-    It gets them among its `**kwargs`. In the signature the Trainer finds the columns that it must not remove.
+    The `forward` receives them in its `**kwargs`. The Trainer removes columns that it does not find in the signature.
     """
 
     def decorate(forward: Forward) -> Forward:

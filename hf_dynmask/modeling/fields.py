@@ -1,4 +1,4 @@
-"""Fields: tensors that come with a batch and that a mask expression reads, by sequence and position.
+"""Fields: tensors of a batch that mask expressions look up by sequence and position.
 
 Shape legend: B sequences, T positions (Tq of queries, Tk of keys), H heads, K spans, `i` query and `j` key positions.
 """
@@ -15,18 +15,18 @@ from .layout import integers, reads_are_free
 
 
 def key_name(name: str) -> str:
-    """Name under which a field of one value a token comes for the keys, where they have a layout of their own."""
+    """The name of a per-token field's values for the keys, if the keys have a layout of their own."""
     return f"key_{name}"
 
 
 class Fields:
-    """The fields of a batch, as mask expressions look them up.
+    """The fields of a batch, with the look-ups that mask expressions need.
 
     Args:
         tables (`dict[str, Tensor]`): Values by sequence and position, of the shapes in `FIELD_SHAPES`.
 
-    Indices have shape `(B | 1, ...)`; those of `of_pairs` and `of_key_heads` are `(B | 1, 1, Tq, 1)` and
-    `(B | 1, 1, 1, Tk)`.
+    Positions have shape `(B | 1, ...)`. `of_pairs` and `of_key_heads` take query positions `(B | 1, 1, Tq, 1)` and key
+    positions `(B | 1, 1, 1, Tk)`.
     """
 
     def __init__(self, tables: Mapping[str, Tensor] | None = None):
@@ -38,7 +38,7 @@ class Fields:
         return bool(self.tables)
 
     def of_sequence(self, name: str, like: Tensor, *place: int) -> Tensor:
-        """A field `(B, ...)` at a place of its further dimensions, shaped to broadcast against `like (B | 1, ...)`."""
+        """A field `(B, ...)` at index `place` of its other dimensions, shaped to broadcast with `like (B | 1, ...)`."""
         table = self.tables[name][(slice(None), *place)]
         return table[0] if table.shape[0] == 1 else table.reshape(table.shape[0], *(1,) * (like.dim() - 1))
 
@@ -89,7 +89,7 @@ class Fields:
         return Fields(self.tables | {name: table})
 
     def of_blocks(self, row: Tensor) -> Fields:
-        """The fields as blocks look them up, each in its own sequence `row (n,)`; n is the first size of indices."""
+        """The fields for n blocks: entry b of the first dimension of indices belongs to sequence `row[b]`."""
         return _FieldsOfBlocks(self, row)
 
     def rows(self, rows: Tensor) -> Fields:
@@ -106,11 +106,11 @@ class Fields:
         )
 
     def _at(self, table: Tensor, index: Tensor) -> Tensor:
-        """Values of a table `(B, T)` at places of its rows."""
-        return _per_token(table, index)
+        """Values of a table `(B, T)` at positions `index (B | 1, ...)`."""
+        return _gathered(table, index)
 
     def _rows(self, table: Tensor) -> Tensor:
-        """The row of a table that each entry of the first dimension of indices is for."""
+        """The row of a table for each entry of the first dimension of indices."""
         return torch.arange(table.shape[0], device=table.device)
 
     def _of_keys(self, name: str) -> str:
@@ -141,13 +141,13 @@ class _FieldsOfBlocks(Fields):
 def check_fields(
     names: frozenset[str], fields: Mapping[str, Tensor] | None, reader: object, rows: int | None = None
 ) -> Fields:
-    """The fields of these names, checked; integers as int64.
+    """Checks the fields of these names and returns them, integers as int64.
 
     Args:
         names (`frozenset[str]`): The fields that `reader` reads.
-        fields (`dict[str, Tensor]`, *optional*): The fields at hand, by sequence and position.
-        reader: The mask, for the message.
-        rows (`int`, *optional*): B, where it is known.
+        fields (`dict[str, Tensor]`, *optional*): The available fields, by sequence and position.
+        reader: The mask, for error messages.
+        rows (`int`, *optional*): B, if it is known.
 
     Raises:
         ValueError: A field is missing or has the wrong shape or dtype.
@@ -165,22 +165,23 @@ def check_fields(
 
 
 def check_extent(fields: Fields, queries: int, keys: int, heads: int) -> None:
-    """Raise a `ValueError` where a field is too small for so many query and key positions, or of other heads."""
+    """Raises a `ValueError` if a field has too few query or key positions, or another number of heads."""
     for name, table in fields.tables.items():
-        kind = name if name in FIELD_SHAPES else name.removeprefix(key_name(""))
+        kind = _without_key(name)
         if kind in TOKEN_FIELDS:
-            of_keys = keys if name != kind or key_name(name) not in fields.tables else 0
-            least = (max(of_keys, queries if name == kind else 0),)
+            has_queries = name == kind
+            has_keys = name != kind or key_name(name) not in fields.tables
+            needed = (max(queries * has_queries, keys * has_keys),)
             sizes, by_head = table.shape[1:], False
         elif kind == "attention_mask":
-            least, sizes, by_head = (queries, keys), table.shape[2:], True
+            needed, sizes, by_head = (queries, keys), table.shape[2:], True
         elif kind == "key_scores":
-            least, sizes, by_head = (keys,), table.shape[2:], True
+            needed, sizes, by_head = (keys,), table.shape[2:], True
         else:
             continue
-        fits = all(size >= wanted for size, wanted in zip(sizes, least, strict=True))
+        fits = all(size >= wanted for size, wanted in zip(sizes, needed, strict=True))
         if not fits or (by_head and table.shape[1] not in (1, heads)):
-            wanted = ", ".join(map(str, [len(table), *([f"1 | {heads}"] if by_head else []), *least]))
+            wanted = ", ".join(map(str, [len(table), *([f"1 | {heads}"] if by_head else []), *needed]))
             raise ValueError(f"the field `{name}` must have shape ({wanted}) at least; got {tuple(table.shape)}")
 
 
@@ -199,12 +200,12 @@ def _checked(name: str, kind: str, field: Tensor, rows: int | None) -> Tensor:
 
 
 def typed(name: str, field: Tensor) -> Tensor:
-    """A field in the dtype that masks compute with: integers of any size as int64.
+    """A field in the dtype that masks compute with; all integers become int64.
 
     Raises:
-        ValueError: It is of another kind.
+        ValueError: The field has the wrong kind of dtype.
     """
-    kind = name if name in FIELD_SHAPES else name.removeprefix(key_name(""))
+    kind = _without_key(name)
     if kind in BOOL_FIELDS:
         if field.dtype != torch.bool:
             raise ValueError(f"the field `{name}` must be bool; got {field.dtype}")
@@ -216,13 +217,19 @@ def typed(name: str, field: Tensor) -> Tensor:
     return integers(name, field)
 
 
+def _without_key(name: str) -> str:
+    """The name of a field, of which `name` may be the [`key_name`]."""
+    return name if name in FIELD_SHAPES else name.removeprefix(key_name(""))
+
+
 def _from_zero(spans: Tensor) -> Tensor:
-    """Spans `(B, K, 2)` that hide the same and begin inside their sequence: a start below 0 shortens its span."""
+    """Equivalent spans `(B, K, 2)` without negative starts: such a span is shortened to start at 0."""
     start, length = spans.unbind(-1)
     return torch.stack([start.clamp(min=0), length.clamp(min=0) + start.clamp(max=0)], dim=-1)
 
 
-def _per_token(field: Tensor, index: Tensor) -> Tensor:
+def _gathered(field: Tensor, index: Tensor) -> Tensor:
+    """Values of a field `(B, T)` at positions `index (B | 1, ...)`."""
     rows = field.shape[0]
     if rows == 1:
         return field[0][index]
@@ -233,12 +240,12 @@ def _per_token(field: Tensor, index: Tensor) -> Tensor:
 
 
 def _sums_from_corner(cells: Tensor) -> Tensor:
-    """`(B, Tq, Tk)` cells as `(B, Tq + 1, Tk + 1)` counts of those above and left of each corner."""
+    """A summed-area table `(B, Tq + 1, Tk + 1)`: how many cells of `(B, Tq, Tk)` above and left of a corner are set."""
     return torch.nn.functional.pad(cells.long().cumsum(1).cumsum(2), (1, 0, 1, 0))
 
 
 class _RangeExtremes:
-    """Smallest and largest value of `field (B, T)` over any range of positions, by a sparse table."""
+    """Smallest and largest value of `field (B, T)` over any range of positions, from a sparse table."""
 
     def __init__(self, field: Tensor):
         field = field.to(torch.uint8) if field.dtype == torch.bool else field
@@ -255,7 +262,7 @@ class _RangeExtremes:
         lo, hi = torch.broadcast_tensors(lo, hi)
         width = self.levels[0][0].shape[1]
         if lo.numel() == 0 or self.levels[0][0].numel() == 0:
-            return lo, hi  # no range to speak of
+            return lo, hi  # there is no range
         lo, hi = lo.clamp(max=width - 1), hi.clamp(max=width - 1)
         size = (hi - lo + 1).clamp(min=1)
         level_of = size.to(torch.float64).log2().floor().long()

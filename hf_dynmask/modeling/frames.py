@@ -1,6 +1,6 @@
-"""Where the tokens or frames of a batch sit, those that are missing as well.
+"""The layouts of a batch's tokens or frames, with and without those that are missing.
 
-Shape legend: S sequences, N real frames; M real frames behind a convolution, whose windows hold K frames.
+Shape legend: S sequences, N real frames; M real frames after a convolution with a kernel of K frames.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from .layout import SequenceLayout, eager_only
 
 
 class Frames(NamedTuple):
-    """Where the frames of a batch sit: all that its sequences have, and of these the ones that are not missing."""
+    """The layout of all frames of a batch, `whole`, and of those that are not missing, `present`."""
 
     whole: SequenceLayout
     present: SequenceLayout
 
     @eager_only
     def subsampled(self, stride: int) -> Frames:
-        """One frame in place of each `stride` ones, and at the end of those that are left.
+        """The layouts after subsampling: each `stride` frames of a sequence, and the rest at its end, become one frame.
 
         Row b holds its `ceil(lengths[b] / stride)` frames from its left edge; a flat batch stays flat. A frame is
-        missing where all those are missing that it takes the place of.
+        missing if all the frames that it replaces are missing.
         """
         if stride == 1:
             return self
@@ -43,20 +43,20 @@ class Frames(NamedTuple):
         rows, width = self.whole.shape
         if self.whole.num_sequences == rows:
             return rows, -(-width // stride)
-        # As wide as the lengths say, or, where nobody reads them, as they may say at most.
+        # `None`: the sum of the lengths. With a tail the lengths are not read, and the width is an upper bound.
         return (1, -(-width // stride) + self.whole.num_sequences) if self.whole.has_tail else None
 
     @eager_only
     def windows(self, kernel: int, after: Frames, stride: int) -> Tensor:
-        """`(M, K)` int64: which of the N frames each of those of `after` reads, N where there is none."""
-        present, read_by = self.present, after.present
-        number = present.num_tokens
-        positions = read_by.positions[:, None] * stride + torch.arange(kernel, device=present.device) - kernel // 2
-        sequences = read_by.sequence_ids[:, None]
+        """`(M, K)` int64: the frames that each frame of `after` reads, as indices from 0 to N - 1; N for no frame."""
+        present, outputs = self.present, after.present
+        num_frames = present.num_tokens
+        positions = outputs.positions[:, None] * stride + torch.arange(kernel, device=present.device) - kernel // 2
+        sequences = outputs.sequence_ids[:, None]
         if present.has_gaps:
-            places = present.by_position(torch.arange(number, device=present.device)[None], fill=number)
-            places = nn.functional.pad(places, (kernel // 2, kernel // 2), value=number)
-            places = nn.functional.pad(places, (0, 0, 0, 1), value=number)  # the tail reads nothing
+            places = present.by_position(torch.arange(num_frames, device=present.device)[None], fill=num_frames)
+            places = nn.functional.pad(places, (kernel // 2, kernel // 2), value=num_frames)
+            places = nn.functional.pad(places, (0, 0, 0, 1), value=num_frames)  # the tail reads nothing
             return places[sequences, positions + kernel // 2]
         starts, lengths = (nn.functional.pad(x, (0, 1))[sequences] for x in (present.starts, present.lengths))
-        return (starts + positions).where((positions >= 0) & (positions < lengths), number)
+        return (starts + positions).where((positions >= 0) & (positions < lengths), num_frames)

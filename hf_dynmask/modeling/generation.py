@@ -1,4 +1,4 @@
-"""Generation from prompts that are padded on any side, whose fields grow with the tokens.
+"""Generation from prompts that are padded on any side, with fields that are extended for generated tokens.
 
 Shape legend: B rows of width T.
 """
@@ -19,11 +19,11 @@ from .field_shapes import TOKEN_FIELDS
 from .kv_cache import CACHE_NAME, num_cached_tokens, renamed_cache
 
 FIELDS_PER_TOKEN = (*TOKEN_FIELDS, "missing")
-PER_TOKEN = (*FIELDS_PER_TOKEN, "token_type_ids", "inputs_embeds")  # inputs of generation with a value a token
+PER_TOKEN = (*FIELDS_PER_TOKEN, "token_type_ids", "inputs_embeds")  # inputs of `generate` with one value per token
 
 
 class DynMaskGenerationMixin(GenerationMixin):
-    """[`~transformers.GenerationMixin`] for prompts in any layout of rows."""
+    """[`~transformers.GenerationMixin`] for rows of prompts with padding anywhere."""
 
     def generate(self, inputs: Tensor | None = None, *args, lengths: Tensor | None = None, **kwargs):
         r"""
@@ -35,11 +35,11 @@ class DynMaskGenerationMixin(GenerationMixin):
                 alternative to `attention_mask`.
 
         Returns:
-            As there: the first T columns are the prompts as they came, new tokens follow them.
+            As in transformers. The first T columns are the prompts as they were given; new tokens follow them.
 
         Raises:
-            ValueError: A prompt is empty, or they do not come in rows; `lengths` and `attention_mask` disagree; there
-                is padding after the columns of an earlier call's cache.
+            ValueError: A prompt is empty; the prompts are not rows of one prompt each; `lengths` and `attention_mask`
+                disagree; there is padding after the columns that a given cache holds.
         """
         kwargs = renamed_cache(kwargs)
         prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
@@ -58,7 +58,7 @@ class DynMaskGenerationMixin(GenerationMixin):
                     f"`attention_mask` must be 1 after the {seen} columns that the cache holds: padding there "
                     f"would move them; got {present[:, seen:].tolist()}"
                 )
-            order = present.argsort(dim=1, stable=True)  # generation needs the last tokens in the last column
+            order = present.argsort(dim=1, stable=True)  # `generate` needs the last tokens in the last column
             kwargs = {name: _arranged(value, order, name in PER_TOKEN) for name, value in kwargs.items()}
             kwargs["attention_mask"] = present.gather(1, order)
             arranged = _arranged(prompts, order, True)
@@ -67,14 +67,15 @@ class DynMaskGenerationMixin(GenerationMixin):
         return super().generate(prompts, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-        return attention_mask  # which token is there; who sees whom is the plan's affair
+        return attention_mask  # which tokens are real; the plan decides which query may see which key
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):  # it looks for `inputs_embeds`
+    # `generate` looks for `inputs_embeds` in this signature.
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         if self.config.position_offset:
-            inputs.pop("position_ids", None)  # they know of no offset
+            inputs.pop("position_ids", None)  # `generate` makes them without the offset
         return inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens: int = 1, **kwargs):
@@ -85,8 +86,10 @@ class DynMaskGenerationMixin(GenerationMixin):
 
 
 def fields_of_new_tokens(inputs: dict[str, Any], names: Iterable[str], new: int) -> dict[str, Tensor]:
-    """Those of the `inputs` that have a value a token `(B, T)`, with more columns: new tokens go on as the last one
-    did, and are not missing."""
+    """The inputs `(B, T)` of these names, with columns for new tokens.
+
+    New tokens have the value of the last token, except that they are not missing.
+    """
     given = {name: inputs[name] for name in names if inputs.get(name) is not None}
     last = {name: field[:, -1:].expand(-1, new) for name, field in given.items()}
     return {
@@ -96,14 +99,14 @@ def fields_of_new_tokens(inputs: dict[str, Any], names: Iterable[str], new: int)
 
 
 def _arranged(value, order: Tensor, per_token: bool):
-    """An input `(B, T, ...)` with the columns of each row in another order; other inputs as they are."""
+    """An input `(B, T, ...)` with one value per token, columns reordered by `order (B, T)`; other inputs unchanged."""
     if not per_token or not isinstance(value, Tensor):
         return value
     return value.gather(1, order.view(*order.shape, *(1,) * (value.dim() - 2)).expand_as(value))
 
 
 def _with_prompts(outputs, prompts: Tensor):
-    """What `generate` gave, `(B * n, T + new)` or an output that holds it, with the prompts as they came."""
+    """The result of `generate`, `(B * n, T + new)` or an output with it, with the prompts as they were given."""
     sequences = outputs if isinstance(outputs, Tensor) else outputs.sequences
     sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(len(sequences) // max(len(prompts), 1), dim=0)
     return outputs

@@ -22,7 +22,7 @@ from .plan import MaskPlan
 
 
 class GraphPlan(NamedTuple):
-    """What a [`MaskPlan`] is in a graph: what the operator makes one of."""
+    """The counterpart of [`MaskPlan`] in a graph, from which the attention operator makes a [`MaskPlan`]."""
 
     mask: str
     layout: SequenceLayout
@@ -30,7 +30,7 @@ class GraphPlan(NamedTuple):
     fields: dict[str, Tensor]
 
     def outside(self) -> MaskPlan:
-        """The plan for attention that runs outside, where the graph has ended early."""
+        """The [`MaskPlan`] for attention that runs outside the graph, after a graph break."""
         described = self.layout.described, self.key_layout.described
         return _plan(*described, list(self.fields.values()), self.mask, " ".join(self.fields))  # type: ignore[arg-type]
 
@@ -40,7 +40,7 @@ class GraphPlan(NamedTuple):
         return band_of(self.mask)
 
     def derived(self, make: Callable[..., Any]) -> Any:
-        """As [`MaskPlan.derived`]; a graph finds out itself what is the same for all layers."""
+        """As [`MaskPlan.derived`], but without a cache: the compiler itself merges what layers compute in common."""
         return make(self)
 
     @property
@@ -51,7 +51,7 @@ class GraphPlan(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def fields_of(mask: str) -> tuple[str, ...]:
-    """Names of the fields that an expression reads; a graph takes them for constant."""
+    """Names of the fields that an expression reads; a graph treats them as constants."""
     return tuple(sorted(parse(mask).fields))
 
 
@@ -73,11 +73,10 @@ def attend(
     key_scores: Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with either kind of plan, and weights, which there are none of in a graph.
+    """[`attention.attend`] with either kind of plan. With a [`GraphPlan`] it returns no weights.
 
-    On a CPU, and where no traced implementation serves, the graph calls attention as an operator.
-
-    See [`attend`] of `attention`, which both come to.
+    On a CPU, and if no implementation that can be traced supports the arguments, a graph calls attention as an
+    operator.
     """
     if isinstance(plan, MaskPlan):
         return attend_outside(
@@ -91,12 +90,12 @@ def attend(
             key_scores=key_scores,
             implementation=implementation,
         )
-    query, key, value = autocast(query, key, value)  # operators run where autocast is over
+    query, key, value = autocast(query, key, value)  # inside an operator, autocast is off
     if query.device.type != "cpu" and key_scores is None and apply_mask_to == "scores":
         for name, chosen in IMPLEMENTATIONS.items():
             if not chosen.is_traced or implementation not in ("auto", name):
                 continue
-            traced = cast(MaskPlan, plan)  # of which these look at what a `GraphPlan` has as well
+            traced = cast(MaskPlan, plan)  # these implementations only use attributes that a `GraphPlan` has, too
             if chosen.unsupported(traced, query, key, value, dropout) is None:
                 return chosen.attend(query, key, value, traced, scaling=scaling, dropout=dropout)
     seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else None
@@ -109,18 +108,18 @@ def attend(
 def _plan(layout: Tensor, key_layout: Tensor, fields: list[Tensor], mask: str, names: str) -> MaskPlan:
     of_queries = known(layout)
     is_self = key_layout is layout
-    needed = tuple(fields) if is_self else (key_layout, *fields)  # what the plan was made of, beside its layout
-    given, plan = of_queries.plans.get((mask, names), (None, None))
-    if plan is None or given is None or any(one is not other for one, other in zip(given, needed, strict=True)):
+    sources = tuple(fields) if is_self else (key_layout, *fields)  # the tensors that a cached plan must be made of
+    cached, plan = of_queries.plans.get((mask, names), (None, None))
+    if plan is None or cached is None or any(one is not other for one, other in zip(cached, sources, strict=True)):
         of_keys = None if is_self else known(key_layout).layout
         plan = MaskPlan(mask, of_queries.layout, of_keys, fields=dict(zip(names.split(), fields, strict=True)))
-        of_queries.plans[mask, names] = needed, plan
+        of_queries.plans[mask, names] = sources, plan
     return plan
 
 
 @contextmanager
 def _random_from(seed: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Random numbers of a seed, the same in forward and backward; those of the program go on as if there were none."""
+    """Seeds the device's generator, so that forward and backward draw the same numbers, and restores it afterwards."""
     if seed is None:
         yield
         return
@@ -155,7 +154,7 @@ class Call(NamedTuple):
 
     @property
     def states(self) -> list[Tensor]:
-        """Query, key, value and, where there are any, scores: what has a gradient."""
+        """The tensors that have gradients: query, key, value and, if given, scores."""
         return [self.query, self.key, self.value, *([] if self.key_scores is None else [self.key_scores])]
 
     @property
@@ -164,7 +163,7 @@ class Call(NamedTuple):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_scores: Tensor | None = None) -> Tensor:
         plan = self.plan
-        tokens, keys = plan.layout.num_tokens, plan.key_layout.num_tokens  # a graph has the tails as well
+        tokens, keys = plan.layout.num_tokens, plan.key_layout.num_tokens  # the states of a graph also have the tails
         with _random_from(self.seed, query.device):
             output, _ = attend_outside(
                 query[:tokens],
@@ -186,8 +185,8 @@ ARGUMENTS = (
 )
 
 
-def _unknown(states: Tensor, size: int) -> Tensor:
-    """A tensor like `(N, H, D)`, of a head size, without values."""
+def _without_values(states: Tensor, size: int) -> Tensor:
+    """An uninitialised tensor like `states (N, H, D)`, with another head size."""
     return states.new_empty(states.shape[0], states.shape[1], size)
 
 
@@ -198,7 +197,7 @@ def _attention(*arguments) -> Tensor:
 
 def _attention_shapes(*arguments) -> Tensor:
     call = Call(*arguments)
-    return _unknown(call.query, call.value.shape[2])
+    return _without_values(call.query, call.value.shape[2])
 
 
 def _backward(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -214,12 +213,12 @@ def _backward(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, 
 
 def _backward_shapes(grad_output: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*arguments)
-    query, key, value = (_unknown(x, x.shape[2]) for x in (call.query, call.key, call.value))
+    query, key, value = (_without_values(x, x.shape[2]) for x in (call.query, call.key, call.value))
     scores = call.key_scores
     return query, key, value, grad_output.new_empty(0) if scores is None else scores.new_empty(scores.shape)
 
 
-# An operator that computes gradients inside, and so has no autograd of its own.
+# It runs autograd inside, and has no gradient itself.
 BACKWARD = operator(
     f"attention_backward(Tensor grad_output, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,

@@ -1,6 +1,6 @@
-"""The layout of a batch in a graph of `torch.compile` or `torch.export`: an operator reads it, outside the graph.
+"""The layout of a batch in a graph of `torch.compile` or `torch.export`, which an operator computes outside the graph.
 
-One size of a graph is a value of the batch: how many tokens of its rows are real.
+The number of real tokens in rows is a data-dependent size of the graph.
 
 Shape legend: B rows of width T, S sequences, N tokens in M = B * T places.
 """
@@ -20,13 +20,13 @@ from .layout import SequenceLayout, size_of_graph
 
 @dataclass
 class Known:
-    """What was made of a layout's tensor: found here by the other layers, and gone with it."""
+    """What was computed from a layout's tensor, cached for the other layers for as long as the tensor lives."""
 
     layout: SequenceLayout
     plans: dict[tuple[str, str], tuple[tuple[Tensor, ...], Any]] = field(default_factory=dict)  # each a `MaskPlan`
 
 
-# By the tensor itself, which every forward pass makes again. Another one of the same values is as good, but slower.
+# The key is the tensor object, which every forward pass makes again. A copy of the tensor works, too, but is decoded.
 _known: Any = WeakTensorKeyDictionary()
 
 
@@ -38,9 +38,11 @@ def _describe(
     position_ids: Tensor | None,
     is_stated: bool,
 ) -> Tensor:
-    """A layout as one tensor `(3 * M + S + 4,)` int64: `indices`, `positions` and `sequence_ids` of the tokens, and
-    behind them those of the tail, at the places that are left; `lengths` of the sequences; B, T, N and whether there
-    are gaps."""
+    """A layout encoded as one int64 tensor `(3 * M + S + 4,)`.
+
+    It holds `indices`, `positions` and `sequence_ids` of all M places, first of the tokens and then of the absent
+    places, which form the tail; the `lengths` of the sequences; B, T, N and `has_gaps`.
+    """
     device = _given(lengths, attention_mask).device
     rows, width = shape
     layout = SequenceLayout.of_batch((rows, width), device, lengths, attention_mask).trimmed()
@@ -60,7 +62,7 @@ def _describe(
     return described
 
 
-def _description(
+def _describe_shape(
     shape: list[int], lengths: Tensor | None, attention_mask: Tensor | None, *_: Tensor | bool | None
 ) -> Tensor:
     sequences = shape[0] if lengths is None else lengths.shape[0]
@@ -78,12 +80,12 @@ LAYOUT = operator(
     "layout(SymInt[] shape, Tensor? lengths, Tensor? attention_mask, Tensor? missing, Tensor? position_ids, "
     "bool is_stated) -> Tensor",
     _describe,
-    _description,
+    _describe_shape,
 )
 
 
 def known(described: Tensor) -> Known:
-    """What there is of a layout that [`_describe`] gave, read again from its tensor where nothing is."""
+    """The cache entry of a tensor that [`_describe`] made. Without an entry the tensor is decoded."""
     if described not in _known:
         rows, width, tokens, has_gaps = described[-4:].tolist()
         places = rows * width
@@ -117,8 +119,8 @@ def layout_in_graph(
     A flat batch keeps all its places, so that every size of the graph is known.
 
     Raises:
-        ValueError: As there, when the graph runs; or `position_ids` contradict `lengths`, or restart without them. Of a
-            flat batch that is not on the CPU, values are not read.
+        ValueError: As in [`SequenceLayout.of_batch`], when the graph runs. Also, `position_ids` contradict `lengths`,
+            or restart without `lengths`. The values of a flat batch are checked only on a CPU.
     """
     is_flat = lengths is not None and lengths.shape[0] != shape[0]
     is_full = lengths is None and attention_mask is None
@@ -126,19 +128,19 @@ def layout_in_graph(
     given = torch.full((shape[0],), shape[1], dtype=torch.long, device=device) if is_full else lengths
     described = LAYOUT(list(shape), given, attention_mask, missing, position_ids, lengths is not None)
     if device.type != "cpu" and attention_mask is None and (is_flat or (is_full and missing is None)):
-        # Nothing is read: the operator serves attention that runs outside the graph, and is dropped if none does.
+        # Nothing is read. Only attention outside the graph needs the operator, which is otherwise removed as unused.
         layout = SequenceLayout.of_batch(shape, device, lengths)
         layout = layout if missing is None else layout.without(missing)
         return replace(layout, described=described)
     places = shape[0] * shape[1]
-    indices, positions, ids, of_sequences, sizes = described.split([places, places, places, sequences, 4])
+    indices, positions, ids, sequence_lengths, sizes = described.split([places, places, places, sequences, 4])
     is_whole = is_flat or (is_full and missing is None)
     tokens = places if is_whole else size_of_graph(sizes[2], places)
     indices, positions, ids = (values.narrow(0, 0, tokens) for values in (indices, positions, ids))
     return SequenceLayout(
         shape=shape,
         num_tokens=tokens,
-        lengths=of_sequences,
+        lengths=sequence_lengths,
         sequence_ids=ids,
         positions=positions,
         indices=None if is_whole and missing is None else indices,

@@ -1,4 +1,4 @@
-"""What heads share, whatever their encoder: from a batch to flat states, and from these to a loss and logits.
+"""Code that the heads of all encoders share: from a batch to flat states, and from flat states to a loss and logits.
 
 Shape legend: B rows of width T, S sequences, N real tokens, C hidden size.
 """
@@ -31,7 +31,7 @@ from .modeling_base import DynMaskBaseModel, known_keywords
 
 
 def classifier_dropout(config: PreTrainedConfig) -> nn.Dropout:
-    """The dropout before a classifier; without a setting of its own that of the hidden states."""
+    """The dropout before a classifier: `classifier_dropout`, or `hidden_dropout_prob` if that is `None`."""
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 
 
@@ -43,7 +43,7 @@ def run_encoder(
     input_features: Tensor | None = None,
     **inputs,
 ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
-    """Outputs of a bare model, of which `last_hidden_state (1, N, C)` is flat, and the layout that it is in."""
+    """Runs a bare model; returns its outputs, whose `last_hidden_state (1, N, C)` is flat, and the layout."""
     tokens = given_input(model.main_input_name, input_features=input_features, **inputs)
     packing = {name: inputs.pop(name, None) for name in PACKING}
     if input_features is None:
@@ -66,7 +66,7 @@ def run_encoder(
 
 
 class TaskModel(PreTrainedModel):
-    """A head on an encoder. Subclasses say which encoder, and how flat states become a loss and logits."""
+    """A head on an encoder. Subclasses define the encoder, and how flat states become a loss and logits."""
 
     output_class: type
     model: Any
@@ -87,7 +87,7 @@ class TaskModel(PreTrainedModel):
         raise NotImplementedError
 
     def _new_transform(self, config) -> nn.Module:
-        """What stands between states of tokens and their classifier, before its dropout."""
+        """The module between the states of tokens and the classifier's dropout."""
         return nn.Identity()
 
     def _predict(
@@ -121,9 +121,9 @@ class TaskModel(PreTrainedModel):
         Inputs as in [`DynMaskModel.forward`], and:
 
         Args:
-            labels (`Tensor`): Targets, -100 where there is none: see the class for their shape.
-            num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged, where a step spans several
-                batches; the loss is then a sum divided by it. `None`: the targets of this batch.
+            labels (`Tensor`): Targets, -100 for none. The class documents their shape.
+            num_items_in_batch (`int` or `Tensor`): Number of targets in all batches of a step, by which the summed loss
+                is divided. `None`: the number of targets in this batch.
         """
         outputs, layout = self._encode(
             input_ids=input_ids,
@@ -142,12 +142,12 @@ class TaskModel(PreTrainedModel):
         )
 
     def _encode(self, **inputs) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
-        """The encoder's outputs, `last_hidden_state` flat, and their layout."""
+        """The encoder's outputs, whose `last_hidden_state` is flat, and their layout."""
         return run_encoder(self.model, **inputs)
 
 
 class TokenClassification(TaskModel):
-    """What [`DynMaskForTokenClassification`] adds to an encoder."""
+    """The head of [`DynMaskForTokenClassification`], for any encoder."""
 
     output_class = TokenClassifierOutput
 
@@ -164,7 +164,7 @@ class TokenClassification(TaskModel):
 
 
 class SequenceClassification(TaskModel):
-    """What [`DynMaskForSequenceClassification`] adds to an encoder."""
+    """The head of [`DynMaskForSequenceClassification`], for any encoder."""
 
     output_class = SequenceClassifierOutput
     pooling = True
@@ -182,8 +182,11 @@ class SequenceClassification(TaskModel):
 def in_columns(
     values: Tensor, layout: SequenceLayout, to_keep: int | Tensor, function: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
-    """A function of values `(1, N, …)` as `(B, columns, …)`: of the last columns alone, or of these; 0: of all. It is 0
-    where no token is, and computed for these columns alone."""
+    """Applies a function to flat values `(1, N, …)`; returns columns of the result in the batch's layout.
+
+    `to_keep` is the number of last columns, 0 for all columns, or a tensor of columns. The function is only computed
+    for these columns. The result `(B, columns, …)` is 0 at absent tokens.
+    """
     if isinstance(to_keep, int) and to_keep == 0:
         return layout.unflatten(function(values))
     columns = slice(-to_keep, None) if isinstance(to_keep, int) else to_keep.to(values.device)

@@ -1,4 +1,4 @@
-"""Keys and values remembered from earlier tokens: which columns of a batch a cache holds, and what masks make of them.
+"""The key-value cache: which columns of a batch it holds, and the plans of masks over these columns.
 
 Shape legend: B rows; T columns seen so far, the current ones included; Tq current columns.
 """
@@ -26,10 +26,10 @@ CACHE_NAME = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast
 
 
 def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, under whichever of its two names it came.
+    """The cache, given under one of its two names.
 
     Raises:
-        ValueError: It came under both.
+        ValueError: It is given under both names.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("`cache` and `past_key_values` are two names of one argument; got both")
@@ -37,14 +37,14 @@ def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | N
 
 
 def renamed_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with a cache under the name that this release of transformers knows."""
+    """The arguments, with a cache under the name that this release of transformers uses."""
     others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
     cache = given_cache(*(arguments.get(name) for name in CACHE_NAMES))
     return others if cache is None else others | {CACHE_NAME: cache}
 
 
 def output_with_cache(output_class: type, cache: Cache | None, **fields) -> Any:
-    """An output of transformers that has the cache under both of its names."""
+    """An output of transformers with the cache under both of its names."""
     output = output_class(**fields, **{CACHE_NAME: cache})
     if cache is not None and CACHE_NAME != "cache":
         output.cache = cache
@@ -52,7 +52,7 @@ def output_with_cache(output_class: type, cache: Cache | None, **fields) -> Any:
 
 
 def num_cached_tokens(cache: Cache | None) -> int:
-    """Columns of the batch whose keys and values the cache holds or has dropped."""
+    """The number of columns that the cache has seen, whether it still holds them or has dropped them."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -68,14 +68,14 @@ def cached_plans(
     cache: Cache,
     fields: Mapping[str, Tensor],
 ) -> list[MaskPlan]:
-    """Each layer's plan, current queries against the columns that its cache returns.
+    """Each layer's plan, for the current queries and the key columns that the layer's cache returns.
 
     Args:
-        masks (`list[Mask]`): One a layer.
-        queries (`SequenceLayout`): Of the current columns, `(B, Tq)`.
-        whole (`SequenceLayout`): Of all columns seen, `(B, T)`.
-        cache (`Cache`): Asked for the columns of each layer.
-        fields (`dict[str, Tensor]`): Fields of the whole.
+        masks (`list[Mask]`): One mask per layer.
+        queries (`SequenceLayout`): Layout of the current columns, `(B, Tq)`.
+        whole (`SequenceLayout`): Layout of all columns seen so far, `(B, T)`.
+        cache (`Cache`): Gives the key columns of each layer.
+        fields (`dict[str, Tensor]`): Fields of all columns.
 
     Raises:
         ValueError: A mask lets a query see a token that comes later, or one that the cache has dropped.
@@ -96,15 +96,15 @@ def cached_plans(
                 else:
                     of_columns[name] = field
             plan = MaskPlan(mask, queries, keys, fields=of_columns)
-            _check_out_of_sight(plan, whole, start)
+            _check_keys_exist(plan, whole, start)
             plans[key] = plan
         chosen.append(plans[key])
     return chosen
 
 
-def _check_out_of_sight(plan: MaskPlan, whole: SequenceLayout, start: int) -> None:
-    """Raise where a query may see a later token, or one before column `start`."""
-    if not plan.layout.num_tokens or "attention_mask" in plan.mask.fields:  # an explicit mask speaks for itself
+def _check_keys_exist(plan: MaskPlan, whole: SequenceLayout, start: int) -> None:
+    """Raises if a query may see a token that comes later, or one before column `start`."""
+    if not plan.layout.num_tokens or "attention_mask" in plan.mask.fields:  # an explicit mask covers given tokens only
         return
     first, last = (ends[:, None] for ends in _extreme_positions(plan.layout))
     ends = _extreme_positions(whole)[1][:, None]
@@ -113,7 +113,7 @@ def _check_out_of_sight(plan: MaskPlan, whole: SequenceLayout, start: int) -> No
     real = (last >= 0).expand_as(never)
     if not never[real].all():
         raise ValueError(
-            f"the mask '{plan.mask}' lets a token see later ones, which a cache cannot serve: they are not there yet. "
+            f"the mask '{plan.mask}' lets a token see later ones, which a cache does not hold yet. "
             "Join it with `causal`, make prefixes no longer than the prompt, or set use_cache=False"
         )
     if start == 0:
@@ -123,8 +123,8 @@ def _check_out_of_sight(plan: MaskPlan, whole: SequenceLayout, start: int) -> No
     _, never = plan.mask.classify_checked(first, last, torch.zeros_like(before), before.clamp(min=0), plan.fields)
     if not never[real & (before >= 0)].all():
         raise ValueError(
-            f"the mask '{plan.mask}' lets a token see ones that the cache has dropped; use a cache without a sliding "
-            "window, or one that is wide enough"
+            f"the mask '{plan.mask}' lets a token see tokens that the cache has dropped; use a cache without a sliding "
+            "window, or one with a wider window"
         )
 
 
@@ -138,7 +138,7 @@ def _extreme_positions(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
 
 
 def _with_unknown_tokens(fields: Fields, num_positions: int) -> Fields:
-    """The fields with two more tokens, of the smallest and the largest value there is: those to come may be any."""
+    """The fields with two more tokens, of the smallest and the largest int64: later tokens may have any value."""
     tables = dict(fields.tables)
     for name, table in tables.items():
         if name.removeprefix(key_name("")) in TOKEN_FIELDS:

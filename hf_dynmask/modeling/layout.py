@@ -1,4 +1,4 @@
-"""Where the real tokens of a batch sit: lengths, 0/1 attention masks and `cu_seq_lens` in one immutable object.
+"""Layouts: which tokens of a batch are real and where they are, from lengths, 0/1 attention masks or `cu_seq_lens`.
 
 Shape legend: B rows of width T in the batch, S sequences, N tokens.
 """
@@ -15,30 +15,30 @@ import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable)
-IGNORE_INDEX = -100  # of a label that is no target
+IGNORE_INDEX = -100  # a label that is not a target
 
 
 def eager_only(function: F, recursive: bool = True) -> F:
-    """Keep `torch.compile` out of `function`: lengths are values of the host, and every batch has others.
+    """Keeps `torch.compile` out of `function`, which reads lengths on the host: every batch would be compiled again.
 
-    With `recursive=False` what it calls, such as the layers of a model, may be compiled.
+    With `recursive=False`, functions that it calls, such as the layers of a model, may be compiled.
     """
     outside = torch.compiler.disable(function, recursive, reason="it reads lengths on the host")
 
     @wraps(function)
-    def called(*args, **kwargs):  # the compiler's own wrapper takes time where no graph is made
+    def called(*args, **kwargs):  # the compiler's own wrapper would also take time without a graph
         return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
 
     return cast(F, called)
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Whether the host may look at values: it waits for those of other devices, and a graph has none."""
+    """Whether the host can read values without waiting for a device. In a graph there are no values to read."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Group(NamedTuple):
-    """A run of neighbouring sequences of one length: one call serves them all."""
+    """A run of neighbouring sequences of one length, which are processed in one call."""
 
     length: int
     count: int
@@ -46,25 +46,25 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """Which tokens of a `(B, T)` batch exist, and where they stand in flat `(1, N, ...)` tensors.
+    """Which tokens of a `(B, T)` batch are real, and where they are in flat `(1, N, ...)` tensors.
 
-    Flat tensors hold sequence after sequence, in the batch's order. Make a layout with [`from_lengths`],
-    [`from_attention_mask`] or [`from_cu_seq_lens`]. It is made of tensors on the batch's device, the same in eager mode
-    and in graphs; what is read on the host, such as `sizes`, is read when somebody asks.
+    Flat tensors hold the sequences end to end, in the batch's order. [`from_lengths`], [`from_attention_mask`] and
+    [`from_cu_seq_lens`] make a layout. It holds tensors on the batch's device, the same in eager mode and in graphs.
+    Values on the host, such as `sizes`, are only read when they are accessed.
 
     Attributes:
         shape (`tuple[int, int]`): `(B, T)` of the batch.
-        num_tokens (`int`): N. Where it would have to be read from a device, a flat batch keeps all T places.
+        num_tokens (`int`): N. A flat batch keeps all T places if N would have to be read from a device.
         lengths (`Tensor` of shape `(S,)`, int64): Real tokens of each sequence.
-        sequence_ids (`Tensor` of shape `(N,)`, int64): Which sequence each token belongs to; S in the tail.
+        sequence_ids (`Tensor` of shape `(N,)`, int64): The sequence of each token; S in the tail.
         positions (`Tensor` of shape `(N,)`, int64): Index of each token in its own sequence, from 0; 0 in the tail.
         indices (`Tensor` of shape `(N,)`, int64, *optional*):
-            Place of each token in the row-major `(B * T)` batch. `None`: they are its first N places, and flattening is
-            a view.
-        has_gaps (`bool`): Whether sequences may lack tokens, or begin behind position 0.
-        has_tail (`bool`): Whether the last of the N tokens may be of no sequence: places that a flat batch left unused.
-        longest (`int`): A bound of the positions in a sequence, which kernels are started for.
-        described (`Tensor`, *optional*): In a graph, what its operators know the layout by.
+            Place of each token in the row-major `(B * T)` batch. `None`: the tokens are at its first N places, and
+            flattening is a view.
+        has_gaps (`bool`): Whether the positions of a sequence may skip numbers or begin above 0.
+        has_tail (`bool`): Whether the N tokens may end in a tail: unused places of a flat batch, in no sequence.
+        longest (`int`): An upper bound of the positions in a sequence, which kernels are launched with.
+        described (`Tensor`, *optional*): In a graph, the encoded layout that its operators decode.
     """
 
     shape: tuple[int, int]
@@ -84,13 +84,13 @@ class SequenceLayout:
 
         Args:
             lengths (integer `Tensor` of shape `(B,)` or `(S,)`, or a list):
-                Tokens of each row; or, for a batch of one row, of each of the S sequences that stand in it end to end.
-                Places behind the last one are absent.
+                Number of tokens in each row. In a batch of one row, number of tokens in each of its S sequences, which
+                lie end to end; places after the last one are absent.
             shape (`tuple[int, int]`, *optional*): `(B, T)` of the batch. `None`: one flat row, `(1, sum(lengths))`.
 
         Raises:
             ValueError: `lengths` is not a vector of integers, has the wrong size, is negative or beyond T; or the
-                lengths of a flat row add up to more than T. Of a flat row that is not on the CPU, values are not read.
+                lengths of a flat row add up to more than T. The lengths of a flat row are checked only on a CPU.
         """
         lengths = vector("lengths", lengths)
         if shape is None:
@@ -108,7 +108,7 @@ class SequenceLayout:
     @classmethod
     def _of_rows(cls, shape: tuple[int, int], lengths: Tensor) -> SequenceLayout:
         rows, width = shape
-        tokens = _read_total(lengths, width, of_each=True)
+        tokens = _read_total(lengths, width, in_rows=True)
         sequence_ids, positions = ids_and_positions(lengths, tokens)
         indices = None if tokens == rows * width else sequence_ids * width + positions
         return cls(shape, tokens, lengths, sequence_ids, positions, indices, longest=width)
@@ -117,13 +117,13 @@ class SequenceLayout:
     def _of_flat_row(cls, shape: tuple[int, int], lengths: Tensor) -> SequenceLayout:
         width = shape[1]
         has_tail = not reads_are_free(lengths.device)
-        tokens = width if has_tail else _read_total(lengths, width, of_each=False)
+        tokens = width if has_tail else _read_total(lengths, width, in_rows=False)
         sequence_ids, positions = ids_and_positions(lengths, tokens, has_tail)
         return cls(shape, tokens, lengths, sequence_ids, positions, has_tail=has_tail, longest=width)
 
     @classmethod
     def full(cls, shape: tuple[int, int], device: torch.device) -> SequenceLayout:
-        """Layout of rows that are all of real tokens."""
+        """Layout of rows without absent tokens."""
         rows, width = shape
         places = torch.arange(rows * width, device=device)
         lengths = torch.full((rows,), width, dtype=torch.long, device=device)
@@ -134,22 +134,23 @@ class SequenceLayout:
 
     @classmethod
     def from_attention_mask(cls, attention_mask: Tensor) -> SequenceLayout:
-        """Layout of rows whose tokens may stand anywhere: padding right, left or inside.
+        """Layout of rows with padding anywhere: right, left or inside.
 
         Args:
-            attention_mask (`Tensor` of shape `(B, T)`): 1 where a token is, 0 where none is.
+            attention_mask (`Tensor` of shape `(B, T)`): 1 for real tokens, 0 for absent ones.
 
         Raises:
             ValueError: The mask is not two-dimensional or holds other values than 0 and 1.
         """
         if attention_mask.dim() != 2:
             raise ValueError(f"`attention_mask` must have shape (batch, width); got {tuple(attention_mask.shape)}")
-        present, is_binary = attention_mask.bool(), None
+        present = attention_mask.bool()
+        lengths = present.sum(1)
+        total = lengths.sum()
         if attention_mask.dtype != torch.bool:
             is_binary = (present.to(attention_mask.dtype) == attention_mask).all()
-        lengths = present.sum(1)
-        tokens = lengths.sum() if is_binary is None else lengths.sum().where(is_binary, -1)
-        tokens = int(tokens)  # the one host read
+            total = total.where(is_binary, -1)
+        tokens = int(total)  # the one host read
         if tokens < 0:
             raise not_binary("attention_mask", attention_mask)
         rows, width = attention_mask.shape
@@ -182,8 +183,9 @@ class SequenceLayout:
         lengths: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> SequenceLayout:
-        """Layout of a batch that comes with `lengths`, see [`from_lengths`], with a 0/1 mask, see
-        [`from_attention_mask`], or with both; with neither all tokens are there.
+        """Layout of a batch with `lengths` (see [`from_lengths`]), a 0/1 mask (see [`from_attention_mask`]), or both.
+
+        With neither of them, all tokens are real.
 
         Raises:
             ValueError: `lengths` and `attention_mask` disagree, or an input does not fit the shape.
@@ -204,7 +206,7 @@ class SequenceLayout:
         if layout.num_tokens != masked.num_tokens or not torch.equal(masked.places, layout.places):
             raise ValueError(
                 f"`lengths` and `attention_mask` must name the same tokens; got lengths {lengths.tolist()} and a "
-                f"mask with {list(masked.sizes)} tokens a row (padding on the right is what lengths mean)"
+                f"mask with {list(masked.sizes)} tokens per row (`lengths` mean padding on the right)"
             )
 
     def without(self, missing: Tensor) -> SequenceLayout:
@@ -221,31 +223,31 @@ class SequenceLayout:
                 f"`missing` must be bool of shape {tuple(self.shape)}; got {missing.dtype} {tuple(missing.shape)}"
             )
         kept = ~self.flatten(missing)[0] & self.is_real
-        if self.has_tail:  # they join the tail
+        if self.has_tail:  # missing tokens become part of the tail
             order = (~kept).to(torch.uint8).argsort(stable=True)
             return self._chosen(order, self._count(kept), kept=kept)
         tokens = int(kept.sum())
         return self._chosen(_true_places(kept, tokens), self._count(kept))
 
     def _count(self, kept: Tensor) -> Tensor:
-        """`(S,)` int64: of each sequence, the tokens that are `kept (N,)`."""
+        """`(S,)` int64: how many tokens of each sequence are `kept (N,)`."""
         counts = self.lengths.new_zeros(self.num_sequences + self.has_tail)
         return counts.index_add(0, self.sequence_ids, kept.long())[: self.num_sequences]
 
-    def _chosen(self, tokens: Tensor, lengths: Tensor, kept: Tensor | None = None) -> SequenceLayout:
-        """The layout of some of the tokens, or of all in another order, where some are not `kept (N,)`."""
+    def _chosen(self, chosen: Tensor, lengths: Tensor, kept: Tensor | None = None) -> SequenceLayout:
+        """The layout of the tokens with indices `chosen`. Tokens that are not `kept (N,)` become part of the tail."""
         sequence_ids, positions = self.sequence_ids, self.positions
         if kept is not None:
             sequence_ids = sequence_ids.where(kept, self.num_sequences)
             positions = positions.where(kept, 0)
-        sequence_ids, positions = sequence_ids[tokens], positions[tokens]
+        sequence_ids, positions = sequence_ids[chosen], positions[chosen]
         return replace(
             self,
-            num_tokens=tokens.shape[0],
+            num_tokens=chosen.shape[0],
             lengths=lengths,
             sequence_ids=sequence_ids,
             positions=positions,
-            indices=self.places[tokens],
+            indices=self.places[chosen],
             has_gaps=may_have_gaps(lengths, sequence_ids, positions),
         )
 
@@ -265,18 +267,19 @@ class SequenceLayout:
         )
 
     def bounded(self, longest: int) -> SequenceLayout:
-        """The layout where it is known that no sequence has more positions than `longest`.
+        """The layout with a bound of the positions in a sequence.
 
-        It is the same where that is no news: of rows, as wide as their longest, and on the CPU, which reads lengths.
+        Only flat batches on other devices than the CPU need it: rows are bounded by their width, and on a CPU the
+        lengths are read.
         """
-        is_news = self.has_tail and self.device.type != "cpu" and longest < self.longest
-        return replace(self, longest=longest) if is_news else self
+        is_tighter = self.has_tail and self.device.type != "cpu" and longest < self.longest
+        return replace(self, longest=longest) if is_tighter else self
 
     def divided(self, begins: Tensor) -> SequenceLayout:
-        """The same tokens as more sequences, whose positions count from 0 again.
+        """The same tokens divided into more sequences, whose positions count from 0 again.
 
         Args:
-            begins (bool `Tensor` of shape `(N,)`): Tokens that begin a sequence, beside the first of each present one.
+            begins (bool `Tensor` of shape `(N,)`): Tokens that begin a sequence, in addition to those that already do.
         """
         begins = begins | self.begins
         numbers = begins.cumsum(0)
@@ -284,27 +287,29 @@ class SequenceLayout:
         if (sequences := int(numbers[-1:].sum() + empty)) == self.num_sequences:
             return self
         # An empty sequence keeps its place among the others.
-        before = (self.lengths == 0).cumsum(0)[self.sequence_ids]
-        sequence_ids = numbers - 1 + before
+        empty_before = (self.lengths == 0).cumsum(0)[self.sequence_ids]
+        sequence_ids = numbers - 1 + empty_before
         lengths = _counts(sequence_ids, sequences)
         firsts = (lengths.cumsum(0) - lengths)[sequence_ids]
         positions = self.positions - self.positions[firsts]
         return replace(self, lengths=lengths, sequence_ids=sequence_ids, positions=positions)
 
     def divided_by_positions(self, position_ids: Tensor, is_stated: bool) -> SequenceLayout:
-        """The layout with a sequence for each time that positions restart: go back to the first one of their sequence.
+        """The layout divided wherever positions restart, which means that they return to the first of their sequence.
 
         Args:
             position_ids (`Tensor` of shape `(B, T)`): Positions; absent places may hold anything.
-            is_stated (`bool`): Whether the batch has said otherwise where its sequences begin.
+            is_stated (`bool`):
+                Whether other arguments state where sequences begin. Then positions are only checked against them.
 
         Raises:
-            ValueError: It has, and positions restart inside a sequence, or go on from one to the next in a row.
+            ValueError: Sequences are stated, but positions restart inside a sequence or continue across two sequences
+                of a row.
         """
         if is_stated and not reads_are_free(position_ids.device):
             return self
         positions = self.flatten(position_ids)[0]
-        if is_stated and torch.equal(positions, self.positions):  # as nearly always
+        if is_stated and torch.equal(positions, self.positions):  # the usual case
             return self
         step, begins = positions.diff(), self.begins[1:]
         firsts = positions[self.starts[self.sequence_ids]]
@@ -320,7 +325,7 @@ class SequenceLayout:
         return self
 
     def in_rows(self) -> SequenceLayout:
-        """The same tokens, in the same flat order, with a row for each sequence, in which they stand by position."""
+        """The same tokens in the same flat order, in a batch with a row per sequence and a column per position."""
         if self.num_sequences == self.shape[0]:
             return self
         indices = self.sequence_ids * self.num_positions + self.positions
@@ -330,7 +335,7 @@ class SequenceLayout:
         """Some columns of a batch of rows, `(B, stop - start)`; the tokens in them keep their positions.
 
         Raises:
-            ValueError: The batch is flat: its columns are of different sequences.
+            ValueError: The batch is flat, so that columns belong to different sequences.
         """
         rows, width = self.shape
         if (start, stop) == (0, width):
@@ -350,7 +355,7 @@ class SequenceLayout:
 
     @property
     def device(self) -> torch.device:
-        """Of all its tensors."""
+        """The device of all its tensors."""
         return self.lengths.device
 
     @property
@@ -370,7 +375,7 @@ class SequenceLayout:
 
     @property
     def is_real(self) -> Tensor:
-        """Bool `(N,)`: which tokens are of a sequence."""
+        """Bool `(N,)`: which tokens belong to a sequence rather than to the tail."""
         return self.sequence_ids < self.num_sequences
 
     @property
@@ -396,7 +401,7 @@ class SequenceLayout:
 
     @property
     def position_bound(self) -> int:
-        """`num_positions`, or a bound of it where the host would have to wait for that."""
+        """`num_positions`, or an upper bound of it if that would have to be read from a device."""
         return self.num_positions if reads_are_free(self.device) else self.longest
 
     @property
@@ -405,7 +410,7 @@ class SequenceLayout:
         return tuple(Group(length, sum(1 for _ in run)) for length, run in groupby(self.sizes))
 
     def flatten(self, padded: Tensor) -> Tensor:
-        """Keep the real tokens alone.
+        """Keeps only the real tokens.
 
         Args:
             padded (`Tensor` of shape `(B, T, ...)`): Any tensor in the batch's layout.
@@ -424,7 +429,7 @@ class SequenceLayout:
         return (rows if rows.shape[0] == self.num_tokens else rows[: self.num_tokens]).unsqueeze(0)
 
     def flatten_values(self, padded: Tensor, fill: float | int | bool = 0) -> Tensor:
-        """[`flatten`] with `fill` in the tail, in which any value may stand, NaN included."""
+        """[`flatten`] with `fill` in the tail, whose places may hold any value, NaN included."""
         return self._with_tail(self.flatten(padded), fill)
 
     def _with_tail(self, flat: Tensor, fill: float | int | bool) -> Tensor:
@@ -432,7 +437,7 @@ class SequenceLayout:
         return flat.masked_fill(~self.is_real.view(1, -1, *(1,) * (flat.dim() - 2)), fill) if self.has_tail else flat
 
     def unflatten(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
-        """Put the real tokens back where they came from; the inverse of [`flatten`].
+        """Puts the real tokens back to their places in the batch; the inverse of [`flatten`].
 
         Args:
             flat (`Tensor` of shape `(1, N, ...)`): The tokens in flat order.
@@ -458,7 +463,7 @@ class SequenceLayout:
         return self.flatten(padded.transpose(1, 2)).transpose(1, 2)
 
     def unflatten_heads(self, flat: Tensor) -> Tensor:
-        """Flat `(1, H, N, D)` as `(B, H, T, D)`, 0 where no token is."""
+        """Flat `(1, H, N, D)` as `(B, H, T, D)`, 0 at absent places."""
         return self.unflatten(flat.transpose(1, 2)).transpose(1, 2)
 
     def first_tokens(self, flat: Tensor) -> Tensor:
@@ -477,7 +482,7 @@ class SequenceLayout:
 
         Args:
             counted (bool `Tensor` of shape `(N,)`, *optional*):
-                Tokens of which to take the last; where a sequence has none of them, its first token is taken.
+                The tokens to choose from. The first token is taken from a sequence that has none of them.
         """
         places = self.lengths.cumsum(0) - 1
         if counted is not None:
@@ -495,19 +500,19 @@ class SequenceLayout:
         return (sums / counts).to(flat.dtype)
 
     def _tokens_at(self, places: Tensor, flat: Tensor) -> Tensor:
-        """The token at one place in each sequence that has any."""
+        """The token at one place per sequence, `places (S,)`; 0 for an empty sequence."""
         tokens = flat[0]
         if reads_are_free(self.device) and 0 not in self.sizes:
             return tokens.index_select(0, places)
-        with_none = torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])
-        return with_none.index_select(0, places.where(self.lengths > 0, self.num_tokens))
+        with_zero = torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])
+        return with_zero.index_select(0, places.where(self.lengths > 0, self.num_tokens))
 
     def by_position(self, flat: Tensor, fill: float | int | bool = 0) -> Tensor:
-        """Values by sequence and position.
+        """Arranges values by sequence and position.
 
         Args:
             flat (`Tensor` of shape `(1, N, ...)`): Values of the tokens in flat order.
-            fill (*optional*, defaults to 0): Value where a sequence has no token.
+            fill (*optional*, defaults to 0): Value of positions without a token.
 
         Returns:
             `Tensor` of shape `(S, P, ...)`: P is `position_bound`.
@@ -542,9 +547,9 @@ def in_heads(states: Tensor) -> Tensor:
 
 
 def select_targets(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`states (..., C)` and `labels (...)` where those are not -100: `(targets, C)` and `(targets,)`.
+    """`states (..., C)` and `labels (...)` of the labels that are not -100: `(targets, C)` and `(targets,)`.
 
-    All of them where their number would have to be read from a device.
+    Both are returned as they are if the number of targets would have to be read from a device.
     """
     if torch.compiler.is_compiling() and labels.device.type == "cpu":
         return _selected_in_graph(states, labels)
@@ -561,17 +566,17 @@ def _selected_in_graph(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def size_of_graph(value: Tensor, most: int) -> int:
-    """A value as a size of the graph."""
-    size = cast(int, value.item())  # a symbol: no `int(...)` of it
+    """A value as a data-dependent size of the graph, from 0 to `most`."""
+    size = cast(int, value.item())  # a symbol, which `int(...)` would make a constant
     torch._check(size >= 0)
     torch._check(size <= most)
     return size
 
 
 def ids_and_positions(lengths: Tensor, tokens: int, has_tail: bool = False) -> tuple[Tensor, Tensor]:
-    """Sequence and position `(tokens,)` of each token, where sequences of `lengths (S,)` stand end to end.
+    """The sequence and the position of each token, both `(tokens,)`, for sequences of `lengths (S,)` end to end.
 
-    In the tail, behind the last one, they are S and 0.
+    In the tail, after the last sequence, they are S and 0.
     """
     ends = lengths.cumsum(0)
     places = torch.arange(tokens, device=lengths.device)
@@ -585,14 +590,14 @@ def ids_and_positions(lengths: Tensor, tokens: int, has_tail: bool = False) -> t
 
 
 def may_have_gaps(lengths: Tensor, sequence_ids: Tensor, positions: Tensor) -> bool:
-    """Whether `positions (N,)` differ from each token's place in its sequence; True where that cannot be looked at."""
+    """Whether `positions (N,)` differ from the tokens' places in their sequences; True if that cannot be read."""
     if not reads_are_free(positions.device):
         return True
     return not torch.equal(ids_and_positions(lengths, positions.shape[0])[1], positions)
 
 
 def rolled(values: Tensor, steps: int) -> Tensor:
-    """`values.roll(steps, dims=-1)`, for any size that a graph does not know."""
+    """`values.roll(steps, dims=-1)`, which also works for a data-dependent size of a graph."""
     size = values.shape[-1]
     return values.index_select(-1, (torch.arange(size, device=values.device) - steps) % size)
 
@@ -604,7 +609,7 @@ def _counts(numbers: Tensor, most: int) -> Tensor:
 
 
 def _true_places(flags: Tensor, count: int) -> Tensor:
-    """`(count,)` int64: the places at which `flags (n,)` are True, which is known to be `count` times."""
+    """`(count,)` int64: the places at which `flags (n,)` are True; their number must be known."""
     if flags.shape[0] == count:
         return torch.arange(count, device=flags.device)
     if reads_are_free(flags.device):
@@ -614,10 +619,10 @@ def _true_places(flags: Tensor, count: int) -> Tensor:
 
 
 def integers(name: str, values: Tensor) -> Tensor:
-    """The values as int64, in which sums of positions and lengths fit.
+    """The values as int64, which is large enough for sums of positions and lengths.
 
     Raises:
-        ValueError: They are no integers, or of a dtype that holds some beyond int64.
+        ValueError: The values are not integers, or their dtype has integers beyond int64.
     """
     if values.dtype == torch.int64:
         return values
@@ -627,10 +632,10 @@ def integers(name: str, values: Tensor) -> Tensor:
 
 
 def vector(name: str, values: Tensor | Sequence[int]) -> Tensor:
-    """The values `(n,)`, a list of numbers or a tensor, as int64.
+    """A list of numbers or a tensor `(n,)` as an int64 tensor.
 
     Raises:
-        ValueError: They are of another shape, or no integers.
+        ValueError: The values have another shape or are not integers.
     """
     if not isinstance(values, Tensor):
         values = torch.tensor(values, dtype=None if values else torch.long)
@@ -643,7 +648,7 @@ def checked_lengths(name: str, lengths: Tensor) -> tuple[int, ...]:
     """Lengths `(S,)` on the host.
 
     Raises:
-        ValueError: They are not a vector of integers, or negative.
+        ValueError: The lengths are not a vector of integers, or negative.
     """
     sizes = tuple(vector(name, lengths).tolist())
     if any(size < 0 for size in sizes):
@@ -651,18 +656,18 @@ def checked_lengths(name: str, lengths: Tensor) -> tuple[int, ...]:
     return sizes
 
 
-def _read_total(lengths: Tensor, width: int, of_each: bool) -> int:
-    """N: the sum of `lengths`, each of which, or else their sum, must be at most `width`. One host read."""
+def _read_total(lengths: Tensor, width: int, in_rows: bool) -> int:
+    """N, the sum of `lengths`, with one host read. Checks that each row, or else their sum, is at most `width`."""
     if lengths.device.type != "cpu":
-        fits = lengths <= width if of_each else lengths.sum() <= width
+        fits = lengths <= width if in_rows else lengths.sum() <= width
         total = int(lengths.sum().where(((lengths >= 0) & fits).all(), -1))
         if total >= 0:
             return total
     sizes = checked_lengths("lengths", lengths)
     total, longest = sum(sizes), max(sizes, default=0)
-    if of_each and longest > width:
+    if in_rows and longest > width:
         raise ValueError(f"`lengths` must not be beyond the row width {width}; got {longest}")
-    if not of_each and total > width:
+    if not in_rows and total > width:
         raise ValueError(
             f"`lengths` of a flat batch must add up to at most its width {width}; got a sum of {total} over "
             f"{len(sizes)} sequences (a flat batch cannot be split over devices: use rows for that)"
@@ -670,40 +675,40 @@ def _read_total(lengths: Tensor, width: int, of_each: bool) -> int:
     return total
 
 
-NUMBERED = (
+NUMBERED = (  # a hint for users whose mask numbers the documents of a row
     "documents of one row are kept apart by `position_ids` that restart, or by `segment_ids` and a mask with `segments`"
 )
 
 
 def not_binary(name: str, mask: Tensor) -> ValueError:
-    """An error for a mask `(B, T)` that does not say which tokens are there, but, it may be, of which document."""
+    """The error for a mask `(B, T)` with other values than 0 and 1, which may be numbers of documents."""
     other = mask[(mask != 0) & (mask != 1)]
     return ValueError(f"`{name}` must hold only 0 and 1; got {other[0].item()} ({NUMBERED})")
 
 
 def check_not_scattered(tokens: Tensor, lengths: Tensor | None, pad_token_id: int | None) -> None:
-    """Refuse the first sequences of a flat batch that [`~torch.nn.DataParallel`] has taken apart.
+    """Raises if [`~torch.nn.DataParallel`] has split the lengths of a flat batch.
 
-    Its one row goes to one device as it is, and its lengths to several. What comes of it looks like a row with padding,
-    but for the tokens that stand behind the sequences.
+    It gives the only row to one device and divides the lengths among several. That device's batch looks like a row with
+    padding, except that tokens follow its sequences.
 
     Args:
-        tokens (`Tensor` of shape `(B, T)` or `(B, T, F)`): Ids or frames that a replica was given.
-        lengths (`Tensor` of shape `(B,)` or `(S,)`, *optional*): With them.
-        pad_token_id (`int`, *optional*): What ids are padded with. `None`: any one id.
+        tokens (`Tensor` of shape `(B, T)` or `(B, T, F)`): Ids or frames of a replica.
+        lengths (`Tensor` of shape `(B,)` or `(S,)`, *optional*): Lengths of the replica.
+        pad_token_id (`int`, *optional*): The id of padding. `None`: any single id.
 
     Raises:
-        ValueError: Behind the end of the last sequence of a single row stands something other than padding.
+        ValueError: The last sequence of a single row is followed by something other than padding.
     """
     if lengths is None or tokens.shape[0] != 1:
         return
     total = int(lengths.sum())
-    behind = tokens[0, total:]
-    if behind.is_floating_point():
+    rest = tokens[0, total:]
+    if rest.is_floating_point():
         pad_token_id = 0
-    if (behind != (behind[-1:] if pad_token_id is None else pad_token_id)).any():
+    if (rest != (rest[-1:] if pad_token_id is None else pad_token_id)).any():
         raise ValueError(
-            f"`lengths` of a row on a replica of DataParallel must leave padding alone behind them; got {total} "
-            f"tokens in a row of {tokens.shape[1]} with others behind (a flat batch cannot be split over devices: use "
-            "rows for that, or start one process a device)"
+            f"`lengths` of a row on a replica of DataParallel must be followed by padding only; got {total} tokens in "
+            f"a row of {tokens.shape[1]}, followed by others (a flat batch cannot be split over devices: use rows for "
+            "that, or start one process per device)"
         )

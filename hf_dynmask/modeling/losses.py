@@ -1,4 +1,4 @@
-"""Losses over real tokens, averaged over the targets of a batch, or of all batches of a step.
+"""Losses over real tokens, averaged over the targets of a batch or of all batches of a step.
 
 Shape legend: B rows of width T, S sequences, N real tokens, V vocabulary, L labels of a sequence.
 """
@@ -15,14 +15,14 @@ from .layout import IGNORE_INDEX, SequenceLayout, eager_only, integers, reads_ar
 
 
 def aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:
-    """Targets `(1, N)`, each at the token that predicts it; `None` where there are none."""
+    """Targets `(1, N)`, each at the token that predicts it; `None` without labels."""
     if shift_labels is not None:
         return flat_labels("shift_labels", shift_labels, layout)
     return None if labels is None else _next_tokens(flat_labels("labels", labels, layout), layout)
 
 
 def flat_labels(name: str, labels: Tensor, layout: SequenceLayout) -> Tensor:
-    """Labels `(B, T)` of tokens as `(1, N)` int64; -100 where no sequence is."""
+    """Labels `(B, T)` of tokens as `(1, N)` int64; -100 in the tail."""
     return layout.flatten_values(integers(name, labels), fill=IGNORE_INDEX)
 
 
@@ -32,7 +32,7 @@ def _next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
 
 
 def _averaged(total: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """A summed loss over its targets; 0 where a batch has none."""
+    """A summed loss divided by the number of targets; 0 if there are none."""
     items = count if num_items_in_batch is None else num_items_in_batch
     return total / torch.as_tensor(items, device=total.device).clamp(min=1)
 
@@ -58,7 +58,7 @@ def ctc_loss(
     layout, logits = layout.trimmed(), logits[:, : sum(layout.sizes)]
     targets, target_lengths = _ctc_targets(labels, layout, config)
     if not layout.num_tokens:
-        return logits.sum()  # 0; torch takes no batch without frames
+        return logits.sum()  # 0; torch does not accept a batch without frames
     in_rows = SequenceLayout.from_lengths(layout.lengths, (layout.num_sequences, layout.max_length))
     log_probs = in_rows.unflatten(logits.log_softmax(-1, dtype=torch.float32))
     losses = nn.functional.ctc_loss(
@@ -80,7 +80,11 @@ def ctc_loss(
 
 
 def _ctc_targets(labels: Tensor, layout: SequenceLayout, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
-    """Labels of the sequences in flat order, from the left edge, and how many each has; checked against the frames."""
+    """Labels `(S, L)` moved to the left edge, and their number in each sequence `(S,)`.
+
+    Raises:
+        ValueError: The labels have the wrong shape or are no token ids, or they do not fit the frames of a sequence.
+    """
     if labels.dim() != 2 or len(labels) != layout.num_sequences:
         raise ValueError(
             f"`labels` must have shape (sequences, L), with {layout.num_sequences} sequences; got {tuple(labels.shape)}"
@@ -126,9 +130,9 @@ def sequence_loss(
     config: PreTrainedConfig,
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    """Loss of `logits (S, num_labels)` by `config.problem_type`, which without a value follows from the labels.
+    """Loss of `logits (S, num_labels)` for `config.problem_type`, which is inferred from the labels if it is `None`.
 
-    The label of a slot that a flat batch left unused is no target.
+    Labels of the unused slots of a flat batch are ignored.
     """
     is_unused = _unused(layout)
     problem = config.problem_type
@@ -152,7 +156,7 @@ def sequence_loss(
 
 
 def _unused(layout: SequenceLayout) -> Tensor | None:
-    """Bool `(S,)`: which slots hold no sequence: the last ones of a flat batch, if they are empty."""
+    """Bool `(S,)`: the unused slots of a flat batch, which are the empty ones at its end; `None` if there are none."""
     if layout.num_sequences == layout.shape[0] or (reads_are_free(layout.device) and all(layout.sizes[-1:])):
         return None
     return layout.lengths.flip(0).cumsum(0).flip(0) == 0

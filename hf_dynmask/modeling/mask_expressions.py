@@ -1,4 +1,4 @@
-"""What a mask is, and masks made of masks: `&`, `|` and `~`, which combine *always*, *never* and *depends* (Kleene).
+"""Masks and their operators `&`, `|` and `~`, which combine the answers *always*, *never* and *depends* (Kleene).
 
 Shape legend: B sequences, `i` query position, `j` key position. Index tensors have the sequence (or 1) as their first
 dimension wherever a field is read.
@@ -21,15 +21,15 @@ from .layout import checked_lengths, integers, vector
 
 Band = tuple[int | None, int | None]
 NO_FIELDS: frozenset[str] = frozenset()
-MAX_DEPTH = 16  # of masks in one another: to trace them for a kernel takes dozens of Python's 1000 frames for each
+MAX_DEPTH = 16  # nested masks; tracing one for a kernel takes dozens of Python's 1000 stack frames
 MAX_LEAVES = 2**13
 
 
 class Mask:
     """An immutable mask expression. Combine masks with `&`, `|` and `~`; compare them with `==`."""
 
-    chooses_keys: bool = False  # whether `topk` is part of it
-    depth: int = 1  # a leaf's; of other masks one more than that of the deepest part
+    chooses_keys: bool = False  # whether it contains `topk`
+    depth: int = 1  # how deeply masks are nested; 1 for a leaf
     leaves: int = 1
 
     @property
@@ -38,7 +38,7 @@ class Mask:
         return ()
 
     def with_parts(self, parts: tuple[Mask, ...]) -> Mask:
-        """The same expression made of other parts."""
+        """The same expression with other parts."""
         return self
 
     @property
@@ -50,7 +50,7 @@ class Mask:
         return NO_FIELDS
 
     def holds(self, leaf: type[Mask]) -> bool:
-        """Whether a leaf of this type is part of the expression."""
+        """Whether the expression contains a leaf of this type."""
         return isinstance(self, leaf) or any(part.holds(leaf) for part in self.parts)
 
     @property
@@ -61,7 +61,7 @@ class Mask:
     def allowed(self, i: Tensor, j: Tensor, fields: Fields) -> Tensor:
         """Whether query position `i (B | 1, 1, Tq, 1)` may see key position `j (B | 1, 1, 1, Tk)`; they broadcast.
 
-        The expression must be a [`resolved`] one.
+        The expression must be [`resolved`].
         """
         raise NotImplementedError
 
@@ -75,7 +75,7 @@ class Mask:
         return None
 
     def resolved(self, head: int = 0, heads: int = 1) -> Mask:
-        """The expression that one of `heads` heads follows: free of `heads(...)`, and `topk` knows its candidates.
+        """The expression for one of `heads` heads, without `heads(...)` and with the candidates of each `topk`.
 
         Raises:
             ValueError: The number of masks in `heads(...)` does not divide `heads`.
@@ -83,7 +83,7 @@ class Mask:
         return self._of_head(head, heads)._within(None)
 
     def head_borders(self, heads: int) -> frozenset[int]:
-        """The heads, of `heads`, at which another expression may begin; made without looking at each head.
+        """The heads (of `heads` heads) at which the expression may change, found without going through all heads.
 
         Raises:
             ValueError: The number of masks in `heads(...)` does not divide `heads`.
@@ -94,11 +94,11 @@ class Mask:
         return self.with_parts(tuple(part._of_head(head, heads) for part in self.parts))
 
     def _within(self, candidates: Mask | None) -> Mask:
-        """The expression with its `topk` leaves told which keys there are to choose from."""
+        """The expression with `candidates` as the keys that its `topk` leaves choose from."""
         return self.with_parts(tuple(part._within(candidates) for part in self.parts))
 
     def without_choice(self) -> Mask:
-        """The expression with `full` in place of `topk`: what it allows at most."""
+        """The expression with `full` in place of `topk`, which allows at least as many pairs."""
         return self.with_parts(tuple(part.without_choice() for part in self.parts))
 
     def classify(
@@ -109,21 +109,21 @@ class Mask:
         k_hi: Tensor,
         fields: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the mask says of whole blocks.
+        """Whether the mask allows all pairs, or no pair, of ranges of positions.
 
         Args:
             q_lo, q_hi, k_lo, k_hi (`Tensor`, integer):
                 First and last position of each range of queries and keys, both included; they broadcast. With fields of
-                B > 1 sequences their first dimension is B or 1.
+                B > 1 sequences, their first dimension is B or 1.
             fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, by sequence and position.
 
         Returns:
-            `(always, never)`, bool tensors of the broadcast shape: every pair, or none, of the two ranges is allowed,
-            for every head. Where both are `False` it depends. `always` and `never` are never wrong; *depends* may be
-            too cautious.
+            `(always, never)`, bool tensors of the broadcast shape: whether every pair, or no pair, of the two ranges is
+            allowed, for every head. `always` and `never` are never wrong. Both are `False` if it depends on the pair,
+            or if that cannot be ruled out.
 
         Raises:
-            ValueError: A field that the mask reads is missing or has the wrong shape or dtype; positions are no
+            ValueError: A field that the mask reads is missing or has the wrong shape or dtype; positions are not
                 integers.
         """
         q_lo, q_hi = integers("q_lo", q_lo), integers("q_hi", q_hi)
@@ -142,7 +142,7 @@ class Mask:
         """The fields that the mask reads, by sequence and position, for `rows` sequences.
 
         Raises:
-            ValueError: A field is missing, has the wrong shape or dtype, or a value that the mask has no use for.
+            ValueError: A field is missing, or has the wrong shape or dtype or an invalid value.
         """
         found = check_fields(self.fields, fields, reader=self, rows=rows)
         self._check_values(found)
@@ -173,7 +173,7 @@ class Mask:
             Bool `Tensor` of shape `(B, 1 | heads, max(lengths), max(key_lengths))`; `False` beyond a sequence's end.
 
         Raises:
-            ValueError: Lengths are no integers, or negative; a field that the mask reads is missing or has the wrong
+            ValueError: Lengths are not integers, or negative; a field that the mask reads is missing or has the wrong
                 shape or dtype; the number of masks in `heads(...)` does not divide `heads`.
         """
         lengths = vector("lengths", lengths)
@@ -208,7 +208,7 @@ def head_runs(mask: Mask, heads: int) -> list[tuple[slice, Mask]]:
 
 
 def allowed_by_head(mask: Mask, heads: int, i: Tensor, j: Tensor, fields: Fields) -> Tensor:
-    """[`Mask.allowed`] of all heads: bool `(B, 1 | heads, Tq, Tk)`."""
+    """[`Mask.allowed`] for all heads: bool `(B, 1 | heads, Tq, Tk)`."""
     runs = head_runs(mask, heads)
     if len(runs) == 1:
         return runs[0][1].allowed(i, j, fields)
@@ -221,7 +221,7 @@ def _positions_up_to(name: str, lengths: Tensor) -> Tensor:
     return torch.arange(max(checked_lengths(name, lengths), default=0), device=lengths.device)
 
 
-# --- Expressions of expressions --------------------------------------------------------------------------------------
+# --- Operators -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, init=False)
@@ -249,7 +249,7 @@ class Compound(Mask):
             object.__setattr__(self, name, value)  # it is frozen
 
     def _merges(self, mask: Mask) -> bool:
-        """Whether the parts of a mask become parts of this one."""
+        """Whether the parts of an operand become parts of this mask, in place of the operand."""
         return False
 
     @property
@@ -261,10 +261,10 @@ class Compound(Mask):
 
 
 class _Chain(Compound):
-    """Masks joined by an operator that may group them in any way."""
+    """Masks joined by an associative operator."""
 
     sign: ClassVar[str]
-    level: ClassVar[int]  # how tightly it binds
+    level: ClassVar[int]  # precedence
     join: ClassVar[Callable]
     join_complements: ClassVar[Callable]
 
@@ -273,7 +273,7 @@ class _Chain(Compound):
 
     def allowed(self, i, j, fields):
         seen = self.masks[0].allowed(i, j, fields)
-        for mask in self.masks[1:]:  # one frame a level: kernels have this traced, with a dozen of Python's for each
+        for mask in self.masks[1:]:  # a loop, since kernels trace this and each call would take a dozen stack frames
             seen = self.join(seen, mask.allowed(i, j, fields))
         return seen
 
@@ -298,14 +298,15 @@ class And(_Chain):
         return tuple(min((b for b in side if b is not None), default=None) for side in zip(*bands, strict=True))
 
     def _within(self, candidates):
-        before = [] if candidates is None else [candidates]
-        found = [mask.without_choice() for mask in self.masks]
+        outer = [] if candidates is None else [candidates]
+        bounds = [mask.without_choice() for mask in self.masks]
 
-        def beside(place: int) -> Mask:
-            return reduce(operator.and_, dict.fromkeys([*before, *found[:place], *found[place + 1 :]]))
+        def candidates_of(place: int) -> Mask:
+            """What the other masks of the chain allow, within the candidates of the whole chain."""
+            return reduce(operator.and_, dict.fromkeys([*outer, *bounds[:place], *bounds[place + 1 :]]))
 
         parts = enumerate(self.masks)
-        return And(*(mask._within(beside(place)) if mask.chooses_keys else mask for place, mask in parts))
+        return And(*(mask._within(candidates_of(place)) if mask.chooses_keys else mask for place, mask in parts))
 
 
 class Or(_Chain):
@@ -324,7 +325,7 @@ class Not(Compound):
 
     @property
     def mask(self) -> Mask:
-        """What is turned around."""
+        """The mask that is negated."""
         return self.masks[0]
 
     def allowed(self, i, j, fields):
@@ -339,6 +340,6 @@ class Not(Compound):
 
 
 def _operand(mask: Mask, level: int) -> str:
-    """Text of an operand, in parentheses where it binds less tightly than `level` (1: `|`, 2: `&`, 3: `~`)."""
+    """Text of an operand, in parentheses if its precedence is below `level` (1: `|`, 2: `&`, 3: `~`)."""
     binds = mask.level if isinstance(mask, _Chain) else 3
     return str(mask) if binds >= level else f"({mask})"

@@ -1,5 +1,5 @@
-"""The leaves of the mask language. Each states its rule twice, side by side: on indices (`allowed`), and on ranges of
-indices (`classify`), where the answer is *always*, *never* or *depends*.
+"""The leaves of the mask language. Each defines its rule twice, side by side: for indices (`allowed`), and for ranges
+of indices (`classify`), where the answer is *always*, *never* or *depends*.
 
 Shape legend: B sequences, `i` query position, `j` key position. Index tensors have the sequence (or 1) as their first
 dimension wherever a field is read.
@@ -23,11 +23,11 @@ from .mask_expressions import NO_FIELDS, Band, Compound, Mask
 from .messages import shown
 
 LEAVES: dict[str, type[Leaf]] = {}
-_LARGEST = 2**62  # differences of positions and of these still fit in 64 bits
+_LARGEST = 2**62  # the largest argument; its difference to any position fits in 64 bits
 
 
 class Leaf(Mask):
-    """A mask with a name and arguments, in text numbers; subclasses enter the language under their `name`."""
+    """A mask with a name and arguments, which are numbers in text. Subclasses join the language under their `name`."""
 
     name: ClassVar[str]
 
@@ -52,7 +52,7 @@ def _check_int(leaf: Leaf, argument: str, minimum: int, maximum: int = _LARGEST)
 
 
 class _BandLeaf(Leaf):
-    """A leaf that is nothing but its band, `i - left <= j <= i + right` (`None`: unbounded)."""
+    """A leaf that is defined by its band, `i - left <= j <= i + right` (`None`: unbounded)."""
 
     def band(self) -> Band:
         raise NotImplementedError
@@ -67,7 +67,7 @@ class _BandLeaf(Leaf):
         if left is not None:
             seen = seen & (j >= i - left)
         if right is not None:
-            seen = seen & (j - right <= i)  # no sum of the two, which might not fit in 64 bits
+            seen = seen & (j - right <= i)  # `i + right` might not fit in 64 bits
         return seen
 
     def _classify(self, q_lo, q_hi, k_lo, k_hi, fields):
@@ -254,7 +254,7 @@ class Visible(Leaf):
         return frozenset({"hidden_spans"})
 
     def _spans(self, like: Tensor, fields: Fields) -> list[tuple[Tensor, Tensor]]:
-        # Number by number: FlexAttention's kernels go wrong with a table of spans as a value.
+        # Scalars, because FlexAttention's kernels give wrong results with a tensor of spans.
         spans = range(fields.tables["hidden_spans"].shape[1])
         start, length = ([fields.of_sequence("hidden_spans", like, k, end) for k in spans] for end in (0, 1))
         return list(zip(start, length, strict=True))
@@ -340,7 +340,7 @@ class GlobalTokens(Leaf):
 
 @dataclass(frozen=True)
 class Random(Leaf):
-    """`random(keep, seed)`: `hash(seed, i, j) < keep`, by counters: the same on every device and in every layout."""
+    """`random(keep, seed)`: `hash(seed, i, j) < keep` (counter-based: the same on every device and in every layout)."""
 
     name = "random"
     keep: float
@@ -377,13 +377,13 @@ class Dense(Leaf):
 
 @dataclass(frozen=True)
 class TopK(Leaf):
-    """`topk(n)`: the n keys with the highest score of those that the expressions joined to it by `&` allow.
+    """`topk(n)`: the n keys with the highest scores among those that the expressions joined to it by `&` allow.
 
     The scores, `key_scores`, are learned, per head ("Trainable Dynamic Mask Sparse Attention", arXiv:2508.02124). Ties
     go to the lowest position; a score of -inf is never chosen.
 
     Attributes:
-        candidates (`Mask`, *optional*): What there is to choose from; set by [`Mask.resolved`]. `None`: all keys.
+        candidates (`Mask`, *optional*): The keys to choose from, set by [`Mask.resolved`]. `None`: all keys.
     """
 
     name = "topk"
@@ -426,15 +426,15 @@ _PREDICATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def register(name: str, predicate: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Enter a Python predicate into the language, as `custom(name)`.
+    """Registers a Python predicate as the mask `custom(name)`.
 
     Args:
         name (`str`): An identifier of ASCII characters. Registering it again replaces the predicate.
-        predicate (`Callable`): `predicate(i, j)`, of two integer tensors of positions that broadcast, gives the bool
-            tensor of the pairs that are allowed. It is evaluated cell by cell.
+        predicate (`Callable`): `predicate(i, j)` takes two integer tensors of positions that broadcast, and returns a
+            bool tensor: which pairs are allowed. It is evaluated cell by cell.
 
     Raises:
-        ValueError: `name` is no identifier.
+        ValueError: `name` is not such an identifier.
     """
     if not (name.isidentifier() and name.isascii()):
         raise ValueError(f"`name` of a custom mask must be an identifier of ASCII characters; got {name!r}")
@@ -443,7 +443,7 @@ def register(name: str, predicate: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Custom(Leaf):
-    """`custom(name)`: the predicate that [`register`] entered under the name."""
+    """`custom(name)`: the predicate that [`register`] stored under the name."""
 
     name = "custom"
     predicate: str
@@ -462,7 +462,7 @@ class Custom(Leaf):
 
 
 class Choice(Compound, Leaf):
-    """A leaf that holds masks, one of which is followed."""
+    """A leaf with several masks, one of which applies."""
 
     def __init__(self, *masks: Mask):
         if not masks or not all(isinstance(mask, Mask) for mask in masks):
@@ -478,7 +478,8 @@ class Choice(Compound, Leaf):
 
 
 class Heads(Choice):
-    """`heads(m0, m1, …)`: as many masks as heads, or a divisor, then each serves a run of heads."""
+    """`heads(m0, m1, …)`: one mask per head, or per run of heads if there are fewer masks; their number must divide
+    the number of heads."""
 
     name = "heads"
 
@@ -508,7 +509,7 @@ class Heads(Choice):
 
 
 class Select(Choice):
-    """`select(m0, m1, …)`: row b follows mask `mask_choice[b]`, by task or language, say."""
+    """`select(m0, m1, …)`: row b follows mask `mask_choice[b]`, for example by task or language."""
 
     name = "select"
 
@@ -544,7 +545,7 @@ class Select(Choice):
 
 
 def _everywhere(i: Tensor, j: Tensor) -> Tensor:
-    """True in the shape to which `i` and `j` broadcast, made pair by pair, as kernels need it."""
+    """True in the broadcast shape of `i` and `j`, computed for each pair, as kernels require."""
     return (i == i) & (j == j)
 
 
@@ -562,17 +563,17 @@ def _band_ranges(
 
 
 def _in_span(lo: Tensor, hi: Tensor, start: int | Tensor, length: int | Tensor) -> Tensor:
-    """Whether all of a range lies in `start <= j < start + length`, a sum that might not fit in 64 bits."""
+    """Whether a whole range lies in `start <= j < start + length`, without that sum, which might not fit in 64 bits."""
     return (lo >= start) & (hi - start < length)
 
 
 def _outside_span(lo: Tensor, hi: Tensor, start: int | Tensor, length: int | Tensor) -> Tensor:
-    """Whether none of it does."""
+    """Whether a whole range lies outside of `start <= j < start + length`."""
     return (hi < start) | (lo - start >= length)
 
 
 def _mixed(x):
-    """A one-to-one scramble of integers below 2**32: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
+    """A one-to-one hash of integers below 2**32: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & 0xFFFFFFFF
     x = x ^ (x >> 13)
@@ -581,6 +582,6 @@ def _mixed(x):
 
 
 def _equal_ranges(q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tuple[Tensor, Tensor]:
-    """(always, never) of equality between values that lie in the two ranges."""
+    """(always, never) of equality between a query's and a key's value, each from a range."""
     always = (q_lo == q_hi) & (k_lo == k_hi) & (q_lo == k_lo)
     return always, (q_hi < k_lo) | (k_hi < q_lo)

@@ -1,4 +1,4 @@
-"""Masks as text: reads `causal & window(255, 0)`."""
+"""Parses masks from text such as `causal & window(255, 0)`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .mask_expressions import MAX_DEPTH, And, Mask, Not, Or
 from .mask_leaves import LEAVES, Choice, Custom
 from .messages import shown
 
-MAX_CHARACTERS = 2**14  # of a text, which a stranger may have written
+MAX_CHARACTERS = 2**14  # of a text, which may come from an untrusted checkpoint
 _INTEGER = r"(?:0|[1-9](?:_?[0-9])*)"
 _NUMBER = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _KINDS = {"name": "[A-Za-z_][A-Za-z0-9_]*", "number": _NUMBER, "sign": "[-&|~(),]", "end": r"\Z", "other": "."}
@@ -22,18 +22,18 @@ _LONGEST_NUMBER = 100  # characters
 
 
 def parse(text: str) -> Mask:
-    """Read a mask expression.
+    """Parses a mask expression.
 
     Args:
         text (`str`): Leaves of the language joined by `&`, `|`, `~` and parentheses, with Python's precedence. Spaces,
-            tabs and line breaks may stand between them. There are no comments.
+            tabs and line breaks may separate them. There are no comments.
 
     Returns:
         [`Mask`], with `parse(str(mask)) == mask`.
 
     Raises:
-        ValueError: The text is no expression of the language, has more than 16,384 characters or is more than 16 masks
-            deep; the message names the column (from 1).
+        ValueError: The text is not an expression of the language, has more than 16,384 characters, or nests more than
+            16 masks. The message gives the column (from 1).
     """
     if not isinstance(text, str):
         raise ValueError(f"a mask must be text such as 'causal & window(255, 0)'; got {shown(text)}")
@@ -48,10 +48,10 @@ def _parse(text: str) -> Mask:
 
 
 class _Reader:
-    """Reads a text from left to right, one token ahead.
+    """A recursive descent parser with one token of look-ahead.
 
-    Python's own grammar would drop comments, read look-alikes of letters as letters and, in some of its releases, crash
-    on deep texts.
+    Python's own parser would drop comments, accept look-alikes of letters and, in some releases, crash on deeply nested
+    text.
     """
 
     def __init__(self, text: str):
@@ -62,30 +62,30 @@ class _Reader:
         self._next()
 
     def whole(self) -> Mask:
-        mask = self._any()
+        mask = self._or_chain()
         if self.kind != "end":
             self._fail("expected `&`, `|` or the end")
         return mask
 
-    def _any(self) -> Mask:
-        return self._chain("|", Or, self._every)
+    def _or_chain(self) -> Mask:
+        return self._chain("|", Or, self._and_chain)
 
-    def _every(self) -> Mask:
+    def _and_chain(self) -> Mask:
         return self._chain("&", And, self._operand)
 
     def _chain(self, sign: str, make: Callable[..., Mask], read: Callable[[], Mask]) -> Mask:
         start, masks = self.start, [read()]
-        while self._skipped(sign):
+        while self._accepts(sign):
             masks.append(read())
         return self._made(start, make, *masks) if len(masks) > 1 else masks[0]
 
     def _operand(self) -> Mask:
         start = self.start
-        if self._skipped("~"):
+        if self._accepts("~"):
             return self._made(start, Not, self._inside(self._operand))
-        if self._skipped("("):
-            mask = self._inside(self._any)
-            if not self._skipped(")"):
+        if self._accepts("("):
+            mask = self._inside(self._or_chain)
+            if not self._accepts(")"):
                 self._fail("expected `&`, `|` or `)`")
             return mask
         return self._leaf()
@@ -100,7 +100,7 @@ class _Reader:
             self._fail(f"unknown mask `{name[:100]}`; {hint}known are {', '.join(sorted(LEAVES))}", start)
         leaf = LEAVES[name]
         values = self._arguments(
-            self._any if issubclass(leaf, Choice) else self._custom if leaf is Custom else self._number
+            self._or_chain if issubclass(leaf, Choice) else self._custom if leaf is Custom else self._number
         )
         try:
             signature(leaf).bind(*values)
@@ -111,10 +111,10 @@ class _Reader:
 
     def _arguments(self, read: Callable[[], object]) -> list:
         values = []
-        if self._skipped("("):
-            while not self._skipped(")"):
+        if self._accepts("("):
+            while not self._accepts(")"):
                 values.append(self._inside(read))
-                if not self._skipped(",") and self.token != ")":
+                if not self._accepts(",") and self.token != ")":
                     self._fail("expected `,` or `)`")
         return values
 
@@ -124,7 +124,7 @@ class _Reader:
         return self._next()
 
     def _number(self) -> int | float:
-        start, is_negative = self.start, self._skipped("-")
+        start, is_negative = self.start, self._accepts("-")
         if self.kind != "number":
             self._fail("expected a number")
         token = self._next()
@@ -134,7 +134,7 @@ class _Reader:
         return -value if is_negative else value
 
     def _inside(self, read: Callable):
-        """What stands inside parentheses or behind `~`, to a bounded depth."""
+        """Reads what is inside parentheses or follows `~`, up to a maximum depth."""
         if self.depth == MAX_DEPTH:
             self._fail(f"parentheses and `~` must be less than {MAX_DEPTH} deep in one another; got more", self.start)
         self.depth += 1
@@ -148,24 +148,24 @@ class _Reader:
         except ValueError as error:
             self._fail(str(error), start)
 
-    def _skipped(self, sign: str) -> bool:
-        """Whether the token is this sign, which is then read."""
+    def _accepts(self, sign: str) -> bool:
+        """Whether the current token is this sign; if so, advances to the next token."""
         if self.token != sign:
             return False
         self._next()
         return True
 
     def _next(self) -> str:
-        """The token, and on to the next."""
+        """Returns the current token and advances to the next one."""
         read = self.token
         found = _TOKEN.match(self.text, self.end)
-        assert found is not None and found.lastgroup is not None  # something matches any text
+        assert found is not None and found.lastgroup is not None  # `other` matches any character
         self.kind, self.token = found.lastgroup, found[found.lastgroup]
         self.start, self.end = found.span(found.lastgroup)
         return read
 
     def _fail(self, reason: str, start: int | None = None) -> NoReturn:
-        """Raises an error about what begins at `start`, or about the token, which is not what was expected."""
+        """Raises an error about the text at `start`; without it, about the current token, which was not expected."""
         if start is None:
             start = self.start
             reason += f", not {shown(self.token)}" if self.token else ", not the end"

@@ -1,7 +1,7 @@
-"""The mask language: which query may see which key, as a small expression.
+"""The mask language: small expressions for which query may see which key.
 
-`parse("causal & window(255, 0)")` and `causal() & window(255, 0)` make the same mask. What it says of ranges of indices
-gives the blocks of any expression without a look at single cells.
+`parse("causal & window(255, 0)")` and `causal() & window(255, 0)` make the same mask. Masks also classify ranges of
+indices, which gives the block structure of any expression without evaluating single cells.
 """
 
 from .mask_expressions import MAX_DEPTH, And, Band, Mask, Not, Or, allowed_by_head, head_runs

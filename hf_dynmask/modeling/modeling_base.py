@@ -1,4 +1,4 @@
-"""What every DynMask model has: how it is saved and loaded, and which arguments its forward pass knows."""
+"""The base of every DynMask model: saving and loading, and checks of the keywords that its forward pass is given."""
 
 import warnings
 from collections import OrderedDict
@@ -22,18 +22,18 @@ from .layout import check_not_scattered
 logger = logging.get_logger(__name__)
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
-# What transformers and its Trainer hand to a model of any class.
+# Keywords that transformers and its Trainer pass to models of any class.
 FOR_ANY_MODEL = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache", "skip_logits"}
 
 
 def known_keywords(*further: str) -> Callable[[Forward], Forward]:
-    """Make a `forward` raise for keywords that no part of the model knows.
+    """Decorator that makes a `forward` raise for unknown keywords.
 
-    It knows those in its signature, those that transformers hands to models of any class, and `further` ones.
+    Known keywords are those in its signature, those that transformers passes to models of any class, and `further`.
 
     Raises:
-        TypeError: When called with another keyword, of which the message gives the nearest known one; or with one that
-            models of transformers know, but a DynMask model cannot obey.
+        TypeError: The `forward` is called with an unknown keyword (the message gives the nearest known one), or with
+            `is_causal`, which models of transformers know and a DynMask model cannot follow.
     """
 
     def decorate(forward: Forward) -> Forward:
@@ -58,14 +58,14 @@ def known_keywords(*further: str) -> Callable[[Forward], Forward]:
 
 
 def unknown_keyword(function: str, name: str, known: frozenset[str]) -> str:
-    """The message for a keyword that a function does not know."""
+    """The error message for an unknown keyword of a function."""
     nearest = get_close_matches(name, sorted(known), n=1)
     hint = f"did you mean `{nearest[0]}`?" if nearest else f"it knows {', '.join(sorted(known))}"
     return f"{function} got an unexpected keyword argument `{name}`; {hint}"
 
 
 class DynMaskBaseModel(PreTrainedModel):
-    """What [`DynMaskPreTrainedModel`] and [`DynMaskRecurrentPreTrainedModel`] share."""
+    """Base class of [`DynMaskPreTrainedModel`] and [`DynMaskRecurrentPreTrainedModel`]."""
 
     config: DynMaskBaseConfig
 
@@ -85,7 +85,7 @@ class DynMaskBaseModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class="AutoModel"):
         super().register_for_auto_class(auto_class)
         if cls.config_class is not None:
-            cls.config_class.register_for_auto_class()  # without which nobody finds the model
+            cls.config_class.register_for_auto_class()  # auto classes find the model by its configuration
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.check_shareable()
@@ -99,22 +99,22 @@ class DynMaskBaseModel(PreTrainedModel):
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
         for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-            setattr(replica, name, OrderedDict(getattr(replica, name)))  # which it would share with this model
+            setattr(replica, name, OrderedDict(getattr(replica, name)))  # else shared with this model
         replica.register_forward_pre_hook(_check_replica, with_kwargs=True)
         return replica
 
 
 def warn_of_adapters_alone(model: Any, mask: object) -> None:
-    """Have a model warn when an adapter is saved without it: of `mask`, which it was given, an adapter says nothing."""
-    inside = getattr(model, "get_base_model", None)  # of PEFT
-    model = model if inside is None else inside()
-    model._mask_put_on = mask  # type: ignore[assignment]
+    """Makes a model warn when an adapter is saved without it, since the adapter does not hold the model's `mask`."""
+    get_base_model = getattr(model, "get_base_model", None)  # of a PEFT model
+    model = model if get_base_model is None else get_base_model()
+    model._mask_that_was_set = mask  # type: ignore[assignment]
     if _warn_of_adapter not in model._state_dict_pre_hooks.values():
         model.register_state_dict_pre_hook(_warn_of_adapter)
 
 
 def warn_of_unread_fields(model: PreTrainedModel, fields: Iterable[str], read: set[str]) -> None:
-    """Warn once where a field is given that no mask reads, and so does not change who may see whom."""
+    """Warns once about a field that is given but that no mask reads, so that it has no effect."""
     for name in fields:
         if name not in read and name != "attention_mask" and not torch.compiler.is_compiling():
             logger.warning_once(
@@ -124,7 +124,7 @@ def warn_of_unread_fields(model: PreTrainedModel, fields: Iterable[str], read: s
 
 
 def _warn_of_adapter(model: PreTrainedModel, prefix: str, keep_vars: bool) -> None:
-    mask = model._mask_put_on
+    mask = model._mask_that_was_set
     is_of_adapter = "base_model." in prefix or hasattr(model, "peft_config")
     if mask is not None and is_of_adapter:
         warnings.warn(
@@ -135,7 +135,7 @@ def _warn_of_adapter(model: PreTrainedModel, prefix: str, keep_vars: bool) -> No
 
 
 def _is_whole(weight: Tensor) -> bool:
-    return getattr(weight, "ds_numel", weight.numel()) == weight.numel()  # an attribute of DeepSpeed's
+    return getattr(weight, "ds_numel", weight.numel()) == weight.numel()  # DeepSpeed sets `ds_numel`
 
 
 def _check_replica(replica, args, kwargs) -> None:
@@ -145,7 +145,7 @@ def _check_replica(replica, args, kwargs) -> None:
 
 
 def _unreadable(source) -> str:
-    """The file of weights that is broken; of a Hub id, that."""
+    """The path of the weights file that cannot be read, or a description if `source` is an id on the Hub."""
     for path in sorted(Path(source).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):

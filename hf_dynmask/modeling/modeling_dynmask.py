@@ -1,7 +1,7 @@
 """DynMask encoder and its heads.
 
-A batch comes in rows `(B, T)` or flat `(1, N)`; inside, every layer works on the N real tokens alone; outputs go back
-in the layout of the inputs, 0 where no token is.
+A batch has rows `(B, T)` or is flat `(1, N)`. Every layer works on the N real tokens only. Outputs are returned in the
+layout of the inputs, 0 at absent tokens.
 
 Shape legend: B rows of width T, S sequences, N real tokens, C hidden size, V vocabulary, H heads.
 """
@@ -62,19 +62,19 @@ from .plan import MaskPlan
 
 
 class DynMaskPreTrainedModel(DynMaskBaseModel):
-    """What all DynMask models share: configuration, weight initialisation, the `dynmask` attention."""
+    """Base class of the DynMask models: configuration, weight initialisation, masks and the `dynmask` attention."""
 
     config: DynMaskConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["DynMaskLayer"]  # FSDP2 of Accelerate shares out the embeddings apart
+    _no_split_modules = ["DynMaskLayer"]  # Accelerate's FSDP2 shards the embeddings separately
     _input_embed_layer = "word_embeddings"
     own_mask = "full"
 
     def __init__(self, config: DynMaskConfig):
         super().__init__(config)
-        num_features = getattr(config, "num_features", None)  # a configuration of several models has none of its own
+        num_features = getattr(config, "num_features", None)  # an encoder-decoder has none of its own
         if num_features is not None:
             if self._tied_weights_keys:
                 raise ValueError(
@@ -84,10 +84,10 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
             self.main_input_name = "input_features"
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
-        """Frames that come out of a model for sequences of `lengths` frames: fewer where convolutions subsample.
+        """Output lengths for inputs of `lengths` frames, which are smaller if convolutions subsample.
 
         Args:
-            lengths (integer `Tensor`): Of any shape.
+            lengths (integer `Tensor`): Input lengths, of any shape.
 
         Returns:
             `Tensor` of the same shape: `ceil(lengths / config.inputs_to_logits_ratio)`.
@@ -107,14 +107,14 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
         return chosen
 
     def set_mask(self, mask: str | list[str] | None) -> None:
-        """Put another mask on the model, to be used from the next forward pass on and saved with its configuration.
+        """Sets the mask of the model from the next forward pass on. It is saved with the configuration.
 
         Args:
-            mask (`str` or `list[str]`, *optional*): An expression for every layer, or one each. `None`: that of a model
-                whose configuration has none.
+            mask (`str` or `list[str]`, *optional*): One expression for all layers, or one per layer. `None`: the
+                default of the model's class.
 
         Raises:
-            ValueError: The expression does not parse, or there are not as many as layers.
+            ValueError: An expression does not parse, or their number is not that of the layers.
         """
         changed = self.checked_masks(self.own_mask if mask is None else mask)
         for name, value in changed.items():
@@ -122,7 +122,7 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
         warn_of_adapters_alone(self, mask)
 
     def checked_masks(self, mask: str | list[str] | None = None, cross_mask: str | None = None) -> dict[str, Any]:
-        """The fields of the configuration that hold these masks, once it is sure that they fit the model."""
+        """The fields of the configuration that hold these masks; raises a `ValueError` if the model cannot use them."""
         changed = {"cross_mask": self.config.cross_mask if cross_mask is None else cross_mask}
         if mask is not None:
             by_layer = not isinstance(mask, str)
@@ -132,11 +132,12 @@ class DynMaskPreTrainedModel(DynMaskBaseModel):
         config.validate_masks()
         cross = parse(config.cross_mask)
         layers = [module for module in self.modules() if isinstance(module, DynMaskLayer)]
-        for layer, of_layer in zip(layers, masks_of(config), strict=False):
-            for attention, text in ((layer.attention, of_layer), (layer.cross_attention, cross)):
-                if attention is not None and text.holds(TopK) and attention.key_scores is None:
+        for layer, own in zip(layers, masks_of(config), strict=False):
+            for attention, expression in ((layer.attention, own), (layer.cross_attention, cross)):
+                if attention is not None and expression.holds(TopK) and attention.key_scores is None:
                     raise ValueError(
-                        f"the mask '{text}' needs weights that score keys; make the model with a mask that has `topk`"
+                        f"the mask '{expression}' needs weights that score keys; make the model with a mask that has "
+                        "`topk`"
                     )
         return changed
 
@@ -156,7 +157,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
 
     Args:
         config ([`DynMaskConfig`]): Sizes and masks.
-        add_pooling_layer (`bool`, *optional*): Whether to add a pooler. `None`: as `config.use_pooler` says.
+        add_pooling_layer (`bool`, *optional*): Whether to add a pooler. `None`: `config.use_pooler`.
     """
 
     def __init__(self, config: DynMaskConfig, add_pooling_layer: bool | None = None):
@@ -199,16 +200,16 @@ class DynMaskModel(DynMaskPreTrainedModel):
         Args:
             input_ids (`Tensor` of shape `(B, T)`, or flat `(1, N)`): Token ids.
             lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `lengths[b]` tokens from its
-                left edge; in a flat batch S sequences stand end to end.
-            attention_mask (`Tensor` of shape `(B, T)`): 0 where no token is, wherever that may be; an alternative to
-                `lengths`. Neither: all tokens are there. Or, bool of shape `(B, T, T)` or `(B, H, T, T)`: which query
-                may see which key, beside what the configuration's mask says.
-            position_ids (`Tensor` of shape `(B, T)` or `(1, T)`): Positions in place of each token's index in its own
-                sequence, for the embeddings; masks go by the index. Where nothing else says which tokens belong
-                together, each time that positions go back to the first one of their row a sequence begins.
+                left edge; a flat batch holds S sequences end to end.
+            attention_mask (`Tensor` of shape `(B, T)`): 0 at absent tokens, anywhere in a row; an alternative to
+                `lengths`. Without both, all tokens are real. Or bool of shape `(B, T, T)` or `(B, H, T, T)`: an
+                explicit mask of which query may see which key, combined with the configuration's mask by `&`.
+            position_ids (`Tensor` of shape `(B, T)` or `(1, T)`): Positions for the embeddings, in place of each
+                token's index in its sequence. Masks always use the index. If no other argument tells the sequences of a
+                row apart, a sequence begins wherever positions return to the first position of the row.
             cu_seq_lens_q, cu_seq_lens_k (integer `Tensor` of shape `(S + 1,)`): 0, then the end of each sequence of a
-                flat batch; an alternative to `lengths`. `max_length_q` and `max_length_k` are bounds of the longest,
-                and `seq_idx (1, N)` numbers the sequences, as transformers' padding-free collators give them.
+                flat batch; an alternative to `lengths`. `max_length_q` and `max_length_k` are bounds of the sequence
+                lengths. `seq_idx (1, N)` numbers the sequences. All are as in transformers' padding-free collators.
             token_type_ids (`Tensor` of shape `(B, T)`): Token types; ignored by a model without types.
             inputs_embeds (`Tensor` of shape `(B, T, embedding_size)`): Token embeddings in place of `input_ids`.
             segment_ids (`Tensor` of shape `(B, T)`): Field of the mask `segments`.
@@ -216,29 +217,29 @@ class DynMaskModel(DynMaskPreTrainedModel):
             hidden_spans (`Tensor` of shape `(B, K, 2)` or `(S, K, 2)`): Field of the mask `visible`: (start, length).
             global_tokens (bool `Tensor` of shape `(B, T)`): Field of the mask `global_tokens`.
             mask_choice (`Tensor` of shape `(B,)` or `(S,)`): Field of the mask `select`.
-            missing (bool `Tensor` of shape `(B, T)`): Where a value inside a sequence is missing: never a key, its
-                output is 0, its position still counts. What stands there, NaN included, reaches nothing.
+            missing (bool `Tensor` of shape `(B, T)`): True where a value inside a sequence is missing. Such a token is
+                never a key and its output is 0, but its position still counts. Its input, NaN included, has no effect.
             input_features (`Tensor` of shape `(B, T, num_features)`, or flat `(1, N, num_features)`): Frames in place
-                of `input_ids`, where the configuration has `num_features`; `lengths`, `attention_mask` and `missing`
-                are of these frames. Where convolutions subsample, everything else is of the frames that are left, and
-                so are outputs: row b has `output_lengths(lengths)[b]` of them, from its left edge.
-            layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
-                `last_hidden_state` stays flat, `(1, N, C)`. A head embeds frames first: see [`embed_features`].
+                of `input_ids`, if the configuration has `num_features`. `lengths`, `attention_mask` and `missing` refer
+                to these frames. If convolutions subsample them, all other inputs and the outputs refer to the
+                subsampled frames: row b has `output_lengths(lengths)[b]` of them, from its left edge.
+            layout ([`SequenceLayout`]): The batch's layout, if a head has already made it. `last_hidden_state` then
+                stays flat, `(1, N, C)`. A head embeds frames before: see [`embed_features`].
             past_key_values, cache ([`~transformers.Cache`]): Two names for the keys and values of earlier columns, to
-                which the current ones are added. The inputs are then the current columns alone; `attention_mask`,
-                `layout` and fields are of all.
-            encoder_hidden_states (`Tensor` of shape `(1, Nk, C)`): Flat states that cross-attention looks at, in the
-                order of `encoder_layout`, a [`SequenceLayout`] with a sequence for each of this batch's.
+                which the current ones are added. The inputs are then the current columns only; `attention_mask`,
+                `layout` and fields cover all columns.
+            encoder_hidden_states (`Tensor` of shape `(1, Nk, C)`): Flat states of an encoder for cross-attention, in
+                the order of `encoder_layout`, a [`SequenceLayout`] with as many sequences as this batch.
             encoder_fields (`dict[str, Tensor]`): Fields of the encoder's batch, which the cross mask reads.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions`]:
-            `last_hidden_state (B, T, C)`, 0 where no token is; `pooler_output (B, C)` or `(S, C)`; the cache as given,
-            as `cache` and as `past_key_values`; on request `hidden_states` and, with `attn_implementation="eager"`,
+            `last_hidden_state (B, T, C)`, 0 at absent tokens; `pooler_output (B, C)` or `(S, C)`; the given cache, as
+            `cache` and as `past_key_values`; on request `hidden_states` and, with `attn_implementation="eager"`,
             `attentions (B, H, T, T)`.
 
         Raises:
-            ValueError: The inputs contradict each other or the configuration; the message says what was expected.
+            ValueError: The inputs contradict each other or the configuration.
             TypeError: A keyword is unknown.
         """
         cache = given_cache(cache, past_key_values)
@@ -272,7 +273,9 @@ class DynMaskModel(DynMaskPreTrainedModel):
         room = self.embeddings.room
         if room is not None and position_ids is None:
             layout = layout.bounded(room)
-        whole, layout = layout, last_columns(layout, width) if cache is not None else layout
+        whole = layout
+        if cache is not None:
+            layout = last_columns(whole, width)
         states, position_ids = self._embed(layout, input_ids, position_ids, token_type_ids, inputs_embeds)
         rotary = self._rotary(states, position_ids)
         fields = given({name: kwargs.get(name) for name in BATCH_FIELDS})
@@ -291,18 +294,18 @@ class DynMaskModel(DynMaskPreTrainedModel):
         if encoder_hidden_states is not None:
             encoder_hidden_states = encoder_hidden_states.squeeze(0)
         all_states, all_weights, all_cross_weights = [], [], []
-        for layer, plan, turns in zip(self.layers, plans, rotary, strict=True):
+        for layer, plan, cos_sin in zip(self.layers, plans, rotary, strict=True):
             if output_hidden_states:
-                # Returned in the batch's layout, and on the way to the output: gradients reach it.
+                # The returned states are on the path to the output, so that they receive gradients.
                 all_states.append(layout.unflatten(states.unsqueeze(0)))
                 states = layout.flatten(all_states[-1]).squeeze(0)
             states, weights, cross_weights = layer(
                 states,
-                encoder_hidden_states,  # not by name: gradient checkpointing would not find its gradient
+                encoder_hidden_states,  # positional, since gradient checkpointing gives keywords no gradient
                 plan=plan,
                 settings=settings,
                 cross_plan=cross_plan,
-                rotary=turns,
+                rotary=cos_sin,
                 **{CACHE_NAME: cache},
             )
             all_weights.append(weights)
@@ -335,12 +338,12 @@ class DynMaskModel(DynMaskPreTrainedModel):
         position_ids: Tensor | None = None,
         packing: dict[str, Any] | None = None,
     ) -> tuple[Tensor, SequenceLayout]:
-        """Frames as `inputs_embeds`, projected or subsampled by convolutions.
+        """Embeds frames as `inputs_embeds`, by a projection or by convolutions that may subsample them.
 
         Args:
             input_features, lengths, attention_mask, missing: As in [`forward`].
-            position_ids (`Tensor` of shape `(B, output_lengths(T))`, *optional*): Of the frames that are left; of one
-                row, they are checked against its sequences.
+            position_ids (`Tensor` of shape `(B, output_lengths(T))`, *optional*): Positions of the subsampled frames.
+                In a single row they are checked against its sequences.
             packing (`dict[str, Any]`, *optional*): `cu_seq_lens_q` and the like of [`forward`].
 
         Returns:
@@ -371,7 +374,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         attention_mask: Tensor | None = None,
         missing: Tensor | None = None,
     ) -> SequenceLayout:
-        """Where outputs sit for inputs of `shape` `(B, T)`: the tokens, or the frames that convolutions leave of them.
+        """The layout of the outputs for inputs of `shape` `(B, T)`: that of the tokens or of the subsampled frames.
 
         Args:
             lengths, attention_mask, missing: As in [`forward`].
@@ -385,7 +388,7 @@ class DynMaskModel(DynMaskPreTrainedModel):
         return frames.present
 
     def _rotary(self, states: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """Each layer's (cos, sin) `(1, N, D)`, or `None` for models without rotary positions."""
+        """The (cos, sin) of each layer, `(1, N, D)` each; `None` without rotary positions."""
         if not self.rotary_by_type:
             shared = self.rotary_emb(states, position_ids) if self.rotary_emb is not None else None
             return [shared] * len(self.layers)
@@ -400,16 +403,16 @@ class DynMaskModel(DynMaskPreTrainedModel):
         encoder_fields: dict[str, Tensor],
         in_graph: bool,
     ) -> MaskPlan | GraphPlan:
-        """The plan of cross-attention. Fields of tokens are of both sides, others speak of the encoder's tokens."""
-        of_both = dict(encoder_fields)
+        """The plan of cross-attention, with per-token fields of both sides and all other fields of the encoder."""
+        cross_fields = dict(encoder_fields)
         for name in TOKEN_FIELDS:
             if name in encoder_fields:
-                of_both[key_name(name)] = of_both.pop(name)
+                cross_fields[key_name(name)] = cross_fields.pop(name)
             if name in fields:
-                of_both[name] = fields[name][:, -layout.shape[1] :]
+                cross_fields[name] = fields[name][:, -layout.shape[1] :]
         if in_graph and encoder_layout.described is not None:
-            return GraphPlan(self.config.cross_mask, layout, encoder_layout, of_both)
-        return self._cross_plan_outside(layout, encoder_layout, of_both)
+            return GraphPlan(self.config.cross_mask, layout, encoder_layout, cross_fields)
+        return self._cross_plan_outside(layout, encoder_layout, cross_fields)
 
     @eager_only
     def _cross_plan_outside(
@@ -427,8 +430,8 @@ class DynMaskModel(DynMaskPreTrainedModel):
     ) -> list[MaskPlan] | list[GraphPlan]:
         """Each layer's plan; layers with the same mask share one."""
         if in_graph and cache is None:
-            end = " & dense" if "attention_mask" in fields else ""
-            return [GraphPlan(f"({text}){end}", layout, layout, fields) for text in mask_texts(self.config)]
+            suffix = " & dense" if "attention_mask" in fields else ""
+            return [GraphPlan(f"({text}){suffix}", layout, layout, fields) for text in mask_texts(self.config)]
         return self._plans_outside(layout, whole, cache, fields)
 
     @eager_only
@@ -476,7 +479,7 @@ class DynMaskTaskModel(TaskModel, DynMaskPreTrainedModel):
 
 
 class DynMaskForMaskedLM(DynMaskTaskModel):
-    """Masked language modelling; `labels (B, T)`. While training, logits are computed for the targets alone and not
+    """Masked language modelling; `labels (B, T)`. In training, logits are only computed for the targets and are not
     returned (`logits` is `None`)."""
 
     output_class = MaskedLMOutput
@@ -504,10 +507,10 @@ class DynMaskForMaskedLM(DynMaskTaskModel):
 
 
 class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
-    """Causal language modelling and generation; `labels (B, T)` are the inputs, shifted here.
+    """Causal language modelling and generation; `labels (B, T)` are the inputs, which are shifted here.
 
-    Without a mask in its configuration the model is `causal`. While training with labels, logits are computed for the
-    targets alone and not returned (`logits` is `None`). No token is a target of another sequence.
+    Without a mask in its configuration, the model has the mask `causal`. In training with labels, logits are only
+    computed for the targets and are not returned (`logits` is `None`). No token is predicted from another sequence.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
@@ -519,7 +522,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
         super().__init__(config)
         if config.tie_word_embeddings and config.embedding_size != config.hidden_size:
             raise ValueError(
-                f"`embedding_size` must be hidden_size={config.hidden_size} where input and output embeddings are one; "
+                f"`embedding_size` must be hidden_size={config.hidden_size} with tie_word_embeddings=True; "
                 f"got {config.embedding_size}"
             )
         self.model = DynMaskModel(config, add_pooling_layer=False)
@@ -561,20 +564,21 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
 
         Args:
             past_key_values, cache ([`~transformers.Cache`]): Two names for the keys and values of earlier columns. The
-                inputs are then the current columns alone; `attention_mask`, `missing` and fields are of all columns,
-                and `lengths` is for the first ones.
-            use_cache (`bool`): Whether to return a cache, which a flat batch never does. `None`: as `config.use_cache`
-                says, not while training.
-            labels (`Tensor` of shape `(B, T)`): Token ids, -100 where there is no target; each is predicted from the
-                token before it.
-            shift_labels (`Tensor` of shape `(B, T)`): Labels that stand at the token before already; they win over
-                `labels`. Training with split sequences hands them over. A keyword that is not in the signature: there
-                the `Trainer` would take it for labels that every batch must have.
-            num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
-            logits_to_keep (`int` or `Tensor` of columns): Logits of the last columns alone, or of these; 0: of all.
+                inputs are then the current columns only; `attention_mask`, `missing` and fields cover all columns.
+                `lengths` can only be given with the first columns.
+            use_cache (`bool`): Whether to return a cache; a flat batch never returns one. `None`: `config.use_cache`,
+                but `False` in training.
+            labels (`Tensor` of shape `(B, T)`): Token ids, -100 for none; each is predicted from the token before it.
+            shift_labels (`Tensor` of shape `(B, T)`): Labels that are already shifted to the token before; they take
+                precedence over `labels`. Context-parallel training passes them. They are not in the signature, because
+                the `Trainer` would then expect them in every batch.
+            num_items_in_batch (`int` or `Tensor`): Number of targets to average the loss over. `None`: those of this
+                batch.
+            logits_to_keep (`int` or `Tensor` of columns): The number of last columns, or the columns, of which logits
+                are computed; 0: all.
 
         Raises:
-            ValueError: The inputs contradict each other; the mask sees tokens that a cache does not have.
+            ValueError: The inputs contradict each other; the mask allows keys that a cache does not have.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -621,9 +625,9 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
             states, targets = select_targets(states, targets)
             loss = token_loss(self.lm_head(states), targets, num_items_in_batch)
         else:
-            of_tokens = self.lm_head(states)
-            loss = token_loss(of_tokens, targets, num_items_in_batch)
-            logits = in_columns(of_tokens, layout, logits_to_keep)
+            flat_logits = self.lm_head(states)
+            loss = token_loss(flat_logits, targets, num_items_in_batch)
+            logits = in_columns(flat_logits, layout, logits_to_keep)
         return output_with_cache(
             CausalLMOutputWithPast,
             cache,
@@ -635,7 +639,7 @@ class DynMaskForCausalLM(DynMaskPreTrainedModel, DynMaskGenerationMixin):
 
 
 def _shift_labels_in_label_smoothing(model_class: type) -> None:
-    """The Trainer's label smoothing shifts labels for the causal models whose names it finds in this table."""
+    """Makes the Trainer's label smoothing shift labels, which it does for the causal models in this table."""
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_class.__name__] = model_class.__name__
 
 
@@ -643,27 +647,27 @@ _shift_labels_in_label_smoothing(DynMaskForCausalLM)
 
 
 class DynMaskForTokenClassification(TokenClassification, DynMaskTaskModel):
-    """A class for every token; `labels (B, T)`, logits `(B, T, num_labels)`."""
+    """A class per token; `labels (B, T)`, logits `(B, T, num_labels)`."""
 
 
 class DynMaskForSequenceClassification(SequenceClassification, DynMaskTaskModel):
-    """A class, several, or a number for every sequence; `labels (B,)`, or `(B, num_labels)` of floats where several
-    classes may hold; logits `(B, num_labels)`. In a flat batch S takes the place of B."""
+    """One class, several classes or a number per sequence; `labels (B,)`, or floats `(B, num_labels)` for several
+    classes; logits `(B, num_labels)`. A flat batch has S in place of B."""
 
 
 class DynMaskForCTC(DynMaskTaskModel):
-    """Connectionist temporal classification (Graves et al., 2006): text that is shorter than its frames, unaligned.
+    """Connectionist temporal classification (Graves et al., 2006): text without alignment, shorter than its frames.
 
-    `labels (B, L)` of token ids, -100 (or the blank) behind the target; logits `(B, output_lengths(T), vocab_size)`, 0
-    where no frame is. The blank is `config.pad_token_id`, as in [`~transformers.Wav2Vec2ForCTC`]. A flat batch has
-    labels `(S, L)`.
+    `labels (B, L)` are token ids, followed by -100 (or the blank); logits `(B, output_lengths(T), vocab_size)`, 0 at
+    absent frames. The blank is `config.pad_token_id`, as in [`~transformers.Wav2Vec2ForCTC`]. A flat batch has labels
+    `(S, L)`.
 
-    `num_items_in_batch`, where `config.ctc_loss_reduction` is `"mean"`: the loss is summed and divided by it, and so
-    averaged over the labels of all batches of a step, not over sequences.
+    If `num_items_in_batch` is given and `config.ctc_loss_reduction` is `"mean"`, the summed loss is divided by it: the
+    average is over the labels of all batches of a step, not over sequences.
 
     Raises:
-        ValueError: A target needs more frames than its sequence has: one a label, and one for the blank between
-            repeated labels. With `config.ctc_zero_infinity` it counts 0 instead.
+        ValueError: A target needs more frames than its sequence has: one per label, and one for the blank between
+            repeated labels. With `config.ctc_zero_infinity` its loss is 0 instead.
     """
 
     output_class = CausalLMOutput
@@ -683,7 +687,7 @@ class DynMaskForCTC(DynMaskTaskModel):
 
 
 class DynMaskForMultipleChoice(DynMaskTaskModel):
-    """One of several texts; inputs `(B, choices, T)`, `lengths (B, choices)`, `labels (B,)`, logits `(B, choices)`."""
+    """A choice of texts; inputs `(B, choices, T)`, `lengths (B, choices)`, `labels (B,)`, logits `(B, choices)`."""
 
     output_class = MultipleChoiceModelOutput
     pooling = True
@@ -709,8 +713,7 @@ class DynMaskForMultipleChoice(DynMaskTaskModel):
 class DynMaskForQuestionAnswering(DynMaskTaskModel):
     """Start and end of an answer; `start_positions`, `end_positions (B,)` index the sequence, logits `(B, T)`.
 
-    The loss is over real tokens: unlike in the stock models padding has no share in it. A position beyond the
-    sequence is no target.
+    The loss is over real tokens only; in stock models it includes padding. A position beyond the sequence is ignored.
     """
 
     output_class = QuestionAnsweringModelOutput
@@ -719,7 +722,7 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
         self.transform = self._new_transform(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
-    @known_keywords("labels")  # which the Trainer counts; the answer is in the positions
+    @known_keywords("labels")  # the Trainer counts them; the targets are the positions
     @can_return_tuple
     @takes_fields("")
     def forward(
@@ -742,7 +745,8 @@ class DynMaskForQuestionAnswering(DynMaskTaskModel):
 
         Args:
             start_positions, end_positions (`Tensor` of shape `(B,)` or `(S,)`): First and last token of the answer.
-            num_items_in_batch (`int` or `Tensor`): Answers over which the loss is averaged. `None`: this batch's.
+            num_items_in_batch (`int` or `Tensor`): Number of answers to average the loss over. `None`: those of this
+                batch.
         """
         kwargs.pop("labels", None)
         outputs, layout = self._encode(

@@ -23,7 +23,7 @@ from .heads import SequenceClassification, TaskModel, TokenClassification
 from .layout import SequenceLayout, eager_only, integers
 from .modeling_base import DynMaskBaseModel, known_keywords
 
-# Arguments of [`DynMaskModel`]: cells go through a sequence in its order, and there are no token types.
+# Arguments of [`DynMaskModel`] that are accepted without effect: cells read tokens in order, without types.
 WITHOUT_EFFECT = ("position_ids", "token_type_ids")
 
 
@@ -38,36 +38,36 @@ class DynMaskRecurrentLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """Flat states `(1, N, E)` to flat states `(1, N, C)` and each sequence's last ones `(S, C)`."""
+        """Flat states `(1, N, E)` to flat states `(1, N, C)` and the final states `(S, C)` of each sequence."""
         order, batch_sizes, longest_first = packing(layout)
         self.cells.flatten_parameters()
         packed, last = self.cells(PackedSequence(self.dropout(states)[0, order], batch_sizes))
         last = last[0] if isinstance(last, tuple) else last
         output = torch.empty_like(packed.data).index_copy(0, order, packed.data)
         width = output.shape[1]
-        lasts = output.new_zeros(layout.num_sequences, width)  # of an empty sequence they stay 0
+        lasts = output.new_zeros(layout.num_sequences, width)  # 0 for an empty sequence
         lasts = lasts.index_copy(0, longest_first, last.transpose(0, 1).reshape(-1, width))
         return output[None], lasts
 
 
 @eager_only
 def packing(layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """How the tokens of a batch stand in a `PackedSequence`.
+    """The order of a batch's tokens in a `PackedSequence`.
 
     Returns:
-        `(N,)` places of its tokens in flat order; `(max_length,)` sequences at each step, on the CPU; places in flat
-        order of its sequences, the longest first and without empty ones.
+        The flat index of each of its tokens, `(N,)`; the number of sequences at each step, `(max_length,)`, on the CPU;
+        the indices of the non-empty sequences, longest first.
     """
     lengths, descending = layout.lengths.sort(descending=True, stable=True)
     longest_first = descending[lengths > 0]
     steps = torch.arange(layout.max_length, device=lengths.device)[:, None]
-    going_on = steps < layout.lengths[longest_first]
+    is_token = steps < layout.lengths[longest_first]
     tokens = layout.cu_seq_lens[longest_first].long() + steps
-    return tokens[going_on], going_on.sum(1).cpu(), longest_first
+    return tokens[is_token], is_token.sum(1).cpu(), longest_first
 
 
 class DynMaskRecurrentPreTrainedModel(DynMaskBaseModel):
-    """What the recurrent models share: configuration and weight initialisation."""
+    """Base class of the recurrent models: configuration and weight initialisation."""
 
     config: DynMaskRecurrentConfig
     base_model_prefix = "model"
@@ -111,27 +111,27 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
-        Batches are those of [`DynMaskModel`]. Token types have no effect, nor have positions, unless they restart.
+        Takes the batches of [`DynMaskModel`]. Token types have no effect. Positions only have one if they restart.
 
         Args:
             input_ids (`Tensor` of shape `(B, T)`, or flat `(1, N)`): Token ids.
             lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `lengths[b]` tokens from its
-                left edge; in a flat batch S sequences stand end to end.
-            attention_mask (`Tensor` of shape `(B, T)`): 0 where no token is, wherever that may be; an alternative to
-                `lengths`. Neither: all tokens are there.
+                left edge; a flat batch holds S sequences end to end.
+            attention_mask (`Tensor` of shape `(B, T)`): 0 at absent tokens, anywhere in a row; an alternative to
+                `lengths`. Without both, all tokens are real.
             inputs_embeds (`Tensor` of shape `(B, T, embedding_size)`): Token embeddings in place of `input_ids`.
-            missing (bool `Tensor` of shape `(B, T)`): Where a value is missing: cells step over it, its output is 0.
-            layout ([`SequenceLayout`]): The batch's layout when the caller, a head, has made it already; then
-                `last_hidden_state` stays flat, `(1, N, C)`.
+            missing (bool `Tensor` of shape `(B, T)`): True where a value is missing: the cells skip it, and its output
+                is 0.
+            layout ([`SequenceLayout`]): The batch's layout, if a head has already made it. `last_hidden_state` then
+                stays flat, `(1, N, C)`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state (B, T, C)`, 0 where no
-            token is; `pooler_output (B, C)` or `(S, C)`, where the last layer's cells end, in each direction; on
-            request `hidden_states`.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state (B, T, C)`, 0 at absent
+            tokens; `pooler_output (B, C)` or `(S, C)`, the final states of the last layer in each direction; on request
+            `hidden_states`.
 
         Raises:
-            ValueError: The inputs contradict each other, or one is the field of a mask; the message says what was
-                expected.
+            ValueError: The inputs contradict each other, or there is a field for masks.
         """
         for name in BATCH_FIELDS:
             if kwargs.get(name) is not None:
@@ -154,7 +154,7 @@ class DynMaskRecurrentModel(DynMaskRecurrentPreTrainedModel):
         all_states, lasts = [], states.new_zeros(layout.num_sequences, self.config.hidden_size)
         for layer in self.layers:
             if output_hidden_states:
-                # Returned in the batch's layout, and on the way to the output: gradients reach it.
+                # The returned states are on the path to the output, so that they receive gradients.
                 all_states.append(layout.unflatten(states))
                 states = layout.flatten(all_states[-1])
             if layout.num_tokens:
@@ -179,11 +179,11 @@ class DynMaskRecurrentTaskModel(TaskModel, DynMaskRecurrentPreTrainedModel):
 
 
 class DynMaskRecurrentForTokenClassification(TokenClassification, DynMaskRecurrentTaskModel):
-    """A class for every token; `labels (B, T)`, logits `(B, T, num_labels)`."""
+    """A class per token; `labels (B, T)`, logits `(B, T, num_labels)`."""
 
 
 class DynMaskRecurrentForSequenceClassification(SequenceClassification, DynMaskRecurrentTaskModel):
-    """A class, several, or a number for every sequence, as in [`DynMaskForSequenceClassification`]."""
+    """One class, several classes or a number per sequence, as in [`DynMaskForSequenceClassification`]."""
 
 
 __all__ = [

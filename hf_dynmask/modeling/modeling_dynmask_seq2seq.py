@@ -1,4 +1,4 @@
-"""DynMask encoder-decoder and its heads: both sides work on real tokens alone, each with lengths of its own.
+"""DynMask encoder-decoder and its heads. Both sides work on real tokens only, and each has its own lengths.
 
 Shape legend: B rows, T columns of the source, U of the target, S sequences, C hidden size, V vocabulary, H heads.
 """
@@ -44,7 +44,7 @@ Inputs = dict[str, Any]
 
 
 class BothSides(NamedTuple):
-    """What encoder and decoder gave: outputs whose `last_hidden_state` is flat, the layouts of these, and the cache."""
+    """The outputs of encoder and decoder, whose `last_hidden_state` is flat, with their layouts and the cache."""
 
     encoder: BaseModelOutputWithPoolingAndCrossAttentions
     encoder_layout: SequenceLayout
@@ -53,7 +53,7 @@ class BothSides(NamedTuple):
     cache: Cache | None
 
     def output(self, output_class: type, **fields) -> Any:
-        """An output of this class, with what those of all classes hold."""
+        """An output of this class, with `fields` and the fields that all output classes have."""
         return output_with_cache(output_class, self.cache, **fields, **self._common())
 
     def _common(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class BothSides(NamedTuple):
 
 
 class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
-    """What the encoder-decoder and its heads share."""
+    """Base class of the encoder-decoder and its heads."""
 
     config: DynMaskSeq2SeqConfig
 
@@ -104,39 +104,40 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ):
         r"""
-        The encoder's inputs are those of [`DynMaskModel.forward`], `input_features` and fields included. Beside them:
+        Takes the inputs of [`DynMaskModel.forward`] for the encoder, `input_features` and fields included, and:
 
         Args:
-            decoder_input_ids (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Tokens of the targets. `None`: what the
-                class makes of `labels` or of the source.
-            decoder_lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `decoder_lengths[b]` of
-                them from its left edge.
-            decoder_attention_mask (`Tensor` of shape `(B, U)`): 0 where no token is; an alternative to
-                `decoder_lengths`. Neither: all tokens are there. Or an explicit mask, as for the encoder.
+            decoder_input_ids (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Tokens of the targets. `None`: the class
+                makes them from `labels` or from the source.
+            decoder_lengths (`Tensor` of shape `(B,)`, or `(S,)` for a flat batch): Row b holds `decoder_lengths[b]`
+                target tokens from its left edge.
+            decoder_attention_mask (`Tensor` of shape `(B, U)`): 0 at absent tokens; an alternative to
+                `decoder_lengths`. Without both, all tokens are real. Or an explicit mask, as for the encoder.
             decoder_position_ids (`Tensor` of shape `(B, U)`), decoder_inputs_embeds (`Tensor` of shape `(B, U, C)`):
-                As the encoder's.
+                As for the encoder.
             decoder_segment_ids, decoder_prefix_lengths, decoder_hidden_spans, decoder_global_tokens,
-                decoder_mask_choice (`Tensor`): Fields of the decoder's mask. The cross mask reads fields of tokens from
-                both sides, and others from the encoder's.
-            encoder_outputs ([`~transformers.modeling_outputs.BaseModelOutput`]): States `(B, T, C)` that the encoder
-                has given before, in place of its inputs; `lengths` or `attention_mask` say where its tokens are.
-            past_key_values, cache ([`~transformers.EncoderDecoderCache`]): Two names for the keys and values of earlier
-                columns of the decoder, and those of the encoder. The decoder's inputs are then the current columns;
-                `decoder_attention_mask` and the decoder's fields are of all, and `decoder_lengths` is for the first
-                ones.
-            use_cache (`bool`): Whether to return keys and values, which a flat batch never does. `None`: as the
-                decoder's configuration says, and not in training or with labels.
-            labels (`Tensor`): Targets, -100 where there is none: see the class for their shape.
-            num_items_in_batch (`int` or `Tensor`): Targets over which the loss is averaged. `None`: this batch's.
+                decoder_mask_choice (`Tensor`): Fields of the decoder's mask. The cross mask reads per-token fields of
+                both sides, and all other fields from the encoder.
+            encoder_outputs ([`~transformers.modeling_outputs.BaseModelOutput`]): States `(B, T, C)` from an earlier
+                pass of the encoder, in place of its inputs. `lengths` or `attention_mask` give their layout.
+            past_key_values, cache ([`~transformers.EncoderDecoderCache`]): Two names for the keys and values of the
+                decoder's earlier columns and of the encoder. The decoder's inputs are then the current columns only;
+                `decoder_attention_mask` and the decoder's fields cover all columns. `decoder_lengths` can only be given
+                with the first columns.
+            use_cache (`bool`): Whether to return keys and values; a flat batch never returns them. `None`: as in the
+                decoder's configuration, but `False` in training and with labels.
+            labels (`Tensor`): Targets, -100 for none. The class documents their shape.
+            num_items_in_batch (`int` or `Tensor`): Number of targets to average the loss over. `None`: those of this
+                batch.
 
         Returns:
-            The output of the class: `encoder_last_hidden_state (B, T, C)`, and what is of the decoder's tokens
-            `(B, U, ...)`, 0 where no token is.
+            The output of the class. `encoder_last_hidden_state` is `(B, T, C)`, outputs of the decoder's tokens are
+            `(B, U, ...)`. All are 0 at absent tokens.
 
         Raises:
-            ValueError: The inputs of a side contradict each other; the sides have not as many sequences; the decoder's
-                mask sees tokens that a cache does not have; there are `cu_seq_lens_q` or the like, which do not say of
-                which side they are.
+            ValueError: The inputs of a side contradict each other; the sides differ in their number of sequences; the
+                decoder's mask allows keys that a cache does not have; `cu_seq_lens_q` or the like is given, which does
+                not tell the two sides apart.
             TypeError: A keyword is unknown.
         """
         source = {
@@ -165,7 +166,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         return self._outputs(sides, labels, num_items_in_batch)
 
     def _made_target(self, source: Inputs, target: Inputs, labels: Tensor | None) -> Inputs:
-        """Inputs of the decoder where the batch has no tokens for it."""
+        """Inputs that the decoder gets if the batch has none for it."""
         return {}
 
     def _outputs(self, sides: BothSides, labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> ModelOutput:
@@ -173,7 +174,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         raise NotImplementedError
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
-        """See [`DynMaskModel.output_lengths`]: of the encoder."""
+        """[`DynMaskModel.output_lengths`] of the encoder."""
         return self.base_model.encoder.output_lengths(lengths)
 
     def set_mask(
@@ -182,16 +183,17 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         decoder_mask: str | list[str] | None = None,
         cross_mask: str | None = None,
     ) -> None:
-        """Put other masks on the model, to be used from the next forward pass on and saved with its configuration.
+        """Sets masks of the model from the next forward pass on. They are saved with the configuration.
 
         Args:
             mask, decoder_mask (`str` or `list[str]`, *optional*):
-                An expression for every layer of the encoder, or of the decoder, or one each. `None`: as it is.
-            cross_mask (`str`, *optional*): An expression of which token of the source a token of the target may see.
+                One expression for all layers of the encoder, or of the decoder, or one per layer. `None`: unchanged.
+            cross_mask (`str`, *optional*):
+                The expression for which token of the source a token of the target may see. `None`: unchanged.
 
         Raises:
-            ValueError: No mask is given; an expression does not parse, or there are not as many as layers. All masks
-                stay as they are.
+            ValueError: No mask is given; an expression does not parse; the number of expressions is not that of the
+                layers. All masks are then unchanged.
         """
         if mask is None and decoder_mask is None and cross_mask is None:
             raise ValueError("one of `mask`, `decoder_mask` and `cross_mask` must be given; got none")
@@ -203,17 +205,17 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         warn_of_adapters_alone(self, [mask, decoder_mask, cross_mask])
 
     def get_input_embeddings(self) -> nn.Module:
-        """The tokens' table: the encoder's, or the decoder's where the encoder reads frames."""
+        """The encoder's embedding of tokens, or the decoder's if the encoder reads frames."""
         return self._readers()[0].get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         first, *others = self._readers()
         first.set_input_embeddings(value)
-        for side in others:  # each has a table of its own, for its scale
+        for side in others:  # modules differ by side, since each has its own scale; the weight is shared
             side.get_input_embeddings().weight = value.weight
 
     def _readers(self) -> list[DynMaskModel]:
-        """The sides that read tokens through the table of [`get_input_embeddings`]."""
+        """The sides whose embedding has the weight of [`get_input_embeddings`]."""
         encoder, decoder = self.base_model.encoder, self.base_model.decoder
         if self.config.share_embeddings:
             return [encoder, decoder]
@@ -229,11 +231,11 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
         return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor, decoder_lengths: Tensor | None = None) -> Tensor:
-        """Decoder inputs of labels: one step to the right in each sequence, behind the start token.
+        """Decoder inputs for labels: the start token, then the labels of the sequence, shifted to the right by one.
 
         Args:
-            labels (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Targets; an ignored one, -100, becomes padding.
-            decoder_lengths (`Tensor` of shape `(B,)` or `(S,)`, *optional*): Tokens of each target.
+            labels (`Tensor` of shape `(B, U)`, or flat `(1, N)`): Targets; ignored ones, -100, become padding.
+            decoder_lengths (`Tensor` of shape `(B,)` or `(S,)`, *optional*): Number of tokens of each target.
 
         Raises:
             ValueError: The configuration has no `decoder_start_token_id` or `pad_token_id`.
@@ -259,7 +261,7 @@ class DynMaskSeq2SeqPreTrainedModel(DynMaskPreTrainedModel):
 
 
 class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
-    """The bare encoder-decoder: two [`DynMaskModel`]s, the second of which looks at the first's states."""
+    """The bare encoder-decoder: two [`DynMaskModel`]s, of which the second attends to the states of the first."""
 
     def __init__(self, config: DynMaskSeq2SeqConfig):
         super().__init__(config)
@@ -283,12 +285,12 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
         use_cache: bool,
         **kwargs,
     ) -> BothSides:
-        """Both sides, for [`forward`], which goes on with real tokens alone.
+        """Runs both sides for [`forward`]; the results are flat.
 
         Args:
             source, target (`dict`): Inputs of the encoder and of the decoder by their names in [`DynMaskModel`].
-            encoder_outputs, cache, use_cache: As there.
-            kwargs: `output_hidden_states` and `output_attentions` are of both sides, `max_length_q` is of the encoder.
+            encoder_outputs, cache, use_cache: As in [`forward`].
+            kwargs: `output_hidden_states` and `output_attentions` for both sides, `max_length_q` for the encoder.
         """
         bound = {"max_length_q": kwargs.pop("max_length_q", None)}
         for name in PACKING:
@@ -344,11 +346,9 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
     def _cache(
         self, given: Cache | None, use_cache: bool, encoder_layout: SequenceLayout, layout: SequenceLayout
     ) -> Cache | None:
-        """The cache to decode with, if any; the sides must have sequences for each other."""
-        sequences, rows = (
-            (encoder_layout.num_sequences, layout.num_sequences),
-            (encoder_layout.shape[0], layout.shape[0]),
-        )
+        """The cache to decode with, if any. Raises for a given one with a flat batch, or if the sides do not match."""
+        sequences = encoder_layout.num_sequences, layout.num_sequences
+        rows = encoder_layout.shape[0], layout.shape[0]
         if sequences[0] != sequences[1]:
             raise ValueError(
                 f"`decoder_lengths` must be of as many sequences as the encoder's {sequences[0]}; got {sequences[1]}"
@@ -366,11 +366,11 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
     def _given(
         self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...], source: Inputs
     ) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, SequenceLayout]:
-        """Outputs of the encoder in rows as [`encoded`] gives them."""
+        """Given outputs of the encoder, made flat, and their layout."""
         states = encoder_outputs[0]
-        of_inputs = (source[name] for name in (*SOURCE_INPUTS, "missing", "attention_mask"))
+        inputs = (source[name] for name in (*SOURCE_INPUTS, "missing", "attention_mask"))
         width = next(
-            (given.shape[1] for given in of_inputs if given is not None),
+            (given.shape[1] for given in inputs if given is not None),
             states.shape[1] * self.config.encoder.inputs_to_logits_ratio,
         )
         layout = self.encoder.output_layout(
@@ -388,8 +388,8 @@ class DynMaskSeq2SeqModel(DynMaskSeq2SeqPreTrainedModel):
 class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationMixin):
     """Sequence to sequence: translation, summarisation, speech, captions.
 
-    `labels (B, U)`, or flat `(1, N)`, logits `(B, U, V)`. Decoder inputs are by default the labels, moved to the right.
-    While training with labels, logits are computed for the targets alone and not returned (`logits` is `None`).
+    `labels (B, U)`, or flat `(1, N)`, logits `(B, U, V)`. Decoder inputs default to the labels, shifted to the right.
+    In training with labels, logits are only computed for the targets and are not returned (`logits` is `None`).
     """
 
     def __init__(self, config: DynMaskSeq2SeqConfig):
@@ -438,18 +438,18 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
         return self.lm_head(states) + self.final_logits_bias.view(-1)
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-        return attention_mask  # which token is there; who sees whom is the plan's affair
+        return attention_mask  # which tokens are real; the plan decides which query may see which key
 
     def generate(self, *args, labels: Tensor | None = None, decoder_lengths: Tensor | None = None, **kwargs):
         r"""
         [`~transformers.GenerationMixin.generate`] from sources padded on any side, or given with `lengths`.
 
         Args:
-            labels, decoder_lengths (`Tensor`, *optional*): Of the targets, in a batch of training; not read here.
+            labels, decoder_lengths (`Tensor`, *optional*): Columns of training batches, which are not read.
 
         Raises:
-            ValueError: Sources do not come in rows; `decoder_lengths` come with `decoder_input_ids`, which are prompts;
-                or prompts do not end in the last column.
+            ValueError: The sources are not rows of one sequence each; `decoder_lengths` comes with `decoder_input_ids`,
+                which are prompts; or prompts do not end in the last column.
         """
         sources = next(
             (kwargs[name] for name in SOURCE_INPUTS if kwargs.get(name) is not None), args[0] if args else None
@@ -466,7 +466,7 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        inputs.pop("decoder_position_ids", None)  # the layout knows them
+        inputs.pop("decoder_position_ids", None)  # they follow from the layout
         mask = inputs.get("decoder_attention_mask")
         if mask is not None and not mask[:, -1].all():
             raise ValueError(
@@ -484,9 +484,9 @@ class DynMaskForConditionalGeneration(DynMaskSeq2SeqPreTrainedModel, GenerationM
 
 
 class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
-    """A class for every sequence, read off the decoder's last token (BART, arXiv:1910.13461, section 3.1).
+    """A class per sequence, from the decoder's last token (BART, arXiv:1910.13461, section 3.1).
 
-    Decoder inputs are by default the source, moved to the right. Labels and logits are those of
+    Decoder inputs default to the source, shifted to the right. Labels and logits are those of
     [`DynMaskForSequenceClassification`].
     """
 
@@ -517,11 +517,9 @@ class DynMaskSeq2SeqForSequenceClassification(DynMaskSeq2SeqPreTrainedModel):
     def _outputs(self, sides, labels, num_items_in_batch):
         last = sides.decoder_layout.last_tokens(sides.decoder.last_hidden_state)
         logits = self.classifier(self.dropout(self.pooler(last)))
-        loss = (
-            None
-            if labels is None
-            else sequence_loss(logits, labels, sides.decoder_layout, self.config, num_items_in_batch)
-        )
+        loss = None
+        if labels is not None:
+            loss = sequence_loss(logits, labels, sides.decoder_layout, self.config, num_items_in_batch)
         return sides.output(Seq2SeqSequenceClassifierOutput, loss=loss, logits=logits)
 
 
@@ -532,7 +530,7 @@ def target_layout(
     position_ids: Tensor | None = None,
     columns_before: int = 0,
 ) -> SequenceLayout:
-    """Where the decoder's tokens sit, those of columns before `tokens` `(B, U, ...)` included."""
+    """The layout of the decoder's tokens `(B, U, ...)`, with the columns before them."""
     rows, width = tokens.shape[:2]
     try:
         return layout_of_batch(

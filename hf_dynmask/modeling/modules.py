@@ -1,9 +1,9 @@
-"""The parts of a DynMask model. Everything here works on real tokens alone: embeddings on flat `(1, N, ...)` tensors,
-layers on `(N, C)` states.
+"""The parts of a DynMask model. All work on real tokens only: embeddings on flat `(1, N, ...)` tensors, layers on
+states `(N, C)`.
 
 Shape legend: N real tokens, C hidden size, H heads, Hk key/value heads, D and Dv head sizes.
 """
-# A configuration's optional sizes are `None` only until it is made.
+# A configuration's optional sizes are `None` only until `__post_init__` has run.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalOperand=false, reportCallIssue=false
 # pyright: reportOptionalCall=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
@@ -28,19 +28,19 @@ from .layout import SequenceLayout, in_heads, packed, reads_are_free
 from .masks import TopK, parse
 from .plan import MaskPlan
 
-# transformers' `attn_implementation` -> the implementation of `dynmask_attention` that serves it.
+# transformers' `attn_implementation` -> the `implementation` of `dynmask_attention`.
 ATTENTION_IMPLEMENTATIONS = {"dynmask": "auto", "eager": "reference", "sdpa": "sdpa"}
 
 
 def make_norm(config: DynMaskConfig, size: int) -> nn.Module:
-    """The norm that `config.norm_type` names, over the last dimension of `size`."""
+    """The norm of type `config.norm_type`, over a last dimension of `size`."""
     if config.norm_type == "layer_norm":
         return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
     return make_rms_norm(config, size)
 
 
 def make_rms_norm(config: DynMaskConfig, size: int) -> nn.RMSNorm:
-    """The RMS norm of a model that has such norms, be it beside others."""
+    """An RMS norm, also for models whose other norms are of type `"layer_norm"`."""
     is_centered = config.norm_type == "zero_centered_rms_norm"
     return (DynMaskZeroCenteredRMSNorm if is_centered else nn.RMSNorm)(size, eps=config.norm_eps)
 
@@ -65,8 +65,8 @@ class DynMaskSinusoidalEmbedding(nn.Module):
         self.register_buffer("weight", self.table(rows, size), persistent=False)
 
     def table(self, rows: int, size: int, device: torch.device | None = None) -> Tensor:
-        """`(rows, size)`: even columns hold sines, odd ones cosines of geometrically longer periods; or sines stand in
-        the first half and cosines in the second."""
+        """`(rows, size)`: sines in even columns and cosines in odd ones, or sines in the first half and cosines in the
+        second, with geometrically increasing periods."""
         position = torch.arange(rows, dtype=torch.float64, device=device)[:, None]
         column = torch.arange(size, device=device)
         angle = position * 10000.0 ** (-2 * (column // 2).double() / size)
@@ -82,7 +82,7 @@ class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
 
     Args:
         config ([`DynMaskConfig`]): With `rope_parameters`.
-        layer_type (`str`, *optional*): The layer type whose parameters to use, if they are by layer type.
+        layer_type (`str`, *optional*): The layer type whose parameters are used, if they are by layer type.
     """
 
     def __init__(self, config: DynMaskConfig, layer_type: str | None = None):
@@ -94,7 +94,7 @@ class DynMaskRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class DynMaskScaledEmbedding(nn.Embedding):
-    """Embeddings times a scale, under the name by which PEFT knows it."""
+    """Embeddings times a scale, in the attribute `embed_scale`, where PEFT looks for it."""
 
     def __init__(self, rows: int, size: int, embed_scale: float, padding_idx: int | None = None):
         super().__init__(rows, size, padding_idx=padding_idx)
@@ -133,8 +133,7 @@ class DynMaskEmbeddings(nn.Module):
     def positions(self, layout: SequenceLayout, position_ids: Tensor | None) -> Tensor:
         """Positions `(1, N)`: of each token in its sequence, or those that are given in the batch's layout.
 
-        Given ones that count each sequence from 0 say what a model counts by itself, be its table read from 0 or, as
-        RoBERTa's, from an offset.
+        `config.position_offset` is also added to given positions if they count every sequence from 0.
 
         Raises:
             ValueError: A sequence is longer than the table; given positions have another shape.
@@ -154,7 +153,7 @@ class DynMaskEmbeddings(nn.Module):
 
     def _check_room(self, layout: SequenceLayout) -> None:
         room = self.room
-        if room is None or not reads_are_free(layout.device):  # the table itself takes no positions beyond
+        if room is None or not reads_are_free(layout.device):  # on other devices the look-up itself fails
             return
         if layout.num_positions > room:
             raise ValueError(
@@ -174,7 +173,7 @@ class DynMaskEmbeddings(nn.Module):
 
 
 class DynMaskKeyScores(nn.Module):
-    """Score of each key, per head, by which `topk` chooses: `exp(scale * softplus(projection(values)))`.
+    """Scores of the keys, per head, by which `topk` chooses: `exp(scale * softplus(projection(values)))`.
 
     "Trainable Dynamic Mask Sparse Attention", arXiv:2508.02124, section 3.1.
     """
@@ -192,10 +191,10 @@ class DynMaskKeyScores(nn.Module):
 
 
 class AttentionSettings(NamedTuple):
-    """What a configuration says of attention, read once a forward pass: a layer would take longer over it.
+    """The attention settings of a configuration, read once per forward pass: reading them in each layer is slow.
 
     Attributes:
-        implementation (`str`): Of `dynmask_attention`.
+        implementation (`str`): The `implementation` of `dynmask_attention`.
         apply_mask_to (`str`): `"scores"` or `"weights"`.
     """
 
@@ -238,7 +237,7 @@ class DynMaskAttention(nn.Module):
         query = self._query(hidden_states)
         key, value = self._key_value(hidden_states)
         if rotary is not None:
-            query, key = apply_rotary_pos_emb(query, key, *(turns.squeeze(0) for turns in rotary))
+            query, key = apply_rotary_pos_emb(query, key, *(values.squeeze(0) for values in rotary))
         if cache is not None:
             key, value = self._update_cache(key, value, plan, cache)
         return self._attend(query, key, value, plan, settings)
@@ -267,9 +266,9 @@ class DynMaskAttention(nn.Module):
         return self.o_proj(output.flatten(1)), weights
 
     def _update_cache(self, key: Tensor, value: Tensor, plan: MaskPlan, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Current keys and values `(N, Hk, D)` with those of earlier columns: of all tokens in the key layout."""
+        """Adds keys and values `(N, Hk, D)` to the cache, and returns those of all tokens in the key layout."""
         rows = (plan.layout.unflatten_heads(in_heads(states)) for states in (key, value))
-        columns = plan.key_layout.shape[1]  # a static cache returns its empty columns, too
+        columns = plan.key_layout.shape[1]  # a static cache also returns its unused columns
         both = cache.update(*rows, self.layer_idx)
         key, value = (packed(plan.key_layout.flatten_heads(states[:, :, :columns])) for states in both)
         return key, value
@@ -281,7 +280,7 @@ class DynMaskAttention(nn.Module):
 
 
 class DynMaskCrossAttention(DynMaskAttention):
-    """Attention of a decoder's queries over the states of an encoder."""
+    """Attention of a decoder's queries to the states of an encoder."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: other states, no positions
         self,
@@ -291,7 +290,7 @@ class DynMaskCrossAttention(DynMaskAttention):
         encoder_states: Tensor,
         cache: EncoderDecoderCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """States `(N, C)` and those of the encoder `(Nk, C)` to states `(N, C)` and weights, if any."""
+        """States `(N, C)` and encoder states `(Nk, C)` to states `(N, C)` and weights, if any."""
         if cache is None:
             key, value = self._key_value(encoder_states)
         else:
@@ -330,7 +329,7 @@ class DynMaskFeedForward(nn.Module):
 
 
 class DynMaskLayer(GradientCheckpointingLayer):
-    """Attention, in a decoder cross-attention, and feed-forward, each with a residual and a norm before or after it."""
+    """Attention, cross-attention (in decoders) and feed-forward, each with a residual connection and norms."""
 
     def __init__(self, config: DynMaskConfig, layer_idx: int):
         super().__init__()
@@ -363,10 +362,10 @@ class DynMaskLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """States `(N, C)`, and of an encoder `(Nk, C)`, to states `(N, C)` and, where computed, weights
-        `(B, H, T, T)` and `(B, H, T, Tk)`. The cache comes under the name by which gradient checkpointing knows it."""
+        """States `(N, C)` and encoder states `(Nk, C)` to states `(N, C)` and weights `(B, H, T, T)` and
+        `(B, H, T, Tk)`, if computed. The cache has the name under which gradient checkpointing looks for it."""
         cache = given_cache(cache, past_key_values)
-        of_self = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         states, weights = self._sublayer(
             hidden_states,
             self.attention_norm,
@@ -375,11 +374,11 @@ class DynMaskLayer(GradientCheckpointingLayer):
             plan,
             settings,
             rotary,
-            of_self,
+            self_cache,
         )
         cross_weights = None
         if self.cross_attention is not None and encoder_states is not None:
-            of_both = cache if isinstance(cache, EncoderDecoderCache) else None
+            cross_cache = cache if isinstance(cache, EncoderDecoderCache) else None
             states, cross_weights = self._sublayer(
                 states,
                 self.cross_attention_norm,
@@ -388,7 +387,7 @@ class DynMaskLayer(GradientCheckpointingLayer):
                 cross_plan,
                 settings,
                 encoder_states,
-                of_both,
+                cross_cache,
             )
         states, _ = self._sublayer(states, self.feed_forward_norm, self.feed_forward_output_norm, self.feed_forward)
         return states, weights, cross_weights
@@ -400,7 +399,7 @@ class DynMaskLayer(GradientCheckpointingLayer):
     def _sublayer(
         self, states: Tensor, norm: nn.Module, output_norm: nn.Module | None, function: nn.Module, *arguments
     ) -> tuple[Tensor, Any]:
-        """`function` with a residual and its norms; what it returns beside states is returned, too."""
+        """Applies `function` with its norms and a residual connection. Returns states and its second result, if any."""
         output = function(norm(states) if self.norm_before else states, *arguments)
         output, further = output if isinstance(output, tuple) else (output, None)
         output = output if output_norm is None else output_norm(output)
@@ -422,7 +421,7 @@ class DynMaskPooler(nn.Module):
 
 
 class DynMaskTransform(nn.Module):
-    """`norm(act(dense(x)))`: states `(..., C)` to `(..., size)`, by default as wide."""
+    """`norm(act(dense(x)))`: states `(..., C)` to `(..., size)`, by default `(..., C)`."""
 
     def __init__(self, config: DynMaskConfig, size: int | None = None):
         super().__init__()
@@ -436,7 +435,7 @@ class DynMaskTransform(nn.Module):
 
 
 class DynMaskLMHead(DynMaskTransform):
-    """A decoder of transformed states, or of states as they are: `(..., C)` to logits `(..., vocab_size)`."""
+    """A language modelling head, with or without a transform: states `(..., C)` to logits `(..., vocab_size)`."""
 
     def __init__(self, config: DynMaskConfig):
         super().__init__(config, config.embedding_size)
@@ -448,14 +447,14 @@ class DynMaskLMHead(DynMaskTransform):
         return self.decoder(super().forward(hidden_states))
 
 
-# `classifier_transform` -> what stands between the states of sequences and their classifier.
+# `classifier_transform` -> the module between the pooled states of sequences and their classifier.
 POOLERS = {"pooler": DynMaskPooler, "lm_head": DynMaskTransform, "none": nn.Identity}
 
 
 def pooled(
     config: DynMaskConfig, pooler: nn.Module, states: Tensor, layout: SequenceLayout, input_ids: Tensor | None
 ) -> Tensor:
-    """What a pooler makes of states `(1, N, C)` as `config.classifier_pooling` says: `(S, C)`."""
+    """States `(1, N, C)` pooled as `config.classifier_pooling` says and passed through a pooler: `(S, C)`."""
     pooling, pad_id = config.classifier_pooling, config.pad_token_id
     if pooling == "late":
         return layout.mean_tokens(pooler(states))

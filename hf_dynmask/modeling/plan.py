@@ -1,4 +1,4 @@
-"""From an expression and lengths to the work to do: which blocks of the attention matrix are empty, full or partial.
+"""Plans: which blocks of the attention matrix are empty, full or partial, from a mask expression and layouts.
 
 Shape legend: B rows of width T in the batch, S sequences, N real tokens; H heads; n sequences of one group, L tokens
 each; P positions of the longest sequence.
@@ -24,19 +24,20 @@ from .masks import Band, Mask, allowed_by_head, head_runs, parse
 
 BLOCK_SIZE = 128
 LARGEST_TILE = 2**22  # cells of a partial tile, whose mask is made cell by cell
-KEPT_CELLS = 2**25  # cells of masks that are kept for the next layer; more are made again
+KEPT_CELLS = 2**25  # cells of tile masks that are cached for other layers; the rest are made again
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of one group's attention matrix that is computed in one call.
+    """A rectangle of a group's attention matrices that is computed in one call.
 
     Attributes:
-        queries (`slice`): Queries, as places in their sequence.
-        keys (`tuple[slice, ...]`): Keys, as places in their sequence.
-        is_partial (`bool`): Some pairs are not allowed: see [`MaskPlan.tile_mask`].
-        causal (`bool`): The tile is the lower triangle of equally many queries and keys, and not called partial.
+        queries (`slice`): Places of the queries in their sequence.
+        keys (`tuple[slice, ...]`): Places of the keys in their sequence.
+        is_partial (`bool`): Whether some pairs may not be allowed; see [`MaskPlan.tile_mask`].
+        causal (`bool`):
+            Whether exactly the lower triangle is allowed, of equally many queries and keys. Such a tile is not partial.
     """
 
     queries: slice
@@ -51,9 +52,9 @@ class GroupPlan:
 
     Attributes:
         count (`int`): n, the number of sequences.
-        queries, keys (`int`): Tokens of each on the two sides.
-        first (`tuple[int, int, int]`): Place of the first sequence, query and key in the order of [`MaskPlan.order`].
-        tiles (`tuple[Tile, ...]`): What is to be computed; queries in no tile have no key and give 0.
+        queries, keys (`int`): Number of queries and keys per sequence.
+        first (`tuple[int, int, int]`): Index of the first sequence, query and key in the order of [`MaskPlan.order`].
+        tiles (`tuple[Tile, ...]`): What is computed. Queries outside of all tiles have no key and give 0.
     """
 
     count: int
@@ -70,17 +71,18 @@ class GroupPlan:
 
 
 class MaskPlan:
-    """One mask over one batch: made once a forward pass and shared by all layers with that mask.
+    """A mask over a batch, made once per forward pass and shared by all layers with this mask.
 
     Args:
         mask (`Mask` or `str`): The expression.
-        layout (`SequenceLayout`): Where the queries sit.
-        key_layout (`SequenceLayout`, *optional*): Where the keys sit, sequence for sequence. `None`: with the queries.
+        layout (`SequenceLayout`): Layout of the queries.
+        key_layout (`SequenceLayout`, *optional*):
+            Layout of the keys, with as many sequences as `layout`. `None`: the keys are the tokens of the queries.
         fields (`dict[str, Tensor]`, *optional*):
-            The fields that the mask reads, in the batch's layout: one value a token `(B, T)`, one entry a sequence
-            `(S, ...)`, an explicit mask `(B, Tq, Tk)` or `(B, H, Tq, Tk)`. Values of the keys' tokens, where those
-            have a layout of their own, as `key_<name>`; without them keys read the queries' values by position.
-        block_size (`int`, *optional*, defaults to 128): Queries and keys of a block.
+            The fields that the mask reads, in the batch's layout: one value per token `(B, T)`, one entry per sequence
+            `(S, ...)`, an explicit mask `(B, Tq, Tk)` or `(B, H, Tq, Tk)`. If the keys have a layout of their own,
+            their values are `key_<name>`; without it, keys have the values of the queries at the same positions.
+        block_size (`int`, *optional*, defaults to 128): Number of queries, and of keys, per block.
 
     Raises:
         ValueError: A field is missing or has the wrong shape or dtype; the two layouts differ in their number of
@@ -109,7 +111,7 @@ class MaskPlan:
         self._derived: dict[tuple[Callable, Any], Any] = {}
 
     def derived(self, make: Callable[..., T], *arguments: Any) -> T:
-        """`make(plan, *arguments)`, made once: what an implementation works out from the plan for all layers."""
+        """`make(plan, *arguments)`, cached: what an implementation computes from the plan once for all layers."""
         key = (make, arguments)
         if key not in self._derived:
             self._derived[key] = make(self, *arguments)
@@ -118,7 +120,7 @@ class MaskPlan:
     # --- Fields ------------------------------------------------------------------------------------------------------
 
     def _checked_fields(self, fields: Mapping[str, Tensor]) -> Fields:
-        """The mask's fields by sequence and by position."""
+        """The mask's fields by sequence and position."""
         tables = {}
         for name in self.mask.fields & set(fields):
             if name in TOKEN_FIELDS:
@@ -128,18 +130,18 @@ class MaskPlan:
                 elif self.key_layout.position_bound > tables[name].shape[1]:
                     raise ValueError(
                         f"the field `{key_name(name)}` must be given: keys have {self.key_layout.position_bound} "
-                        f"positions, `{name}` speaks of {tables[name].shape[1]}"
+                        f"positions, but `{name}` has values for {tables[name].shape[1]}"
                     )
             elif name == "attention_mask":
                 tables[name] = self.pairs_by_sequence(fields[name])
             else:
                 tables[name] = fields[name]
         if "key_scores" in self.mask.fields and "key_scores" not in tables:
-            return self.mask.checked(tables | {"key_scores": self._no_scores()}, rows=self.layout.num_sequences)
+            tables["key_scores"] = self._no_scores()
         return self.mask.checked(tables, rows=self.layout.num_sequences)
 
     def _no_scores(self) -> Tensor:
-        """Stands for the scores that each layer brings: see [`with_key_scores`]."""
+        """A placeholder for the scores that each layer computes; see [`with_key_scores`]."""
         return torch.zeros(self.layout.num_sequences, 1, self.key_layout.position_bound, device=self.layout.device)
 
     def pairs_by_sequence(self, mask: Tensor) -> Tensor:
@@ -152,17 +154,17 @@ class MaskPlan:
                 f"an explicit `attention_mask` must have shape ({rows}, {width}, {key_width}) or ({rows}, heads, "
                 f"{width}, {key_width}); got {given}"
             )
-        sides = self.layout, self.key_layout  # of which no more positions are looked at than there are
-        i, j = (_by_sequence("indices", _place_in_row(side), side)[:, : side.num_positions] for side in sides)
-        row = _by_sequence("rows", _row(self.layout), self.layout)  # 0 where no token is
+        sides = self.layout, self.key_layout
+        i, j = (_by_sequence("indices", _columns(side), side)[:, : side.num_positions] for side in sides)
+        row = _by_sequence("rows", _rows(self.layout), self.layout)  # 0 at positions without a token
         row = row.amax(1)[:, None, None] if row.shape[1] else row[:, :, None]
         return mask.movedim(1, -1)[row, i[:, :, None], j[:, None, :]].movedim(-1, 1)
 
     def with_key_scores(self, key_scores: Tensor) -> MaskPlan:
-        """The plan with the scores that `topk` chooses by.
+        """The plan with the scores by which `topk` chooses.
 
         Args:
-            key_scores (`Tensor` of shape `(1, 1 | H, Nk)`): One a key token, in the order of the key layout.
+            key_scores (`Tensor` of shape `(1, 1 | H, Nk)`): A score per key token, in the order of the key layout.
         """
         plan = copy(self)
         table = self.key_layout.by_position(key_scores.detach().transpose(1, 2), fill=-torch.inf)
@@ -178,24 +180,24 @@ class MaskPlan:
 
     @cached_property
     def reads_scores(self) -> bool:
-        """Whether the mask has `topk`, which chooses by scores that each layer brings."""
+        """Whether the mask has `topk`, which chooses by scores that each layer computes."""
         return "key_scores" in self.mask.fields
 
     def by_heads(self, heads: int) -> list[tuple[slice, MaskPlan]]:
-        """Plans for runs of heads that follow one expression; each plan's mask is resolved."""
+        """A plan for each run of heads with the same expression; its mask is resolved."""
         return [(run, part or self) for run, part in self.derived(_by_heads, heads)]
 
     # --- Tiles -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def order(self) -> list[int]:
-        """The sequences, those of equal sizes as neighbours."""
+        """The indices of the sequences, sorted so that sequences of equal sizes are neighbours."""
         queries, keys = self.layout.sizes, self.key_layout.sizes
         return sorted(range(len(queries)), key=lambda sequence: (queries[sequence], keys[sequence]))
 
     @cached_property
     def token_orders(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Of queries and of keys: the token `(N,)` at each place if sequences stand in [`order`]; `None`: they do."""
+        """The order of query tokens and of key tokens, `(N,)`, when sequences are in [`order`]; `None`: unchanged."""
         queries, keys = self.layout, self.key_layout
         if self.order == list(range(queries.num_sequences)):
             return None, None
@@ -204,7 +206,7 @@ class MaskPlan:
 
     @cached_property
     def _positions_in_order(self) -> tuple[Tensor, Tensor]:
-        """Positions of queries and of keys where sequences stand in [`order`]."""
+        """Positions of queries and of keys when sequences are in [`order`]."""
         sides = zip((self.layout, self.key_layout), self.token_orders, strict=True)
         queries, keys = (
             side.positions if order is None else side.positions[torch.from_numpy(order).to(side.device)]
@@ -213,7 +215,7 @@ class MaskPlan:
         return queries, keys
 
     def _fields_of(self, places: list[int] | slice) -> Fields:
-        """The fields of the sequences at some places of [`order`]."""
+        """The fields of the sequences at these places of [`order`]."""
         if not self.fields:
             return self.fields
         order = torch.tensor(self.order, device=self.layout.device)
@@ -221,7 +223,7 @@ class MaskPlan:
 
     @cached_property
     def groups(self) -> tuple[GroupPlan, ...]:
-        """Tiles for every group of sequences of equal sizes, in the order of [`order`]; empty ones included."""
+        """The groups of sequences of equal sizes with their tiles, in the order of [`order`], empty groups included."""
         groups = self._untiled()
         band = self.mask.band()
         if band == (None, None):
@@ -242,7 +244,7 @@ class MaskPlan:
         return groups
 
     def _tiles(self, groups: list[GroupPlan]) -> dict[GroupPlan, tuple[Tile, ...]]:
-        """Tiles of each group. Groups with equal numbers of blocks are classified in one go."""
+        """The tiles of each group. Groups with equal numbers of blocks are classified in one call."""
         found = {}
         block = self.block_size
         for _, like in groupby(sorted(groups, key=lambda g: _blocks(g, block)), key=lambda g: _blocks(g, block)):
@@ -257,9 +259,9 @@ class MaskPlan:
         return bool(self.fields) or self.layout.has_gaps or self.key_layout.has_gaps
 
     def _classify(self, groups: list[GroupPlan]) -> list[tuple[Tensor, Tensor]]:
-        """(always, never), each `(query blocks, key blocks)`: what holds for all sequences of each group."""
+        """(always, never) of each group, both `(query blocks, key blocks)`: what holds for all its sequences."""
         queries, keys = self._positions_in_order
-        counts = [group.count if self._differ else 1 for group in groups]  # else one sequence speaks for its group
+        counts = [group.count if self._differ else 1 for group in groups]  # sequences that are classified per group
         places = [(g, s) for g, count in zip(groups, counts, strict=True) for s in range(count)]
         q_starts, q_sizes = [g.first[1] + s * g.queries for g, s in places], [g.queries for g, _ in places]
         k_starts, k_sizes = [g.first[2] + s * g.keys for g, s in places], [g.keys for g, _ in places]
@@ -273,11 +275,11 @@ class MaskPlan:
 
     @cached_property
     def _masks(self) -> dict[tuple, Tensor]:
-        """Masks of tiles that were made for an earlier layer."""
+        """A cache of tile masks, by [`_mask_key`]."""
         return {}
 
     def tile_mask(self, group: GroupPlan, tile: Tile) -> Tensor | None:
-        """Bool `(n | 1, 1 | H, queries, keys)` of a partial tile; `None`: all pairs are allowed, or `tile.causal`."""
+        """Bool `(n | 1, 1 | H, queries, keys)` of a partial tile; `None` for other tiles."""
         if not tile.is_partial:
             return None
         key = self._mask_key(group, tile)
@@ -291,14 +293,14 @@ class MaskPlan:
         return mask
 
     def _mask_key(self, group: GroupPlan, tile: Tile) -> tuple:
-        """Tiles of equal keys have equal masks."""
+        """A key for the cache: tiles with the same key have the same mask."""
         if not self.mask.is_relative or self._differ:
             return group.first, tile.queries.start, tile.keys[0].start
         start = tile.queries.start
         return tile.queries.stop - start, *((keys.start - start, keys.stop - start) for keys in tile.keys)
 
     def _positions(self, group: GroupPlan, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Positions `(n | 1, L)` of a tile's queries and keys; one row where all sequences have the same."""
+        """Positions `(n | 1, L)` of a tile's queries and keys; one row if they are the same in all sequences."""
         (queries, keys), (_, q_first, k_first), n = self._positions_in_order, group.first, group.count
         i = queries[q_first : q_first + n * group.queries].view(n, group.queries)
         j = keys[k_first : k_first + n * group.keys].view(n, group.keys)
@@ -308,26 +310,26 @@ class MaskPlan:
     # --- Cell by cell ------------------------------------------------------------------------------------------------
 
     def dense(self, heads: int = 1) -> Tensor:
-        """Bool `(B, 1 | heads, Tq, Tk)` in the batch's own layout: which token may see which; `False` where none is."""
+        """Bool `(B, 1 | heads, Tq, Tk)` in the batch's layout: which token may see which; `False` at absent tokens."""
         return self.derived(_dense, heads)
 
     @property
     def trimmed(self) -> MaskPlan:
-        """The plan without the tails of its layouts; itself where they have none. See [`SequenceLayout.trimmed`]."""
+        """The plan without the tails of its layouts (see [`SequenceLayout.trimmed`]); itself if they have none."""
         return self.derived(_trimmed) or self
 
     @property
     def in_rows(self) -> MaskPlan:
-        """The plan for [`SequenceLayout.in_rows`] of both sides; itself where it is of such rows.
+        """The plan for [`SequenceLayout.in_rows`] of both layouts; itself if rows already hold one sequence each.
 
-        Sequences that never meet are safe from each other's NaN, which a weight of 0 would not hold back.
+        Otherwise a NaN in one sequence would reach the other sequences of its row, even with a weight of 0.
         """
         return self.derived(_in_rows) or self
 
     def in_batch(self, table: Tensor) -> Tensor:
-        """Cells by sequence and position `(S | 1, 1 | H, P, P)` in the batch's own layout `(B, 1 | H, Tq, Tk)`.
+        """Cells by sequence and position `(S | 1, 1 | H, P, P)`, in the batch's layout `(B, 1 | H, Tq, Tk)`.
 
-        They are 0 where two tokens do not stand in one sequence.
+        Cells of two tokens from different sequences are 0.
         """
         same = self.same_sequence
         if not table.numel():
@@ -340,7 +342,7 @@ class MaskPlan:
 
     @cached_property
     def same_sequence(self) -> Tensor:
-        """Bool `(B, 1, Tq, Tk)` in the batch's own layout: which tokens stand in one sequence."""
+        """Bool `(B, 1, Tq, Tk)` in the batch's layout: which tokens are in the same sequence."""
         layouts = self.layout, self.key_layout
         if layouts[0].shape[0] != layouts[1].shape[0]:
             raise ValueError(
@@ -351,7 +353,7 @@ class MaskPlan:
 
 
 def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan | None]]:
-    """`None` in place of the plan itself, which would keep itself alive."""
+    """See [`MaskPlan.by_heads`]. `None` means the plan itself: a plan that caches itself would keep itself alive."""
     runs = head_runs(plan.mask, heads)
     if len(runs) == 1 and runs[0][1] == plan.mask:
         return [(slice(0, heads), None)]
@@ -366,17 +368,17 @@ def _by_heads(plan: MaskPlan, heads: int) -> list[tuple[slice, MaskPlan | None]]
 
 
 def _in_rows(plan: MaskPlan) -> MaskPlan | None:
-    """`None` where it is of rows of one sequence."""
+    """See [`MaskPlan.in_rows`]. `None` means the plan itself."""
     return _with_layouts(plan, SequenceLayout.in_rows)
 
 
 def _trimmed(plan: MaskPlan) -> MaskPlan | None:
-    """`None` where its layouts have no tail."""
+    """See [`MaskPlan.trimmed`]. `None` means the plan itself."""
     return _with_layouts(plan, SequenceLayout.trimmed)
 
 
 def _with_layouts(plan: MaskPlan, change: Callable[[SequenceLayout], SequenceLayout]) -> MaskPlan | None:
-    """The plan of changed layouts; `None` where the change has no effect."""
+    """The plan with changed layouts; `None` if the change has no effect."""
     layout = change(plan.layout)
     key_layout = layout if plan.key_layout is plan.layout else change(plan.key_layout)
     if layout is plan.layout and key_layout is plan.key_layout:
@@ -388,7 +390,7 @@ def _with_layouts(plan: MaskPlan, change: Callable[[SequenceLayout], SequenceLay
 
 
 def _token_order(layout: SequenceLayout, order: list[int]) -> np.ndarray:
-    """The token `(N,)` at each place where the sequences stand in another order."""
+    """The token `(N,)` at each place when the sequences are in this order."""
     sizes = np.array(layout.sizes)
     starts = (sizes.cumsum() - sizes)[order]
     sizes = sizes[order]
@@ -405,23 +407,25 @@ def _dense(plan: MaskPlan, heads: int) -> Tensor:
 
 
 def _by_sequence(name: str, field: Tensor, layout: SequenceLayout) -> Tensor:
-    """A field `(B, T)` in the batch's layout as `(S, P)`, by sequence and by position."""
+    """A field `(B, T)` in the batch's layout as `(S, P)`, by sequence and position."""
     if tuple(field.shape[:2]) != tuple(layout.shape):
         raise ValueError(f"the field `{name}` must have shape {tuple(layout.shape)}; got {tuple(field.shape)}")
     return layout.by_position(layout.flatten(typed(name, field)))
 
 
 def _sequence_of_places(layout: SequenceLayout) -> Tensor:
-    """Sequence (-1: absent) of every place `(B, T)` of a batch."""
+    """The sequence of every place of a batch `(B, T)`; -1 at absent places."""
     return layout.unflatten(layout.sequence_ids[None], fill=-1)
 
 
-def _place_in_row(layout: SequenceLayout) -> Tensor:
+def _columns(layout: SequenceLayout) -> Tensor:
+    """The column of every place of a batch `(B, T)`."""
     rows, width = layout.shape
     return torch.arange(width, device=layout.device).expand(rows, width)
 
 
-def _row(layout: SequenceLayout) -> Tensor:
+def _rows(layout: SequenceLayout) -> Tensor:
+    """The row of every place of a batch `(B, T)`."""
     rows, width = layout.shape
     return torch.arange(rows, device=layout.device)[:, None].expand(rows, width)
 
@@ -435,21 +439,22 @@ def _whole(group: GroupPlan, causal: bool = False) -> Tile:
 
 
 def _blocks(group: GroupPlan, block: int) -> tuple[int, int]:
-    """Blocks of queries and of keys."""
+    """Number of blocks of queries and of keys."""
     return -(-group.queries // block), -(-group.keys // block)
 
 
 def _block_ends(positions: Tensor, starts: list[int], sizes: list[int], block: int) -> tuple[Tensor, Tensor]:
-    """First and last position `(sequences, blocks)` of each block; positions `(N,)` rise along a sequence."""
+    """First and last position `(sequences, blocks)` of each block; `positions (N,)` increase along a sequence."""
     start, size = (torch.tensor(values, device=positions.device)[:, None] for values in (starts, sizes))
     first = torch.arange(0, max(sizes), block, device=positions.device)
     return positions[start + first], positions[start + torch.minimum(first + block, size) - 1]
 
 
 def _merged(group: GroupPlan, always: Tensor, never: Tensor, block: int, masks: int) -> Iterator[Tile]:
-    """Tiles from `(query blocks, key blocks)`: runs of query blocks that see the same key blocks.
+    """Tiles of a group: runs of query blocks that see the same key blocks.
 
-    A partial tile holds as many rows as its `masks` masks have room for.
+    `always` and `never` are `(query blocks, key blocks)`. A partial tile is limited in size, by LARGEST_TILE cells for
+    all its `masks` masks.
     """
     kept = ~never
     partial = (kept & ~always).any(1)

@@ -1,4 +1,4 @@
-"""The softmax over allowed pairs, written out: what every implementation that holds scores computes.
+"""The softmax over allowed pairs, written out, for the implementations that hold all scores in memory.
 
 Shape legend: B rows, H heads, Hk key/value heads, Tq queries, Tk keys, D and Dv head sizes.
 """
@@ -27,13 +27,13 @@ def softmax_attention(
         key (`Tensor` of shape `(B, Hk, Tk, D)`): Keys; Hk divides H.
         value (`Tensor` of shape `(B, Hk, Tk, Dv)`): Values.
         allowed (bool `Tensor` of shape `(B, 1 | H, Tq, Tk)`, *optional*): Which query may see which key. `None`: all.
-        scaling (`float`): Factor of the scores.
-        dropout (`float`, *optional*, defaults to 0.0): Probability with which a weight is dropped.
+        scaling (`float`): Factor applied to the scores.
+        dropout (`float`, *optional*, defaults to 0.0): Dropout probability of the weights.
         softmax_over (bool `Tensor` of shape `(B, 1 | H, Tq, Tk)`, *optional*):
-            Pairs that the softmax runs over, whose weights `allowed` then masks. `None`: those that are allowed.
+            Pairs that the softmax runs over; `allowed` then masks its weights. `None`: the allowed pairs.
 
     Returns:
-        `(output (B, H, Tq, Dv), weights (B, H, Tq, Tk))`; exactly 0 for a query with no key to see.
+        `(output (B, H, Tq, Dv), weights (B, H, Tq, Tk))`; exactly 0 for a query without any allowed key.
     """
     key, value = (repeated(states, query.shape[1]) for states in (key, value))
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
@@ -44,14 +44,14 @@ def softmax_attention(
 
 
 def repeated(states: Tensor, heads: int) -> Tensor:
-    """Keys or values `(B, Hk, Tk, D)` for each of so many query heads."""
+    """Keys or values `(B, Hk, Tk, D)` repeated for each of `heads` query heads."""
     return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], dim=1)
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor | None, sinks: Tensor | None = None) -> Tensor:
     """Softmax of `scores (B, H, Tq, Tk)` over the allowed keys of each query; 0 for a query without any.
 
-    `sinks (H,)` are the scores of one more key, whose weight is left out.
+    `sinks (H,)` are the scores of an additional key (attention sink), whose weight is not returned.
     """
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
@@ -64,22 +64,22 @@ def masked_softmax(scores: Tensor, allowed: Tensor | None, sinks: Tensor | None 
 
 
 def masked_weights(weights: Tensor, allowed: Tensor) -> Tensor:
-    """Attention weights `(..., Tq, Tk)` with those of hidden keys at 0; the others keep their values."""
+    """Attention weights `(..., Tq, Tk)`, set to 0 for keys that are not allowed and unchanged for the others."""
     return weights * allowed
 
 
 def without_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention `(N, H, Dv)` of packed `(N, H, D)` queries where no query or no key is there: 0, with gradients."""
+    """Attention `(N, H, Dv)` of packed queries `(N, H, D)` without any query or without any key: 0, with gradients."""
     return query.new_zeros(*query.shape[:2], value.shape[2]) + 0 * (query.sum() + key.sum() + value.sum())
 
 
 def without_poison(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, key_layout: SequenceLayout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, key and value `(N, H, D)` with 0 in sequences that hold NaN or infinity, and the query tokens `(N, 1, 1)`
-    of those.
+    """Query, key and value `(N, H, D)`, set to 0 in sequences that hold NaN or infinity; and bool `(N, 1, 1)`: the
+    query tokens of these sequences.
 
-    Where tokens of several sequences meet in one product, a weight of 0 holds no NaN back.
+    If one matrix product covers several sequences, a NaN would spread to the others even with a weight of 0.
     """
     of_queries, of_keys = layout.sequence_ids, key_layout.sequence_ids
     sides = (query, of_queries), (key, of_keys), (value, of_keys)

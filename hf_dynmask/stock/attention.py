@@ -1,4 +1,4 @@
-"""`attn_implementation="dynmask"` for stock models: attention, and the choice of a mask.
+"""`attn_implementation="dynmask"` for stock models: attention, and `set_mask`.
 
 [`install_hooks`] in `models.py` prepares a stock model to run with it. Transformers then calls two functions:
 `dynmask_mask` in `masks.py`, and in every layer [`dynmask_attention_forward`] with the mask that it returned.
@@ -26,10 +26,10 @@ from .batches import CONFIG_ENTRY, NAME, current_batches
 from .masks import DeferredMask
 from .models import check_mask
 
-# Arguments of some models' attention that change what is seen and that no expression can represent.
-UNSERVED_ARGUMENTS = ("block_indices", "cache", "indices", "sinks")
+# Arguments of some models' attention that change which keys are seen and that no expression can represent.
+UNSUPPORTED_ARGUMENTS = ("block_indices", "cache", "indices", "sinks")
 
-# --- Choosing a mask -------------------------------------------------------------------------------------------------
+# --- Setting a mask --------------------------------------------------------------------------------------------------
 
 
 def set_mask(model: PreTrainedModel, text: str | None) -> None:
@@ -40,9 +40,9 @@ def set_mask(model: PreTrainedModel, text: str | None) -> None:
             A DynMask model, or a stock model that runs with `attn_implementation="dynmask"`. The text is stored in its
             configuration and saved with it.
         text (`str`, *optional*):
-            The expression for every layer, such as `"causal & window(255, 0)"`. Fields that it reads are arguments of
+            The expression for all layers, such as `"causal & window(255, 0)"`. Fields that it reads are arguments of
             the model's forward pass. `None` restores the model's own masks. For a DynMask encoder-decoder it sets the
-            encoder's mask; the model's own `set_mask` takes all three.
+            encoder's mask; the model's own `set_mask` sets all three.
 
     Raises:
         ValueError: The text is not an expression, or contains what a stock model cannot follow (`topk`, `dense`,
@@ -89,9 +89,9 @@ def dynmask_attention_forward(
         key (`Tensor` of shape `(B, Hk, Tk, D)`): Keys; Hk divides H.
         value (`Tensor` of shape `(B, Hk, Tk, Dv)`): Values.
         attention_mask ([`DeferredMask`], [`GraphPlan`] or `Tensor` of shape `(B, 1 | H, Tq, Tk)`, *optional*):
-            What [`dynmask_mask`] has returned. A tensor is an explicit mask, boolean or added to the scores. `None`:
-            causal or full, by `is_causal`.
-        scaling (`float`, *optional*): Factor of the scores. `None`: `D ** -0.5`.
+            The result of [`dynmask_mask`]. A tensor is an explicit mask, boolean or added to the scores. `None`: causal
+            or full, depending on `is_causal`.
+        scaling (`float`, *optional*): Factor applied to the scores. `None`: `D ** -0.5`.
         dropout (`float`, *optional*, defaults to 0.0): Dropout probability of the attention weights.
         is_causal (`bool`, *optional*): Used if there is no mask. `None`: the layer's own setting.
         softcap (`float`, *optional*): Bound of the scores (Gemma 2, arXiv:2408.00118, section 2).
@@ -100,19 +100,19 @@ def dynmask_attention_forward(
         output_attentions (`bool`, *optional*): Whether to return the weights.
 
     Returns:
-        `(output (B, Tq, H, Dv), weights (B, H, Tq, Tk) or None)`; exactly 0 for a query with no key to see.
+        `(output (B, Tq, H, Dv), weights (B, H, Tq, Tk) or None)`; exactly 0 for a query without any allowed key.
 
     Raises:
         ValueError: An argument is not supported, or the model cannot take the flat batch.
     """
-    for name in UNSERVED_ARGUMENTS:
+    for name in UNSUPPORTED_ARGUMENTS:
         if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation='{NAME}' does not serve the `{name}` of {type(module).__name__}")
+            raise ValueError(f"attn_implementation='{NAME}' does not support the `{name}` of {type(module).__name__}")
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scored = softcap is not None or s_aux is not None or bool(output_attentions)
-    if isinstance(attention_mask, GraphPlan) and not scored and position_bias is None:
+    needs_scores = softcap is not None or s_aux is not None or bool(output_attentions)
+    if isinstance(attention_mask, GraphPlan) and not needs_scores and position_bias is None:
         return _by_plan(query, key, value, attention_mask, factor, dropout), None
-    attend = partial(_by_scores, softcap=softcap, sinks=s_aux) if scored else _by_cells
+    attend = partial(_by_scores, softcap=softcap, sinks=s_aux) if needs_scores else _by_cells
     settings = factor, dropout, is_causal, position_bias
     return _outside(module, query, key, value, attention_mask, *settings, attend, kwargs)
 
@@ -131,12 +131,12 @@ def _outside(
     attend: Callable[..., tuple[Tensor, Tensor | None]],
     passed: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention outside of graphs: by the plan or, where that does not say all, by [`_by_cells`] or [`_by_scores`]."""
+    """Attention outside of graphs: by the plan or, if there is none or it is not enough, by `attend`."""
     if isinstance(attention_mask, GraphPlan):
         answer = attention_mask.outside()
     elif attention_mask is None or isinstance(attention_mask, Tensor):
-        _check_unnoted(module, query, attention_mask)
-        answer, added = _unnoted(module, query, key, attention_mask, is_causal)
+        _check_without_plan(module, query, attention_mask)
+        answer, added = _allowed_and_bias(module, query, key, attention_mask, is_causal)
         bias = added if bias is None or added is None else bias + added
     else:
         if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
@@ -148,31 +148,32 @@ def _outside(
     if isinstance(answer, MaskPlan):
         if bias is None and attend is _by_cells:
             return _by_plan(query, key, value, answer, scaling, dropout), None
-        output, weights = _apart(attend, query, key, value, answer, bias, scaling, dropout)
+        output, weights = _with_own_rows(attend, query, key, value, answer, bias, scaling, dropout)
     else:
         output, weights = attend(query, key, value, answer, bias, scaling, dropout)
     return output.transpose(1, 2).contiguous(), weights
 
 
-def _check_unnoted(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
-    """Raises if the batch or the model needs more than a missing mask or a tensor can express."""
+def _check_without_plan(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
+    """Raises if a layer got no mask, or a tensor, but the model or the batch needs the result of [`dynmask_mask`]."""
     given = "no mask" if mask is None else "an explicit `attention_mask`"
     if getattr(getattr(module, "config", None), CONFIG_ENTRY, None) is not None:
-        raise ValueError(f"a mask by `set_mask` needs layers that are given the model's; got {given}")
+        raise ValueError(f"a mask by `set_mask` needs layers that are given the model's mask; got {given}")
     batches = current_batches()
     if not batches:
         return
     batch = batches[-1]
-    if batch.is_told_flat if batch.has_explicit_mask else batch.is_flat:
+    is_flat = batch.has_flat_layout if batch.has_explicit_mask else batch.is_flat
+    if is_flat:
         raise ValueError(
             f"a flat batch needs layers that are given the model's mask; {type(module).__name__} got {given}"
         )
 
 
-def _unnoted(
+def _allowed_and_bias(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Which pairs an explicit mask allows, and what it adds to the scores."""
+    """The pairs that an explicit mask, or its absence, allows; and what the mask adds to the scores, if anything."""
     if mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         every = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
@@ -200,11 +201,11 @@ def _by_plan(
 
 
 def _is_whole(layout: SequenceLayout) -> bool:
-    """Whether all places of one row are tokens, or of a tail that nothing reads: no value has to be moved."""
+    """Whether the batch is one row without absent places, except in a tail, so that its tensors are already flat."""
     return layout.indices is None and layout.shape == (1, layout.num_tokens)
 
 
-def _apart(
+def _with_own_rows(
     attend: Callable[..., tuple[Tensor, Tensor | None]],
     query: Tensor,
     key: Tensor,
@@ -213,7 +214,7 @@ def _apart(
     bias: Tensor | None,
     *settings: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """[`_by_cells`] or [`_by_scores`] with one row per sequence, see [`MaskPlan.in_rows`]; 0 for absent tokens."""
+    """[`_by_cells`] or [`_by_scores`] with one row per sequence (see [`MaskPlan.in_rows`]); 0 at absent tokens."""
     plan = plan.trimmed
     rows = plan.in_rows
     sides = (query, plan.layout, rows.layout), *((x, plan.key_layout, rows.key_layout) for x in (key, value))
@@ -228,7 +229,7 @@ def _apart(
 def _by_cells(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, bias: Tensor | None, scaling: float, dropout: float
 ) -> tuple[Tensor, None]:
-    """Attention `(B, H, Tq, Dv)`."""
+    """Attention `(B, H, Tq, Dv)` with a dense mask, by PyTorch's `scaled_dot_product_attention`."""
     output = nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -253,7 +254,7 @@ def _by_scores(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention `(B, H, Tq, Dv)` and its weights, score by score."""
+    """Attention `(B, H, Tq, Dv)` and its weights, from written-out scores."""
     key, value = (repeated(states, query.shape[1]) for states in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:

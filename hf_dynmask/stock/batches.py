@@ -33,7 +33,7 @@ CACHES = ("cache", "past_key_values")
 MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 SPEAKING = (*INPUTS, *CACHES, *MASKS, *PACKING, "lengths", "decoder_lengths", "position_ids")
 EXPANSION = "query_expansion_positions"  # sentence-transformers' name for tokens that see others, though absent
-BOUNDS = ("max_length_q", "max_length_k")  # a graph that looked at these numbers would be of one batch
+BOUNDS = ("max_length_q", "max_length_k")  # a graph that read these numbers would be compiled for each batch
 FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where sequences begin
 
 
@@ -47,15 +47,16 @@ class Batch:
         given (`dict`): Arguments by name.
         is_inner (`bool`): Whether another prepared model runs this one.
         layout ([`SequenceLayout`], *optional*):
-            Where the sequences are, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` say so.
-        told_by (`str`): Which of these arguments says so.
+            Where the sequences are, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` state it.
+        stated_by (`str`): Which of these arguments states it.
         sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
         pooled_by ([`SequenceLayout`], *optional*): These sequences, if this model's layers did and may pool each.
         positions (`Tensor` of shape `(N,)`, *optional*):
-            Those of the tokens in the rows that they come from, if the batch was unpadded.
+            Positions of the tokens in their original rows, if the batch was unpadded.
         absent_see (`bool`):
             Whether absent tokens see the others, as in ColBERT's query expansion (arXiv:2004.12832, section 3.2).
-        unchecked (`dict[str, Tensor]`): By mask, whether it holds only 0 and 1; not read yet, see [`read_along`].
+        unchecked (`dict[str, Tensor]`):
+            For each mask, a flag on the device: whether it holds only 0 and 1. [`read_along`] reads the flags.
     """
 
     model: PreTrainedModel
@@ -63,7 +64,7 @@ class Batch:
     given: dict[str, Any]
     is_inner: bool = False
     layout: SequenceLayout | None = None
-    told_by: str = ""
+    stated_by: str = ""
     sequences_separated: bool = False
     pooled_by: SequenceLayout | None = None
     positions: Tensor | None = None
@@ -74,10 +75,10 @@ class Batch:
     def read(
         cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any], outer: Batch | None = None
     ) -> Batch:
-        """Passes what the batch says about its sequences to the model in arguments that it reads.
+        """Finds the sequences of a batch, and passes them to the model in arguments that it reads.
 
-        Lengths of rows become an attention mask, and a flat batch gets its `position_ids`. What the batch of an `outer`
-        model says is not read again if it is all that is given.
+        Lengths of rows become an attention mask, and a flat batch gets its `position_ids`. If the model gets the same
+        arguments as an `outer` model, the sequences are taken over from there.
 
         Raises:
             ValueError: Arguments contradict each other, or cannot be followed.
@@ -86,7 +87,7 @@ class Batch:
         expansion = batch.given.pop(EXPANSION, None)
         batch.absent_see = expansion is not None or outer is not None and outer.absent_see
         if outer is not None and outer.layout is not None and batch._says_the_same(outer):
-            batch.layout, batch.told_by, batch.positions = outer.layout, outer.told_by, outer.positions
+            batch.layout, batch.stated_by, batch.positions = outer.layout, outer.stated_by, outer.positions
             return batch
         if getattr(batch._first_of(CACHES), "is_of_flat_batch", False):
             raise ValueError("a cache must hold one sequence a row; got one that a flat batch has filled")
@@ -97,7 +98,7 @@ class Batch:
         return batch
 
     def _says_the_same(self, outer: Batch) -> bool:
-        """Whether it has the very arguments of an outer model, as far as they speak of tokens and sequences."""
+        """Whether all arguments that describe tokens and sequences are the same objects as those of an outer model."""
         return all(self.given.get(name) is outer.given.get(name) for name in SPEAKING)
 
     def _masks_of_tokens(self) -> Iterator[tuple[str, Tensor]]:
@@ -125,15 +126,15 @@ class Batch:
         return values[: len(flags)]
 
     def _read_sequences(self) -> None:
-        told = [name for name in FLAT_ARGUMENTS if self.given.get(name) is not None]
-        layout = self._layout(told, "attention_mask", INPUTS)
+        stated = [name for name in FLAT_ARGUMENTS if self.given.get(name) is not None]
+        layout = self._layout(stated, "attention_mask", INPUTS)
         if layout is None:
             return
-        if told[0] == "lengths" and self.given["lengths"].numel() == layout.shape[0]:
-            self._put_padding(told.pop(0), "attention_mask", INPUTS, layout)
-        if not told:
+        if stated[0] == "lengths" and self.given["lengths"].numel() == layout.shape[0]:
+            self._put_padding(stated.pop(0), "attention_mask", INPUTS, layout)
+        if not stated:
             return
-        self.layout, self.told_by = layout, told[0]
+        self.layout, self.stated_by = layout, stated[0]
         if "position_ids" in self.names and self.given.get("position_ids") is None:
             positions = layout.unflatten(layout.positions[None])
             self.given["position_ids"] = positions + first_position(self.model)
@@ -149,32 +150,32 @@ class Batch:
             )
         self._put_padding(name, "decoder_attention_mask", TARGETS, layout)
 
-    def _layout(self, told: list[str], mask_name: str, inputs: Collection[str]) -> SequenceLayout | None:
-        """The layout that the arguments `told` give `inputs`, which a mask must agree with; `None` without them."""
-        if not told:
+    def _layout(self, stated: list[str], mask_name: str, inputs: Collection[str]) -> SequenceLayout | None:
+        """The layout of `inputs` from the arguments `stated`, with which a mask must agree; `None` without any."""
+        if not stated:
             return None
         tokens = self._first_of(inputs)
         if tokens is None:
             if self.is_inner:
                 return None
-            raise ValueError(f"`{told[0]}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got none")
+            raise ValueError(f"`{stated[0]}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got none")
         places = places_of(tokens)
         mask = self.given.get(mask_name)
         mask = mask if isinstance(mask, Tensor) else None  # the model that runs this one has made a `DeferredMask`
         if mask is not None and mask.dim() > len(places):
             raise ValueError(
-                f"`{told[0]}` must come without an explicit mask, which says itself who may see whom; got a mask of "
-                f"shape {tuple(mask.shape)}"
+                f"`{stated[0]}` must come without an explicit mask, which itself says which query may see which key; "
+                f"got a mask of shape {tuple(mask.shape)}"
             )
         lengths = None
-        if told[0] in ("lengths", "decoder_lengths"):
-            lengths = torch.as_tensor(self.given[told[0]], device=tokens.device)
+        if stated[0] in ("lengths", "decoder_lengths"):
+            lengths = torch.as_tensor(self.given[stated[0]], device=tokens.device)
             if lengths.shape == places[:-1]:  # the choices of a question are rows, too
                 lengths = lengths.flatten()
-            self.given[told[0]] = lengths
+            self.given[stated[0]] = lengths
         elif mask is not None and mask.shape != places:
             mask = None
-        more = {} if inputs is TARGETS else self._more_of_sequences(places)
+        further = {} if inputs is TARGETS else self._further_arguments(places)
         try:
             return frames_of_batch(
                 (places[:-1].numel(), places[-1]),
@@ -182,21 +183,22 @@ class Batch:
                 lengths,
                 None if mask is None else mask.to(tokens.device).reshape(-1, mask.shape[-1]),
                 None,
-                **more,
+                **further,
             ).whole
         except ValueError as error:
             if mask is None or lengths is None:
                 raise
             raise ValueError(f"{error} {_IN_FRONT}") from error
 
-    def _more_of_sequences(self, places: torch.Size) -> dict[str, Any]:
+    def _further_arguments(self, places: torch.Size) -> dict[str, Any]:
+        """The other arguments that describe sequences, besides lengths and masks."""
         position_ids = self.given.get("position_ids")
         if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != places[-1]):
-            position_ids = None  # with several dimensions, or with choices
+            position_ids = None  # positions in several dimensions, or of choices
         return {"position_ids": position_ids, "packing": {name: self.given.get(name) for name in PACKING}}
 
     def _put_padding(self, name: str, mask_name: str, inputs: Collection[str], layout: SequenceLayout) -> None:
-        """Turns lengths of rows into a mask, since a model's heads and inner models read it, too."""
+        """Replaces lengths of rows by a mask, since a model's heads and inner models read masks, too."""
         if name in self.names:
             return
         if self.given.get(mask_name) is None:
@@ -232,13 +234,13 @@ class Batch:
 
     @property
     def has_explicit_mask(self) -> bool:
-        """Whether the caller passes an explicit mask of which token may see which."""
+        """Whether the caller passes an explicit mask of which query may see which key."""
         attention_mask = self.given.get("attention_mask")
         return isinstance(attention_mask, Tensor) and attention_mask.dim() > 2
 
     @property
-    def is_told_flat(self) -> bool:
-        """Whether a row holds several sequences, empty ones included, not counting what `position_ids` say."""
+    def has_flat_layout(self) -> bool:
+        """Whether arguments other than `position_ids` state several sequences, empty ones included, for a row."""
         return self.layout is not None and self.layout.num_sequences != self.layout.shape[0]
 
     @property
@@ -246,7 +248,7 @@ class Batch:
         """Whether a row holds several sequences."""
         position_ids = self.given.get("position_ids")
         if self.layout is not None or position_ids is None or position_ids.dim() != 2:
-            return self.is_told_flat
+            return self.has_flat_layout
         present = self._present(position_ids.shape[1])
         if present is not None:
             position_ids = position_ids.expand(present.shape[0], -1)
@@ -257,9 +259,11 @@ class Batch:
         mask = self.given.get("attention_mask")
         if isinstance(mask, dict):  # one for each layer type
             mask = next(iter(mask.values()), None)
-        if isinstance(mask, Tensor) or mask is None:
-            return None if mask is None or mask.dim() != 2 or mask.shape[1] < width else mask[:, -width:].bool()
-        return mask.present(0)  # of a `DeferredMask` that was made in advance
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            return mask.present(0)  # a `DeferredMask` that was made in advance
+        return mask[:, -width:].bool() if mask.dim() == 2 and mask.shape[1] >= width else None
 
 
 _IN_FRONT = (
@@ -287,7 +291,7 @@ def current_batches() -> tuple[Batch, ...]:
 
 @dataclass(eq=False)
 class GraphBatch:
-    """What layers in a graph of `torch.compile` or `torch.export` look up, of a flat batch.
+    """A flat batch as layers in a graph of `torch.compile` or `torch.export` look it up.
 
     Attributes:
         layout ([`SequenceLayout`]): Where the sequences are.
@@ -303,7 +307,7 @@ class GraphBatch:
 
     @classmethod
     def read(cls, model: PreTrainedModel, names: Collection[str], given: dict[str, Any]) -> GraphBatch:
-        """As [`Batch.read`], of arguments that [`is_for_graph`]."""
+        """As [`Batch.read`], for arguments that pass [`is_for_graph`]."""
         tokens = next(given[name] for name in INPUTS if given.get(name) is not None)
         position_ids = given.get("position_ids")
         layout = layout_of_batch(
@@ -320,17 +324,17 @@ class GraphBatch:
         return cls(layout, model, names, given)
 
     def outside(self) -> Batch:
-        """The batch for a layer that runs outside, where the graph has ended early."""
+        """The batch for a layer that runs outside the graph, after a graph break."""
         layout = known(self.layout.described).layout  # type: ignore[arg-type]
-        return Batch(self.model, self.names, self.given, layout=layout, told_by="lengths", sequences_separated=True)
+        return Batch(self.model, self.names, self.given, layout=layout, stated_by="lengths", sequences_separated=True)
 
 
 class InGraph(threading.local):
-    """What a graph can look up: it does not know context variables.
+    """The state that code in a graph looks up, since graphs do not support context variables.
 
     Attributes:
-        batch ([`GraphBatch`], *optional*): While a model's forward pass is traced, or runs on outside of the graph.
-        has_outer (`bool`): Whether a model that runs outside has a batch that its parts look up in [`current_batches`].
+        batch ([`GraphBatch`], *optional*): The batch while a forward pass is traced, also after a graph break.
+        has_outer (`bool`): Whether a model is running outside of a graph, with its batch in [`current_batches`].
     """
 
     def __init__(self):
@@ -342,13 +346,13 @@ IN_GRAPH = InGraph()
 
 
 def is_for_graph(model: PreTrainedModel, names: Collection[str], given: dict[str, Any]) -> bool:
-    """Whether a graph can serve a batch: a flat one that says where its sequences are, and needs nothing else."""
+    """Whether a batch can run in a graph: it is flat, states its sequences and needs nothing that only runs outside."""
     own = {name for name, value in given.items() if name not in BOUNDS and value is not None}
     tokens = next((given[name] for name in INPUTS if name in own), None)
-    told = next((given[name] for name in FLAT_ARGUMENTS if name in own), None)
-    if tokens is None or tokens.shape[0] != 1 or not isinstance(told, Tensor) or told.dim() != 1:
+    sizes = next((given[name] for name in FLAT_ARGUMENTS if name in own), None)
+    if tokens is None or tokens.shape[0] != 1 or not isinstance(sizes, Tensor) or sizes.dim() != 1:
         return False
-    if told.shape[0] == (1 if "lengths" in own else 2):  # a row
+    if sizes.shape[0] == (1 if "lengths" in own else 2):  # a single sequence
         return False
     position_ids = given.get("position_ids")
     if "position_ids" not in names or position_ids is not None and position_ids.shape != places_of(tokens):
@@ -367,12 +371,12 @@ T = TypeVar("T")
 
 
 def kept(find: Callable[[PreTrainedModel], T]) -> Callable[[PreTrainedModel], T]:
-    """Keeps what is found in a model's modules, which takes long to go through in every forward pass."""
+    """Decorator that caches what a function finds in a model's modules, which would slow down every forward pass."""
     found: WeakKeyDictionary[PreTrainedModel, T] = WeakKeyDictionary()
 
     @wraps(find)
     def looked_up(model: PreTrainedModel) -> T:
-        if torch.compiler.is_compiling():  # a graph that read what is kept would be made again when that changes
+        if torch.compiler.is_compiling():  # a graph that read the cache would be compiled again when the cache changes
             return find(model)
         if model not in found:
             found[model] = find(model)
@@ -394,7 +398,7 @@ def reads_tokens_of_rows(model: PreTrainedModel) -> bool:
 
 @kept
 def first_position(model: PreTrainedModel) -> int:
-    """The position of a sequence's first token: 0 or, in RoBERTa's family, the one after that of padding."""
+    """The position of a sequence's first token: 0 or, in RoBERTa's family, one more than the position of padding."""
     for name, part in model.named_modules():
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
             return part.padding_idx + 1  # type: ignore[operator]
@@ -434,7 +438,7 @@ def first_and(later: Tensor) -> Tensor:
 def restarts(position_ids: Tensor, present: Tensor | None) -> Tensor:
     """Bool `(B, T)`: True in the first column, and where a position does not continue that of the token before.
 
-    A position continues if it is the next one, or has grown by as much as the column.
+    A position continues if it is the next one, or if it has increased by as much as the column.
     """
     if not position_ids.is_floating_point():
         position_ids = integers("position_ids", position_ids)

@@ -131,7 +131,7 @@ def _in_each_sequence(function: Callable, sequence_ids: Tensor, positions: Tenso
 
 @torch.compiler.assume_constant_result
 def _text_of(function: Callable) -> str | None:
-    """The expression of a mask function; `None` if there is none that stands without fields."""
+    """The text of a mask function's expression; `None` if it has none, or one that reads fields."""
     found = MaskFunction.read(function)
     return None if found.expression is None or found.expression.fields else str(found.expression)
 
@@ -218,7 +218,7 @@ def _deferred(
 
 
 def states_sequences(config: PreTrainedConfig) -> bool:
-    """Whether a model runs with this attention on a batch that says where its sequences are."""
+    """Whether a model runs with this attention on a batch that states where its sequences are."""
     if config._attn_implementation != NAME:
         return False
     if torch.compiler.is_compiling() or IN_GRAPH.batch is not None:
@@ -236,6 +236,7 @@ def _check_given(mask: Mask, fields: Mapping[str, Tensor]) -> None:
 
 
 def _unpadded() -> SequenceLayout | None:
+    """The layout of the running model's batch, if that was unpadded."""
     batches = current_batches()
     return batches[-1].layout if batches and batches[-1].positions is not None else None
 
@@ -259,7 +260,7 @@ class DeferredMask:
         padding (bool `Tensor` of shape `(B, columns)`, *optional*): Which tokens are real; `None`: all.
         chosen (`Mask`, *optional*): The mask that [`set_mask`] put in place of `function`.
         device (`torch.device`), model_type (`str`): The model's.
-        unpadded ([`SequenceLayout`], *optional*): The flat batch of its tokens, if it is of padded rows.
+        unpadded ([`SequenceLayout`], *optional*): The layout of the flat batch, if padded rows were unpadded.
         absent_see (`bool`): Whether absent tokens see the others.
     """
 
@@ -307,7 +308,10 @@ class DeferredMask:
         )
 
     def answer(self, query: Tensor, passed: Mapping[str, Any], has_bias: bool = False) -> MaskPlan | Tensor:
-        """A plan if keys are the queries and the mask has an expression or rows hold several sequences; else cells.
+        """What a layer's attention needs: a plan, or the mask cell by cell.
+
+        It is a plan if keys and queries are the same tokens and the mask has an expression, or if rows hold several
+        sequences.
 
         Args:
             query (`Tensor` of shape `(B, H, Tq, D)`): The queries of the layer that asks.
@@ -359,7 +363,7 @@ class DeferredMask:
 
     @property
     def _may_cross(self) -> bool:
-        """Whether keys may belong to another sequence than queries. `padding` is then that of the keys."""
+        """Whether keys may be other tokens than queries, as in cross-attention. `padding` is then that of the keys."""
         band = None if self._known.expression is None else self._known.expression.band()
         return self.chosen is None and band is not None and band[0] == band[1]
 
@@ -373,13 +377,13 @@ class DeferredMask:
     def _sequences(self, batches: tuple[Batch, ...], has_bias: bool) -> SequenceLayout | None:
         """The layout of the queries of a flat batch; `None`: each row is one sequence."""
         batch = batches[-1]
-        is_unpadded = batch.positions is not None  # which a model that is given the states of another one never is
+        is_unpadded = batch.positions is not None  # never true for a model that reads the states of another one
         crosses = not is_unpadded and any(has_cross_attention(outer.model.config) for outer in batches)
         position_ids = None if crosses and self._may_cross else self._own(batch.given.get("position_ids"))
         if batch.layout is None:
             layout = None if position_ids is None else self._divided_by(position_ids)
         else:
-            layout = self._told(batch)
+            layout = self._stated(batch)
         if layout is None:
             return None
         takes_positions = position_ids is not None and "position_ids" in batch.names
@@ -396,13 +400,13 @@ class DeferredMask:
 
     def _check_rows(self, passed: Mapping[str, Any]) -> None:
         """Raises if a model whose forward arguments are not known gets more than plain rows."""
-        told = [name for name in FLAT_ARGUMENTS if passed.get(name) is not None]
+        names = [name for name in FLAT_ARGUMENTS if passed.get(name) is not None]
         position_ids = self._own(passed.get("position_ids"))
         if self._known.is_packed or position_ids is not None and self._divided_by(position_ids) is not None:
-            told.append("position_ids")
-        if told:
+            names.append("position_ids")
+        if names:
             raise ValueError(
-                f"`{told[0]}` must be given to a model that is made ready for attn_implementation='{NAME}'; this "
+                f"`{names[0]}` must be given to a model that is made ready for attn_implementation='{NAME}'; this "
                 f"{self.model_type} model is not, or its `forward` was replaced "
                 f"(`model.set_attn_implementation('{NAME}')` makes it ready)"
             )
@@ -416,20 +420,20 @@ class DeferredMask:
         return position_ids.expand(self.shape[0], -1)
 
     def _divided_by(self, position_ids: Tensor) -> SequenceLayout | None:
-        """The layout of rows that positions divide; `None`: they restart nowhere."""
+        """The layout of rows divided where positions restart; `None` if they never do."""
         present = self.present(0)
         starts = restarts(position_ids, present)
         return layout_of(starts, present) if bool(starts[:, 1:].any()) else None
 
-    def _told(self, batch: Batch) -> SequenceLayout | None:
-        """What a flat batch says itself of its sequences, which must be those of the queries."""
+    def _stated(self, batch: Batch) -> SequenceLayout | None:
+        """The layout that a batch states, which must be that of the queries; `None` if each row is one sequence."""
         layout: SequenceLayout = batch.layout  # type: ignore[assignment]
         if layout.shape != (self.shape[0], self.shape[2]):
             raise ValueError(
-                f"`{batch.told_by}` must be of the mask's queries, of shape {(self.shape[0], self.shape[2])}; got "
+                f"`{batch.stated_by}` must be of the mask's queries, of shape {(self.shape[0], self.shape[2])}; got "
                 f"{layout.shape}"
             )
-        if not batch.is_told_flat:
+        if not batch.has_flat_layout:
             return None
         if self.padding is None:
             return layout
@@ -437,11 +441,12 @@ class DeferredMask:
         return layout_of(first_and(starts[:, 1:]), self.present(0))
 
     def _check_flat(self, batch: Batch, crosses: bool, counts_columns: bool) -> None:
+        """Raises if the model cannot take a flat batch."""
         model = f"this {self.model_type} model"
         if has_neftune(batch.model):
             raise ValueError(
-                "NEFTune must have rows: its noise falls with the width of a row, which in a flat batch is that of all "
-                "sequences together; got a flat batch"
+                "NEFTune must have rows: its noise depends on the width of a row, and a flat batch is as wide as all "
+                "its sequences together; got a flat batch"
             )
         if crosses:
             raise ValueError(f"a flat batch needs a model without cross-attention; {model} has it")
@@ -449,11 +454,11 @@ class DeferredMask:
             raise ValueError(f"a flat batch needs a model that takes `position_ids`; {model} counts columns")
         outside = token_mixing_outside_attention(batch.model)
         if outside is not None:
-            raise ValueError(f"a flat batch needs a model whose tokens meet in attention alone; {model} has {outside}")
+            raise ValueError(f"a flat batch needs a model whose tokens meet in attention only; {model} has {outside}")
         if not self._is_square:
             raise ValueError(
-                f"a flat batch must have as many keys as queries, {self.shape[2]}; got {self.shape[3]} (a static cache "
-                "cannot take it, nor one that is in use)"
+                f"a flat batch must have as many keys as queries, {self.shape[2]}; got {self.shape[3]} (it cannot be "
+                "used with a static cache, or with a cache that holds tokens)"
             )
 
     def _check_continued(self, position_ids: Tensor) -> None:
@@ -469,7 +474,7 @@ class DeferredMask:
         if bool(behind.any()):
             raise ValueError(
                 f"`position_ids` must go on from the {before.tolist()} tokens in the cache; got {position.tolist()} (a "
-                "cache that a flat batch has filled cannot be gone on from)"
+                "cache that a flat batch has filled cannot be continued)"
             )
 
     # --- Plans and cells ---
@@ -511,7 +516,7 @@ class DeferredMask:
     def _chosen_cells(self, mask: Mask, heads: int) -> Tensor:
         """Evaluates the chosen expression on keys from a cache."""
         if mask.fields:
-            raise ValueError(f"a mask that reads fields cannot look back into a cache; got '{mask}'")
+            raise ValueError(f"a mask that reads fields cannot be used with a cache; got '{mask}'")
         i, j = (
             torch.arange(first, first + size, device=self.device).view(1, 1, -1)
             for first, size in zip(self.offsets, self.shape[2:], strict=True)
@@ -525,12 +530,12 @@ class DeferredMask:
 
 
 def _plan_of_cells(cells: Tensor, layout: SequenceLayout) -> MaskPlan:
-    """Cells of rows with several sequences, which the plan separates."""
+    """A plan for the cells of rows with several sequences, which it separates."""
     return MaskPlan(masks.dense(), layout.to(cells.device), fields={"attention_mask": cells})
 
 
 def _unique_where_negative(block_ids: Tensor) -> Tensor:
-    """Keeps ids of 0 and above; replaces each negative id by a unique one, as such tokens are in no block."""
+    """Block ids `(B, T)` in which each negative id is unique, since tokens with negative ids are in no block."""
     return torch.where(block_ids < 0, -1 - torch.arange(block_ids.shape[1], device=block_ids.device), block_ids)
 
 

@@ -58,10 +58,10 @@ KNOWN = {
 
 
 def settled(model: PreTrainedModel, requested: str | None) -> str | None:
-    """The `attn_implementation` for a model that asks for one: `"dynmask"` if its configuration has a mask.
+    """The `attn_implementation` of a model: `requested`, or `"dynmask"` if its configuration has a mask.
 
     Raises:
-        ValueError: Another one is asked for although there is a mask, or the model cannot run with `"dynmask"`.
+        ValueError: Another one is requested although there is a mask, or the model cannot run with `"dynmask"`.
     """
     text = getattr(model.config, CONFIG_ENTRY, None)
     if text is not None:
@@ -101,7 +101,7 @@ def check_mask(model: PreTrainedModel, text: str) -> None:
         parts = ", ".join(sorted(config.sub_configs))
         raise ValueError(f"`model` must be one part of a model; {name} has the parts {parts}")
     if has_cross_attention(config):
-        raise ValueError(f"`model` must have self-attention alone; {name} has cross-attention")
+        raise ValueError(f"`model` must have self-attention only; {name} has cross-attention")
 
 
 # --- Forward passes --------------------------------------------------------------------------------------------------
@@ -109,7 +109,10 @@ def check_mask(model: PreTrainedModel, text: str) -> None:
 
 @dataclass(frozen=True)
 class Ready:
-    """Makes forward arguments of a class known to its layers; stored in a model so that unpickling does so, too."""
+    """Wraps the `forward` of a class, so that its layers can look up the arguments.
+
+    Models hold an instance, so that unpickling a model in another process wraps its class there, too.
+    """
 
     model_class: type[PreTrainedModel]
 
@@ -164,7 +167,7 @@ def _lead_layers(model: PreTrainedModel, requested: str | None) -> None:
 
 
 def _rebind(model: PreTrainedModel) -> None:
-    """Lets an instance whose `forward` was hooked before, as Accelerate does, call the wrapped one of its class."""
+    """Makes an instance whose `forward` was hooked before, as by Accelerate, call the wrapped one of its class."""
     ours = type(model).forward
     for name in ("forward", "_old_forward"):
         own = vars(model).get(name)
@@ -206,8 +209,7 @@ def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callabl
 
 
 def _signature(forward: Callable, model_class: type[PreTrainedModel]) -> Signature:
-    """That of a `forward`, or where another package has put `(*args, **kwargs)` in its place, of the code it stands
-    for."""
+    """The signature of a `forward`, or that in the source if another package replaced it by `(*args, **kwargs)`."""
     found = signature(forward)
     if all(parameter.kind is not Parameter.VAR_POSITIONAL for parameter in found.parameters.values()):
         return found
@@ -258,7 +260,7 @@ def run_announced(
 
 
 def _is_for_graph(model: PreTrainedModel, names: list[str], given: dict[str, Any]) -> bool:
-    """As [`is_for_graph`], if all keywords are known as well."""
+    """As [`is_for_graph`]; in addition, all keywords must be known."""
     text = getattr(model.config, CONFIG_ENTRY, None)
     read = () if text is None else fields_of(text)
     known = given.keys() <= {*names, *KNOWN} and all(given.get(name) is not None for name in read)
@@ -267,7 +269,7 @@ def _is_for_graph(model: PreTrainedModel, names: list[str], given: dict[str, Any
 
 
 def run_in_graph(forward: Callable, model: PreTrainedModel, names: list[str], given: dict[str, Any]) -> Any:
-    """As [`run_announced`], traced into the graph; where that ends early, layers outside find the batch as well."""
+    """As [`run_announced`], but traced into the graph. After a graph break, layers still find the batch."""
     batch = GraphBatch.read(model, names, given)
     try:
         IN_GRAPH.batch = batch
@@ -345,7 +347,7 @@ def _warn_of_fields(model: PreTrainedModel, fields: list[str]) -> None:
 
 
 def _of_sides(names: set[str]) -> set[str]:
-    """The names, and those under which an encoder-decoder passes them to one side."""
+    """The names, and those with the prefixes under which an encoder-decoder passes them to one side."""
     return names | {f"{side}_{name}" for side in ("encoder", "decoder") for name in names}
 
 
@@ -361,7 +363,7 @@ def _code_of(model: PreTrainedModel) -> Iterator[str]:
 
 @cache
 def _mentioned(module: str) -> frozenset[str]:
-    """The argument names and strings in a module's code, among which are all keywords that it reads."""
+    """The argument names and strings in a module's code, which include all keywords that it reads."""
     found = set()
     for node in ast.walk(ast.parse(getsource(sys.modules[module]))):
         if isinstance(node, ast.arg):

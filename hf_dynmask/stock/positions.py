@@ -1,8 +1,8 @@
 """Positions of unpadded batches in stock models that count columns by themselves.
 
-Both sides of encoder-decoders take no `position_ids`. Those of BART's family look up columns in a table, those of T5's
-add a bias to the scores of all pairs of columns. A hook on that part gives it the positions in the rows that the tokens
-come from; for all other batches it does nothing.
+The sides of encoder-decoders take no `position_ids`. Models of BART's family look up columns in a table. Models of T5's
+family add a bias to the scores of all pairs of columns. A hook on the module that counts columns gives it the tokens'
+positions in their original rows. For all other batches the hook does nothing.
 
 Shape legend: N real tokens, H heads, P positions of the longest row.
 """
@@ -21,7 +21,7 @@ from .masks import DeferredMask
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether a model can be told the positions of its tokens."""
+    """Whether positions of tokens can be passed to a model, as an argument or by hooks."""
     return _takes_position_ids(model) or any(map(_hook_for, model.modules()))
 
 
@@ -49,7 +49,7 @@ def _hook_for(part: nn.Module) -> Any:
 
 
 def _look_up_positions(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    positions = _positions()  # a decoder passes the columns
+    positions = _positions()  # these replace the columns that a decoder passes
     return None if positions is None else (args, kwargs | {"position_ids": positions})
 
 
@@ -70,5 +70,5 @@ def _compute_bias_by_position(part: Any, args: tuple, kwargs: dict[str, Any]) ->
 
 @eager_only
 def _longest(mask: Any) -> int | None:
-    """P of an unpadded batch. The mask knows it still where checkpointed layers are computed again."""
+    """P of an unpadded batch, from its mask, which checkpointed layers still have when they are computed again."""
     return mask.unpadded.num_positions if isinstance(mask, DeferredMask) and mask.unpadded is not None else None

@@ -1,8 +1,8 @@
 """Runs stock models on the real tokens of ordinary padded rows.
 
-The rows of a base model, one without a head, become one flat row before its forward pass, and what it returns becomes
-rows again, so that heads, losses and other code notice nothing. Where that would not give the stock outputs, the model
-runs on the rows as they are.
+Before the forward pass of a base model (a model without a head), its rows become one flat row. Its outputs become rows
+again, so that heads, losses and other code do not notice. If that would not give the stock outputs, the model runs on
+the rows as they are.
 
 Shape legend: B rows, T columns, N real tokens.
 """
@@ -36,16 +36,16 @@ from .batches import (
 )
 from .positions import install_position_hooks, takes_positions
 
-SWITCH = "dynmask_unpad"  # an entry of a configuration; `False`: padded rows are computed as they are
+SWITCH = "dynmask_unpad"  # configuration entry; `False`: padded rows are computed as they are
 OF_TOKENS = (*INPUTS, "token_type_ids", "position_ids", *TOKEN_FIELDS)
 OF_ROWS = tuple(name for name, shape in FIELD_SHAPES.items() if len(shape) < 4 and name not in TOKEN_FIELDS)
-COUNT_TOKENS = {"opt": True, "biogpt": False}  # whether positions are numbers of tokens, where the code counts them
-HEADS = re.compile("For[A-Z]|HeadModel|HeadsModel")  # in names of classes; not all know which part is their base
-OUTPUTS_OF_ROWS = ("output_attentions", "output_router_logits")  # what a flat row cannot give
+COUNT_TOKENS = {"opt": True, "biogpt": False}  # model types whose code has a `cumsum`: whether positions count tokens
+HEADS = re.compile("For[A-Z]|HeadModel|HeadsModel")  # in class names; not all heads have a `base_model` beside them
+OUTPUTS_OF_ROWS = ("output_attentions", "output_router_logits")  # a flat row cannot return these
 
 
 def why_rows(model: PreTrainedModel) -> str | None:
-    """Why a base model computes the padding of rows; `None`: it computes real tokens alone."""
+    """The reason why a base model computes the padding of rows; `None` if it computes real tokens only."""
     is_off = getattr(model.config, SWITCH, True) is False
     return f"its configuration has `{SWITCH}=False`" if is_off else _why_rows(model)
 
@@ -78,22 +78,23 @@ def _why_not_pooled(model: PreTrainedModel) -> str | None:
         return "it pools by itself"
     is_part = isinstance(pooler, nn.Linear) and not hasattr(model, "pooler_activation")
     if is_part or len(signature(pooler.forward).parameters) > 1:
-        return f"its pooler is no function of states alone: {type(pooler).__name__}"
+        return f"its pooler needs more than the states: {type(pooler).__name__}"
     return None
 
 
 def _forward(model: PreTrainedModel) -> Callable:
-    """The code of its class, which decorators and subclasses may be around."""
+    """The `forward` of a model's class, without decorators."""
     own: Any = type(model).forward
     return unwrap(getattr(own, "announces", own))
 
 
 def _source(model: PreTrainedModel) -> str:
-    """The code of its module."""
+    """The source code of the module that defines a model's `forward`."""
     return _text(sys.modules[_forward(model).__module__])
 
 
 def _text(code: Any) -> str:
+    """The source code of an object; empty if there is none."""
     try:
         return getsource(code)
     except (OSError, TypeError):  # made at run time
@@ -102,7 +103,7 @@ def _text(code: Any) -> str:
 
 @kept
 def _counts_tokens(model: PreTrainedModel) -> bool | None:
-    """Whether positions that are not given count real tokens (else columns); `None`: it is not known."""
+    """Whether the model's own positions count real tokens (otherwise columns); `None` if that is not known."""
     if not _forward(model).__module__.startswith("transformers.models."):
         return None
     return COUNT_TOKENS.get(model.config.model_type, None if "cumsum" in _source(model) else False)
@@ -113,9 +114,9 @@ class Unpadded:
     """The forward pass of a base model on the real tokens of padded rows.
 
     Attributes:
-        rows ([`SequenceLayout`]): Where they stand in the batch.
-        batch ([`Batch`]): The flat batch of them.
-        returns_tuple (`bool`): Whether a tuple was asked for.
+        rows ([`SequenceLayout`]): The layout of these tokens in the padded rows.
+        batch ([`Batch`]): The flat batch of these tokens.
+        returns_tuple (`bool`): Whether the caller wants a tuple.
     """
 
     rows: SequenceLayout
@@ -125,7 +126,7 @@ class Unpadded:
     @classmethod
     @eager_only
     def of(cls, batch: Batch, outer: Sequence[Batch]) -> Unpadded | None:
-        """The batch of a base model without its padding; `None`: it is computed as it is."""
+        """The batch of a base model without its padding; `None` if it has to be computed as it is."""
         model, given = batch.model, batch.given
         if why_rows(model) is not None or not _can_be_flat(batch, outer):
             return None
@@ -137,7 +138,7 @@ class Unpadded:
             if each.given.get("attention_mask") is mask:
                 each.unchecked.pop("attention_mask", None)
         if tokens == mask.numel():
-            given["attention_mask"] = None  # nothing more to read
+            given["attention_mask"] = None  # without padding, nobody has to read it again
             return None
         if tokens == 0 or has_holes or starts_late and not _can_start_late(batch, outer):
             return None
@@ -148,15 +149,15 @@ class Unpadded:
         if returns_tuple:
             given["return_dict"] = True
         install_position_hooks(model)
-        batch = replace(batch, given=given, layout=flat, told_by="lengths", positions=positions[0])
+        batch = replace(batch, given=given, layout=flat, stated_by="lengths", positions=positions[0])
         return cls(rows, batch, returns_tuple)
 
     @eager_only
     def in_rows(self, output: Any) -> Any:
-        """What the model returned, with 0 where no token is.
+        """The model's output in the padded rows, 0 at absent tokens.
 
         Raises:
-            TypeError: It returned something else than a [`~transformers.utils.ModelOutput`].
+            TypeError: The output is not a [`~transformers.utils.ModelOutput`].
         """
         if not isinstance(output, ModelOutput):
             raise TypeError(
@@ -240,8 +241,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _may_go_on(batch: Batch, outer: Sequence[Batch]) -> bool:
-    """Whether the caller may go on from the cache of this forward pass: a language model's, neither in training nor to
-    compute a loss."""
+    """Whether the caller may continue from the cache of this forward pass, as with a language model that neither trains
+    nor computes a loss."""
     caller = (*outer, batch)[0]
     returns_cache = "use_cache" in batch.names and batch.given.get("use_cache") is None
     in_use = returns_cache and getattr(batch.model.config, "use_cache", False)
@@ -250,8 +251,8 @@ def _may_go_on(batch: Batch, outer: Sequence[Batch]) -> bool:
 
 
 def _read(mask: Tensor) -> tuple[int, bool, bool, bool]:
-    """Of a mask `(B, T)`: its real tokens, whether it holds only 0 and 1, whether padding stands between tokens, and
-    whether a row begins with padding."""
+    """Reads a mask `(B, T)`: the number of real tokens, whether it holds only 0 and 1, whether there is padding between
+    tokens, and whether a row begins with padding."""
     present = mask.bool()
     counts, columns = present.sum(1), torch.arange(mask.shape[1], device=mask.device)
     first, last = columns.where(present, mask.shape[1]).amin(1), columns.where(present, -1).amax(1)
@@ -271,7 +272,7 @@ def _can_start_late(batch: Batch, outer: Sequence[Batch]) -> bool:
 
 
 def _layout(mask: Tensor, tokens: int) -> SequenceLayout:
-    """Of rows without padding between their tokens."""
+    """The layout of rows without padding between their tokens."""
     present = mask.bool()
     lengths, width = present.sum(1), mask.shape[1]
     sequence_ids, positions = ids_and_positions(lengths, tokens)
@@ -288,7 +289,7 @@ def _flat(batch: Batch, rows: SequenceLayout, positions: Tensor) -> dict[str, An
     if "position_ids" in batch.names:
         given["position_ids"] = positions
     if "token_type_ids" in batch.names and given.get("token_type_ids") is None and _has_types(model):
-        given["token_type_ids"] = torch.zeros_like(rows.positions)[None]  # the model's own may be fewer
+        given["token_type_ids"] = torch.zeros_like(rows.positions)[None]  # the model's buffer may be too short
     if "use_cache" in batch.names:
         given["use_cache"] = False
     return given | {"attention_mask": None}
@@ -300,7 +301,7 @@ def _has_types(model: PreTrainedModel) -> bool:
 
 
 def _positions(batch: Batch, rows: SequenceLayout) -> Tensor:
-    """Positions `(1, N)` of real tokens, as the model has them in rows."""
+    """Positions `(1, N)` of real tokens, as the model computes them in rows."""
     given = batch.given.get("position_ids")
     if given is not None:
         return rows.flatten(given.expand(rows.shape))

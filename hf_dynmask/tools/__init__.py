@@ -1,1 +1,1 @@
-"""Tools that inspect data sets, masks and checkpoints, and share checkpoints."""
+"""Tools that inspect data sets, masks and checkpoints, and export checkpoints."""

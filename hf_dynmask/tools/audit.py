@@ -1,4 +1,4 @@
-"""How much computation a data set spends on padding, and how much faster training is with lengths."""
+"""How much of the computation on a data set is padding, and how much faster training is with lengths."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Batching(NamedTuple):
         name (`str`): How examples were batched.
         steps (`int`): Number of batches.
         mean_tokens, most_tokens (`float`): Real tokens of a batch.
-        padding (`float`): Share of padding in rows padded to the longest of their batch.
-        speedup (`float`): Operations on padded rows over those on real tokens: an upper bound of the speed-up.
+        padding (`float`): Share of padding if rows are padded to the longest row of their batch.
+        speedup (`float`): Operations on padded rows, divided by those on real tokens: an upper bound of the speed-up.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Audit(NamedTuple):
         sizes (`list[tuple[int, ...]]`): Tokens of each example and, if there are targets, of its target.
         truncated (`int`): Number of truncated examples.
         batchings (`list[Batching]`): Plain, length-grouped and token-budget batches.
-        timed (`list[float]`): Measured speed-up of training with lengths, for each of the batchings; empty if it was
-            not measured.
+        timed (`list[float]`): Measured speed-up of training with lengths for each of the batchings; empty if it was not
+            measured.
     """
 
     sizes: list[Sizes]
@@ -86,18 +86,18 @@ def audit_dataset(
 
     Args:
         dataset (`datasets.Dataset`): Texts, or tokens if there is a column `input_ids`.
-        model (`str`): A folder or Hub id. Its configuration and tokenizer are read, its weights are not.
+        model (`str`): A folder or Hub id. Only its configuration and tokenizer are read.
         batch_size (`int`): Examples per batch. The token budget is this number times the mean length.
         columns (`Sequence[str]`, *optional*): The column of texts, or two columns for pairs of texts. `None`: `text`,
             or the first column that holds text.
         target (`str`, *optional*): The column of targets, for an encoder-decoder.
-        max_length (`int`, *optional*): Texts are truncated to this many tokens. `None`: as many as the model takes.
+        max_length (`int`, *optional*): Texts are truncated to this many tokens. `None`: the maximum of the model.
         with_times (`bool`, *optional*, defaults to `False`): Also time training steps; see [`time_speedups`].
 
     Raises:
-        ValueError: A column is missing or holds no text; targets are given for a model without a decoder, or are
-            missing for one with a decoder; there are no examples; `batch_size` is not positive; `with_times` is set
-            for a model that neither converts nor uses transformers' attention interface.
+        ValueError: A column is missing or holds no text; targets are given for a model that is not an encoder-decoder,
+            or are missing for one that is; there are no examples; `batch_size` is not positive; `with_times` is set for
+            a model that cannot be converted and does not use transformers' attention interface.
         OSError: There is no such model.
     """
     if batch_size < 1:
@@ -114,10 +114,10 @@ def audit_dataset(
         sides.append(_tokens(dataset, tokenizer, [target], as_target=True))
     if not sides[0]:
         raise ValueError("the data must hold at least one example; got none")
-    whole = list(zip(*sides, strict=True))
-    longest = _room(config, tokenizer) if max_length is None else max_length
-    sizes = [tuple(min(size, longest) for size in of_one) for of_one in whole]
-    truncated = sum(cut != full for cut, full in zip(sizes, whole, strict=True))
+    untruncated = list(zip(*sides, strict=True))
+    limit = _max_tokens(config, tokenizer) if max_length is None else max_length
+    sizes = [tuple(min(size, limit) for size in example) for example in untruncated]
+    truncated = sum(cut != full for cut, full in zip(sizes, untruncated, strict=True))
     timed = time_speedups(config, sizes, batch_size) if with_times else []
     return Audit(sizes, truncated, audit_sizes(sizes, config_work(config), batch_size), timed)
 
@@ -128,25 +128,26 @@ def audit_sizes(sizes: Sequence[Sizes], work: ModelFlops, batch_size: int) -> li
 
     Args:
         sizes (`Sequence[tuple[int, ...]]`): Tokens of each example and, for an encoder-decoder, of its target.
-        work ([`ModelFlops`]): Counts the model's operations.
+        work ([`ModelFlops`]): The cost of the model.
         batch_size (`int`): Examples per batch.
 
     Returns:
-        `list[Batching]`: In random order; grouped by length, as with `train_sampling_strategy="group_by_length"` in the
-        [`~transformers.TrainingArguments`]; by a token budget, as with [`TokenBudgetMixin`].
+        `list[Batching]`: Three batchings. Examples in random order; grouped by length, as with
+        `train_sampling_strategy="group_by_length"` in the [`~transformers.TrainingArguments`]; with a token budget, as
+        with [`TokenBudgetMixin`].
     """
     return [_batching(name, batches, work) for name, batches in _epochs(sizes, batch_size).items()]
 
 
 def _epochs(sizes: Sequence[Sizes], batch_size: int) -> dict[str, list[list[Sizes]]]:
-    """The batches of an epoch for each way of batching."""
+    """The batches of an epoch for each way of batching, by name."""
     generator = torch.Generator().manual_seed(0)
-    lengths = [sum(of_one) for of_one in sizes]
+    lengths = [sum(example) for example in sizes]
     budget = max(math.ceil(sum(lengths) * batch_size / len(lengths)), max(lengths), 1)
-    of_sources = [of_one[0] for of_one in sizes]
+    source_lengths = [example[0] for example in sizes]
     orders = {
         "plain": torch.randperm(len(sizes), generator=generator).tolist(),
-        "grouped by length": get_length_grouped_indices(of_sources, batch_size, generator=generator),
+        "grouped by length": get_length_grouped_indices(source_lengths, batch_size, generator=generator),
     }
     epochs = {name: list(_in_batches(order, batch_size)) for name, order in orders.items()}
     epochs[f"budget of {budget:,} tokens"] = list(TokenBudgetBatchSampler(lengths, budget))
@@ -154,8 +155,8 @@ def _epochs(sizes: Sequence[Sizes], batch_size: int) -> dict[str, list[list[Size
 
 
 def _batching(name: str, batches: list[list[Sizes]], work: ModelFlops) -> Batching:
-    real = [of_one for batch in batches for of_one in batch]
-    padded = [_longest(batch) for batch in batches for _ in batch]
+    real = [example for batch in batches for example in batch]
+    padded = [_widths(batch) for batch in batches for _ in batch]
     tokens = [sum(map(sum, batch)) for batch in batches]
     places = sum(map(sum, padded))
     return Batching(
@@ -168,8 +169,8 @@ def _batching(name: str, batches: list[list[Sizes]], work: ModelFlops) -> Batchi
     )
 
 
-def _longest(batch: list[Sizes]) -> Sizes:
-    """Row width on each side."""
+def _widths(batch: list[Sizes]) -> Sizes:
+    """The row width on each side of a batch."""
     return tuple(map(max, zip(*batch, strict=True)))
 
 
@@ -184,12 +185,12 @@ def _in_batches(order: list[int], batch_size: int) -> Iterator[list[int]]:
 
 def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[float]:
     """
-    Times training steps with lengths and on padded rows on this machine, and returns the speed-up.
+    Times training steps on this machine, with lengths and on padded rows, and returns the speed-ups.
 
-    Padded rows run through the stock model, lengths through the converted one or, if its family cannot be converted,
-    through the stock one with `attn_implementation="dynmask"`. A step is forward, backward, gradient clipping and
-    AdamW, as by default in the [`~transformers.Trainer`]. The models have random weights and no head. The two alternate
-    on 8 batches of each kind; the shortest of 3 times counts.
+    Padded rows run through the stock model. Lengths run through the converted model or, if its family cannot be
+    converted, through the stock model with `attn_implementation="dynmask"`. A step is forward, backward, gradient
+    clipping and AdamW, the defaults of the [`~transformers.Trainer`]. The models have random weights and no head. Both
+    models alternate on 8 batches of each batching, and the shortest of 3 times counts.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): Configuration of the stock model.
@@ -200,7 +201,7 @@ def time_speedups(config: Any, sizes: Sequence[Sizes], batch_size: int) -> list[
         `list[float]`: One speed-up for each of the batchings of [`audit_sizes`].
 
     Raises:
-        ValueError: The model cannot be converted, nor run with `attn_implementation="dynmask"`.
+        ValueError: The model can neither be converted nor run with `attn_implementation="dynmask"`.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     stock = AutoModel.from_config(config)
@@ -230,16 +231,17 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _speedup(steps: list[Callable[[Inputs], float]], batches: list[tuple[Inputs, Inputs]]) -> float:
-    of_rows, of_lengths = (sum(seconds) for seconds in zip(*(_seconds(steps, batch) for batch in batches), strict=True))
-    return of_rows / of_lengths
+    times = (_seconds(steps, batch) for batch in batches)
+    with_padding, with_lengths = (sum(seconds) for seconds in zip(*times, strict=True))
+    return with_padding / with_lengths
 
 
 def _seconds(
     steps: list[Callable[[Inputs], float]], batch: tuple[Inputs, Inputs], repeats: int = REPEATS
 ) -> list[float]:
-    """The shortest time that a step of each model takes."""
-    rounds = [[step(of_model) for step, of_model in zip(steps, batch, strict=True)] for _ in range(repeats)]
-    return [min(of_model) for of_model in zip(*rounds, strict=True)]
+    """The shortest time of a step of each model."""
+    rounds = [[step(inputs) for step, inputs in zip(steps, batch, strict=True)] for _ in range(repeats)]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 def _seconds_of_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs) -> float:
@@ -254,7 +256,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Inputs) ->
 
 
 def _inputs(batch: list[Sizes], vocab_size: int, device: torch.device) -> tuple[Inputs, Inputs]:
-    """Random tokens of these sizes, in rows with an attention mask and with lengths."""
+    """Random tokens of these sizes: rows with an attention mask, and the same rows with lengths."""
     generator = torch.Generator().manual_seed(0)
     padded, with_lengths = {}, {}
     for names, sizes in zip(NAMES, zip(*batch, strict=True), strict=False):
@@ -280,7 +282,7 @@ def _spread(batches: list[Any]) -> list[Any]:
 
 
 def _tokens(dataset: Any, tokenizer: Any, columns: Sequence[str], as_target: bool = False) -> list[int]:
-    """Tokens of each example, including special tokens but not padding."""
+    """The number of tokens of each example, including special tokens but not padding."""
     if not columns and IDS in dataset.column_names:
         return example_lengths(dataset.select_columns([name for name in (IDS, MASK) if name in dataset.column_names]))
     texts = [text_column(dataset, column) for column in columns or [None]]
@@ -290,8 +292,8 @@ def _tokens(dataset: Any, tokenizer: Any, columns: Sequence[str], as_target: boo
     return list(map(len, tokenizer(**given, verbose=False)["input_ids"]))
 
 
-def _room(config: Any, tokenizer: Any) -> int:
-    """The maximum number of tokens that a model takes."""
+def _max_tokens(config: Any, tokenizer: Any) -> int:
+    """The maximum number of tokens that a model and its tokenizer take."""
     positions = getattr(config, "max_position_embeddings", None) or UNLIMITED
     return min(positions - getattr(config, "position_offset", 0), getattr(tokenizer, "model_max_length", UNLIMITED))
 

@@ -1,5 +1,5 @@
-"""Checks that a checkpoint computes the same without padding as on padded rows, that no sequence affects another, and
-how much faster it is."""
+"""Checks that a checkpoint gives the same outputs without padding as on padded rows, that no sequence affects another,
+and how much faster it is."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ..stock.batches import NAME, first_position
 from ..training.throughput import seconds_of
 from .reading import read_config, read_model, read_tokenizer, reading
 
-SLACK = 4  # times the padded run's rounding error: how much summing in another order may differ
-NUMBER = 8  # of examples
-LONGEST = 512  # tokens of one, if the model takes as many
-LENGTHS = (1, 24, 7, 63, 24, 130, 2, 40)  # of examples that are made up
+SLACK = 4  # allowed error, in multiples of the padded run's rounding error, since sums are in another order
+NUMBER = 8  # the number of examples
+LONGEST = 512  # the maximum length of an example, if the model takes as many tokens
+LENGTHS = (1, 24, 7, 63, 24, 130, 2, 40)  # of examples of random tokens
 PREFIXES = ("", "decoder_")
 REPEATS = 5
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
-Sequences = tuple[Tensor, ...]  # of one example: its tokens, and those of its target where there is a decoder
+Sequences = tuple[Tensor, ...]  # one example: its tokens, and for an encoder-decoder those of its target
 Batch = dict[str, Tensor]
 
 
@@ -39,10 +39,10 @@ class Finding(NamedTuple):
 
     Attributes:
         what (`str`): What was compared, and with what.
-        dtype (`torch.dtype`): Of weights and activations.
+        dtype (`torch.dtype`): The dtype of weights and activations.
         found (`float`): The largest difference, or the number of sequences that changed.
         allowed (`float`): The largest value that passes.
-        is_of_leaks (`bool`): Whether sequences were counted that change with what they must not see.
+        is_of_leaks (`bool`): Whether this is a test for leaks, where `found` is a number of sequences.
     """
 
     what: str
@@ -53,16 +53,17 @@ class Finding(NamedTuple):
 
     @property
     def is_right(self) -> bool:
-        return self.found <= self.allowed  # NaN is not
+        return self.found <= self.allowed  # False for NaN
 
 
 class Models(NamedTuple):
-    """Our model and the one it is compared with, which runs on padded rows with an `attention_mask`.
+    """The model under test, and the model it is compared with.
 
     Attributes:
-        ours, padded (`PreTrainedModel`): The two.
-        what_is_padded (`str`): What the second one is.
-        is_stock (`bool`): Whether ours is the stock model, too, with `attn_implementation="dynmask"`.
+        ours (`PreTrainedModel`): The model under test.
+        padded (`PreTrainedModel`): The other model, which runs on padded rows with an `attention_mask`.
+        what_is_padded (`str`): What the other model is.
+        is_stock (`bool`): Whether `ours` is a stock model too, with `attn_implementation="dynmask"`.
     """
 
     ours: Any
@@ -80,28 +81,28 @@ def check_model(
     """
     Runs a checkpoint in several ways on the same examples.
 
-    A stock checkpoint runs with `attn_implementation="dynmask"` and, if [`from_transformers`] takes it, converted; both
-    are compared with the stock model on padded rows. A DynMask checkpoint is compared with its stock equivalent or, if
-    there is none, with the dense reference (`attn_implementation="eager"`) on padded rows. They agree if the error of
-    the outputs for real tokens, measured against a run in float64, is at most four times that of the padded run plus
-    one unit of rounding.
+    A stock checkpoint runs with `attn_implementation="dynmask"` and, if [`from_transformers`] takes it, also converted.
+    Both are compared with the stock model on padded rows. A DynMask checkpoint is compared with its stock equivalent
+    or, if there is none, with the dense reference (`attn_implementation="eager"`), on padded rows. All errors are
+    measured against the padded run in float64, on the outputs for real tokens. The error may be at most four times that
+    of the padded run plus one unit of rounding.
 
-    Then the tokens of each sequence in turn, and the contents of the padding, are replaced: the outputs for the other
-    sequences must not change by a single bit. In the first dtype, forward passes are timed as well, in turns with the
-    padded run: medians of 5.
+    Then the tokens of each sequence in turn, and the contents of the padding, are replaced. The outputs for the other
+    sequences must not change by a single bit. In the first dtype, forward passes are also timed. They alternate with
+    the padded run, and the median of 5 counts.
 
     Args:
         source (`str`): A folder or Hub id.
-        texts (`list[str]`, *optional*): The first eight that have tokens are used, truncated to 512 tokens. `None`:
-            random tokens, with lengths from 1 to 130.
+        texts (`list[str]`, *optional*): The first eight texts that are not empty are used, truncated to 512 tokens.
+            `None`: random tokens, with lengths from 1 to 130.
         dtypes (`Iterable[torch.dtype]`, *optional*): Dtypes to run in; float32 and bfloat16 by default.
 
     Yields:
-        [`Finding`], and a [`Speed`] for each model that is compared with the padded one.
+        Instances of [`Finding`], and one [`Speed`] for each model that is compared with the padded run.
 
     Raises:
-        ValueError: The model reads no tokens; its masks read fields; there are no texts; it is a stock model that does
-            not use transformers' attention interface.
+        ValueError: The model does not read tokens; its masks read fields; there are no texts; it is a stock model that
+            does not use transformers' attention interface.
         OSError: There is no such checkpoint.
     """
     config = read_config(source)
@@ -120,9 +121,9 @@ class Speed(NamedTuple):
     """How fast a model is.
 
     Attributes:
-        what (`str`): Which model.
-        dtype (`torch.dtype`): Of weights and activations.
-        speedup (`float`): The time of the padded run over its time.
+        what (`str`): The model.
+        dtype (`torch.dtype`): The dtype of weights and activations.
+        speedup (`float`): The time of the padded run, divided by the time of this model.
         padding (`float`): Share of padding in the padded rows.
         device (`torch.device`): Where both ran.
     """
@@ -146,10 +147,10 @@ def _speed(models: Models, examples: list[Sequences], dtype: torch.dtype) -> Spe
 
 
 def compare(ours: PreTrainedModel, stock: PreTrainedModel) -> Iterator[Finding]:
-    """Whether a model of ours and a stock model agree, as in [`check_model`], on random tokens and in their dtype.
+    """Compares a model of ours with a stock model on random tokens, in their dtype, as [`check_model`] does.
 
     Raises:
-        ValueError: The model reads no tokens.
+        ValueError: The model does not read tokens.
     """
     models = Models(_checked(ours).eval(), stock.eval(), f"a {type(stock).__name__}")
     yield from _agreement(models, _examples("", ours, None), ours.dtype)
@@ -174,7 +175,7 @@ def _models(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> Iterat
 
 
 def _reference(ours: Any) -> tuple[Any, str]:
-    """What one of our models is compared with, and what that is."""
+    """The model that one of our models is compared with, and a description of it."""
     if isinstance(ours.config, DynMaskRecurrentConfig):
         return ours, "the model"
     try:
@@ -186,16 +187,16 @@ def _reference(ours: Any) -> tuple[Any, str]:
 
 
 def _converted(source: str, dtype: torch.dtype) -> Any:
-    """A stock checkpoint converted; `None` if it cannot be."""
+    """A stock checkpoint, converted; `None` if it cannot be converted."""
     try:
         with reading(source):
             return _checked(from_transformers(source, dtype=dtype))
-    except ValueError:  # if it is broken, reading it as a stock model says so
+    except ValueError:  # if the checkpoint is broken, loading it as a stock model raises the error
         return None
 
 
 def _load_unconverted(source: str, **options: Any) -> PreTrainedModel:
-    """A stock checkpoint, as the class that it was saved from."""
+    """A stock checkpoint, loaded as the class that it was saved from."""
     names = read_config(source).architectures or ["AutoModel"]
     return read_model(getattr(transformers, names[0], transformers.AutoModel), source, **options)
 
@@ -220,14 +221,15 @@ def _sides(model: Any) -> list[Any]:
     if not config.is_encoder_decoder:
         return [config]
     sides = [getattr(config, side, config) for side in ("encoder", "decoder")]
-    return sides[:1] if _is_of_sequences(model) else sides
+    return sides[:1] if _scores_sequences(model) else sides
 
 
-def _is_of_sequences(model: PreTrainedModel) -> bool:
-    return "ForSequenceClassification" in type(model).__name__ or _is_of_choices(model)
+def _scores_sequences(model: PreTrainedModel) -> bool:
+    """Whether a model has one output per sequence instead of one per token."""
+    return "ForSequenceClassification" in type(model).__name__ or _scores_choices(model)
 
 
-def _is_of_choices(model: PreTrainedModel) -> bool:
+def _scores_choices(model: PreTrainedModel) -> bool:
     return "ForMultipleChoice" in type(model).__name__
 
 
@@ -236,34 +238,35 @@ def _is_of_choices(model: PreTrainedModel) -> bool:
 
 def _examples(source: str, model: PreTrainedModel, texts: list[str] | None) -> list[Sequences]:
     sides = _sides(model)
-    room = min(_room(side, model) for side in sides)
+    limit = min(_max_tokens(side, model) for side in sides)
     if texts is None:
-        return _made_up(model, room)
+        return _random_examples(model, limit)
     tokenizer = read_tokenizer(source)
     texts = [text for text in texts if text.strip()][:NUMBER]
     if not texts:
         raise ValueError("the data must hold at least one non-empty text; got none")
-    encoded = tokenizer(texts, truncation=True, max_length=room)["input_ids"]
+    encoded = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
     rows = [torch.tensor(ids) for ids in encoded if ids]
-    targets = rows[1:] + rows[:1]  # of other lengths
+    targets = rows[1:] + rows[:1]  # the target of a text is the next text
     return [(row, target)[: len(sides)] for row, target in zip(rows, targets, strict=True)]
 
 
-def _room(side: Any, model: Any) -> int:
+def _max_tokens(side: Any, model: Any) -> int:
+    """The number of tokens that a side can read, at most `LONGEST`."""
     offset = getattr(side, "position_offset", None)
     positions = getattr(side, "max_position_embeddings", LONGEST)
     return min(positions - (first_position(model) if offset is None else offset), LONGEST)
 
 
-def _made_up(model: PreTrainedModel, room: int) -> list[Sequences]:
-    """Random tokens without special ones, as an encoder-decoder may look for the end of a text."""
+def _random_examples(model: PreTrainedModel, limit: int) -> list[Sequences]:
+    """Examples of random ordinary tokens. An encoder-decoder gets an end-of-sequence token, for which it may look."""
     generator, ends = torch.Generator().manual_seed(0), _special(model, "eos_token_id")
     words = [_words(model, side) for side in _sides(model)]
     examples = []
     for lengths in zip(LENGTHS, LENGTHS[1:] + LENGTHS[:1], strict=True):
         example = []
-        for of_side, length in zip(words, lengths, strict=False):
-            tokens = of_side[torch.randint(len(of_side), (min(length, room),), generator=generator)]
+        for ids, length in zip(words, lengths, strict=False):
+            tokens = ids[torch.randint(len(ids), (min(length, limit),), generator=generator)]
             if model.config.is_encoder_decoder and ends:
                 tokens[-1] = ends[0]
             example.append(tokens)
@@ -272,7 +275,7 @@ def _made_up(model: PreTrainedModel, room: int) -> list[Sequences]:
 
 
 def _words(model: Any, side: Any) -> Tensor:
-    """All ids but those of the pad token and the end of a text, for which heads may look."""
+    """All ids except those of the pad and end-of-sequence tokens, for which heads may look."""
     special = {*_special(model, "eos_token_id"), *_special(model, "pad_token_id")}
     return torch.tensor([k for k in range(side.vocab_size) if k not in special])
 
@@ -304,10 +307,7 @@ def _flat(examples: list[Sequences]) -> Batch:
 def _masked(examples: list[Sequences], padding_side: str = "right", padding: int = 0) -> Batch:
     batch = {}
     for prefix, side in zip(PREFIXES, zip(*examples, strict=True), strict=False):
-        for name, rows, value in (
-            ("input_ids", side, padding),
-            ("attention_mask", map(torch.ones_like, side), 0),
-        ):
+        for name, rows, value in (("input_ids", side, padding), ("attention_mask", map(torch.ones_like, side), 0)):
             batch[f"{prefix}{name}"] = pad_sequence(
                 list(rows), batch_first=True, padding_value=value, padding_side=padding_side
             )
@@ -320,7 +320,7 @@ def _masked_on_the_left(examples: list[Sequences]) -> Batch:
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, batch: Batch, examples: list[Sequences]) -> list[Tensor]:
-    """A model's outputs for each example without padding: `(tokens, ...)`, or `(...)` for outputs of the whole."""
+    """The outputs of a model for each example, without padding: `(tokens, ...)`, or `(...)` if they are per example."""
     outputs = _run(model, batch)
     found = [outputs[name] for name in OUTPUTS if outputs.get(name) is not None]
     if not found:
@@ -329,7 +329,7 @@ def _outputs(model: PreTrainedModel, batch: Batch, examples: list[Sequences]) ->
             f"{', '.join(outputs.keys())}"
         )
     values = torch.stack(found, dim=-1)
-    if _is_of_sequences(model) or "logits" in outputs and outputs["logits"].dim() == 2:
+    if _scores_sequences(model) or "logits" in outputs and outputs["logits"].dim() == 2:
         return list(values)
     sizes = [len(example[-1]) for example in examples]
     if len(values) != len(examples):
@@ -341,8 +341,8 @@ def _outputs(model: PreTrainedModel, batch: Batch, examples: list[Sequences]) ->
 
 
 def _run(model: PreTrainedModel, batch: Batch) -> Any:
-    if _is_of_choices(model):
-        batch = {name: of_texts.unsqueeze(1) for name, of_texts in batch.items()}  # each example has one choice
+    if _scores_choices(model):
+        batch = {name: values.unsqueeze(1) for name, values in batch.items()}  # each example has one choice
     return model(**batch)
 
 
@@ -361,7 +361,7 @@ def _agreement(models: Models, examples: list[Sequences], dtype: torch.dtype) ->
     allowed = SLACK * rounding + torch.finfo(dtype).eps * scale
     forms = [*_forms(models), *_forms_on_the_left(models)]
     runs = [(name, partial(_outputs, models.ours, make(examples), examples)) for name, make in forms]
-    runs.append((_of_stock("one by one", models), partial(_one_by_one, models.ours, examples)))
+    runs.append((_run_name("one by one", models), partial(_one_by_one, models.ours, examples)))
     for name, run in runs:
         yield Finding(f"{name}: as {models.what_is_padded} on padded rows", dtype, _difference(run(), exact), allowed)
 
@@ -374,28 +374,28 @@ def _in_float64(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _forms(models: Models) -> list[tuple[str, Callable[[list[Sequences]], Batch]]]:
-    """The kinds of batches that keep sequences apart by our attention, each with its name; the first is the usual."""
+    """The forms of batches in which our attention keeps sequences apart, by name. The usual form is the first."""
     if models.is_stock:
         rows: list[Any] = [("attention_mask", partial(_padded, models)), ("lengths", _rows)]
-        return [(_of_stock(name, models), make) for name, make in rows]
-    flat = [] if _is_of_choices(models.ours) else [("lengths, end to end", _flat)]
+        return [(_run_name(name, models), make) for name, make in rows]
+    flat = [] if _scores_choices(models.ours) else [("lengths, end to end", _flat)]
     return [("lengths, in rows", _rows), *flat]
 
 
 def _forms_on_the_left(models: Models) -> list[tuple[str, Callable[[list[Sequences]], Batch]]]:
-    """Stock models may number columns, padding included, and then compute something else."""
+    """Left padding, but not for stock models: their positions may count padding, which changes the outputs."""
     left = ("attention_mask, padding on the left", _masked_on_the_left)
     return [] if models.is_stock else [left]
 
 
-def _of_stock(name: str, models: Models) -> str:
+def _run_name(name: str, models: Models) -> str:
     return f"stock model, {name}" if models.is_stock else name
 
 
 def _padded(models: Models, examples: list[Sequences], padding: int | None = None) -> Batch:
-    """Rows with an `attention_mask`, padded on the right with the pad token or what is given."""
-    known = _special(models.padded, "pad_token_id") or _special(models.ours, "pad_token_id") or [0]
-    return _masked(examples, padding=known[0] if padding is None else padding)
+    """Rows with an `attention_mask`, padded on the right with the given id or else the pad token."""
+    pad_ids = _special(models.padded, "pad_token_id") or _special(models.ours, "pad_token_id") or [0]
+    return _masked(examples, padding=pad_ids[0] if padding is None else padding)
 
 
 def _difference(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -412,8 +412,8 @@ def _leaks(models: Models, examples: list[Sequences], dtype: torch.dtype) -> Ite
             after = _outputs(model, make(others), others)
             changed += sum(j != k and not torch.equal(*pair) for j, pair in enumerate(zip(before, after, strict=True)))
         yield Finding(f"{name}: sequences that change when another does", dtype, changed, 0, is_of_leaks=True)
-    if models.is_stock and _is_of_sequences(model):
-        return  # its own head may look for the pad token
+    if models.is_stock and _scores_sequences(model):
+        return  # the head of a stock model may look for the pad token
     make = partial(_padded, models) if models.is_stock else _rows
     before, after = (_outputs(model, make(examples, padding=padding), examples) for padding in (0, 1))
     changed = sum(not torch.equal(*pair) for pair in zip(before, after, strict=True))
@@ -421,11 +421,11 @@ def _leaks(models: Models, examples: list[Sequences], dtype: torch.dtype) -> Ite
 
 
 def _replaced(model: PreTrainedModel, example: Sequences) -> Sequences:
-    """Other words, as many."""
-    return tuple(_others(model, side)[tokens] for tokens, side in zip(example, _sides(model), strict=True))
+    """The example with every ordinary token replaced by another."""
+    return tuple(_substitutes(model, side)[tokens] for tokens, side in zip(example, _sides(model), strict=True))
 
 
-def _others(model: Any, side: Any) -> Tensor:
-    """For each id another one; itself for an id that is no word."""
+def _substitutes(model: Any, side: Any) -> Tensor:
+    """A table that maps each ordinary id to another ordinary id, and each special id to itself."""
     words, others = _words(model, side), torch.arange(side.vocab_size)
     return others.index_put((words,), words.roll(1 + len(words) // 3)).to(model.device)

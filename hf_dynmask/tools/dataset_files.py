@@ -1,4 +1,4 @@
-"""Reads a user's data sets for the commands."""
+"""Reads data sets for the commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .reading import EXPECTED
 
 FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
 TEXT = ("string", "large_string")  # types of columns
-SAVED = ("state.json", "dataset_dict.json")  # files that `save_to_disk` writes, of one data set or of its splits
+SAVED = ("state.json", "dataset_dict.json")  # files that `save_to_disk` writes, for a data set or for a dict of splits
 
 
 def read_dataset(source: str, split: str = "train") -> Any:
@@ -23,17 +23,17 @@ def read_dataset(source: str, split: str = "train") -> Any:
     Args:
         source (`str`): A Hub id; a local csv, json, parquet or text file (one row per line); a folder of such files;
             or a folder written by `save_to_disk`.
-        split (`str`, *optional*, defaults to `"train"`): The split. A file has the single split `"train"`, as does a
-            folder to which a single data set was saved.
+        split (`str`, *optional*, defaults to `"train"`): The split. A single file, or a single data set written by
+            `save_to_disk`, is the split `"train"`.
 
     Returns:
         `datasets.Dataset`
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: The file has another format or is broken; there is no such split; the name is that of one of the
-            recipes' samples.
-        OSError: Nothing of this name exists.
+        ValueError: The file has another format or is broken; there is no such split; the name is a sample of the
+            recipes.
+        OSError: There is no such file, folder or Hub id.
     """
     try:
         import datasets
@@ -69,11 +69,11 @@ def _read(datasets: Any, source: str, split: str) -> Any:
 
 @contextmanager
 def _errors_of(source: str, form: str) -> Iterator[None]:
-    """Re-raises any error of a reader with the name of what it read."""
+    """Turns any error of a reader into a `ValueError` that names the source."""
     try:
         yield
     except Exception as error:
-        if type(error) is ValueError:  # of the split, which it names
+        if type(error) is ValueError:  # about an unknown split, which the message names
             raise
         reason = error.__cause__ or error
         kind = "" if isinstance(reason, EXPECTED) else f"{type(reason).__name__}: "
@@ -81,7 +81,7 @@ def _errors_of(source: str, form: str) -> Iterator[None]:
 
 
 def _check_json(path: Path) -> None:
-    """Raises for files on which readers raise `StopIteration` (empty) or end the process (a lone `null`)."""
+    """Raises for files on which readers raise `StopIteration` (empty) or crash the process (a single `null`)."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if start not in (b"{", b"["):

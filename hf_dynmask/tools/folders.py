@@ -1,4 +1,4 @@
-"""Replaces a folder as a whole and keeps the files that others have put there."""
+"""Replaces a folder as a whole, and keeps files in it that are not ours."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-WORKSPACE = re.compile(r"\.hf_dynmask-[0-9a-f]{32}")  # folders are written in here, beside their destination
+WORKSPACE = re.compile(r"\.hf_dynmask-[0-9a-f]{32}")  # a temporary folder next to the destination
 NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux
 
 _HOLDS_SOMETHING_ELSE = "`folder` must be new, empty or an earlier export; {} holds something else"
 _HOLDS_A_MOUNT_POINT = "`folder` must not contain a mount point, which cannot be moved; got {}"
@@ -32,10 +32,10 @@ def replacing(folder: str | os.PathLike, written: Written) -> Iterator[Path]:
     """
     Yields a new folder that replaces `folder` at the end of the block, unless an error is raised.
 
-    Files of the old folder that `written` does not name are kept, and so are all its subfolders. Where the system can
-    exchange two folders in one step (Linux), the folder exists at every moment. Elsewhere, a process that is killed
-    between two renames leaves the old folder beside its place, and the next process puts it back. The next process also
-    removes what a killed one has left half-written.
+    Files of the old folder that `written` does not name are kept, and so are all its subfolders. On systems that can
+    exchange two folders in one step (Linux), the folder exists at every moment. On others, if a process is killed
+    between two renames, the old folder is left in a temporary folder next to its place, and the next process moves it
+    back. The next process also removes the temporary folders of processes that were killed.
 
     Args:
         folder (`str` or `os.PathLike`): The folder. If it is a link, its target is replaced and the link stays.
@@ -48,11 +48,11 @@ def replacing(folder: str | os.PathLike, written: Written) -> Iterator[Path]:
 
     Raises:
         ValueError: `folder` holds something that must not be replaced, is a mount point, or contains the working
-            directory. Nothing has been changed then.
+            directory. In this case nothing has been changed.
     """
     place = _resolved(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place.parent):  # while no other process replaces the folder
+    with _locked(place.parent):  # so that no other process replaces the folder at the same time
         _check(place, folder, written)
     with _workspace(place.parent) as workspace:
         new = workspace / "new"
@@ -65,7 +65,7 @@ def replacing(folder: str | os.PathLike, written: Written) -> Iterator[Path]:
 def _resolved(folder: str | os.PathLike) -> Path:
     try:
         return Path(folder).resolve()
-    except RuntimeError:  # of Python before 3.13
+    except RuntimeError:  # raised by Python before 3.13
         raise ValueError(f"`folder` must not be a link to itself; got {folder}") from None
 
 
@@ -84,15 +84,15 @@ def _is_free(place: Path) -> bool:
     return not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir()))
 
 
-# --- Beside the place ------------------------------------------------------------------------------------------------
+# --- The temporary folder --------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _workspace(parent: Path) -> Iterator[Path]:
-    """A temporary folder of this process. What killed processes have left is removed first."""
+    """A temporary folder of this process. Those of killed processes are removed first."""
     workspace = parent / f".hf_dynmask-{uuid4().hex}"
     with ExitStack() as stack:
-        with _locked(parent):  # so that nobody removes a workspace before it is locked
+        with _locked(parent):  # so that no other process removes the workspace before it is locked
             _recover(parent)
             workspace.mkdir()
             stack.enter_context(_locked(workspace))
@@ -110,7 +110,7 @@ def _recover(parent: Path) -> None:
 
 
 def _put_back(workspace: Path) -> None:
-    """What a process had moved away from its place before it was killed."""
+    """Moves back the folder that a process had moved away before it was killed."""
     with suppress(FileNotFoundError):
         for former in (workspace / "former").iterdir():
             if not os.path.lexists(workspace.parent / former.name):
@@ -119,27 +119,27 @@ def _put_back(workspace: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process has an exclusive lock on the folder, until the block or the process ends."""
+    """Locks a folder until the block or the process ends. Yields whether this process has the lock."""
     if fcntl is None:
         yield False
         return
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # its owner has removed it
+    except FileNotFoundError:  # another process has removed it
         yield False
         return
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_locked = True
-        except OSError:  # another process has it, or the file system has no locks
+        except OSError:  # another process has the lock, or the file system has no locks
             is_locked = False
         yield is_locked
     finally:
         os.close(handle)
 
 
-# --- Into the place --------------------------------------------------------------------------------------------------
+# --- Replacing the folder --------------------------------------------------------------------------------------------
 
 
 def _put(new: Path, place: Path, written: Written) -> None:
@@ -160,7 +160,7 @@ def _put(new: Path, place: Path, written: Written) -> None:
 
 
 def _keep(place: Path, new: Path, replaced: set[str] | None) -> None:
-    """Links what is kept of the old folder into the new one."""
+    """Links the files that are kept of the old folder into the new one."""
     if replaced is None:
         raise ValueError(_HOLDS_SOMETHING_ELSE.format(place))
 
@@ -195,7 +195,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _exchanged(new: Path, place: Path, aside: Path) -> Path:
-    """Puts the new folder in place and returns where the old one is."""
+    """Puts the new folder in place, and returns the path of the old one."""
     try:
         _exchange(new, place)
         return new
@@ -216,7 +216,7 @@ def _exchanged(new: Path, place: Path, aside: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Exchanges two folders in one step, if the system can."""
+    """Exchanges two folders in one step. Raises an `OSError` if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, TypeError):  # not on Linux
@@ -226,7 +226,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def _bring_back(former: Path, place: Path, replaced: set[Path], inside: Path = Path()) -> None:
-    """Moves what others have put into the old folder since it was copied."""
+    """Moves files that other processes have put into the old folder since it was linked."""
     for entry in os.scandir(former / inside):
         path = inside / entry.name
         if entry.is_dir(follow_symlinks=False) and (place / path).is_dir():

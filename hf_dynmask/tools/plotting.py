@@ -1,6 +1,6 @@
 """Plots of masks and their blocks, of attention weights, and of lengths.
 
-Shape legend: S sequences of T tokens each, N tokens in all, H heads, Bq and Bk blocks of queries and keys.
+Shape legend: S sequences of T tokens each, N tokens in total, H heads, Bq and Bk blocks of queries and keys.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ if TYPE_CHECKING:
 EMPTY, PARTIAL, FULL = range(3)  # states of a block
 Line = list[tuple[int, int]]
 
-# Blue and orange are told apart with any colour vision, and by their lightness in print. After Okabe and Ito,
+# Blue and orange can be told apart with any colour vision, and by their lightness in print. After Okabe and Ito,
 # "Color Universal Design" (2008).
 COLOURS = {"empty": "#ECEEF0", "hidden": "#FBE7BD", "allowed": "#E08A00", "full": "#0067A5"}
 INK = "#333333"
-MOST_CELLS = 1024  # tokens per side up to which single cells are drawn
-MOST_LABELS = 64  # tokens up to which each has its own label
-MOST_TICKS = 12  # numbers along an axis
-MOST_BARS = 50  # of a histogram
-MOST_LINES = 128  # blocks per side up to which borders are drawn between them
+# Single cells are drawn for up to MOST_CELLS tokens, a label for each of up to MOST_LABELS tokens, and borders between
+# up to MOST_LINES blocks per side.
+MOST_CELLS = 1024
+MOST_LABELS = 64
+MOST_LINES = 128
+MOST_TICKS = 12  # along an axis
+MOST_BARS = 50  # in a histogram
 
 
 class SequenceBlocks(NamedTuple):
-    """What one head sees in one sequence.
+    """The mask of one head in one sequence.
 
     Attributes:
         length (`int`): T.
@@ -54,7 +56,7 @@ class SequenceBlocks(NamedTuple):
 
 
 class MaskPanel(NamedTuple):
-    """What neighbouring heads with the same expression see."""
+    """The mask of neighbouring heads with the same expression."""
 
     heads: slice
     mask: Mask
@@ -70,10 +72,10 @@ def mask_panels(
     block_size: int = BLOCK_SIZE,
     with_cells: bool = True,
 ) -> list[MaskPanel]:
-    """Computes what [`plot_mask`] draws; see there for the arguments.
+    """Computes what [`plot_mask`] draws. The arguments are the same.
 
     Returns:
-        `list[MaskPanel]`: one for all heads that see the same.
+        `list[MaskPanel]`: One panel for each group of heads with the same mask.
     """
     if block_size < 1:
         raise ValueError(f"`block_size` must be at least 1; got {block_size}")
@@ -83,23 +85,23 @@ def mask_panels(
     checked = mask.checked(fields, rows=len(sizes))
     cells = mask.dense(lengths, fields=fields, heads=heads) if with_cells else None
     panels = []
-    for run, of_head in _runs(mask, heads, checked):
+    for run, run_mask in _runs(mask, heads, checked):
         head_fields = checked.heads(slice(run.start, run.start + 1))
         sequences = []
         for row, size in enumerate(sizes):
-            states = block_states(of_head, size, head_fields.rows(torch.tensor([row])), block_size)
+            states = block_states(run_mask, size, head_fields.rows(torch.tensor([row])), block_size)
             head = run.start if cells is not None and cells.shape[1] > 1 else 0
             sequences.append(SequenceBlocks(size, states, None if cells is None else cells[row, head, :size, :size]))
-        panels.append(MaskPanel(run, of_head, sequences))
+        panels.append(MaskPanel(run, run_mask, sequences))
     return panels
 
 
 def _runs(mask: Mask, heads: int, fields: Fields) -> list[tuple[slice, Mask]]:
-    """Runs of heads that see the same; if a field has values per head, every head is its own run."""
+    """Runs of neighbouring heads with the same mask. If a field has values per head, every head is its own run."""
     runs = head_runs(mask, heads)
     if not any("1 | H" in FIELD_SHAPES.get(name, ()) and table.shape[1] > 1 for name, table in fields.tables.items()):
         return runs
-    return [(slice(head, head + 1), of_run) for run, of_run in runs for head in range(run.start, run.stop)]
+    return [(slice(head, head + 1), run_mask) for run, run_mask in runs for head in range(run.start, run.stop)]
 
 
 def block_states(mask: Mask, length: int, fields: Fields, block_size: int) -> Tensor:
@@ -112,7 +114,7 @@ def block_states(mask: Mask, length: int, fields: Fields, block_size: int) -> Te
 
 
 def panel_title(panel: MaskPanel, heads: int) -> str:
-    """The expression and, unless it is all `heads`, which heads follow it."""
+    """The expression, and the heads that have it unless all `heads` do."""
     first, last = panel.heads.start, panel.heads.stop - 1
     if (first, last) == (0, heads - 1):
         return str(panel.mask)
@@ -127,7 +129,7 @@ def panel_counts(panel: MaskPanel, block_size: int) -> str:
     cells = [sequence.cells for sequence in panel.sequences if sequence.cells is not None]
     if len(cells) < len(panel.sequences):
         return text
-    allowed = sum(int(of_sequence.sum()) for of_sequence in cells)
+    allowed = sum(int(each.sum()) for each in cells)
     pairs = sum(sequence.length**2 for sequence in panel.sequences)
     return f"{allowed:,} of {pairs:,} pairs; {text}"
 
@@ -142,17 +144,17 @@ def plot_mask(
     ax: Axes | None = None,
 ) -> Figure:
     """
-    Plots which query may see which key, and which blocks attention skips, computes whole, or masks cell by cell.
+    Plots which query may see which key, and which blocks attention skips, computes without a mask, or masks.
 
     The sequences are concatenated, as in a flat batch, and never see each other. Single cells are drawn for up to 1,024
-    tokens in all, blocks only beyond that.
+    tokens in total, and only blocks for more.
 
     Args:
         mask (`Mask` or `str`): The expression.
         lengths (`Tensor` of shape `(S,)` or list of `int`): Tokens of each sequence.
         fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, by sequence and position.
         heads (`int`, *optional*, defaults to 1): Attention heads. Heads that differ get separate panels.
-        block_size (`int`, *optional*, defaults to 128): Queries and keys per block, counted from a sequence's start.
+        block_size (`int`, *optional*, defaults to 128): Queries and keys per block, from the start of each sequence.
         ax (`matplotlib.axes.Axes`, *optional*): Where to draw. `None`: a new figure.
 
     Returns:
@@ -194,7 +196,7 @@ def plot_masks(
 
     Args:
         masks (list of `Mask` or `str`): The expressions. Heads that differ get separate panels.
-        lengths (`Tensor` of shape `(S,)` or list of `int`): Tokens of each sequence, up to 1,024 in all.
+        lengths (`Tensor` of shape `(S,)` or list of `int`): Tokens of each sequence, up to 1,024 in total.
         fields (`dict[str, Tensor]`, *optional*): The fields that the masks read, by sequence and position.
         heads (`int`, *optional*, defaults to 1): Attention heads.
 
@@ -221,7 +223,7 @@ def plot_masks(
 
 
 def _by_cell(panel: MaskPanel) -> MaskPanel:
-    """The panel with single cells as its blocks."""
+    """The panel with each cell as a block of its own."""
     cells = [cast(Tensor, sequence.cells) for sequence in panel.sequences]
     return panel._replace(sequences=[SequenceBlocks(len(one), torch.where(one, FULL, EMPTY), one) for one in cells])
 
@@ -235,7 +237,7 @@ def plot_attention(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Figure:
     """
-    Plots the attention weights of one head, what the mask hides from it, and the block borders.
+    Plots the attention weights of one head, the cells that its mask hides, and the borders of blocks.
 
     The weights come from one forward pass with `attn_implementation="eager"` and without dropout; the model is left
     unchanged. Absent and missing tokens are not shown.
@@ -245,8 +247,8 @@ def plot_attention(
         inputs (`dict[str, Tensor]`): A batch of one row, `(1, T)` or flat `(1, N)`, as the model takes it.
         layer (`int`): Index of the layer, from 0.
         head (`int`): Index of the query head, from 0.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Labels the axes with tokens, up to 64 of
-            them. `None`: with positions.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Labels the axes with tokens, if there are at
+            most 64. `None`: the axes show positions.
 
     Returns:
         `matplotlib.figure.Figure`: To show with `matplotlib.pyplot.show()` or save with its `savefig`.
@@ -268,7 +270,7 @@ def plot_attention(
 
     places = plan.layout.places
     sizes = plan.layout.sequence_ids.unique_consecutive(return_counts=True)[1].tolist()
-    # What the mask allows before `topk` chooses; what it did not choose has weight 0.
+    # The mask before `topk` chooses among the keys. Keys that it does not choose have weight 0.
     allowed = MaskPlan(plan.mask.without_choice(), plan.layout, fields=inputs).dense(model.config.num_attention_heads)
     allowed, weights = (cells[0, head % cells.shape[1]][places][:, places].cpu() for cells in (allowed, weights))
 
@@ -289,7 +291,7 @@ def _check_index(name: str, value: int, count: int) -> None:
 
 
 def _eager(model: DynMaskPreTrainedModel, inputs: Mapping[str, Tensor], layer: int) -> tuple[MaskPlan, Tensor]:
-    """Plan and weights `(B, H, T, T)` of a layer in an eager forward pass."""
+    """The plan and the attention weights `(B, H, T, T)` of a layer in an eager forward pass."""
     seen = []
     attention: nn.Module = model.base_model.layers[layer].attention  # type: ignore[assignment, index, union-attr]
     hook = attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs[1], output[1])))
@@ -312,7 +314,8 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
     Plots histograms of lengths.
 
     Args:
-        lengths (`dict[str, Sequence[int]]`): By name, such as "tokens", the length of each example. One panel each.
+        lengths (`dict[str, Sequence[int]]`): The length of each example, by name, such as "tokens". Each name gets a
+            panel.
 
     Returns:
         `matplotlib.figure.Figure`: To show with `matplotlib.pyplot.show()` or save with its `savefig`.
@@ -323,7 +326,7 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
     axes = _new_axes(_pyplot(), len(lengths), size=7, height=3.94)  # 16:9
     for axis, (name, numbers) in zip(axes, lengths.items(), strict=True):
         least, most, mean = min(numbers), max(numbers), sum(numbers) / len(numbers)
-        width = -(-(most - least + 1) // MOST_BARS)  # a whole number of lengths for every bar
+        width = -(-(most - least + 1) // MOST_BARS)  # lengths per bar
         axis.hist(numbers, bins=range(least, most + width + 1, width), align="left", color=COLOURS["full"])
         axis.axvline(mean, color=COLOURS["allowed"], linewidth=2, label=f"mean {mean:,.0f}")
         axis.axvline(most, color=INK, linestyle=":", label=f"longest {most:,}")
@@ -351,7 +354,7 @@ def _pyplot():
 
 
 def _new_axes(pyplot, count: int, size: float | None = None, height: float | None = None) -> list[Axes]:
-    """Up to four in a row, each `size` inches wide and, unless a height is given, as high."""
+    """New axes, up to four in a row. Each is `size` inches wide and, unless `height` is given, as high."""
     columns = min(count, 4)
     rows = -(-count // columns)
     size = size or (6.4 if count == 1 else 4.4)
@@ -360,17 +363,17 @@ def _new_axes(pyplot, count: int, size: float | None = None, height: float | Non
 
 
 def _colours(states: Tensor, cells: Tensor | None) -> Tensor:
-    """RGB values from 0 to 1 of blocks `(Bq, Bk, 3)`, or of cells `(T, T, 3)` with their blocks' states."""
+    """RGB values from 0 to 1: of blocks `(Bq, Bk, 3)`, or of cells `(T, T, 3)` if `states` has one entry per cell."""
     names = list(COLOURS)
-    of_state = torch.tensor([names.index("empty"), names.index("allowed"), names.index("full")])[states]
+    colours = torch.tensor([names.index("empty"), names.index("allowed"), names.index("full")])[states]
     if cells is not None:
-        of_state[(states == PARTIAL) & ~cells] = names.index("hidden")
+        colours[(states == PARTIAL) & ~cells] = names.index("hidden")
     table = torch.tensor([[int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)] for colour in COLOURS.values()])
-    return table[of_state]
+    return table[colours]
 
 
 def over_cells(states: Tensor, length: int, block_size: int) -> Tensor:
-    """States of blocks `(Bq, Bk)` spread over the cells `(T, T)` of their sequence."""
+    """The state of the block of each cell, `(T, T)`, from the states of blocks `(Bq, Bk)`."""
     block = torch.arange(length) // block_size
     return states[block][:, block]
 
@@ -413,7 +416,7 @@ def _draw_weights(axis: Axes, weights: Tensor, allowed: Tensor, sizes: list[int]
 
 
 def _frame(axis: Axes, sizes: list[int], block_size: int) -> None:
-    """Limits, borders of sequences and blocks."""
+    """Sets the limits, and draws the borders of sequences and blocks."""
     from matplotlib.collections import LineCollection
 
     total = sum(sizes)
@@ -444,7 +447,7 @@ def _outline(start: int, length: int) -> Line:
 def _mark_positions(
     axis: Axes, sizes: list[int], positions: Sequence[int], labels: Sequence[str] | None = None
 ) -> None:
-    """Ticks: some positions, a label for every token, or sequence numbers if there are many."""
+    """Sets ticks: a label for every token, sequence numbers if there are many sequences, or some of the positions."""
     total, spans = sum(sizes), list(zip(_starts(sizes), sizes, strict=True))
     if labels is not None:
         axis.set(xlabel="key", ylabel="query")

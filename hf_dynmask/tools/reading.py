@@ -1,4 +1,4 @@
-"""Reads checkpoints that may be broken: errors name the checkpoint and say what is wrong."""
+"""Reads checkpoints that may be broken. Errors name the checkpoint and say what is wrong."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-EXPECTED = (ValueError, ImportError, OSError, StrictDataclassError)  # their messages say what is wrong
+EXPECTED = (ValueError, ImportError, OSError, StrictDataclassError)  # errors whose messages say what is wrong
 MISMATCH = "ignore_mismatched_sizes"  # the option that transformers suggests when weights do not fit
-NAMED = 3  # weights that a message names
+NAMED = 3  # the number of weights that a message names
 
 
 @contextmanager
 def reading(source: str) -> Iterator[None]:
-    """Turns errors of libraries that read a checkpoint into a `ValueError` with its name.
+    """Turns library errors without a helpful message into a `ValueError` that names the checkpoint.
 
     Raises:
         ValueError: Reading failed, and the library's message does not say why.
@@ -55,16 +55,13 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def read_model(model_class: Any, source: str, **options: Any) -> Any:
-    """Loads a checkpoint and requires all its weights to be there.
+    """Loads a checkpoint, of which no weight may be missing.
 
     Raises:
         ValueError: It is broken; weights are missing or differ in shape from its configuration.
         OSError: There is no such checkpoint.
     """
-    options |= {
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }  # for the error below
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for the error below
     with reading(source):
         model, found = model_class.from_pretrained(source, **options)
     wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})

@@ -1,4 +1,4 @@
-"""Checks whether the code in a checkpoint is what was exported, and whether it equals that of this package."""
+"""Checks that the code in a checkpoint is what was exported, and that it equals the code of this package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ CONFIGS = (
 
 
 def verify_code(source: str) -> str | None:
-    """[`verify`] for a folder or Hub id; `None` if it has no code or is not a checkpoint of this package."""
+    """[`verify`] for a folder or Hub id. Returns `None` if there is no code, or if it is not a checkpoint of this
+    package."""
     config = read_config(source)
     if type(config) not in AUTO_CLASSES:
         return None
@@ -37,15 +38,15 @@ def verify_code(source: str) -> str | None:
 
 def verify(folder: str | os.PathLike) -> str:
     """
-    Compares the code in a folder that [`export`] has written with the hashes in its `config.json` and, if the installed
-    package has the version that `config.json` names, with this package.
+    Compares the code in an export with the hashes in its `config.json`, and with this package if it has the version
+    that `config.json` names.
 
     Returns:
         `str`: What the code was compared with.
 
     Raises:
         ValueError: `config.json` lists no code; a file is missing or differs from what was exported; `auto_map` names
-            code that is not listed, or that is not in the folder.
+            code that is not listed or not in the folder.
     """
     folder = Path(folder)
     code = code_of(folder)
@@ -69,7 +70,8 @@ def verify(folder: str | os.PathLike) -> str:
 
 
 def _reached(folder: Path) -> set[str]:
-    """Names of the code files that transformers would run from a folder, from the `auto_map` of each configuration."""
+    """Names of the code files in a folder that transformers would run, starting from the `auto_map` of each
+    configuration."""
     found: set[str] = set()
     left = {f"{reference.partition('.')[0]}.py" for name in CONFIGS for reference in _references(folder / name)}
     while left:
@@ -102,7 +104,7 @@ def _references(path: Path) -> list[str]:
 
 
 def _hash_inside(folder: Path, name: str) -> str | None:
-    """SHA-256 of a file; `None` if it does not exist or is a link out of the folder."""
+    """SHA-256 of a file in a folder; `None` if it does not exist or is a link to a file elsewhere."""
     inside, file = folder.resolve(), (folder / name).resolve()
     blobs = inside.parent.parent / "blobs"  # snapshots in the Hub's cache consist of links
     return hash_of(file) if file.parent in (inside, blobs) else None

@@ -1,4 +1,4 @@
-"""Exports checkpoints together with the code that reads them, as a whole or not at all."""
+"""Exports checkpoints with the code that loads them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from . import folders
 from .reading import read_config, read_model, reading
 from .shared_code import verify
 
-FORMER_FILES = ("cached.py", "graph.py")  # in exports of earlier releases
+FORMER_FILES = ("cached.py", "graph.py")  # code files in exports of earlier releases
 
 
 def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """
-    Writes a checkpoint that works where this package is not installed.
+    Writes a checkpoint that can be loaded where this package is not installed.
 
-    There, `AutoModel….from_pretrained(folder, trust_remote_code=True)` loads a model with the same outputs that needs
-    torch and transformers only; it can be trained and saved again. `config.json` holds the version of this package and
+    `AutoModel….from_pretrained(folder, trust_remote_code=True)` loads it there, with torch and transformers only. The
+    model has the same outputs, and can be trained and saved again. `config.json` holds the version of this package and
     the SHA-256 of each code file. Where the package is installed, it is used instead of the code in the folder.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A model of this package. It is not changed.
         folder (`str` or `os.PathLike`):
-            Written elsewhere first and then put in place as a whole; if something fails, the old folder stays. In an
-            earlier export, weights, configuration and code are replaced; other files and subfolders are kept.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved in the folder, too.
+            The folder to write. It is written to a temporary folder first and then put in place as a whole, so that the
+            old folder is left if something fails. In an earlier export, weights, configuration and code are replaced;
+            other files and subfolders are kept.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Also saved to the folder.
 
     Raises:
-        ValueError: `model` is not of this package, or has a `custom(...)` mask; `folder` holds something that is not an
-            earlier export, is a mount point, or contains the working directory.
+        ValueError: `model` is not a model of this package, or has a `custom(...)` mask; `folder` holds something other
+            than an earlier export, is a mount point, or contains the working directory.
 
     Example:
 
@@ -55,7 +56,7 @@ def export(model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrai
 
 
 def write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Writes what [`export`] does into an existing folder."""
+    """Writes an export into an existing folder."""
     config, model.config = model.config, copy.deepcopy(model.config)
     try:
         model.config.auto_map = dict(config.classes_in_code)
@@ -92,20 +93,20 @@ def replacing(folder: str | os.PathLike) -> AbstractContextManager[Path]:
 
 
 def _written(folder: Path) -> set[str] | None:
-    """Names of the files that an export has written into a folder; `None` if it is not an export.
+    """Names of the files that an export has written to a folder; `None` if the folder is not an export.
 
-    Code files count if `config.json` lists them and this package has files of these names, weights if the index lists
-    them.
+    A code file counts if `config.json` lists it and this package has a file of that name. A file of weights counts if
+    the index lists it.
     """
     code = code_of(folder)
     if code is None:
         return None
     files = {*FORMER_FILES, *(path.name for path in HERE.glob("*.py"))} & code["sha256"].keys()
-    return {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} | files | _parts(folder)
+    return {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} | files | _shards(folder)
 
 
-def _parts(folder: Path) -> set[str]:
-    """Names of the shards of the weights."""
+def _shards(folder: Path) -> set[str]:
+    """Names of the weight files that the index lists."""
     try:
         names = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
         return {name for name in names if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)}

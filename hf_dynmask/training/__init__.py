@@ -1,5 +1,5 @@
-"""Extensions of a Trainer: masks that change during training, targets drawn again in every epoch, batches with a budget
-of tokens, training steps captured as a CUDA graph, and a log of the throughput."""
+"""Extensions of a Trainer: masks that change during training, targets drawn again in every epoch, batches with a token
+budget, training steps captured as a CUDA graph, and logging of the throughput."""
 
 from .captured_step import CapturedStep, CapturedStepMixin
 from .dynamic_masking import DynamicMaskingMixin

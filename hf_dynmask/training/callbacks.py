@@ -1,4 +1,4 @@
-"""Shared by our callbacks: how to find the model, and how to write to the Trainer's log."""
+"""Helpers of the callbacks: unwrapping the model, and writing to the Trainer's log."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model inside DataParallel, DistributedDataParallel, FSDP, DeepSpeed and torch.compile."""
+    """The model inside wrappers of DataParallel, DistributedDataParallel, FSDP, DeepSpeed and torch.compile."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def log(state: TrainerState, control: TrainerControl, logs: dict[str, Any]) -> None:
-    """Write to the Trainer's log: `state.log_history`, the progress bar and every tracker it reports to."""
+    """Write to the Trainer's log: `state.log_history`, the progress bar and every tracker in `report_to`."""
     trainer = _calling_trainer()
     if trainer is None:
         state.log_history.append({**logs, "step": state.global_step})
         return
     should_log = control.should_log
     trainer.log(logs)
-    control.should_log = should_log  # any log clears it, and the loss of this step may still have to be logged
+    control.should_log = should_log  # `trainer.log` clears it, but the loss of this step may still have to be logged
 
 
 def _calling_trainer() -> Trainer | None:
-    """The Trainer that calls the callback. It does not pass itself, but trackers get only what its `log` writes."""
-    from transformers import Trainer  # heavy; here it is loaded already
+    """The Trainer that calls the callback. It does not pass itself, but only its `log` reaches the trackers."""
+    from transformers import Trainer  # slow to import, but already imported here
 
     frame = inspect.currentframe()
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Training steps captured as one CUDA graph, for batches of one shape."""
+"""Training steps captured as a CUDA graph, for batches of one shape."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from .throughput import ThroughputCallback, masks_of_config
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
-    Trainer = object  # heavy to import, and there already in any class that mixes this in
+    Trainer = object  # slow to import; a class that uses the mixin has imported it already
 
 Batch = Mapping[str, Any]
 Gradients = list[Tensor | None]
 
 WARM_UP = 3  # eager steps before a capture, as in torch's notes on CUDA graphs
 MODES_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
-CHECKPOINTING = (
-    "gradient_checkpointing",
-    "activation_checkpointing",
-)  # the name before transformers 5.24, and since then
+# The argument's name before transformers 5.24, and since then.
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 ITEMS, ACCUMULATED = "num_items_in_batch", "current_gradient_accumulation_steps"
 
 
@@ -36,25 +34,25 @@ class CapturedStepMixin(Trainer):
 
     All batches must have the same shape: flat rows of a fixed size (`DataCollatorWithLengths(tokenizer, flat=True,
     max_tokens=..., max_sequences=...)`), or rows padded to a fixed width. The first three steps run eagerly, so that
-    kernels are compiled and chosen; the next one is captured. The rest of the Trainer is unchanged: gradient
+    kernels are compiled and selected. The next step is captured. The rest of the Trainer is unchanged: gradient
     accumulation, `num_items_in_batch`, gradient clipping, the optimizer, logging, checkpoints, resuming. Evaluation is
-    not captured. Dropout draws other numbers in every replay, those that it would draw in eager steps.
+    not captured. Every replay draws new dropout masks, the same ones that eager steps would draw.
 
-    - `TrainingArguments(torch_compile=True)` compiles the model before it is captured.
+    - `TrainingArguments(torch_compile=True)` compiles the model before the step is captured.
     - `TrainingArguments(logging_nan_inf_filter=False)` saves a synchronization in each step.
-    - A graph repeats the decisions that Python made when it was captured. The step is captured again when the model's
-      mask changes ([`MaskSchedule`]), or when parameters are frozen or unfrozen.
+    - A graph repeats the decisions that Python made during the capture. The step is captured again if the model's mask
+      changes ([`MaskSchedule`]), or if parameters are frozen or unfrozen.
     - The memory of the graph stays allocated until training ends.
 
     Args:
         args, kwargs: The arguments of the Trainer.
 
     Raises:
-        ValueError: When training begins, if the step cannot be captured: there is no CUDA device; there are several
-            processes or devices; float16 with gradient scaling; gradient checkpointing; LayerDrop; a mode of
-            `torch_compile` that captures CUDA graphs itself; an optimizer that steps during the backward pass;
-            `torch_empty_cache_steps`; `auto_find_batch_size`. During training, if a batch does not have the names,
-            shapes and dtypes of the first one.
+        ValueError: When training begins, if the step cannot be captured: no CUDA device; several processes or devices;
+            float16 with gradient scaling; gradient checkpointing; LayerDrop; a mode of `torch_compile` that captures
+            CUDA graphs itself; an optimizer that steps during the backward pass; `torch_empty_cache_steps`;
+            `auto_find_batch_size`. During training, if the names, shapes and dtypes of a batch differ from the first
+            batch.
         RuntimeError: During training, if the capture fails, for example because the model synchronizes with the device.
 
     Example:
@@ -70,7 +68,7 @@ class CapturedStepMixin(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._captured: tuple[Any, CapturedStep] | None = None  # and the settings it was made for
+        self._captured: tuple[Any, CapturedStep] | None = None  # the settings it was captured with, and the step
 
     def train(self, *args: Any, **kwargs: Any):
         if reason := why_not_captured(self):
@@ -86,14 +84,14 @@ class CapturedStepMixin(Trainer):
         parameters = list(inner.parameters())
         settings = masks_of_config(getattr(inner, "config", None)), [each.requires_grad for each in parameters]
         if self._captured is None or self._captured[0] != settings:
-            self._captured = None  # frees its memory before the next one is made
+            self._captured = None  # frees the memory of the old graph before the new capture
             self._captured = settings, CapturedStep(lambda batch: self._step(model, batch), parameters)
         step, device = self._captured[1], self.args.device
         batch = dict(self._prepare_inputs(inputs))
         batch[ACCUMULATED] = torch.full((), float(self.current_gradient_accumulation_steps), device=device)
         if num_items_in_batch is not None:
             batch[ITEMS] = torch.as_tensor(num_items_in_batch, device=device)
-        if step.is_ready():  # a replay runs no Python code: what is needed of it is done here
+        if step.is_ready():  # a replay runs none of the Python code of a step, so the parts that matter run here
             if not model.training:
                 model.train()
             optimizer: Any = self.optimizer
@@ -105,7 +103,7 @@ class CapturedStepMixin(Trainer):
         return step(batch)
 
     def _step(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The Trainer's step. Numbers that differ from step to step are tensors, which the graph reads again."""
+        """The Trainer's step. Numbers that change from step to step are tensors, which every replay reads."""
         number = self.current_gradient_accumulation_steps
         self.current_gradient_accumulation_steps = batch.pop(ACCUMULATED)
         try:
@@ -118,7 +116,9 @@ def why_not_captured(trainer: Any) -> str | None:
     """The reason why a Trainer's step cannot be captured, or `None`."""
     args, accelerator, model = trainer.args, trainer.accelerator, unwrapped(trainer.model)
     config = getattr(model, "config", None)
-    dropped = [name for name in getattr(config, "__dict__", ()) if name.endswith("layerdrop") and getattr(config, name)]
+    layerdrop = [
+        name for name in getattr(config, "__dict__", ()) if name.endswith("layerdrop") and getattr(config, name)
+    ]
     checkpoints = any(getattr(args, name, False) for name in CHECKPOINTING)
     checkpoints = checkpoints or any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     captures_itself = args.torch_compile and args.torch_compile_mode in MODES_WITH_CUDA_GRAPHS
@@ -130,7 +130,7 @@ def why_not_captured(trainer: Any) -> str | None:
         (args.n_gpu > 1 or trainer.is_model_parallel, "it needs one device; the model uses several"),
         (accelerator.scaler is not None, "fp16=True needs a gradient scaler; use bf16=True"),
         (checkpoints, "gradient checkpointing reads the random number generator's state; turn it off"),
-        (bool(dropped), f"{' and '.join(dropped)} chooses layers at random in Python; set it to 0"),
+        (bool(layerdrop), f"{' and '.join(layerdrop)} chooses layers at random in Python; set it to 0"),
         (captures_itself, f"torch_compile_mode={args.torch_compile_mode!r} captures CUDA graphs itself; leave it out"),
         (steps_in_backward, f"optim={str(args.optim)!r} steps during the backward pass"),
         (args.torch_empty_cache_steps is not None, "torch_empty_cache_steps frees memory within a step; leave it out"),
@@ -143,16 +143,16 @@ class CapturedStep:
     """
     A function that computes a loss and its gradients, captured as a CUDA graph and replayed for batches of one shape.
 
-    If `grad` of the parameters is `None`, a replay writes the gradients; if it holds those of the last replay, they are
-    added to, by a second graph. With other gradients the step runs eagerly.
+    If the parameters have no gradients (`grad` is `None`), a replay writes them. If they have the gradients of the last
+    replay, a second graph adds to them. With any other gradients, the step runs eagerly.
 
     Args:
         step (`Callable[[dict[str, Any]], Tensor]`):
-            Returns the loss of a batch after its backward pass. It must not synchronize with the device.
-        parameters (`Iterable[Parameter]`): The parameters that it computes gradients of.
+            Runs forward and backward on a batch, and returns its loss. It must not synchronize with the device.
+        parameters (`Iterable[Parameter]`): The parameters whose gradients it computes.
 
     Raises:
-        ValueError: A batch does not have the names, shapes and dtypes of the first one.
+        ValueError: The names, shapes and dtypes of a batch differ from the first batch.
         RuntimeError: The capture fails.
 
     Example:
@@ -179,16 +179,16 @@ class CapturedStep:
         self._signature: dict[str, Any] = {}
         self._gradients: Gradients = []  # the outputs of the graphs
         self._num_eager = 0
-        self._graphs: dict[bool, Callable[[], Tensor]] = {}  # by whether they add to the gradients
+        self._graphs: dict[bool, Callable[[], Tensor]] = {}  # keyed by whether they add to existing gradients
 
     def is_ready(self) -> bool:
         """Whether the next step is a replay."""
         gradients = self._current_gradients()
-        is_first = all(gradient is None for gradient in gradients)
-        return self._num_eager >= WARM_UP and (is_first or self._are_written(gradients))
+        has_none = all(gradient is None for gradient in gradients)
+        return self._num_eager >= WARM_UP and (has_none or self._are_from_replay(gradients))
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns the loss of the batch, a copy that later replays do not overwrite."""
+        """Returns the loss of the batch: a copy, which later replays do not overwrite."""
         self._check(batch)
         if not self.is_ready():
             self._num_eager += 1
@@ -198,7 +198,7 @@ class CapturedStep:
                 self._batch[name].copy_(values, non_blocking=True)
             else:
                 self._batch[name] = values.clone() if isinstance(values, Tensor) else values
-        adds = self._are_written(self._current_gradients())
+        adds = self._are_from_replay(self._current_gradients())
         if adds not in self._graphs:
             self._graphs[adds] = self._device.capture(lambda: self._step(dict(self._batch)))
             self._gradients = self._current_gradients()
@@ -210,8 +210,8 @@ class CapturedStep:
     def _current_gradients(self) -> Gradients:
         return [parameter.grad for parameter in self._parameters]
 
-    def _are_written(self, gradients: Gradients) -> bool:
-        """Whether these are the outputs of the graphs."""
+    def _are_from_replay(self, gradients: Gradients) -> bool:
+        """Whether these tensors are the outputs of the graphs."""
         return bool(self._graphs) and all(a is b for a, b in zip(gradients, self._gradients, strict=True))
 
     def _check(self, batch: Batch) -> None:
@@ -243,7 +243,7 @@ class _CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, step: Callable[[], Tensor]) -> Tensor:
-        """Runs the step eagerly, on the stream of the captures: some state of the libraries is made once per stream."""
+        """Runs the step eagerly, on the capture stream, since libraries create some of their state per stream."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -252,15 +252,17 @@ class _CudaGraphs:
         return loss
 
     def capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Captures the step without running it. Returns a function that replays it, whose loss is always one tensor."""
+        """Captures the step without running it. Returns a function that replays it and returns always the same tensor,
+        the loss."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # "thread_local": a data loader's thread may pin memory meanwhile.
+            # "thread_local", since a thread of the data loader may pin memory during the capture.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 loss = step()
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # a failed capture does not restore it
-            is_second = error.__context__ is not None and error.__cause__ is None  # ending the capture fails, too
+            torch.cuda.set_stream(current)  # a failed capture does not restore the stream
+            # After a first error, ending the capture raises a second one, whose context is the first.
+            is_second = error.__context__ is not None and error.__cause__ is None
             first: Any = error.__context__ if is_second else error
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None

@@ -1,4 +1,4 @@
-"""Another collator for one of a Trainer's data loaders, all of which use its one collator."""
+"""Gives one of a Trainer's data loaders a collator of its own. By default, all of them share `data_collator`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def collating_with(trainer: Any, collator: Any) -> Iterator[None]:
-    """In this context the [`~transformers.Trainer`] makes data loaders that collate with `collator`."""
+    """In this context, the [`~transformers.Trainer`] makes data loaders that collate with `collator`."""
     own = trainer.data_collator
     trainer.data_collator = collator
     try:

@@ -15,23 +15,23 @@ class DynamicMaskingMixin(ResumingMixin):
     """
     Makes a [`~transformers.Trainer`] work with [`DataCollatorForDynamicMasking`]:
 
-    - the collator, also in worker processes, gets each epoch before the first batch is drawn. A run that resumes
-      continues with the epoch in which it was stopped;
-    - evaluation and prediction use targets that never change, also in the middle of an epoch;
-    - the columns that only the collator reads, `special_tokens_mask`, `word_ids` and `idx`, are not removed;
-    - if a run resumes with another batch size, seed, number of processes, gradient accumulation or dataset, it raises
-      an error in mid-epoch, unless `ignore_data_skip=True` restarts the epoch, and warns at the end of an epoch. If the
-      collator has other settings for its targets, it warns.
+    - The collator, also in worker processes, gets each epoch before the first batch is drawn. A run that resumes
+      continues with the epoch in which it was stopped.
+    - Evaluation and prediction use targets that never change, also in the middle of an epoch.
+    - The columns that only the collator reads, `special_tokens_mask`, `word_ids` and `idx`, are not removed.
+    - A run that resumes with another batch size, seed, number of processes, gradient accumulation or dataset raises an
+      error in mid-epoch, unless `ignore_data_skip=True` restarts the epoch. At the end of an epoch it warns. It also
+      warns if the collator's settings for targets have changed.
 
-    Everything else stays as it is.
+    Everything else is unchanged.
 
     Args:
         data_collator ([`DataCollatorForDynamicMasking`]): The collator for training.
         args, kwargs: The other arguments of the Trainer.
 
     Raises:
-        ValueError: `data_collator` is of another class. When training begins: the run resumes in mid-epoch and makes
-            other batches.
+        ValueError: `data_collator` is of another class. When training begins: the run resumes in mid-epoch but its
+            batches would differ from those of the checkpoint.
 
     Example:
 
@@ -77,16 +77,16 @@ class DynamicMaskingMixin(ResumingMixin):
 
 
 class _Epochs(TrainerCallback):
-    """Sets the collator's epoch at the one time when no worker is busy with batches of the last or the next epoch."""
+    """Sets the collator's epoch when an epoch begins: then no worker is collating batches of another epoch."""
 
     def __init__(self, collator: DataCollatorForDynamicMasking):
         self.collator = collator
         self.next_epoch = 0
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs):
-        self.next_epoch = int(state.epoch or 0)  # if the run resumes, the number of completed epochs
+        self.next_epoch = int(state.epoch or 0)  # of a run that resumes, the number of completed epochs
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # Counted here, since `state.epoch` is only an estimate for a stream, which has no length.
+        # Counted here, since `state.epoch` is only an estimate for a stream: its length is unknown.
         self.collator.set_epoch(self.next_epoch)
         self.next_epoch += 1

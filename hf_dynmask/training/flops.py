@@ -1,4 +1,4 @@
-"""The floating-point operations that a model needs for real tokens, computed from its sizes.
+"""The floating-point operations that a model needs for real tokens, computed from the sizes of its weights.
 
 Shape legend: H heads, D the head size of queries and keys, Dv that of values.
 """
@@ -37,10 +37,10 @@ Sizes = tuple[int, ...]  # tokens of an example; for an encoder-decoder also tho
 
 @dataclass(frozen=True)
 class AttentionFlops:
-    """Attention in all layers and heads that follow one mask.
+    """Attention in all layers and heads with the same mask.
 
     Attributes:
-        mask (`Mask`): The mask. For `topk` all the keys that it chooses from count, since it needs their scores.
+        mask (`Mask`): The mask. For `topk`, all candidate keys count, since it needs their scores.
         queries, keys (`int`): The side of the queries and of the keys: `SOURCE` or `TARGET`.
     """
 
@@ -49,7 +49,8 @@ class AttentionFlops:
     keys: int = SOURCE
 
     def most_pairs(self, examples: Mapping[Sizes, int]) -> int:
-        """Allowed pairs in examples, given as `{sizes: number of examples}`. All pairs if the mask reads fields."""
+        """The number of allowed pairs in examples `{sizes: number of examples}`. All pairs count if the mask reads
+        fields."""
         mask = Full() if self.mask.fields else self.mask
         sizes = torch.tensor([(each[self.queries], each[self.keys]) for each in examples]).view(-1, 2)
         return count_pairs(mask, sizes, counts=torch.tensor(list(examples.values())))
@@ -58,15 +59,16 @@ class AttentionFlops:
 @dataclass(frozen=True)
 class ModelFlops:
     """
-    The work of a model per token and per pair of tokens. Make it with [`model_flops`].
+    The work of a model per token and per pair of tokens, as [`model_flops`] returns it.
 
     Attributes:
         weights (`tuple[int, ...]`):
-            The number of weights in the matrices that a token is multiplied with; for an encoder-decoder, of a token of
-            the source and of one of the target. Keys and values of cross-attention count for the source.
+            The number of weights in the matrices that multiply one token. For an encoder-decoder, one number for tokens
+            of the source and one for tokens of the target; the key and value matrices of cross-attention count for the
+            source.
         output_weights (`int`): The number of weights of a language model's output embedding.
         attention (`dict[AttentionFlops, int]`):
-            For each mask, the sum of `(D + Dv) / 2` over the heads and layers that follow it.
+            For each mask, the sum of `(D + Dv) / 2` over the heads and layers that have it.
     """
 
     weights: tuple[int, ...]
@@ -85,12 +87,13 @@ class ModelFlops:
         embeddings and everything else that is not a matrix multiplication inside the layers are left out.
 
         Args:
-            examples (`Iterable[tuple[int, ...]]`): Tokens of each; for an encoder-decoder also those of its target.
+            examples (`Iterable[tuple[int, ...]]`):
+                The number of tokens of each example; for an encoder-decoder, of its source and of its target.
             targets (`int`, *optional*):
-                The number of tokens for which a language model computes logits. `None`: all of the last side.
+                The number of tokens for which a language model computes logits. `None`: all tokens of the last side.
             pairs (`dict[AttentionFlops, int]`, *optional*):
-                Allowed pairs in all examples, if they are known from the batches. Others are computed from the sizes;
-                masks that read fields then count as if they allowed all pairs.
+                The number of allowed pairs in all examples, where it is known from the batches. For all other attention
+                it is computed from the sizes, and masks that read fields count as if they allowed all pairs.
         """
         counts = Counter(examples)
         tokens = [sum(sizes[side] * count for sizes, count in counts.items()) for side in range(len(self.weights))]
@@ -106,7 +109,7 @@ class ModelFlops:
 
 def model_flops(model: PreTrainedModel) -> ModelFlops:
     """
-    Reads a model's sizes from its modules. Its weights may be sharded, or on the meta device.
+    Reads the sizes of a model from its modules. Its weights may be sharded, or on the meta device.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): A DynMask model, or a stock model of dense layers.
@@ -114,13 +117,13 @@ def model_flops(model: PreTrainedModel) -> ModelFlops:
     Returns:
         [`ModelFlops`]
     """
-    model = _outline(model)
+    model = _meta_copy(model)
     sides = _sides(model)
     weights = [0] * len(sides)
     for side, part in enumerate(sides):
         for name, parameter in part.named_parameters():
             if parameter.dim() == 2 and _is_in_a_layer(name):
-                weights[_tokens_through(name, side)] += parameter.numel()
+                weights[_side_of_inputs(name, side)] += parameter.numel()
     attention: Counter[AttentionFlops] = Counter()
     for side, part in enumerate(sides):
         attention.update(_attention(part, side))
@@ -129,16 +132,16 @@ def model_flops(model: PreTrainedModel) -> ModelFlops:
 
 
 def config_work(config: PreTrainedConfig) -> ModelFlops:
-    """[`model_flops`] of the model that a configuration describes, without allocating it. Logits of a language model
-    count if it is causal or an encoder-decoder."""
+    """[`model_flops`] of the model that a configuration describes, without allocating it. Logits count for causal
+    language models and encoder-decoders."""
     is_causal = any(name.endswith(CAUSAL_LM) for name in config.architectures or ())
     auto_class = AutoModelForCausalLM if is_causal else AutoModel
     with torch.device("meta"):
         return model_flops((AutoModelForSeq2SeqLM if config.is_encoder_decoder else auto_class).from_config(config))
 
 
-def _outline(model: Any) -> PreTrainedModel:
-    """The model without its weights, and without wrappers around its parts."""
+def _meta_copy(model: Any) -> PreTrainedModel:
+    """The same model on the meta device, without adapters and without wrappers around its parts."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.device("meta"):
         return type(base)(base.config)
@@ -149,17 +152,17 @@ def _sides(model: PreTrainedModel) -> list[Any]:
 
 
 def _is_in_a_layer(name: str) -> bool:
-    """Whether a parameter belongs to a layer: layers are in lists, so its name has a number."""
+    """Whether a parameter belongs to a layer. Layers are in lists, so the names of their parameters have a number."""
     return any(part.isdigit() for part in name.split("."))
 
 
-def _tokens_through(name: str, side: int) -> int:
-    """The side whose tokens a matrix is multiplied with."""
+def _side_of_inputs(name: str, side: int) -> int:
+    """The side whose tokens a matrix multiplies."""
     return SOURCE if CROSS_ATTENTION.search(name) and KEYS_AND_VALUES.search(name) else side
 
 
 def _attention(part: Any, side: int) -> Counter[AttentionFlops]:
-    """[`ModelFlops.attention`] of the layers of one side."""
+    """[`ModelFlops.attention`] for the layers of one side."""
     config = part.config
     widths: Counter[AttentionFlops] = Counter()
     if hasattr(config, "masks"):
@@ -178,15 +181,15 @@ def _attention(part: Any, side: int) -> Counter[AttentionFlops]:
 
 
 def _stock_attention(part: nn.Module, side: int) -> Iterator[AttentionFlops]:
-    """Attention layers of a stock model. Those of transformers have an attribute `is_causal`."""
-    chosen = getattr(part.config, CONFIG_ENTRY, None)
+    """The attention layers of a stock model. In transformers, they have an attribute `is_causal`."""
+    expression = getattr(part.config, CONFIG_ENTRY, None)
     for name, module in part.named_modules():
         if not hasattr(module, "is_causal") or isinstance(module, PreTrainedModel):
             continue
         if CROSS_ATTENTION.search(name):
             yield AttentionFlops(Full(), side, SOURCE)
-        elif chosen is not None:
-            yield AttentionFlops(parse(chosen), side, side)
+        elif expression is not None:
+            yield AttentionFlops(parse(expression), side, side)
         else:
             mask = Causal() if module.is_causal else Full()
             window = getattr(module, "sliding_window", getattr(part.config, "sliding_window", None))
@@ -202,7 +205,7 @@ def allowed_pairs(mask: Mask, queries: int, keys: int) -> int:
 
 
 def plan_pairs(*plans: MaskPlan) -> int:
-    """The number of pairs that plans of one mask allow together; see [`count_pairs`]. Counts on the CPU."""
+    """The total number of pairs that plans with the same mask allow; see [`count_pairs`]. Counts on the CPU."""
     layouts = [[side.trimmed().to("cpu") for side in (plan.layout, plan.key_layout)] for plan in plans]
     fields = {name: _joined([plan.fields.tables[name].cpu() for plan in plans]) for name in plans[0].fields.tables}
     sizes = [_joined([side.lengths for side in sides]) for sides in zip(*layouts, strict=True)]
@@ -213,17 +216,17 @@ def plan_pairs(*plans: MaskPlan) -> int:
 
 
 def _positions(layout: SequenceLayout) -> Tensor:
-    """Positions `(S, P)` of the tokens of each of the batch's sequences."""
+    """Positions `(S, P)` of the tokens of each sequence, padded to the longest."""
     return pad_sequence(list(layout.positions.split(layout.sizes)), batch_first=True)
 
 
 def _joined(tables: list[Tensor]) -> Tensor:
-    """Tables `(S, ...)` of several batches as one, padded with zeros to the largest sizes. Dimensions of size 1, such
-    as heads, are expanded instead."""
-    sizes = [max(of_tables) for of_tables in zip(*(table.shape[1:] for table in tables), strict=True)]
-    wide = []
+    """Concatenates tables `(S, ...)` of several batches, padded with zeros to the largest sizes. Dimensions of size 1,
+    such as heads, are expanded instead."""
+    sizes = [max(dimension) for dimension in zip(*(table.shape[1:] for table in tables), strict=True)]
+    padded = []
     for table in tables:
         table = table.expand(-1, *(size if own == 1 else own for own, size in zip(table.shape[1:], sizes, strict=True)))
         missing = [size - own for own, size in zip(table.shape[1:], sizes, strict=True)]
-        wide.append(nn.functional.pad(table, [number for size in reversed(missing) for number in (0, size)]))
-    return torch.cat(wide)
+        padded.append(nn.functional.pad(table, [number for size in reversed(missing) for number in (0, size)]))
+    return torch.cat(padded)

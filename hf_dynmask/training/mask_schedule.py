@@ -24,27 +24,28 @@ class MaskSchedule(TrainerCallback):
     """
     A [`~transformers.TrainerCallback`] that changes the model's mask during training.
 
-    The mask depends only on the number of completed optimizer steps, `state.global_step`: a run that resumes from a
-    checkpoint continues with the mask that an uninterrupted run has there. The mask changes right after the step in its
-    key, so the evaluation and the checkpoint of that step already have the new mask. Every change is logged, and so is
-    the mask that a run starts or resumes with: `mask` (its text) and, for trackers that take only numbers, `mask_stage`
-    (its index in the schedule). When training ends, the last mask stays on the model, or, with
-    `load_best_model_at_end`, the mask that the best checkpoint was evaluated and saved with. A run that resumes warns
-    if the checkpoint was trained with another mask than the schedule has at its step.
+    The mask depends only on the number of completed optimizer steps, `state.global_step`, so a run that resumes from a
+    checkpoint has the same masks as an uninterrupted run. The mask changes right after the step in its key: the
+    evaluation and the checkpoint of that step already have the new mask. Every change is logged, and so is the mask
+    that a run starts or resumes with: `mask` (its text) and, for trackers that take only numbers, `mask_stage` (its
+    index in the schedule). After training, the model keeps the last mask or, with `load_best_model_at_end`, the mask
+    with which the best checkpoint was evaluated and saved. A run that resumes warns if the checkpoint was trained with
+    a mask that differs from the schedule at that step.
 
     Args:
         masks (`dict[int | float, str]`):
-            Mask expressions (see [`hf_dynmask.masks`]) by the point at which they begin, in increasing order:
+            Mask expressions (see [`hf_dynmask.masks`]) by the point in training at which they begin, in increasing
+            order:
 
             - an `int` counts optimizer steps: `1` is after the first step;
-            - a `float` from 0 to 1 is a fraction of all steps, rounded up to a whole step: `1.0` is after the last one,
-              for the final evaluation and the model that is kept.
+            - a `float` from 0 to 1 is a fraction of all steps, rounded up to a whole step: `1.0` is after the last
+              step, for the final evaluation and the final model.
 
-            The two kinds may be mixed. The first key must be 0. Steps beyond the end of training are not reached.
+            The two kinds may be mixed. The first key must be 0. Keys beyond the end of training have no effect.
 
     Raises:
-        ValueError: `masks` is empty or not a mapping; a key is neither a step nor a fraction, or keys are not
-            increasing; the first key is not 0; a mask does not parse. When training begins: keys of the two kinds
+        ValueError: `masks` is empty or not a mapping; a key is neither a step nor a fraction; keys of one kind are not
+            increasing; the first key is not 0; a mask does not parse. When training begins: steps and fractions
             together are not increasing; the model does not accept one of the masks.
 
     Example:
@@ -65,7 +66,7 @@ class MaskSchedule(TrainerCallback):
     def on_train_begin(self, args, state: TrainerState, control, *, model: nn.Module, **kwargs):
         self._starts = _starts(self.masks, state.max_steps)
         self._stage = self._logged = None
-        for mask in self.masks.values():  # so that one that the model does not accept raises now
+        for mask in self.masks.values():  # raises now if the model does not accept one of them
             set_mask(unwrapped(model), mask)
         self._follow(state.global_step, model)
         before = next((entry["mask"] for entry in reversed(state.log_history) if "mask" in entry), None)
@@ -131,16 +132,16 @@ def _check_key(key: object) -> None:
 
 
 def _is_same(before: Any, mask: str) -> bool:
-    """Whether the mask that was logged, if any, is this one."""
+    """Whether the mask that was logged, if any, equals this one."""
     try:
         return before is None or parse(before) == parse(mask)
-    except ValueError:  # for example a custom mask that is not registered here
+    except ValueError:  # such as a custom mask that is not registered in this process
         return False
 
 
 def _starts(masks: Mapping[int | float, str], max_steps: int) -> list[int]:
     """The step after which each mask begins, in a training of `max_steps`."""
-    # Computed with decimals: 0.1 of 30 steps is 3, but a little more with floats.
+    # Exact fractions: in floating point, 0.07 * 100 is a little more than 7, which would be rounded up to 8.
     starts = {key: key if isinstance(key, int) else math.ceil(Fraction(str(key)) * max_steps) for key in masks}
     for before, after in pairwise(starts):
         if starts[after] < starts[before]:

@@ -1,10 +1,11 @@
-"""How many pairs a mask allows, computed from blocks in a time that does not grow with the number of pairs.
+"""Counts the (query, key) pairs that a mask allows, in a time that does not grow with the number of pairs.
 
-The attention matrix of a sequence begins as one block. A block for which the mask answers *always* or *never* is
-counted at once, and so is one in which the mask depends only on `i - j`. Others are split in four, down to small ones,
-whose pairs are checked one by one. If too many blocks are left, as with `random`, a sample of them represents all.
+The attention matrix of a sequence starts as one block. A block for which the mask answers *always* or *never* is
+counted at once, and so is a block in which the mask depends only on `i - j`. All other blocks are split into four, down
+to small blocks, whose pairs are checked one by one. If too many blocks are left, as with `random`, a sample represents
+them all.
 
-Shape legend: S sequences, n blocks, P positions of the longest sequence. Pairs are (query, key).
+Shape legend: S sequences, n blocks, P positions of the longest sequence.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 from ..modeling.fields import Fields
 from ..modeling.masks import Full, Mask, Select
 
-SMALLEST = 8  # queries and keys of a block that is not split
-FEW_CELLS = 2**17  # blocks with fewer cells in total are not worth splitting
-MOST_BLOCKS = 2**15  # blocks of one size that are examined
-MOST_RULES = 16  # different rules of `i - j` among the blocks of one size
-AT_ONCE = 2**18  # cells that are checked at once
+SMALLEST = 8  # queries and keys of the smallest blocks, which are not split
+FEW_CELLS = 2**17  # if all blocks together have fewer cells, splitting them is not worth it
+MOST_BLOCKS = 2**15  # the maximum number of blocks of one size that are examined
+MOST_RULES = 16  # the maximum number of different rules of `i - j` among the blocks of one size
+AT_ONCE = 2**18  # cells that are checked in one operation
 
 
 def count_pairs(
@@ -33,22 +34,22 @@ def count_pairs(
     counts: Tensor | None = None,
 ) -> int:
     """
-    The number of pairs that a mask allows in some sequences together, in one head. If an explicit mask differs by head,
+    The total number of pairs that a mask allows in some sequences, in one head. If an explicit mask differs by head,
     the mean over heads.
 
     The number is exact unless more than 32,768 blocks of one size have to be examined. A sequence of 1,448 tokens has
-    that many blocks of 8 queries and 8 keys. Longer sequences need blocks only along the borders of the areas that
-    `chunk`, `prefix`, `segments` and similar masks have, and none along borders parallel to the diagonal. If there are
-    more blocks, the number is an estimate from a fixed sample of 32,768 of them, usually off by less than one percent
-    of the pairs in the blocks.
+    that many blocks of 8 queries and 8 keys. In longer sequences, masks such as `chunk`, `prefix` and `segments` need
+    blocks only along the borders of their areas, and none along borders parallel to the diagonal. If there are more
+    blocks, the number is an estimate from a fixed sample of 32,768 of them. It is usually off by less than one percent
+    of the pairs in these blocks.
 
     Args:
-        mask (`Mask`): The mask, the same for all heads. For `topk`, all the keys that it chooses from count.
-        sizes (`Tensor` of shape `(S, 2)`, int64): Queries and keys of each sequence.
+        mask (`Mask`): The mask, the same for all heads. For `topk`, all candidate keys count.
+        sizes (`Tensor` of shape `(S, 2)`, int64): The number of queries and of keys of each sequence.
         fields (`dict[str, Tensor]`, *optional*): The fields that the mask reads, by sequence and position; not checked.
         positions (`Sequence[Tensor]` of shapes `(S, P)`, int64, *optional*):
-            Positions of the queries and keys of each sequence, if some are missing. `None`: 0, 1, 2, …
-        counts (`Tensor` of shape `(S,)`, *optional*): How often each sequence counts. `None`: once.
+            Positions of the queries and of the keys of each sequence, if tokens are missing. `None`: 0, 1, 2, …
+        counts (`Tensor` of shape `(S,)`, *optional*): How many times each sequence counts. `None`: once.
 
     Raises:
         ValueError: The mask differs by head.
@@ -63,8 +64,8 @@ class _Blocks(NamedTuple):
 
     Attributes:
         row (`Tensor` of shape `(n,)`): The sequence.
-        first, stop (`Tensor` of shape `(n, 2)`): The first query and key, and the ones after the last.
-        weight (`Tensor` of shape `(n,)`, float64): How many blocks each represents.
+        first, stop (`Tensor` of shape `(n, 2)`): The first query and key of each block, and those after the last.
+        weight (`Tensor` of shape `(n,)`, float64): How many blocks each block represents.
     """
 
     row: Tensor
@@ -77,14 +78,16 @@ class _Blocks(NamedTuple):
         return self.at(chosen.nonzero().squeeze(1))
 
     def at(self, places: Tensor) -> _Blocks:
-        return _Blocks._make(of_blocks.index_select(0, places) for of_blocks in self)
+        """The blocks with these indices."""
+        return _Blocks._make(values.index_select(0, places) for values in self)
 
-    def split(self, number: int) -> Iterator[_Blocks]:
-        return map(_Blocks._make, zip(*(of_blocks.split(number) for of_blocks in self), strict=True))
+    def chunks(self, number: int) -> Iterator[_Blocks]:
+        """The blocks in groups of `number`."""
+        return map(_Blocks._make, zip(*(values.split(number) for values in self), strict=True))
 
 
 class _Sequences(NamedTuple):
-    """The sequences that blocks are parts of, as passed to [`count_pairs`]."""
+    """The sequences that the blocks belong to, as passed to [`count_pairs`]."""
 
     sizes: Tensor
     positions: Sequence[Tensor] | None
@@ -98,18 +101,18 @@ class _Sequences(NamedTuple):
         return places if self.positions is None else self.positions[side][row, places]
 
     def blocks(self, row: Tensor, first: Tensor, weight: Tensor, size: int) -> _Blocks:
-        """Blocks of one size, cut off at the ends of their sequences; those beyond the end are left out."""
+        """Blocks of one size, cut off at the ends of their sequences. Blocks beyond the end are left out."""
         ends = self.sizes[row]
         return _Blocks(row, first, ends.minimum(first + size), weight).where((first < ends).all(1))
 
-    def divided(self, blocks: _Blocks, size: int) -> _Blocks:
-        """The quarters of the blocks, which have this size."""
-        quarters = torch.tensor([(0, 0), (0, 1), (1, 0), (1, 1)])
-        first = (blocks.first + size * quarters[:, None]).flatten(0, 1)
+    def quarters(self, blocks: _Blocks, size: int) -> _Blocks:
+        """The quarters of the blocks. `size` is the size of a quarter."""
+        offsets = torch.tensor([(0, 0), (0, 1), (1, 0), (1, 1)])
+        first = (blocks.first + size * offsets[:, None]).flatten(0, 1)
         return self.blocks(blocks.row.repeat(4), first, blocks.weight.repeat(4), size)
 
     def classify(self, mask: Mask, blocks: _Blocks) -> tuple[Tensor, Tensor]:
-        """[`Mask.classify`] of each block: `(n,)`."""
+        """[`Mask.classify`] for each block, `(n,)`."""
         q_lo, q_hi, k_lo, k_hi = (
             self.positions_at(blocks.row, places[:, side], side).view(-1, 1, 1, 1)
             for side in (0, 1)
@@ -119,7 +122,7 @@ class _Sequences(NamedTuple):
         return always.flatten(), never.flatten()
 
     def allowed(self, mask: Mask, blocks: _Blocks, size: int) -> Tensor:
-        """The number of pairs `(n,)` in each block of one size, checked one by one."""
+        """The number of allowed pairs `(n,)` in each block of one size, checked one by one."""
         sides = []
         for side in (0, 1):
             places, last = blocks.first[:, side, None] + torch.arange(size), blocks.stop[:, side, None] - 1
@@ -142,33 +145,33 @@ def _counted(mask: Mask, sequences: _Sequences, counts: Tensor | None) -> Iterat
         blocks = blocks.where(~(always | never))
         is_counted, pairs = rules.pairs(blocks)
         yield _sum(blocks, pairs)
-        blocks = _drawn(blocks.where(~is_counted), generator)
+        blocks = _sample(blocks.where(~is_counted), generator)
         if size == SMALLEST or len(blocks.row) * size**2 <= FEW_CELLS:
-            for some in blocks.split(max(1, AT_ONCE // size**2)):
+            for some in blocks.chunks(max(1, AT_ONCE // size**2)):
                 yield _sum(some, sequences.allowed(mask, some, size))
             return
         size //= 2
-        blocks = sequences.divided(blocks, size)
+        blocks = sequences.quarters(blocks, size)
 
 
 def _sum(blocks: _Blocks, pairs: Tensor) -> float:
     return float((blocks.weight * pairs).sum())
 
 
-def _drawn(blocks: _Blocks, generator: torch.Generator) -> _Blocks:
-    """All blocks, or a sample if there are too many."""
+def _sample(blocks: _Blocks, generator: torch.Generator) -> _Blocks:
+    """All blocks, or if there are too many, a sample that represents them."""
     number = len(blocks.row)
     if number <= MOST_BLOCKS:
         return blocks
-    drawn = blocks.at(torch.randperm(number, generator=generator)[:MOST_BLOCKS])
-    return drawn._replace(weight=drawn.weight * (number / MOST_BLOCKS))
+    sample = blocks.at(torch.randperm(number, generator=generator)[:MOST_BLOCKS])
+    return sample._replace(weight=sample.weight * (number / MOST_BLOCKS))
 
 
 # --- Rules of i - j alone --------------------------------------------------------------------------------------------
 
 
 class _Rules:
-    """The rules of `i - j` that remain of a mask in blocks where all its other leaves answer *always* or *never*."""
+    """Counts pairs in blocks where only `i - j` matters: all other leaves of the mask answer *always* or *never*."""
 
     def __init__(self, mask: Mask, sequences: _Sequences):
         self.mask = mask
@@ -178,7 +181,8 @@ class _Rules:
         self.sums: dict[tuple[bool, ...], Tensor] = {}
 
     def pairs(self, blocks: _Blocks) -> tuple[Tensor, Tensor]:
-        """Which blocks `(n,)` have such a rule, and how many pairs it allows in each; 0 for the others."""
+        """Whether each block has such a rule `(n,)`, and how many pairs the rule allows in it `(n,)`; 0 without a
+        rule."""
         has_rule = torch.full_like(blocks.row, self.sequences.positions is None, dtype=torch.bool)
         answers, pairs = [has_rule], torch.zeros_like(blocks.row)
         for other in self.others:
@@ -189,28 +193,31 @@ class _Rules:
         rules, rule_of = torch.stack(answers, 1)[places].unique(dim=0, return_inverse=True)
         if len(rules) > MOST_RULES:
             return torch.zeros_like(has_rule), pairs
-        for number, (_, *of_others) in enumerate(rules.tolist()):
-            pairs[places[rule_of == number]] = self._pairs(blocks.at(places[rule_of == number]), tuple(of_others))
+        for number, (_, *answers_of_others) in enumerate(rules.tolist()):
+            chosen = places[rule_of == number]
+            pairs[chosen] = self._pairs(blocks.at(chosen), tuple(answers_of_others))
         return has_rule, pairs
 
-    def _pairs(self, blocks: _Blocks, of_others: tuple[bool, ...]) -> Tensor:
-        sums = self._sums(of_others)
+    def _pairs(self, blocks: _Blocks, answers: tuple[bool, ...]) -> Tensor:
+        """The number of allowed pairs in each block, given the answers of the other leaves."""
+        sums = self._sums(answers)
         corners = [[q[:, 0] - k[:, 1] for k in (blocks.first, blocks.stop)] for q in (blocks.first, blocks.stop)]
-        above, below = ([sums[corner + self.longest] for corner in of_row] for of_row in corners)
+        above, below = ([sums[corner + self.longest] for corner in row] for row in corners)
         return (below[0] - above[0]) - (below[1] - above[1])
 
-    def _sums(self, of_others: tuple[bool, ...]) -> Tensor:
-        """The allowed distances `d = i - j`, summed up twice: at `x + longest` the sum of `x - d` over all `d < x`."""
-        if of_others not in self.sums:
-            rule = _with(self.mask, dict(zip(self.others, of_others, strict=True)))
+    def _sums(self, answers: tuple[bool, ...]) -> Tensor:
+        """Double prefix sums over distances `d = i - j`: entry `x + longest` is the sum of `x - d` over all allowed
+        `d < x`."""
+        if answers not in self.sums:
+            rule = _substituted(self.mask, dict(zip(self.others, answers, strict=True)))
             distances = torch.arange(-self.longest, self.longest).view(1, 1, -1, 1)
             allowed = rule.allowed(distances, torch.zeros(1, 1, 1, 1, dtype=torch.int64), Fields())
-            self.sums[of_others] = torch.nn.functional.pad(allowed.flatten().cumsum(0), (1, 0)).cumsum(0)
-        return self.sums[of_others]
+            self.sums[answers] = torch.nn.functional.pad(allowed.flatten().cumsum(0), (1, 0)).cumsum(0)
+        return self.sums[answers]
 
 
 def _not_relative(mask: Mask) -> Iterator[Mask]:
-    """Parts of a mask whose rules do not depend only on `i - j`: leaves, and choices by sequence."""
+    """The parts of a mask that depend on more than `i - j`: leaves, and choices by sequence."""
     if mask.is_relative:
         return
     parts: Sequence[Mask] = () if isinstance(mask, Select) else mask.parts
@@ -220,8 +227,8 @@ def _not_relative(mask: Mask) -> Iterator[Mask]:
         yield from _not_relative(part)
 
 
-def _with(mask: Mask, answers: Mapping[Mask, bool]) -> Mask:
+def _substituted(mask: Mask, answers: Mapping[Mask, bool]) -> Mask:
     """The mask, with some of its parts replaced by one answer for all pairs."""
     if mask in answers:
         return Full() if answers[mask] else ~Full()
-    return mask.with_parts(tuple(_with(part, answers) for part in mask.parts))
+    return mask.with_parts(tuple(_substituted(part, answers) for part in mask.parts))

@@ -1,4 +1,4 @@
-"""A Trainer that reports before its first step what does not match the checkpoint that it resumes from."""
+"""A Trainer that resumes compares its settings with those of the checkpoint before its first step."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from ..data.columns import MAIN_COLUMNS
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
-    Trainer = object  # slow to import, and not needed: classes that use the mixin have imported it
+    Trainer = object  # slow to import; a class that uses the mixin has imported it already
 
 logger = getLogger(__name__)
 
-KEY = "hf_dynmask"  # of our record among those of callbacks in `trainer_state.json`
-SAMPLED = 64  # examples in the fingerprint of a dataset
+KEY = "hf_dynmask"  # the key of our record among the callbacks' states in `trainer_state.json`
+SAMPLED = 64  # the number of examples in the fingerprint of a dataset
 DATA = "data set"
 
 
 class ResumingMixin(Trainer):
     """
-    Makes a [`~transformers.Trainer`] that resumes compare the settings that determine its batches with those of the
-    checkpoint. They are saved with each checkpoint, in `trainer_state.json`.
+    Makes a [`~transformers.Trainer`] compare its settings with those of the checkpoint when it resumes. The settings
+    that determine batches and targets are saved with each checkpoint, in `trainer_state.json`.
 
     A run that resumes skips the batches that the epoch has already had. If its batches differ from those of the
-    checkpoint, some examples would come twice and others never: this raises an error, unless `ignore_data_skip=True`
-    restarts the epoch. At the end of an epoch, and for settings that determine targets, it is a warning. A checkpoint
-    of an earlier release or of another Trainer has no record of its batches: in mid-epoch this is a warning too.
+    checkpoint, some examples would come twice and others never. This raises an error, unless `ignore_data_skip=True`
+    restarts the epoch. At the end of an epoch it is only a warning, and so is a change of settings that determine
+    targets. A checkpoint of an earlier release or of another Trainer has no record of its batches, which in mid-epoch
+    is a warning too.
 
-    Datasets are compared by their number of examples, by up to 64 examples (the `input_ids` or `input_features` in a
-    list or `datasets.Dataset`), and, with a budget of tokens, by all lengths. Streams are not compared.
+    Datasets are compared by their number of examples, by up to 64 of their examples (the `input_ids` or
+    `input_features` of a list or `datasets.Dataset`), and, with a token budget, by all lengths. Streams are not
+    compared.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -59,12 +61,12 @@ class ResumingMixin(Trainer):
         return settings
 
     def _target_settings(self) -> dict[str, Any]:
-        """The settings that determine the targets of the examples."""
+        """The settings that determine the targets drawn for each example."""
         return {}
 
     @property
     def _num_replicas(self) -> int:
-        """The number of processes with batches of their own; some processes may share the work on one batch."""
+        """The number of processes with different batches. With model parallelism, several processes share a batch."""
         total = super().get_total_train_batch_size(self.args)
         return total // (self._train_batch_size * self.args.gradient_accumulation_steps)
 
@@ -74,14 +76,14 @@ class ResumingMixin(Trainer):
 
     def _load_callback_state(self) -> None:
         states: Any = self.state.stateful_callbacks
-        record = states.pop(KEY, None)  # it does not belong to a callback
+        record = states.pop(KEY, None)  # not the state of a callback
         super()._load_callback_state()
         if record is not None:
             states[KEY] = record
 
 
 class _Record(TrainerCallback):
-    """Compares the record of the checkpoint with this run, and stores the record of this run for later checkpoints."""
+    """Compares the settings in the checkpoint with those of this run, and stores the latter for later checkpoints."""
 
     def __init__(self, trainer: ResumingMixin):
         self.trainer = trainer
@@ -89,7 +91,7 @@ class _Record(TrainerCallback):
     def on_train_begin(self, args, state: TrainerState, control, *, train_dataloader: Any = None, **kwargs):
         steps = _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
         found = {"batches": self.trainer._batch_settings(), "targets": self.trainer._target_settings(), "steps": steps}
-        found = json.loads(json.dumps(found))  # in the form that it is read back in
+        found = json.loads(json.dumps(found))  # in the form in which a checkpoint returns it
         states: Any = state.stateful_callbacks
         if state.global_step:
             _compare(args, state, states.get(KEY, {}).get("attributes"), found)
@@ -130,11 +132,11 @@ def _changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The settings that differ, with both values."""
     changes = []
     for name in dict.fromkeys([*found, *saved]):
-        one, other = saved.get(name), found.get(name)
-        if one != other and name == DATA:
+        before, now = saved.get(name), found.get(name)
+        if before != now and name == DATA:
             changes.append("another dataset, or another order")
-        elif one != other:
-            changes.append(f"{name} was {one!r} and is {other!r}")
+        elif before != now:
+            changes.append(f"{name} was {before!r} and is {now!r}")
     return ", ".join(changes)
 
 
@@ -144,7 +146,7 @@ def _warn(state: TrainerState, message: str) -> None:
 
 
 def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
-    """The number of optimizer steps; `None` for a stream."""
+    """The number of optimizer steps in an epoch; `None` for a stream."""
     try:
         return math.ceil(len(loader) / accumulation)
     except TypeError:
@@ -152,7 +154,7 @@ def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
 
 
 def _fingerprint(dataset: Any) -> str:
-    """A hash of some of the examples, in their order, if they can be read as they are stored."""
+    """A hash of a sample of the examples, in order. Only a list or a `datasets.Dataset` is read."""
     digest = hashlib.blake2b(digest_size=8)
     if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
         names = [name for name in MAIN_COLUMNS if name in dataset.column_names]

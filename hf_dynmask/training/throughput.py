@@ -32,42 +32,45 @@ from .flops import AttentionFlops, ModelFlops, Sizes, model_flops, plan_pairs
 
 OURS = (DynMaskPreTrainedModel, DynMaskRecurrentPreTrainedModel)
 INPUTS = ("input_ids", "inputs_embeds", "input_features")
-PREFIXES = ("", "decoder_")  # of the names of each side's arguments
-PASSES = 3  # work of a training step in forward passes: the backward pass takes two
-MOST_BATCHES = 1024  # batches that are kept before they are counted
-MOST_HELD = 2**26  # bytes of fields that are kept before they are counted
+PREFIXES = ("", "decoder_")  # of the argument names on each side
+PASSES = 3  # the work of a training step in forward passes: the backward pass takes two
+MOST_BATCHES = 1024  # the number of batches after which they are counted
+MOST_HELD = 2**26  # the bytes of fields after which batches are counted
 
 
 class ThroughputCallback(TrainerCallback):
     """
     A [`~transformers.TrainerCallback`] that logs the throughput of training, measured in real tokens.
 
-    Whenever the Trainer logs its loss, and once for the whole training at its end (with `train_` before each name), the
-    log, and with it the progress bar and every tracker in `report_to`, gets:
+    The figures go to the Trainer's log, and so to the progress bar and every tracker in `report_to`. They are logged
+    whenever the Trainer logs its loss, and at the end for the whole training, with `train_` before each name:
 
-    - `real_tokens_per_second`: tokens, or frames of `input_features`, on both sides of an encoder-decoder; no padding;
-    - `padding_avoided`: of the places that the batches have, or would have, as padded rows, the share that nothing was
-      computed for. 0 for a stock model on padded rows; 1 minus the share of real tokens for a DynMask model with
-      `lengths` or `attention_mask`, and for a flat batch. Empty places of a flat row of fixed size count as computed;
+    - `real_tokens_per_second`: tokens, or frames of `input_features`, without padding; for an encoder-decoder on both
+      sides.
+    - `padding_avoided`: the share of places in the padded rows of these batches for which nothing was computed. Flat
+      batches count as if they were padded rows. It is 0 for a stock model on padded rows, and 1 minus the share of real
+      tokens for flat batches and for a DynMask model with `lengths` or `attention_mask`. Unused places of a flat row of
+      fixed size count as computed.
     - `real_flops_per_second`: floating-point operations that the real tokens need,
       `6 * weights * tokens + 12 * layers * H * D * pairs` (see [`hf_dynmask.training.flops`]), regardless of what was
-      actually computed; pairs are those that the mask allows;
-    - `share_of_matmul_peak`: the same as a share of the rate at which the devices multiplied large matrices before
-      training began, in the dtype of the training;
-    - `peak_memory_gib`: the peak memory of a process: on an accelerator since the start or the last
-      `torch.accelerator.reset_peak_memory_stats`; on the CPU its resident memory, if the system reports it.
+      actually computed. Pairs are those that the mask allows.
+    - `share_of_matmul_peak`: `real_flops_per_second` as a share of the rate at which the devices multiplied large
+      matrices before training, in the dtype of the training.
+    - `peak_memory_gib`: the peak memory of a process. On an accelerator, since the start or the last
+      `torch.accelerator.reset_peak_memory_stats`; on the CPU, its resident memory, if the system reports it.
 
-    All figures are for all processes together, except memory, which is that of the process with the most. Evaluation,
-    saving and counting are left out, and so is their time. `train_real_tokens` and `train_real_flops` are the sums of a
-    `train()` call.
+    All figures are totals over all processes, except memory, which is the maximum over the processes. Evaluation,
+    saving and counting are left out, and so is their time. `train_real_tokens` and `train_real_flops` are the totals of
+    a `train()` call.
 
     A hook on the model's forward pass reads the batches. Their lengths, and the fields that masks read, stay on the
     device until something is logged, or until there are 1,024 batches or 64 MiB of them. Only then are pairs counted;
-    see [`hf_dynmask.training.pairs.count_pairs`]. If a mask reads fields, all pairs count in cross-attention and behind
-    convolutions.
+    see [`hf_dynmask.training.pairs.count_pairs`]. In cross-attention and after convolutions, a mask that reads fields
+    counts as if it allowed all pairs.
 
     Raises:
-        ValueError: In training: the model gets no tokens, embeddings or frames to count, or a stock model gets frames.
+        ValueError: During training: the model gets no tokens, embeddings or frames to count, or a stock model gets
+            frames.
 
     Example:
 
@@ -83,8 +86,8 @@ class ThroughputCallback(TrainerCallback):
         inner = unwrapped(model)
         self._remove_hook()
         self._batches = _Batches(inner)
-        self._hook = inner.register_forward_pre_hook(_seen_by(self._batches), with_kwargs=True)
-        finalize(self, self._hook.remove)  # an interrupted training does not call `on_train_end`
+        self._hook = inner.register_forward_pre_hook(_hook_of(self._batches), with_kwargs=True)
+        finalize(self, self._hook.remove)  # `on_train_end` is not called if training is interrupted
         self._peak = matmul_peak(args.device, _dtype(args, inner))
         self._total = _Measured()
         self._seconds = 0.0
@@ -105,7 +108,7 @@ class ThroughputCallback(TrainerCallback):
             _log_rates(state, control, self._measured(args, counted))
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self._since = time.perf_counter()  # the time since the last step was not training
+        self._since = time.perf_counter()  # the time since the last step was not spent on training
 
     on_save = on_evaluate
 
@@ -120,7 +123,7 @@ class ThroughputCallback(TrainerCallback):
         log(state, control, {f"train_{name}": value for name, value in logs.items()})
 
     def see(self, batch: Mapping[str, Any]) -> None:
-        """Count a training batch that the hook does not see, because a CUDA graph is replayed for it.
+        """Count a training batch that the hook does not see, because a CUDA graph is replayed.
 
         Args:
             batch (`dict[str, Any]`): The arguments of the forward pass.
@@ -133,11 +136,11 @@ class ThroughputCallback(TrainerCallback):
             self._hook = None
 
     def _measured(self, args: TrainingArguments, counted: _Counted) -> _Measured:
-        """What all processes have measured since the last call. It is also added to the total."""
-        of_process = [*counted, self._seconds, self._peak, peak_memory(args.device) or 0]
+        """What all processes have measured since the last call. Also adds it to the total."""
+        own = [*counted, self._seconds, self._peak, peak_memory(args.device) or 0]
         self._seconds = 0.0
         device = args.device if args.world_size > 1 else "cpu"
-        table = gather(torch.tensor([of_process], dtype=torch.float64, device=device))
+        table = gather(torch.tensor([own], dtype=torch.float64, device=device))
         *sums, seconds, peak, memory = table.unbind(1)  # type: ignore[union-attr]
         measured = _Measured(
             _Counted._make(values.sum().item() for values in sums),
@@ -155,7 +158,7 @@ def _log_rates(state: TrainerState, control: TrainerControl, measured: _Measured
 
 
 class _Counted(NamedTuple):
-    """Counts of batches: real tokens, places in padded rows, computed places, floating-point operations."""
+    """Totals over batches: real tokens, places in padded rows, computed places, floating-point operations."""
 
     tokens: float = 0
     places: float = 0
@@ -164,7 +167,7 @@ class _Counted(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """Of all processes: counts of batches, seconds, peak operations per second, bytes of memory."""
+    """Figures of all processes: totals over batches, seconds, peak operations per second, bytes of memory."""
 
     counted: _Counted = _Counted()
     seconds: float = 0
@@ -176,7 +179,7 @@ class _Measured(NamedTuple):
         return _Measured(counted, self.seconds + later.seconds, later.peak, max(self.memory, later.memory))
 
     def rates(self) -> dict[str, float]:
-        """The figures under their names in the log; empty if nothing was measured."""
+        """The figures under their names in the log. Empty if nothing was measured."""
         tokens, places, computed, flops = self.counted
         if not (tokens and self.seconds):
             return {}
@@ -197,10 +200,10 @@ class _Side(NamedTuple):
 
     Attributes:
         lengths (`Tensor` of shape `(S,)`): Tokens or frames of each sequence.
-        in_layers (`Tensor` of shape `(S,)`): Tokens in the layers: fewer if convolutions subsample.
+        in_layers (`Tensor` of shape `(S,)`): Tokens of each sequence in the layers; fewer if convolutions subsample.
         shape (`tuple[int, int]`): Rows and columns of the batch.
         is_flat (`bool`): Whether a row holds several sequences.
-        computes_all (`bool`): Whether layers compute all places, including those without a token.
+        computes_all (`bool`): Whether layers compute all places, including those of absent tokens.
     """
 
     lengths: Tensor
@@ -211,12 +214,12 @@ class _Side(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What is needed to count the pairs of a batch, for masks of one side that read fields.
+    """What is kept of one side of a batch to count its pairs, if masks read fields.
 
     Attributes:
         shape (`tuple[int, int]`): Rows and columns of the batch.
         presence (`tuple[Tensor | None, Tensor | None, Tensor | None]`): `lengths`, a 0/1 mask, and `missing`.
-        fields (`dict[str, Tensor]`): The fields.
+        fields (`dict[str, Tensor]`): The fields that the masks read.
     """
 
     shape: tuple[int, int]
@@ -236,20 +239,20 @@ class _Held(NamedTuple):
 
 @dataclass
 class _Batches:
-    """The batches that a model in training got since they were last counted."""
+    """The training batches of a model since they were last counted."""
 
     model: Any
     masks: list[Any] = field(default_factory=list)
-    before: _Counted = _Counted()  # counted when the masks changed, or when there were too many
-    seen: list[tuple[list[_Side], Tensor | None]] = field(default_factory=list)  # sides, number of targets
-    held: dict[int, list[_Held]] = field(default_factory=dict)  # of each side
-    bytes: int = 0  # that are held
+    before: _Counted = _Counted()  # batches that were counted early: the masks changed, or there were too many
+    seen: list[tuple[list[_Side], Tensor | None]] = field(default_factory=list)  # the sides, the number of targets
+    held: dict[int, list[_Held]] = field(default_factory=dict)  # by side
+    bytes: int = 0  # size of all that is in `held`
 
     def __post_init__(self):
         self._follow_masks()
 
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Reads a batch. It waits for the device only if tokens are missing or batches have to be counted."""
+        """Reads a batch. Waits for the device only if tokens are missing or if batches have to be counted."""
         if not (module.training and torch.is_grad_enabled()):
             return
         self._follow_masks()
@@ -266,7 +269,7 @@ class _Batches:
         self.seen.append((sides, None if labels is None else (labels != IGNORE_INDEX).sum()))
 
     def _follow_masks(self) -> None:
-        """If the model's masks have changed, counts the batches so far with the masks that they had."""
+        """If the model's masks have changed, counts the batches so far under the old masks."""
         masks = masks_of_config(self.model.config)
         if masks != self.masks:
             if self.seen:
@@ -278,7 +281,7 @@ class _Batches:
         """The counts. Waits for the device."""
         tokens = places = computed = targets = 0
         examples: list[Sizes] = []
-        for sides, of_labels in self.seen:
+        for sides, num_targets in self.seen:
             for side in sides:
                 lengths = [length for length in side.lengths.tolist() if length]
                 rows, width = side.shape
@@ -286,9 +289,9 @@ class _Batches:
                 tokens, places = tokens + sum(lengths), places + in_rows
                 computed += rows * width if side.computes_all else sum(lengths)
             sizes = zip(*(side.in_layers.tolist() for side in sides), strict=True)
-            batch = [of_example for of_example in sizes if any(of_example)]
+            batch = [example for example in sizes if any(example)]
             examples += batch
-            targets += sum(of_example[-1] for of_example in batch) if of_labels is None else int(of_labels)
+            targets += sum(example[-1] for example in batch) if num_targets is None else int(num_targets)
         flops = PASSES * self.work.forward_flops(examples, targets, self._pairs())
         counted = _Counted._make(map(add, self.before, (tokens, places, computed, flops)))
         self.before = _Counted()
@@ -298,7 +301,7 @@ class _Batches:
         return counted
 
     def _pairs(self) -> dict[AttentionFlops, int]:
-        """The pairs allowed in self-attention by masks that read fields."""
+        """The number of pairs that each mask with fields allows in self-attention."""
         pairs = {}
         for work in self.work.attention:
             if work.mask.fields and work.queries == work.keys and work.queries in self.held:
@@ -318,10 +321,10 @@ class _Batches:
         return _Side(lengths, in_layers, (rows, shape[-1]), is_flat, computes_all)
 
     def _inputs(self, given: dict[str, Any], prefix: str) -> tuple[str, tuple[int, ...]]:
-        """The name of a side's input, and the shape of its rows of tokens."""
+        """The name of a side's input, and its shape in tokens, `(B, T)` or `(1, N)`."""
         names = [f"{prefix}input_ids", f"{prefix}inputs_embeds", *(["labels", *INPUTS] if prefix else INPUTS[2:])]
         if not isinstance(self.model, OURS):
-            names = [name for name in names if name != "input_features"]  # stock models differ in what their frames are
+            names = [name for name in names if name != "input_features"]  # its meaning differs among stock models
         for name in names:
             if name in given and (name != "labels" or given[name].dim() > 1):
                 shape = tuple(given[name].shape)
@@ -339,7 +342,7 @@ class _Batches:
         if lengths is not None:
             return lengths.flatten()
         if mask is not None:
-            return (mask != 0).sum(-1).flatten()  # for models of transformers, any number but 0 is a token
+            return (mask != 0).sum(-1).flatten()  # in the models of transformers, any number other than 0 is a token
         labels, positions = given.get("labels"), given.get("position_ids")
         if prefix and labels is not None and tuple(labels.shape) == shape:
             return (labels != IGNORE_INDEX).sum(-1)
@@ -348,7 +351,7 @@ class _Batches:
         return torch.full((math.prod(shape[:-1]),), shape[-1])
 
     def _hold(self, given: dict[str, Any], prefix: str, shape: tuple[int, ...], lengths: Tensor) -> None:
-        """Keep what is needed to count the pairs of a side, if its masks read fields."""
+        """Keep what is needed to count the pairs of a side later, if its masks read fields."""
         side = PREFIXES.index(prefix)
         names = {name for work in self.work.attention if work.queries == work.keys == side for name in work.mask.fields}
         if names:
@@ -360,28 +363,28 @@ class _Batches:
             self.bytes += held.bytes
 
 
-def _seen_by(batches: _Batches) -> Callable:
-    """The hook, which does not keep `batches` alive."""
+def _hook_of(batches: _Batches) -> Callable:
+    """A forward hook that reads batches, and does not keep `batches` alive."""
     reference = ref(batches)
 
     @eager_only
     def see(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         batches = reference()
-        if batches is not None and not is_cuda_stream_capturing():  # a capture does not compute
+        if batches is not None and not is_cuda_stream_capturing():  # a capture computes nothing
             batches.see(module, args, kwargs)
 
     return see
 
 
 def masks_of_config(config: Any) -> list[Any]:
-    """All masks in a configuration and in those of its sides."""
+    """All masks in a configuration and in the configurations of its sides."""
     sides = [config, *(getattr(config, side) for side in getattr(config, "sub_configs", {}))]
     names = ("mask", "layer_masks", "cross_mask", CONFIG_ENTRY)
     return [getattr(side, name, None) for side in sides for name in names]
 
 
 def _presence(given: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:
-    """The arguments that tell which tokens are there: `lengths`, a 0/1 mask, and `missing`."""
+    """The arguments that say which tokens are real: `lengths`, a 0/1 mask, and `missing`."""
     lengths, mask, missing = (given.get(f"{prefix}{name}") for name in ("lengths", "attention_mask", "missing"))
     if lengths is None and not prefix and "cu_seq_lens_q" in given:
         lengths = given["cu_seq_lens_q"].diff()
@@ -389,7 +392,7 @@ def _presence(given: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> tup
 
 
 def _lengths_of_runs(position_ids: Tensor) -> Tensor:
-    """Lengths `(T,)` of the sequences of a row, in which positions `(T,)` restart; 0 behind the last sequence."""
+    """Lengths `(T,)` of the sequences in a row whose positions `(T,)` restart, padded with 0."""
     run = (position_ids.diff() != 1).cumsum(0)
     run = nn.functional.pad(run, (1, 0))
     return torch.zeros_like(run).scatter_add(0, run, torch.ones_like(run))
@@ -407,7 +410,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         dtype (`torch.dtype`): The dtype of the matrices.
 
     Returns:
-        `float`: The fastest of five runs, after one to warm up.
+        `float`: The rate of the fastest of five runs, after one warm-up run.
     """
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)  # draws no random numbers
@@ -419,7 +422,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """How long a device takes for a run."""
+    """How many seconds a device takes for a run."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -428,7 +431,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has finished its work, which a CPU always has."""
+    """Wait until a device has finished its work. A CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -439,8 +442,8 @@ def _dtype(args: TrainingArguments, model: Any) -> torch.dtype:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory in bytes: that of tensors on an accelerator, or else of this process; `None` if the system does not
-    report it (Linux does: `VmHWM` in proc(5))."""
+    """Peak memory in bytes: of tensors on an accelerator, or else of this process (`VmHWM` in proc(5)). `None` if the
+    system does not report it."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     status = Path("/proc/self/status")

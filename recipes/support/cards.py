@@ -1,4 +1,4 @@
-"""The results of a recipe: what went into a run, the results file, a summary, the figure and the model card."""
+"""The results of a recipe: the description of a run, the results file, the summary, the figure and the model card."""
 
 import hashlib
 import json
@@ -16,10 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from transformers import (
-    PreTrainedModel,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainingArguments
 
 from support.masks_and_lengths import draw, lengths_in_words, masks_in_words
 from support.samples import DATASETS, MODELS, PREFIX
@@ -42,23 +39,24 @@ HYPER_PARAMETERS = (
 RUNS = {
     "dynmask": "hf_dynmask, lengths",
     "stock": "stock model, padded batches",
-    "padded": "the same model, padded batches",  # if transformers has no equal model
+    "padded": "the same model, padded batches",  # if there is no equivalent stock model
 }
 RUNS_OF_STOCK_MODELS = {"dynmask": "stock model, dynmask", "stock": "stock model, sdpa"}  # by `attn_implementation`
-OF_THE_HUB = ("licence_id", "languages", "hub_id", "hub_config", "hub_split")  # what metadata say about a sample
-HUB_METRICS = {"rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}  # if the Hub's name differs
+OF_THE_HUB = ("licence_id", "languages", "hub_id", "hub_config", "hub_split")  # attributes of a sample for metadata
+HUB_METRICS = {"rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}  # metrics whose names differ on the Hub
 LIMITS = (
-    "With the recipe's default settings the model is small and trains for minutes: it shows that the recipe works and "
-    "is not meant for use. Quality and speed are those of one training and vary with seeds and machines. The model "
-    "reproduces its data, which have not been checked for errors, bias or private information."
+    "With the recipe's default settings, the model is small and trains for minutes: it shows that the recipe works, "
+    "but is not meant for use. Quality and speed were measured in a single training run, and vary with seeds and "
+    "machines. The model reproduces its training data, which have not been checked for errors, bias or private "
+    "information."
 )
 
 
-# --- What a run was made of ------------------------------------------------------------------------------------------
+# --- The description of a run ----------------------------------------------------------------------------------------
 
 
 def describe_source(source: str) -> Results:
-    """Describes a model or data set: its Hub id, if it has one, and what is known about a sample."""
+    """Describes a model or data set: its name, its Hub id if it has one, and for a sample its origin and licence."""
     samples = {f"{PREFIX}{name}": sample for name, sample in (MODELS | DATASETS).items()}
     if source in samples:
         sample = samples[source]
@@ -68,25 +66,25 @@ def describe_source(source: str) -> Results:
 
 
 def describe_new_model(model: PreTrainedModel) -> Results:
-    """Describes a model with random initial weights."""
+    """Describes a model that is trained from random weights."""
     return {"name": f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} million weights, random at first"}
 
 
 def describe_training(arguments: TrainingArguments) -> Results:
-    """The hyper-parameters of a run as plain values."""
+    """The hyperparameters of a run as plain values."""
     values = arguments.to_sanitized_dict()
     return {name: values[name] for name in HYPER_PARAMETERS}
 
 
 def describe_environment(device: torch.device) -> Results:
-    """What a speed depends on: versions, device, threads."""
+    """What speed depends on: versions, device and threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     packages = {package: version(package) for package in ("torch", "transformers", "accelerate")}
     return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **packages}
 
 
 def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")  # on Linux; elsewhere `platform` knows it
+    information = Path("/proc/cpuinfo")  # only on Linux; elsewhere `platform` knows the name
     lines = information.read_text().splitlines() if information.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
@@ -114,7 +112,7 @@ def report(results: Results, card: ModelCard, training: TrainingArguments, model
 
 
 def save_report(results: Results, card: ModelCard, figure: Figure, output_dir: str, model_card_dir: str | None) -> None:
-    """Saves results, card and figure beside the model and, under the recipe's name, with the model cards."""
+    """Saves results, card and figure next to the model and, under the recipe's name, in the folder of model cards."""
     picture = as_png(figure, results)
     write_json(Path(output_dir, "results.json"), results)
     save_card(results, card, picture, Path(output_dir, "README.md"))
@@ -134,7 +132,7 @@ def figure_name(results: Results) -> str:
 
 
 def as_png(figure: Figure, results: Results) -> bytes:
-    """A small picture of 64 colours whose metadata identify its results."""
+    """A small picture with 64 colours, whose metadata identify the results it was drawn from."""
     drawn, file, remark = BytesIO(), BytesIO(), PngInfo()
     figure.savefig(drawn, format="png", dpi=100)
     remark.add_text("Source", source_of_figure(results))
@@ -147,7 +145,7 @@ def source_of_figure(results: Results) -> str:
 
 
 def rebuild(path: Path) -> None:
-    """Rebuilds card and figure from a results file that is named after its recipe."""
+    """Rebuilds the card and the figure from a results file, which is named after its recipe."""
     results = json.loads(path.read_text(encoding="utf-8"))
     recipe = import_module(results["recipe"])
     figure = getattr(recipe, "make_figure", draw)(results)
@@ -179,8 +177,8 @@ def summary(results: Results) -> str:
         if name in results:
             reference, found = results[name], runs["dynmask"][metric]
             parts.append(
-                f"{words}, {reference['what']}: {metric} {reference[metric]:.3f}. "
-                f"The model's is {found - reference[metric]:+.3f} of that."
+                f"{words} ({reference['what']}): {metric} {reference[metric]:.3f}. "
+                f"The trained model differs by {found - reference[metric]:+.3f}."
             )
     for padded in runs.keys() - {"dynmask"}:
         ratio = runs["dynmask"]["tokens_per_second"] / runs[padded]["tokens_per_second"]
@@ -198,15 +196,16 @@ def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCa
 
     Args:
         results (`dict`):
-            `recipe`, `task` (as the Hub names it), `metric`, `model` and `dataset` (as [`describe_source`] gives them,
-            with `rows` of each split), `runs` (as [`train_and_evaluate`] gives them), `padding_share`, `training`,
-            `masks` and `lengths` (as [`describe_masks`] and [`describe_lengths`] give them), `environment`, `arguments`
-            (those that differ from the defaults). Optional: `others` (further metrics), `trivial` (as [`best_constant`]
-            gives it), `untrained` (the same for the model before its training), `unit` (what a model reads instead of
-            tokens), `library` (of the Hub, which stock models with `attn_implementation="dynmask"` are of).
+            `recipe`, `task` (its name on the Hub), `metric`, `model` and `dataset` (from [`describe_source`], with the
+            number of `rows` of each split), `runs` (from [`train_and_evaluate`]), `padding_share`, `training`, `masks`
+            and `lengths` (from [`describe_masks`] and [`describe_lengths`]), `environment`, `arguments` (those that
+            differ from the defaults). Optional: `others` (further metrics), `trivial` (from [`best_constant`]),
+            `untrained` (the same for the model before training), `unit` (what the model reads, if not tokens),
+            `library` (the Hub's name of the library, if the model is a stock one with
+            `attn_implementation="dynmask"`).
         title (`str`): The heading.
         usage (`str`): Python code that uses the model.
-        limits (`str`): Limits that come from the task.
+        limits (`str`): Limits that are due to the task.
     """
     model, dataset = results["model"], results["dataset"]
     metadata = ModelCardData(
@@ -216,12 +215,12 @@ def model_card(results: Results, title: str, usage: str, limits: str) -> ModelCa
         model_name=results["recipe"],
         eval_results=evaluations(results),
     )
-    what = "the stock model on padded batches" if "library" in results else "on batches with lengths"
+    batches = 'padded batches with `attn_implementation="dynmask"`' if "library" in results else "batches with lengths"
     text = f"""
 # {title}
 
-`{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`, {what} and
-without any computation on padding.
+`{model["name"]}`, trained by `recipes/{results["recipe"]}.py` on `{dataset["name"]}`, on {batches}.
+No padding was computed.
 
 ## Results
 
@@ -237,8 +236,8 @@ Lengths of the training rows:
 
 {lengths_in_words(results["lengths"])}
 
-![The masks, over sequences as long as the quartiles of the training rows, and how many rows have which \
-length]({figure_name(results)})
+![The masks, over sequences whose lengths are the quartiles of the training rows, and a histogram of \
+the lengths]({figure_name(results)})
 
 ## Use
 
@@ -250,10 +249,10 @@ length]({figure_name(results)})
 
 
 def common_metadata(model: Results, datasets: list[Results], library: str = "transformers") -> Results:
-    """Metadata of every card, from model and data sets as [`describe_source`] gives them."""
+    """Metadata of every card. `model` and `datasets` are from [`describe_source`]."""
 
     def known(name: str, sources: list[Results]) -> list[str] | None:
-        """Each value once."""
+        """The values of all sources, each once."""
         return list(dict.fromkeys(source[name] for source in sources if name in source)) or None
 
     languages = (language for dataset in datasets for language in dataset.get("languages", []))
@@ -268,7 +267,7 @@ def common_metadata(model: Results, datasets: list[Results], library: str = "tra
 
 
 def evaluations(results: Results) -> list[EvalResult]:
-    """The entry of each metric in the model card's index."""
+    """The entries of the metrics in the model index of the card."""
     dataset = results["dataset"]
     metrics: list[str] = [results["metric"], *results.get("others", [])]
     return [
@@ -291,13 +290,13 @@ def assemble_card(
     metadata: ModelCardData, text: str, limits: str, sources: Iterable[Results], results: Results
 ) -> ModelCard:
     """
-    Makes a card that ends with limits, sources, command, hyper-parameters and environment.
+    Makes a card that ends with limits, sources, command, hyperparameters and environment.
 
     Args:
         metadata ([`~huggingface_hub.ModelCardData`]): Metadata at the top.
         text (`str`): The text in Markdown.
         limits (`str`): Limits of the model.
-        sources (`list[dict]`): Models and data sets, as [`describe_source`] gives them.
+        sources (`list[dict]`): Models and data sets, from [`describe_source`].
         results (`dict`): Has `recipe`, `arguments`, `training` and `environment`.
     """
     in_words = "\n".join(map(_in_words, sources))
@@ -339,7 +338,7 @@ def command(results: Results) -> str:
 
 
 def options(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments in the form of the command line."""
+    """Arguments as words of a command line."""
     words = []
     for name, value in arguments.items():
         values = [] if value is True else value if isinstance(value, list) else [value]
@@ -357,7 +356,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def table(header: list[str], rows: Iterable[list[str]], names: int = 1) -> str:
-    """A Markdown table that is legible in a terminal, too; its first `names` columns are left-aligned."""
+    """A Markdown table that is also legible in a terminal. The first `names` columns are left-aligned."""
     cells = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]

@@ -7,12 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    HfArgumentParser,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import AutoConfig, HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_dynmask import DynMaskConfig, from_transformers
 from support.samples import resolve_dataset
@@ -20,18 +15,18 @@ from support.samples import resolve_dataset
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-IGNORED = -100  # the label of tokens that are no targets
+IGNORED = -100  # the label of tokens that are not targets
 
 TRAINING_DEFAULTS = {
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
     "save_strategy": "no",
     "dataloader_pin_memory": torch.accelerator.is_available(),
-    "use_cpu": not torch.accelerator.is_available(),  # Accelerate must know it before it joins several processes
+    "use_cpu": not torch.accelerator.is_available(),  # Accelerate must know it before it connects processes
 }
 
 
-UNTOLD = {"output_dir", "model_card_dir", "resume_from_checkpoint"}  # arguments that do not change a run
+NOT_REPORTED = {"output_dir", "model_card_dir", "resume_from_checkpoint"}  # arguments that do not affect results
 
 
 @dataclass(kw_only=True)
@@ -40,7 +35,7 @@ class ReportArguments:
     Arguments of every recipe.
 
     Attributes:
-        given (`dict[str, Any]`): Arguments of all dataclasses that differ from the defaults, except names of folders.
+        given (`dict[str, Any]`): Arguments of all dataclasses that differ from the defaults, except folders.
     """
 
     given: dict[str, Any] = field(init=False, default_factory=dict)
@@ -56,8 +51,8 @@ class CommonArguments(ReportArguments):
     baseline: bool = field(
         default=False,
         metadata={
-            "help": "Also train on padded batches from the same weights: the stock model or, if there is none, the "
-            "same model."
+            "help": "Also train on padded batches, from the same weights: the stock model, or the same model if there "
+            "is no stock one."
         },
     )
 
@@ -69,8 +64,8 @@ class DropoutArguments(CommonArguments):
     dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Of hidden states and attention weights. None: as the model has it; with --baseline 0, so that the "
-            "two trainings follow one course."
+            "help": "Dropout of hidden states and attention weights. None: the model's own; with --baseline 0, so that "
+            "both runs train in the same way."
         },
     )
 
@@ -86,14 +81,14 @@ def parse_arguments(
         arguments (`list[str]`, *optional*): Arguments to parse instead of the command line's.
         defaults (`dict[str, Any]`, *optional*): The recipe's defaults, in addition to `TRAINING_DEFAULTS`.
     """
-    parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: its annotation admits no class
+    parser = HfArgumentParser(classes)  # pyright: ignore[reportArgumentType]: the annotation does not allow classes
     if any(issubclass(each, TrainingArguments) for each in classes):
         parser.set_defaults(**TRAINING_DEFAULTS)
     parser.set_defaults(**defaults or {})
     found = parser.parse_args_into_dataclasses(arguments)
     if isinstance(found[0], ReportArguments):
-        told, usual = (vars(parser.parse_args(texts)) for texts in (arguments, []))
-        given = {name: value for name, value in told.items() if name not in UNTOLD and value != usual[name]}
+        parsed, usual = (vars(parser.parse_args(texts)) for texts in (arguments, []))
+        given = {name: value for name, value in parsed.items() if name not in NOT_REPORTED and value != usual[name]}
         found[0].given.update(given)
     return found
 
@@ -106,7 +101,7 @@ def load_columns(source: str, *columns: str) -> DatasetDict:
     Loads columns of a data set.
 
     Args:
-        source (`str`): As [`resolve_dataset`] takes it.
+        source (`str`): As in [`resolve_dataset`].
         columns (`str`): Names of the columns.
 
     Returns:
@@ -125,7 +120,7 @@ def load_columns(source: str, *columns: str) -> DatasetDict:
 
 
 def load_texts(source: str, *columns: str) -> DatasetDict:
-    """[`load_columns`] for columns of texts, without rows that have an empty text."""
+    """[`load_columns`] for columns of texts. Rows with an empty text are left out."""
     data = load_columns(source, *columns)
     check_texts(data, *columns)
     return data.filter(lambda row: all(text and text.strip() for text in row.values()))

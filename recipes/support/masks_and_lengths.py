@@ -1,4 +1,4 @@
-"""A model's masks and the lengths of its training rows: as plain values, in words, and as a figure."""
+"""Describes the masks of a model and the lengths of its training rows: as plain values, in words, and as a figure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -14,12 +14,12 @@ from hf_dynmask.tools.plotting import COLOURS, plot_mask
 
 Described = dict[str, Any]
 
-# What a token sees, by leaf of the mask language, and separately for leaves that read a field instead of an argument.
+# What a token sees, for each leaf of the mask language. Leaves that read a field instead of an argument have their own.
 WORDS = {
     "full": "every token",
     "causal": "itself and the tokens before it",
     "backward": "itself and the tokens after it",
-    "diagonal": "itself alone",
+    "diagonal": "itself",
     "window": "the tokens from {left} before it to {right} after it",
     "dilated": "the tokens up to {width} away, at distances that {step} divides",
     "chunk": "the tokens of its own chunk of {size}",
@@ -29,7 +29,7 @@ WORDS = {
     "visible": "the tokens outside of `hidden_spans`",
     "segments": "the tokens of its own segment (`segment_ids`)",
     "shared_question": "the tokens of segment 0 and of its own (`segment_ids`)",
-    "global_tokens": "the first {n} tokens, and every token if it is one of these",
+    "global_tokens": "the first {n} tokens, or every token if it is one of them",
     "random": "a random share of {keep} of the tokens (seed {seed})",
     "dense": "the tokens that the batch's `attention_mask` allows",
     "topk": "the {n} tokens with the highest learned scores",
@@ -39,7 +39,7 @@ WORDS = {
 }
 WORDS_OF_FIELDS = {
     "prefix": "the tokens before the end of the prefix (`prefix_lengths`)",
-    "global_tokens": "the tokens marked in `global_tokens`, and every token if it is one of these",
+    "global_tokens": "the tokens marked in `global_tokens`, or every token if it is marked itself",
 }
 
 
@@ -48,7 +48,7 @@ WORDS_OF_FIELDS = {
 
 def describe_masks(config: PreTrainedConfig) -> dict[str, str]:
     """
-    A model's mask expressions by the layers and heads that follow them.
+    The mask expressions of a model, by the layers and heads that have them.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): A `DynMaskConfig` or `DynMaskSeq2SeqConfig`.
@@ -65,19 +65,19 @@ def describe_masks(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def _by_layer(side: str, config: Any, masks: Sequence[Mask]) -> dict[str, str]:
-    """Groups neighbouring layers with equal expressions, and neighbouring heads if they differ."""
+    """Groups neighbouring layers with equal expressions and, if heads differ, neighbouring heads."""
     heads = config.num_attention_heads
     found = {}
     for mask, group in groupby(range(len(masks)), key=lambda layer: masks[layer]):
         layers = list(group)
-        for run, of_run in head_runs(mask, heads):
+        for run, run_mask in head_runs(mask, heads):
             places = [_places("layer", layers, len(masks)), _places("head", range(heads)[run], heads)]
-            found[", ".join(filter(None, [side, *places]))] = str(of_run)
+            found[", ".join(filter(None, [side, *places]))] = str(run_mask)
     return found
 
 
 def _places(what: str, numbers: Sequence[int], count: int) -> str:
-    """The numbers of layers or heads; empty if they are all `count`."""
+    """Names a range of layers or heads. Empty if it is all of them."""
     if len(numbers) == count:
         return ""
     return f"{what} {numbers[0]}" if len(numbers) == 1 else f"{what}s {numbers[0]} to {numbers[-1]}"
@@ -112,7 +112,7 @@ def mask_in_words(mask: Mask) -> str:
     match mask:
         case And():
             first, *rest = map(_operand, mask.parts)
-            return f"of {first}, only {', and of these only '.join(rest)}"
+            return f"{first}, restricted to {' and to '.join(rest)}"
         case Or():
             return " as well as ".join(map(_operand, mask.parts))
         case Not():
@@ -128,7 +128,7 @@ def _operand(mask: Mask) -> str:
 
 
 def masks_in_words(masks: Mapping[str, str]) -> str:
-    """The result of [`describe_masks`] as a Markdown list."""
+    """A Markdown list of the masks that [`describe_masks`] returns."""
     return "\n".join(
         f"- {who}: `{text}`. "
         + ("In the source, each token of the target" if who.startswith("cross") else "In its own sequence, each token")
@@ -138,13 +138,13 @@ def masks_in_words(masks: Mapping[str, str]) -> str:
 
 
 def lengths_in_words(lengths: Mapping[str, Described]) -> str:
-    """The results of [`describe_lengths`] by column as a Markdown list."""
+    """A Markdown list of the lengths of each column, as [`describe_lengths`] returns them."""
     lines = []
-    for column, of_rows in lengths.items():
-        least, lower, middle, upper, most = (f"{quartile:,}" for quartile in of_rows["quartiles"])
+    for column, described in lengths.items():
+        least, lower, middle, upper, most = (f"{quartile:,}" for quartile in described["quartiles"])
         lines.append(
             f"- `{column}`: from {least} to {most}, half of them from {lower} to {upper}; "
-            f"median {middle}, mean {of_rows['mean']:,.1f}."
+            f"median {middle}, mean {described['mean']:,.1f}."
         )
     return "\n".join(lines)
 
@@ -154,18 +154,18 @@ def lengths_in_words(lengths: Mapping[str, Described]) -> str:
 
 def draw(results: Described) -> Figure:
     """
-    Draws a panel per mask, over three sequences whose lengths are the quartiles of the training rows, and a panel with
-    the lengths of each column.
+    Draws a panel for each mask, over three sequences whose lengths are the quartiles of the training rows, and a panel
+    for the lengths of each column.
 
     Args:
-        results (`dict`): Has `masks`, as [`describe_masks`] gives them, and `lengths`, as [`describe_lengths`] does.
+        results (`dict`): Has `masks` from [`describe_masks`], and `lengths` from [`describe_lengths`].
     """
     lengths = list(results["lengths"].items())
     panels = []
     for who, text in results["masks"].items():
-        if not who.startswith("cross"):  # has queries of one side and keys of the other
+        if not who.startswith("cross"):  # cross-attention has queries on one side and keys on the other
             panels.append((_draw_mask, who, text, lengths[-1 if who.startswith("decoder") else 0][1]))
-    panels += [(_draw_lengths, column, of_rows) for column, of_rows in lengths]
+    panels += [(_draw_lengths, column, described) for column, described in lengths]
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(9, 4.2 * rows), layout="constrained")
     for place, (draw_panel, *content) in enumerate(panels):
@@ -173,17 +173,17 @@ def draw(results: Described) -> Figure:
     return figure
 
 
-def _draw_mask(axis: Any, who: str, text: str, of_rows: Described) -> None:
-    _, *quartiles, _ = of_rows["quartiles"]
+def _draw_mask(axis: Any, who: str, text: str, lengths: Described) -> None:
+    _, *quartiles, _ = lengths["quartiles"]
     plot_mask(parse(text).without_choice(), quartiles, ax=axis)
     axis.set_ylabel(f"{who}: query position")
 
 
-def _draw_lengths(axis: Any, column: str, of_rows: Described) -> None:
-    least, width, counts = of_rows["quartiles"][0], of_rows["width"], of_rows["counts"]
+def _draw_lengths(axis: Any, column: str, lengths: Described) -> None:
+    least, width, counts = lengths["quartiles"][0], lengths["width"], lengths["counts"]
     starts = [least + k * width - 0.5 for k in range(len(counts))]
     axis.bar(starts, counts, width, align="edge", color=COLOURS["full"])
-    axis.axvline(of_rows["mean"], color=COLOURS["allowed"], label="mean")
+    axis.axvline(lengths["mean"], color=COLOURS["allowed"], label="mean")
     axis.set_xlabel(f"length of {column}")
     axis.set_ylabel("training rows")
     axis.legend(frameon=False)

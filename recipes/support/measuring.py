@@ -1,4 +1,4 @@
-"""Measured training runs of a model and its baselines, and what can be reached without a model."""
+"""Trains and measures a model and its baselines, and computes scores that need no model."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,12 +12,7 @@ import torch
 from accelerate.utils import gather
 from datasets import DatasetDict
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_dynmask import DynMaskConfig, DynMaskSeq2SeqConfig, from_transformers
@@ -27,7 +22,7 @@ from support.masks_and_lengths import describe_lengths, describe_masks
 
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Any]
-Baselines = dict[str, tuple[Any, Collator | None]]  # names as in `cards.RUNS`, models and their collators
+Baselines = dict[str, tuple[Any, Collator | None]]  # models and their collators, by name in `cards.RUNS`
 Lengths = dict[str, list[int]]  # real tokens or frames of each training row, by column
 
 
@@ -39,23 +34,23 @@ def compare(
     lengths: Lengths | None = None,
 ) -> Results:
     """
-    Trains a model, then its baselines, on however many processes there are. The model is saved, loaded again, and must
-    have the quality that it had before.
+    Trains a model, then its baselines, on any number of processes. The model is saved and loaded again, and must then
+    have the same score as before.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Of the model.
+        trainer ([`~transformers.Trainer`]): The trainer of the model.
         baselines (`dict[str, tuple[PreTrainedModel, Callable]]`):
-            Models and their collators (`None`: the trainer's own), by name. Each is trained as the first model is, in a
-            folder inside its own.
+            Models and their collators (`None`: the trainer's own), by name. Each is trained like the first model, in a
+            subfolder of the model's folder.
         load (`Callable`): Loads the saved model from its folder.
         metrics (`list[str]`): Names of the metrics, the main one first.
         lengths (`dict[str, list[int]]`, *optional*):
-            Tokens of each training row by column, if the trainer tokenizes the rows. `None`: the rows are tokenized.
+            Tokens of each training row by column, if the trainer tokenizes the rows itself. `None`: the rows are
+            already tokenized.
 
     Returns:
-        `dict`: `masks` and `lengths` of the training rows, as [`describe_masks`] and [`describe_lengths`] give them,
-        `runs` (for each name what [`train_and_evaluate`] gives), `padding_share` (of rows that are padded) and
-        `environment`.
+        `dict`: `masks` and `lengths` of the training rows (from [`describe_masks`] and [`describe_lengths`]), `runs`
+        (from [`train_and_evaluate`], by name), `padding_share` (of padded batches) and `environment`.
     """
     training = trainer.args
     runs = {"dynmask": train_and_evaluate(trainer, *metrics, lengths=lengths)}
@@ -65,7 +60,7 @@ def compare(
     trainer.accelerator.wait_for_everyone()
     reloaded = load(str(training.output_dir)).to(training.device)
     again = trainer_like(trainer, reloaded, trainer.data_collator, replace(training))
-    check_reloaded(of_whole_model(again), metrics[0], runs["dynmask"][metrics[0]])
+    check_reloaded(without_sharding(again), metrics[0], runs["dynmask"][metrics[0]])
     for name, (model, collator) in baselines.items():
         other = trainer_like(trainer, for_fsdp2(model), collator, arguments_of(name, training))
         runs[name] = train_and_evaluate(other, *metrics, lengths=lengths)
@@ -76,8 +71,8 @@ def compare(
 def trainer_like(
     trainer: Any, model: PreTrainedModel, collator: Collator | None, training: TrainingArguments
 ) -> Trainer:
-    """A trainer of another model with the same data and measures. DeepSpeed's arguments are for one trainer each."""
-    if hasattr(trainer, "evaluator"):  # of sentence-transformers, whose losses hold the model
+    """A trainer for another model with the same data and metrics. DeepSpeed needs new arguments for each trainer."""
+    if hasattr(trainer, "evaluator"):  # a trainer of sentence-transformers, whose losses hold the model
         measures = {"loss": type(trainer.loss), "evaluator": trainer.evaluator}
     else:
         names = ("compute_metrics", "preprocess_logits_for_metrics")
@@ -94,7 +89,7 @@ def trainer_like(
 
 
 def describe(model: Any, lengths: Lengths) -> Results:
-    """The masks of a model, of a stock one those of its converted twin, and the lengths of what it is trained on."""
+    """The masks of a model (of a stock model, after conversion), and the lengths of its training rows."""
     is_ours = isinstance(model.config, DynMaskConfig | DynMaskSeq2SeqConfig)
     config = model.config if is_ours else from_transformers(model.transformers_model.base_model).config
     return {
@@ -111,28 +106,28 @@ def row_lengths(trainer: Any) -> Lengths:
 
 
 def arguments_of(name: str, training: TrainingArguments) -> TrainingArguments:
-    """New arguments for another model; with the same ones, FSDP would look for the first model's layers in it."""
+    """New arguments for another model. With the same ones, FSDP would look for the first model's layers in it."""
     return replace(
         training,
         output_dir=str(Path(str(training.output_dir), name)),
         resume_from_checkpoint=None,
-        # Most stock models average over their own targets, ignoring those of other processes.
+        # Most stock models average over the targets of their own process only.
         average_tokens_across_devices=training.average_tokens_across_devices and name != "stock",
     )
 
 
 def for_fsdp2(model: Any) -> Any:
-    """Accelerate shards a model's input embeddings separately, so a module that holds them cannot be sharded whole."""
-    if isinstance(model, PreTrainedModel):  # one of sentence-transformers names no blocks
+    """Prepares a model for FSDP2. Accelerate shards the input embeddings separately, so the module that holds them must
+    not be sharded as a whole."""
+    if isinstance(model, PreTrainedModel):  # a model of sentence-transformers names no blocks
         blocks = model._no_split_modules or ()
         model._no_split_modules = [block for block in blocks if not block.endswith("Embeddings")]
     return model
 
 
-def of_whole_model(trainer: Trainer) -> Trainer:
-    """A trainer that only evaluates, with the whole model on each process, as FSDP2 and DeepSpeed cannot prepare one.
-
-    ZeRO-3 is the exception: it partitions the model when it is loaded.
+def without_sharding(trainer: Trainer) -> Trainer:
+    """Makes a trainer evaluate with the whole model on each process: FSDP2 and DeepSpeed can only prepare a model for
+    training. ZeRO-3 is the exception, since it partitions the model while loading it.
     """
     if not is_deepspeed_zero3_enabled():
         trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
@@ -140,11 +135,11 @@ def of_whole_model(trainer: Trainer) -> Trainer:
 
 
 def without_lengths(collator: Collator) -> Collator:
-    """A collator without lengths and masks, so that a model computes on padding, too."""
+    """A collator whose batches have neither lengths nor masks, so that the model computes padding."""
 
     def collate(examples: list[Any]) -> Batch:
-        told = ("lengths", "attention_mask")
-        return {name: values for name, values in collator(examples).items() if not name.endswith(told)}
+        removed = ("lengths", "attention_mask")
+        return {name: values for name, values in collator(examples).items() if not name.endswith(removed)}
 
     return collate
 
@@ -154,21 +149,21 @@ def train_and_evaluate(trainer: Trainer, *metrics: str, lengths: Lengths | None 
     Trains and evaluates, and measures speed and quality.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Its `compute_metrics` gives the metrics.
+        trainer ([`~transformers.Trainer`]): Its `compute_metrics` returns the metrics.
         metrics (`str`): Names of the metrics.
-        lengths (`dict[str, list[int]]`, *optional*): Of texts that the trainer tokenizes, as [`compare`] takes them.
+        lengths (`dict[str, list[int]]`, *optional*): As in [`compare`].
 
     Returns:
-        `dict`: The metrics under their names, `tokens_per_second` (real tokens or frames, while training),
-        `train_tokens`, `train_seconds`; in a resumed training counted from the checkpoint on.
+        `dict`: The metrics under their names, `tokens_per_second` (real tokens or frames, in training), `train_tokens`
+        and `train_seconds`. In a run that resumes, all are counted from the checkpoint on.
     """
     rows: Any = trainer.train_dataset
     if "input_ids" in rows.column_names:
-        trainer.args.include_num_input_tokens_seen = "non_padding"  # a trainer counts ids alone
-    beginning = Beginning()
-    trainer.add_callback(beginning)
+        trainer.args.include_num_input_tokens_seen = "non_padding"  # the trainer counts only `input_ids`
+    start = Start()
+    trainer.add_callback(start)
     seconds = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics["train_runtime"]
-    tokens = _tokens_seen(trainer, beginning, lengths)
+    tokens = _tokens_seen(trainer, start, lengths)
     evaluated = trainer.evaluate()
     return {metric: evaluated[f"eval_{metric}"] for metric in metrics} | {
         "tokens_per_second": tokens / seconds,
@@ -177,8 +172,8 @@ def train_and_evaluate(trainer: Trainer, *metrics: str, lengths: Lengths | None 
     }
 
 
-class Beginning(TrainerCallback):
-    """Records where a training begins, which may be at a checkpoint."""
+class Start(TrainerCallback):
+    """Records where training starts, which may be at a checkpoint."""
 
     tokens = 0
     epoch = 0.0
@@ -187,16 +182,16 @@ class Beginning(TrainerCallback):
         self.tokens, self.epoch = state.num_input_tokens_seen, state.epoch or 0.0
 
 
-def _tokens_seen(trainer: Any, since: Beginning, lengths: Lengths | None) -> int:
-    """Real tokens or frames of a training, on both sides of an encoder-decoder. The trainer itself counts only ids."""
+def _tokens_seen(trainer: Any, start: Start, lengths: Lengths | None) -> int:
+    """Real tokens or frames in training, on both sides of an encoder-decoder. The trainer counts only `input_ids`."""
     if trainer.state.num_input_tokens_seen and not trainer.model.config.is_encoder_decoder:
-        return trainer.state.num_input_tokens_seen - since.tokens
+        return trainer.state.num_input_tokens_seen - start.tokens
     tokens = sum(map(sum, (lengths or row_lengths(trainer)).values()))
-    return round(tokens * (trainer.state.epoch - since.epoch))
+    return round(tokens * (trainer.state.epoch - start.epoch))
 
 
 def check_reloaded(trainer: Trainer, metric: str, expected: float) -> None:
-    """Raises if a saved and reloaded model has another quality than before."""
+    """Raises if the score of a model has changed by saving and loading it."""
     found = trainer.evaluate()[f"eval_{metric}"]
     if found != expected:
         raise RuntimeError(f"the saved model must have the {metric} {expected}; got {found}")
@@ -209,7 +204,7 @@ def best_constant(
     lower_is_better: bool = False,
 ) -> Results:
     """
-    What can be reached without looking at the inputs.
+    The best score without looking at the inputs.
 
     Args:
         data (`DatasetDict`): The splits `train` and `test` with a column `text`.
@@ -218,8 +213,8 @@ def best_constant(
         lower_is_better (`bool`, *optional*, defaults to `False`): Whether the metric is an error rate.
 
     Returns:
-        `dict`: `what` was done, and the metric of the best constant answer on `test` among the 100 most frequent texts
-        of `train`.
+        `dict`: `what`, a description, and the metric on `test` of the best constant answer among the 100 most frequent
+        texts of `train`.
     """
     texts = list(data["test"]["text"])
     candidates = [text for text, _ in Counter(data["train"]["text"]).most_common(100)]
@@ -230,35 +225,35 @@ def best_constant(
 
 def perplexity_of(surprise: Any, labels: Any) -> float:
     """
-    `exp` of the mean over all targets.
+    Perplexity: `exp` of the mean of `surprise` over all targets.
 
     Args:
         surprise (`np.ndarray` of shape `(B, T)`): Negative log-likelihood of each label.
-        labels (`np.ndarray` of shape `(B, T)`): -100 for tokens that are no targets.
+        labels (`np.ndarray` of shape `(B, T)`): -100 for tokens that are not targets.
     """
     return exp(float(np.asarray(surprise)[np.asarray(labels) != IGNORED].mean(dtype=np.float64)))
 
 
 def unigram_perplexity(seen: Iterable[int], targets: Sequence[int]) -> float:
-    """Perplexity of `targets` under the frequencies of tokens `seen` in training, with add-one smoothing."""
+    """Perplexity of `targets` under the frequencies of the tokens `seen` in training, with add-one smoothing."""
     counts = Counter(seen)
     total = sum(counts.values()) + len(counts.keys() | set(targets))
     return exp(-sum(log((counts[target] + 1) / total) for target in targets) / len(targets))
 
 
 def batches_of(trainer: Any, lengths: Lengths) -> Iterator[Batch]:
-    """The `lengths` of each column of each batch, of rows that the trainer tokenizes."""
+    """The `lengths` of each column in each batch, for a trainer that tokenizes its rows itself."""
     for rows in trainer.get_train_dataloader().batch_sampler:
-        for of_column in lengths.values():
-            yield {"lengths": torch.tensor([of_column[row] for row in rows], device=trainer.args.device)}
+        for column in lengths.values():
+            yield {"lengths": torch.tensor([column[row] for row in rows], device=trainer.args.device)}
 
 
 def padding_share(batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Share of padding, on all processes, in rows padded to the longest of their batch.
+    """Share of padding, over all processes, if rows are padded to the longest row of their batch.
 
     Batches have `lengths` and, for an encoder-decoder, `decoder_lengths`.
     """
     sides = [batch[name] for batch in batches for name in ("lengths", "decoder_lengths") if name in batch]
     sums = torch.stack([torch.stack([side.sum(), len(side) * side.max()]) for side in sides]).sum(0, keepdim=True)
-    real, places = gather(sums).sum(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]: a tensor of one
+    real, places = gather(sums).sum(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]: a tensor
     return 1 - real / places

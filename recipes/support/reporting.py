@@ -1,4 +1,4 @@
-"""What a recipe does with its trainer: trains it, compares it with a baseline, writes results and model card."""
+"""Trains the model of a recipe and its baselines, and writes results and model card."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from support.measuring import Baselines, Lengths, compare
 @dataclass(frozen=True, kw_only=True)
 class About:
     """
-    What the results and the model card of a recipe say that does not come from a run.
+    The parts of results and model card that do not depend on a run.
 
     Args:
-        recipe, task (`str`): Name of the recipe, and of the task as the Hub has it.
-        metrics (`list[str]`): Measures of quality, the main one first.
-        title (`str`): Heading of the card; `{labels}` stands for the names of the classes.
-        usage, limits (`str`): Of the card, as [`model_card`] takes them.
+        recipe, task (`str`): Name of the recipe, and of the task on the Hub.
+        metrics (`list[str]`): Metrics of quality, the main one first.
+        title (`str`): Heading of the card. `{labels}` is replaced with the names of the classes.
+        usage, limits (`str`): As in [`model_card`].
         unit (`str`, *optional*): What the model reads, if not tokens.
-        library (`str`, *optional*): Which one the model is of, if not transformers; the Hub's name.
+        library (`str`, *optional*): The Hub's name of the library, if the model is not one of transformers.
     """
 
     recipe: str
@@ -50,17 +50,17 @@ def train_and_report(
     **facts: Any,
 ) -> None:
     """
-    Trains, saves and evaluates a model, then its baselines from the same weights; writes and prints what came out.
+    Trains, saves and evaluates a model, then its baselines from the same weights. Writes and prints the results.
 
     Args:
         about ([`About`]): The recipe.
-        recipe ([`CommonArguments`]): Its arguments.
-        trainer ([`~transformers.Trainer`]): Of the model, not trained yet; its `compute_metrics` gives the metrics.
+        recipe ([`CommonArguments`]): The arguments of the recipe.
+        trainer ([`~transformers.Trainer`]): The trainer of the new model. Its `compute_metrics` returns the metrics.
         load (`Callable`): Loads the saved model from its folder.
         baselines (`dict[str, tuple[PreTrainedModel, Callable]]`): Models and their collators, by name in `cards.RUNS`.
-        settings (`dict[str, Any]`): What the table of hyper-parameters says beside those of the trainer.
-        rows (`dict[str, Dataset]`, *optional*): The splits to count, if not those of the trainer.
-        lengths (`dict[str, list[int]]`, *optional*): Of texts that the trainer tokenizes, as [`compare`] takes them.
+        settings (`dict[str, Any]`): Hyperparameters to report in addition to those of the trainer.
+        rows (`dict[str, Dataset]`, *optional*): The splits whose rows are counted. `None`: those of the trainer.
+        lengths (`dict[str, list[int]]`, *optional*): As in [`compare`].
         facts (*optional*): Further entries of the results: `labels`, `trivial`, `untrained`.
     """
     compared = compare(trainer, baselines, load, about.metrics, lengths)

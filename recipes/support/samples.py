@@ -1,18 +1,18 @@
-"""Small models and data sets that come with pip or apt, so that every recipe runs without the Hub.
+"""Small models and data sets from pip or apt packages, so that every recipe runs without the Hub.
 
     sample:minilm     a BERT checkpoint (MiniLM, 6 layers, 22M parameters)
     sample:reviews    8,530 sentences of English film reviews, positive or negative
     sample:wikitext   WikiText-2: sections of articles of the English Wikipedia
     sample:phrases    some 800 short phrases of spoken Spanish, each with its text
     sample:pictures   785 small pictures of many sizes, each with an English caption
-    sample:sentences  30,500 short English sentences with a Spanish translation each
-    sample:news       9,998 English news articles with a summary each
+    sample:sentences  30,500 short English sentences, each with a Spanish translation
+    sample:news       9,998 English news articles, each with a summary
     sample:names      43,790 sentences of Chinese news, each character tagged: persons, places, organisations
     sample:squad      6,241 questions on paragraphs of the English Wikipedia; one in 20 has no answer there
 
-A sample is one file of the Python package index, which is compared with the SHA-256 written here, or a Debian package
-(for these, `apt-get` and `dpkg-deb` must be there, as on Debian and Ubuntu). It is downloaded once and unpacked into
-`HF_DYNMASK_CACHE` (default: `~/.cache/hf_dynmask`). Nothing of it is installed or run.
+A sample is a file of the Python package index, whose SHA-256 is checked, or a Debian package, which needs `apt-get` and
+`dpkg-deb`, as on Debian and Ubuntu. It is downloaded once and unpacked into `HF_DYNMASK_CACHE` (default:
+`~/.cache/hf_dynmask`). Nothing in it is installed or run.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ from filelock import FileLock
 from sklearn.model_selection import GroupShuffleSplit
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict  # imported in the functions that use it, as timing random tokens does not need it
+    from datasets import DatasetDict  # functions import it where needed: timing on random tokens works without it
 
 PREFIX = "sample:"
 
 
 class SampleError(OSError):
-    """A sample that could not be fetched; the message says what to do."""
+    """A sample could not be fetched. The message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """
-    What one file of the Python package index, or a Debian package, holds.
+    A model or data set inside a file of the Python package index or a Debian package.
 
     Args:
-        requirement (`str`): The package as pip names it, `package==version`, or as apt does.
+        requirement (`str`): The package: `package==version` for pip, or its name for apt.
         file (`str`): Name of the file: a wheel, a source distribution (`.tar.gz`) or a Debian package (`.deb`).
-        sha256 (`str`, *optional*): Hash of the file. `None`: pip's or apt's own check against the index has to do.
-        path (`str`): Where in the unpacked file the sample is.
-        licence (`str`): Terms of the content, and of the package around it.
-        source (`str`): Where the content is from.
-        licence_id (`str`, *optional*): The content's licence as the Hub names it.
-        hub_id (`str`, *optional*): What the content is on the Hub, or is a part of.
+        sha256 (`str`, *optional*): Hash of the file. `None`: only pip or apt checks the file against its index.
+        path (`str`): Path of the sample in the unpacked file.
+        licence (`str`): Licence of the content, and of the package around it.
+        source (`str`): Origin of the content.
+        licence_id (`str`, *optional*): The Hub's name of the content's licence.
+        hub_id (`str`, *optional*): The Hub id of the content, or of what it is a part of.
     """
 
     requirement: str
@@ -77,12 +77,12 @@ class Sample:
 @dataclass(frozen=True, kw_only=True)
 class DatasetSample(Sample):
     """
-    A [`Sample`] of texts.
+    A [`Sample`] that is a data set.
 
     Args:
-        read (`Callable`): Makes a `DatasetDict` with `train` and `test` of the sample's path.
-        languages (`tuple[str, ...]`): Codes of ISO 639-1.
-        hub_config, hub_split (`str`, *optional*): Where on the Hub the rows of `test` are.
+        read (`Callable`): Takes the sample's path, and returns a `DatasetDict` with `train` and `test`.
+        languages (`tuple[str, ...]`): ISO 639-1 codes.
+        hub_config, hub_split (`str`, *optional*): The configuration and split on the Hub that hold the rows of `test`.
     """
 
     read: Callable[[Path], DatasetDict]
@@ -105,7 +105,7 @@ def _read_reviews(path: Path) -> DatasetDict:
 
 
 def _read_wikitext(folder: Path) -> DatasetDict:
-    """A row for each section of an article: what stands between two headings."""
+    """One row per section of an article: the text between two headings."""
     from datasets import Dataset, DatasetDict
 
     splits = {}
@@ -117,7 +117,7 @@ def _read_wikitext(folder: Path) -> DatasetDict:
 
 
 def _read_phrases(path: Path) -> DatasetDict:
-    """Spoken Spanish, without texts that have figures or symbols in them. No phrase of `test` is in `train`."""
+    """Phrases of spoken Spanish whose texts have no digits or symbols. No phrase of `test` is in `train`."""
     from datasets import Dataset, DatasetDict
 
     ending, language = "_desc_es.ogg", "es.utf8="
@@ -145,7 +145,7 @@ def _read_pictures(path: Path) -> DatasetDict:
 
 
 def _read_sentences(path: Path) -> DatasetDict:
-    """Sentences of up to seven words, each once, with the first of its translations."""
+    """Sentences of up to seven words, each once, with its first translation."""
     from datasets import Dataset
 
     table = pd.read_csv(path, sep="\t", names=["source", "target", "licence"], quoting=csv.QUOTE_NONE)
@@ -156,7 +156,7 @@ def _read_sentences(path: Path) -> DatasetDict:
 
 
 def _read_news(path: Path) -> DatasetDict:
-    """The articles of HaluEval with what it calls their right summaries."""
+    """The articles of HaluEval with their right summaries."""
     from datasets import Dataset
 
     table = pd.read_json(path, lines=True).drop_duplicates("document")
@@ -164,17 +164,17 @@ def _read_news(path: Path) -> DatasetDict:
     return Dataset.from_dict(columns).train_test_split(test_size=500, seed=0)
 
 
-# Those in the sample. All others are one character.
+# The surnames of two characters in the sample. All others have one.
 COMPOUND_SURNAMES = ("令狐", "南宫", "司徒", "司马", "欧阳", "诸葛")
 NAMES = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
 
 
 def _read_names(path: Path) -> DatasetDict:
     """
-    Sentences as characters with tags `B-PER`, `I-PER`, …, `O`; the month's last days are held out.
+    Sentences as characters with tags `B-PER`, `I-PER`, …, `O`. The last days of the month are held out.
 
-    The corpus tags words: `新华社/nt  记者/n  兰/nr  红光/nr  摄/Vg`. Its full edition also puts brackets round
-    organisations of several words; this one is without them.
+    The corpus tags words: `新华社/nt  记者/n  兰/nr  红光/nr  摄/Vg`. Its full edition also brackets organisations of
+    several words; this edition does not.
     """
     from datasets import Dataset
 
@@ -192,7 +192,7 @@ def _read_names(path: Path) -> DatasetDict:
 
 
 def _tag_characters(words: list[tuple[str, str | None]]) -> list[str]:
-    """A tag for each character of words that are a name, of some kind, or none. Family and given name are one."""
+    """A tag for each character of words, given with the kind of name or `None`. Surname and given name are one name."""
     tags = []
     wants_given_name = False
     for word, kind in words:
@@ -205,10 +205,10 @@ def _tag_characters(words: list[tuple[str, str | None]]) -> list[str]:
 
 def _read_squad(path: Path) -> DatasetDict:
     """
-    Questions with the columns of SQuAD on the Hub. All of an article are in one split.
+    Questions with the columns of SQuAD on the Hub. All questions on an article are in one split.
 
-    Half of the questions in SQuAD 2.0 have no answer, which a small model cannot tell from the others after a few
-    minutes of training. Here one in 20 has none.
+    Half of the questions in SQuAD 2.0 have no answer. A small model cannot recognise these after a few minutes of
+    training, so here only one question in 20 has no answer.
     """
     from datasets import Dataset, DatasetDict
 
@@ -334,10 +334,10 @@ DATASETS = {
 
 def resolve_model(source: str) -> str:
     """
-    What `from_pretrained` takes for `--model`.
+    Converts `--model` to what `from_pretrained` takes.
 
     Args:
-        source (`str`): `sample:NAME`, or a checkpoint folder or Hub id, which is returned as it is.
+        source (`str`): `sample:NAME`, or a checkpoint folder or Hub id, which is returned unchanged.
 
     Returns:
         `str`: A local folder or a Hub id.
@@ -355,9 +355,8 @@ def resolve_dataset(source: str) -> DatasetDict:
 
     Args:
         source (`str`):
-            `sample:NAME`; a local file or folder of csv, json, parquet or text; or a Hub id. Of a data set with several
-            splits, `train` is paired with `validation`, or without one with `test`; with neither, a seeded tenth of
-            `train` is held out.
+            `sample:NAME`; a local file or folder of csv, json, parquet or text; or a Hub id. The test split is
+            `validation`, or else `test`, or else a tenth of `train`, drawn with a fixed seed.
 
     Returns:
         `DatasetDict`: The splits `train` and `test`.
@@ -378,15 +377,16 @@ def resolve_dataset(source: str) -> DatasetDict:
 
 def resolve_files(source: str) -> DatasetDict:
     """
-    Sounds or pictures and the text of each.
+    Recordings or pictures, each with its text.
 
     Args:
         source (`str`):
-            `sample:NAME`; a folder with a table `metadata.csv`, as `datasets` knows it; or another table, csv, json or
+            `sample:NAME`; a folder with a table `metadata.csv`, as in `datasets`; or another table in csv, json or
             parquet. Its columns are `file_name`, relative to the table, and `text`.
 
     Returns:
-        `DatasetDict`: The splits `train` and `test` with `file_name`, a path that can be opened, and `text`.
+        `DatasetDict`: The splits `train` and `test` with the columns `file_name`, a path that can be opened, and
+        `text`.
 
     Raises:
         FileNotFoundError: The table is missing.
@@ -429,7 +429,7 @@ def _named(source: str, samples: Mapping[str, SampleType]) -> SampleType:
 
 
 def fetch_source_distribution(package: str, version: str) -> Path:
-    """The folder of a package's unpacked source distribution, which holds what wheels leave out, such as its tests."""
+    """The folder of a package's unpacked source distribution, which also holds what wheels omit, such as tests."""
     return fetch(
         Sample(
             requirement=f"{package}=={version}",
@@ -446,8 +446,8 @@ def fetch(sample: Sample) -> Path:
     """
     Downloads, checks and unpacks a sample, unless it is in the cache.
 
-    A copy of the file that stands in the cache folder is used in place of a download. An unpacked folder appears only
-    when it is complete.
+    If the cache folder holds a copy of the file, it is used in place of a download. The unpacked folder appears in the
+    cache only when it is complete.
 
     Args:
         sample (`Sample`): What to fetch.
@@ -488,7 +488,7 @@ def _download(sample: Sample, folder: Path, cache: Path) -> Path:
 
 
 def _command(sample: Sample) -> list[str]:
-    """Downloads the sample's file to the current folder."""
+    """The command that downloads the sample's file to the current folder."""
     if sample.file.endswith(".deb"):
         return [_program("apt-get", sample), "download", sample.requirement]
     package = sample.requirement.split("==")[0]
@@ -511,7 +511,7 @@ def _check_hash(file: Path, sample: Sample) -> None:
     if sample.sha256 not in (None, found):
         raise SampleError(
             f"{file} must have the SHA-256 {sample.sha256}; got {found}. The file is broken or not the one that this "
-            "recipe was written for: remove it and fetch it anew."
+            "recipe was written for: remove it and fetch it again."
         )
 
 

@@ -1,4 +1,4 @@
-"""What the recipes from text to text share: arguments, tokenizer, encoder-decoder and evaluation."""
+"""Shared by the text-to-text recipes: arguments, tokenizer, encoder-decoder and evaluation."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -27,13 +27,13 @@ DEFAULTS = {
 
 @dataclass
 class Seq2SeqArguments(DropoutArguments):
-    """Arguments of these recipes; each has its own data set and lengths."""
+    """Arguments of the text-to-text recipes. Each recipe sets its own data set and lengths."""
 
     dataset: str
     max_source_tokens: int
     max_target_tokens: int
-    vocab_size: int = field(default=2000, metadata={"help": "Tokens that are learned from the training data."})
-    hidden_size: int = field(default=128, metadata={"help": f"Width of both sides; {HEAD_SIZE} a head."})
+    vocab_size: int = field(default=2000, metadata={"help": "Size of the vocabulary learned from the training data."})
+    hidden_size: int = field(default=128, metadata={"help": f"Hidden size of both sides, with heads of {HEAD_SIZE}."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Layers of each side."})
 
 
@@ -41,7 +41,7 @@ class Seq2SeqArguments(DropoutArguments):
 
 
 def train_tokenizer(rows: Iterable[Any], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding (Radford et al., 2019) of sources and targets; every text ends in [`END`]."""
+    """A byte-level byte-pair encoding (Radford et al., 2019) of sources and targets. Every text ends in [`END`]."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()
     backend.decoder = decoders.ByteLevel()
@@ -65,7 +65,7 @@ def train_tokenizer(rows: Iterable[Any], vocab_size: int) -> PreTrainedTokenizer
 
 
 def encode(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, *limits: int) -> DatasetDict:
-    """`input_ids` and `labels` of sources and targets, each cut to its limit of tokens."""
+    """`input_ids` and `labels` of sources and targets, each truncated to its limit of tokens."""
 
     def encoded(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         sources, targets = (
@@ -83,7 +83,7 @@ def encode(texts: DatasetDict, tokenizer: PreTrainedTokenizerFast, *limits: int)
 def new_model(
     recipe: Seq2SeqArguments, tokenizer: PreTrainedTokenizerFast, **generation: Any
 ) -> DynMaskForConditionalGeneration:
-    """An encoder-decoder with random weights that BART can represent, with settings for `generation`."""
+    """An encoder-decoder with random weights that converts to BART. `generation` holds generation settings."""
     side = {
         "vocab_size": len(tokenizer),
         "hidden_size": recipe.hidden_size,
@@ -91,7 +91,7 @@ def new_model(
         "num_attention_heads": recipe.hidden_size // HEAD_SIZE,
         "intermediate_size": 4 * recipe.hidden_size,
         "position_offset": 2,  # as BART's
-        "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too little for a small model
+        "initializer_range": recipe.hidden_size**-0.5,  # the usual 0.02 is too small for a small model
         "max_position_embeddings": max(recipe.max_source_tokens, recipe.max_target_tokens + 1) + 2,
         **dropout_settings(recipe),
     }
@@ -108,7 +108,7 @@ def dropout_of_decoder(model: DynMaskForConditionalGeneration) -> float:
 
 
 def bart_baseline(model: DynMaskForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> Baselines:
-    """A BART with the same weights, which generates alike, on padded batches."""
+    """A BART with the same weights and generation settings, on padded batches."""
     stock = to_transformers(model, "bart")
     stock.generation_config = copy.deepcopy(model.generation_config)
     return {"stock": (stock, DataCollatorForSeq2Seq(tokenizer, stock))}
@@ -119,7 +119,7 @@ def bart_baseline(model: DynMaskForConditionalGeneration, tokenizer: PreTrainedT
 
 @dataclass
 class Evaluation:
-    """Scores generated tokens against the whole texts of the references.
+    """Scores generated texts against the untruncated references.
 
     Args:
         score (`Callable`): Takes answers and references, and returns each metric under its name.

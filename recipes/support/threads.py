@@ -1,9 +1,9 @@
 """
-Lets waiting threads leave their cores to others, which matters if several processes share a CPU: the workers of a data
-loader, for example, or the processes of a distributed training.
+Makes waiting threads give up their cores. This matters if several processes share a CPU, such as the workers of a data
+loader or the processes of a distributed run.
 
-Import this module before any other: OpenMP reads the setting when torch is loaded. A value that is already in the
-environment is kept.
+Import this module before any other, since OpenMP reads the setting when torch is loaded. If the environment already has
+a value, it is kept.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Measures time and memory of methods that do the same work, alternating between them."""
+"""Measures time and memory of methods that do the same work. The methods alternate."""
 
 import ctypes
 import sys
@@ -10,11 +10,11 @@ from statistics import median
 
 import torch
 
-Job = Callable[[], object]  # does some work; what it returns is freed after the clock has stopped
+Job = Callable[[], object]  # does some work; its return value is freed after the clock has stopped
 
 
 def time_in_turns(jobs: Mapping[str, Sequence[Job]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each method for all its jobs: the sum of each job's median over the repeats.
+    """Seconds that each method takes for all its jobs: the sum of the medians of its jobs over the repeats.
 
     The methods alternate job by job, so that a slowdown of the machine affects all of them.
     """
@@ -42,13 +42,13 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_memory(jobs: Iterable[Job], device: torch.device) -> float | None:
-    """Peak memory of jobs in MiB beyond what was in use before; `None` if the system does not report it."""
+    """Peak memory of jobs in MiB, minus what was in use before. `None` if the system does not report it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before, peak = torch.cuda.memory_allocated(device), partial(torch.cuda.max_memory_allocated, device)
     elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that it counts again
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that using it again counts
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident memory
         before, peak = _peak_resident(), _peak_resident
     else:
         return None
@@ -58,6 +58,6 @@ def peak_memory(jobs: Iterable[Job], device: torch.device) -> float | None:
 
 
 def _peak_resident() -> int:
-    """Bytes of the largest resident set of this process, `VmHWM` in proc(5), which gives KiB."""
+    """Peak resident memory of this process in bytes: `VmHWM` in proc(5), which is in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -1,11 +1,11 @@
 """
-Times training steps on a GPU: each way to compute batches of texts of different lengths, against the stock model on
-padded rows.
+Times training steps on a GPU: different ways to compute batches of texts of different lengths, each against the stock
+model on padded rows.
 
-Each way alternates with the stock model. A run is a forward and backward pass over several batches; gradients are
-dropped. A time is the median over the runs. Then some of the ways are timed again as steps of a Trainer with fused
-AdamW. Batches are chosen from enough texts for samplers that group by length. Rates count real tokens and the work that
-they need (see `recipes/benchmark.py`), so that ways with different batches can be compared.
+Each way alternates with the stock model. A run is a forward and backward pass over several batches, whose gradients are
+discarded. The time of a way is the median over its runs. Then some of the ways are timed again as steps of a Trainer
+with fused AdamW. Batches come from a pool of texts that is large enough to group by length. Rates count real tokens and
+the work that they need (see `recipes/benchmark.py`), so that ways with different batches can be compared.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from hf_dynmask.training import CapturedStep
 from support.cards import Results
 from support.workloads import Batch, flatten, flops, make_example, make_groups, pad, to_device, with_lengths
 
-POOL = 200  # batches of texts to choose from, so that `group_by_length` sorts 50 at a time
+POOL = 200  # batches in the pool of texts, so that `group_by_length` sorts 50 batches together
 STARTED = time.monotonic()
-QUICK_SECONDS = 240  # after which no new way begins, so that all of it takes five minutes
+QUICK_SECONDS = 240  # with `--quick`, no way begins after this time, so that a run takes about five minutes
 
 # --- What is measured ------------------------------------------------------------------------------------------------
 
@@ -51,10 +51,10 @@ class Workload(NamedTuple):
     """A model, and batches of texts for it.
 
     Attributes:
-        config (`PreTrainedConfig`): Of the stock model.
-        batch_size (`int`): Texts in a batch.
+        config (`PreTrainedConfig`): Configuration of the stock model.
+        batch_size (`int`): Texts per batch.
         longest (`int`): Tokens of the longest text: the width of rows of a fixed size.
-        draw (`Callable`): The lengths of so many texts.
+        draw (`Callable`): Takes a number of texts, and returns their lengths.
     """
 
     config: PreTrainedConfig
@@ -64,7 +64,7 @@ class Workload(NamedTuple):
 
 
 def review_like(count: int) -> Tensor:
-    """Like sentences of film reviews: 27 tokens on average."""
+    """Lengths like those of the sentences of film reviews: 27 tokens on average."""
     return (torch.randn(count) * 0.55 + 3.15).exp().long().clamp(4, 120)
 
 
@@ -73,7 +73,7 @@ def up_to_512(count: int) -> Tensor:
 
 
 def heavy_tailed(count: int) -> Tensor:
-    """A Pareto distribution from 16 on, of index 1, cut off at 2,048."""
+    """Lengths from a Pareto distribution with minimum 16 and index 1, at most 2,048."""
     return (16 / torch.rand(count)).clamp(max=2048).long()
 
 
@@ -94,9 +94,9 @@ class Way(NamedTuple):
 
     Attributes:
         model (`str`): `"stock"`, `"our attention"` (a stock model with it) or `"ours"`.
-        batches (`str`): One of those that [`make_batches`] makes.
-        compiled (`dict[str, Any]`, *optional*): Arguments of `torch.compile` for the layers, if they are compiled.
-        whole (`bool`): Whether the whole model is compiled instead.
+        batches (`str`): The kind of batches, a key of [`make_batches`].
+        compiled (`dict[str, Any]`, *optional*): Arguments of `torch.compile`. `None`: the model is not compiled.
+        whole (`bool`): Whether the whole model is compiled instead of each layer.
         captured (`bool`): Whether the step is one CUDA graph.
     """
 
@@ -131,11 +131,11 @@ SHORT = [BASELINE, "stock, one width, compiled, captured", "ours, fixed flat", "
 SHORT += ["ours, fixed flat, compiled, captured"]
 IN_TRAINER = [BASELINE, "stock, one width, compiled, captured", "ours, fixed flat"]
 IN_TRAINER += ["ours, fixed flat, captured", "ours, fixed flat, compiled, captured"]
-SLOW = ["stock, padded, compiled", WHOLE, "ours, fixed flat, reduce-overhead"]  # to compile
+SLOW = ["stock, padded, compiled", WHOLE, "ours, fixed flat, reduce-overhead"]  # ways that take long to compile
 
 
 class Section(NamedTuple):
-    """Ways that are timed on one workload: forward and backward passes, or steps of a Trainer."""
+    """The ways that are timed on one workload: as forward and backward passes, or as steps of a Trainer."""
 
     workload: str
     dropout: float
@@ -144,7 +144,7 @@ class Section(NamedTuple):
 
 
 def sections(quick: bool) -> list[Section]:
-    """All that is timed, the most important first."""
+    """All measurements, the most important first."""
     names = list(WORKLOADS)
     if not quick:
         in_turns = [Section(name, dropout, list(WAYS)) for dropout in (0.1, 0.0) for name in names]
@@ -163,11 +163,12 @@ def sections(quick: bool) -> list[Section]:
 # --- Batches ---------------------------------------------------------------------------------------------------------
 
 
-Batches = dict[str, Callable[[], tuple[list[Batch], list[int]]]]  # of each kind, and the lengths of their texts
+Batches = dict[str, Callable[[], tuple[list[Batch], list[int]]]]  # by kind; makes batches and their texts' lengths
 
 
 def make_batches(workload: Workload, number: int) -> Batches:
-    """Functions that make `number` batches of each kind, and the lengths of their texts, from the same texts."""
+    """For each kind of batches, a function that makes `number` of them, and the lengths of their texts. All kinds draw
+    from the same pool of texts."""
     size, config = workload.batch_size, workload.config
     torch.manual_seed(0)
     pool: list[int] = workload.draw(POOL * size).tolist()
@@ -180,11 +181,11 @@ def make_batches(workload: Workload, number: int) -> Batches:
 
     def grouped() -> list[Sequence[int]]:
         order = get_length_grouped_indices(pool, size, generator=torch.Generator().manual_seed(0))
-        groups = make_groups(order[: 50 * size], size)  # the first that are sorted together
+        groups = make_groups(order[: 50 * size], size)  # the first 50 batches, which are sorted together
         return [groups[(2 * k + 1) * len(groups) // (2 * number)] for k in range(number)]
 
     def rebalanced() -> list[list[int]]:
-        from transformers.trainer_pt_utils import BatchRebalanceSampler  # not in all releases
+        from transformers.trainer_pt_utils import BatchRebalanceSampler  # missing in some releases
 
         return list(BatchRebalanceSampler(pool[: number * size], number * size, dp_size=1, grad_accum=number))
 
@@ -216,7 +217,7 @@ def make_batches(workload: Workload, number: int) -> Batches:
 
 
 def flat_row(examples: Sequence[Batch], config: PreTrainedConfig) -> Batch:
-    """The sequences end to end, with lengths. The first token of each is no target of a language model."""
+    """The sequences end to end, with lengths. In a causal language model, the first token of each is not a target."""
     is_causal = isinstance(config, LlamaConfig)
     labels = [nn.functional.pad(each["labels"][is_causal:], (int(is_causal), 0), value=-100) for each in examples]
     return {
@@ -227,7 +228,7 @@ def flat_row(examples: Sequence[Batch], config: PreTrainedConfig) -> Batch:
 
 
 def _fixed(batch: Batch, places: int, sequences: int, longest: int) -> Batch:
-    """The flat row with a fixed number of places and sequences. Those behind the last sequence are absent."""
+    """Pads a flat row to a fixed number of places and sequences. The added ones are absent."""
     fixed: Batch = {
         name: nn.functional.pad(
             values,
@@ -251,7 +252,7 @@ def _wide(batch: Batch, width: int) -> Batch:
 
 
 class Models:
-    """Makes the models of one workload, all with the same weights, in bfloat16."""
+    """Makes the models of one workload. All have the same weights, in bfloat16."""
 
     def __init__(self, config: PreTrainedConfig, dropout: float, device: torch.device):
         torch.manual_seed(0)
@@ -264,7 +265,7 @@ class Models:
             self.stock = auto_class.from_config(config, dtype=torch.bfloat16).train()
 
     def make(self, way: Way) -> PreTrainedModel:
-        """A new model for this way, compiled if it says so."""
+        """A new model for a way, with compiled layers if the way asks for it."""
         model = from_transformers(self.stock) if way.model == "ours" else copy.deepcopy(self.stock)
         if way.model == "our attention":
             model.set_attn_implementation("dynmask")
@@ -284,13 +285,13 @@ def make_pass(model: nn.Module, way: Way, batches: Sequence[Batch]) -> Callable[
         loss.backward()
         return loss.detach()
 
-    computed = CapturedStep(step, model.parameters()) if way.captured else step
+    compute = CapturedStep(step, model.parameters()) if way.captured else step
 
     def run() -> None:
         for batch in batches:
             if way.whole and (way.compiled or {}).get("mode") == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
-            computed(batch)
+            compute(batch)
             model.zero_grad()
 
     return run
@@ -301,14 +302,14 @@ def make_pass(model: nn.Module, way: Way, batches: Sequence[Batch]) -> Callable[
 
 @dataclass
 class Measured:
-    """The figures of one way.
+    """The measurements of one way.
 
     Attributes:
-        seconds (`float`): For all its batches.
-        tokens (`int`): Real tokens in its batches.
-        work (`int`): Floating-point operations that they need.
-        peak_mib (`float`, *optional*): Peak memory without the model's weights.
-        baseline (`float`, *optional*): Real tokens per second of the baseline that it alternated with.
+        seconds (`float`): Time for all batches.
+        tokens (`int`): Real tokens in the batches.
+        work (`int`): Floating-point operations that these tokens need.
+        peak_mib (`float`, *optional*): Peak memory, without the model's weights.
+        baseline (`float`, *optional*): Real tokens per second of the baseline that the way alternated with.
     """
 
     seconds: float
@@ -324,7 +325,7 @@ class Measured:
 
 
 class Clock:
-    """Measures time and memory of one device."""
+    """Measures time and memory on a device."""
 
     def __init__(self, device: torch.device):
         self.device, self.is_cuda = device, device.type == "cuda"
@@ -362,7 +363,7 @@ def measure_in_turns(way: Way, models: Models, batches: Batches, repeats: int, c
     given, lengths = batches[way.batches]()
     model = models.make(way)
     run = make_pass(model, way, [to_device(batch, clock.device) for batch in given])
-    peak = clock.peak_mib(lambda: [run() for _ in range(3)])  # compiles and captures, too
+    peak = clock.peak_mib(lambda: [run() for _ in range(3)])  # also compiles and captures
     turn = clock.seconds(baseline) + clock.seconds(run)
     times = [(clock.seconds(baseline), clock.seconds(run)) for _ in range(max(repeats, min(20, int(0.5 / turn))))]
     theirs, ours = (median(each) for each in zip(*times, strict=True))
@@ -370,8 +371,8 @@ def measure_in_turns(way: Way, models: Models, batches: Batches, repeats: int, c
     return Measured(ours, sum(lengths), work, peak, sum(lengths_of_padded) / theirs)
 
 
-class _FromThenOn(TrainerCallback):
-    """Times all steps but the first ones."""
+class _Timer(TrainerCallback):
+    """Times all steps after the first ones."""
 
     def __init__(self, first: int, clock: Clock):
         self.first, self.clock, self.start, self.seconds = first, clock, 0.0, 0.0
@@ -396,11 +397,11 @@ def _only(batches: list[Batch]) -> Batch:
 
 
 def measure_in_trainer(way: Way, models: Models, batches: Batches, repeats: int, clock: Clock) -> Measured:
-    """Times steps of a Trainer with its default settings, except that it does not wait for each loss."""
+    """Times steps of a Trainer with its default settings, except that it does not synchronize on each loss."""
     given, lengths = batches[way.batches]()
     first, rounds = 3 * len(given), max(repeats, 10)
     dataset: Any = given * (3 + rounds)
-    clocked = _FromThenOn(first, clock)
+    timer = _Timer(first, clock)
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -419,12 +420,12 @@ def measure_in_trainer(way: Way, models: Models, batches: Batches, repeats: int,
             dataloader_pin_memory=clock.is_cuda,
         )
         trainer = (_Captured if way.captured else Trainer)(
-            models.make(way), arguments, _only, train_dataset=dataset, callbacks=[clocked]
+            models.make(way), arguments, _only, train_dataset=dataset, callbacks=[timer]
         )
         trainer.remove_callback(PrinterCallback)
         peak = clock.peak_mib(trainer.train)
     work = flops(models.stock.config, [(length,) for length in lengths], training=True)
-    return Measured(clocked.seconds / rounds, sum(lengths), work, peak)
+    return Measured(timer.seconds / rounds, sum(lengths), work, peak)
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -435,13 +436,13 @@ def run(quick: bool, repeats: int, device: torch.device, number: int) -> tuple[l
     Times everything and prints each result at once.
 
     Args:
-        quick (`bool`): Whether to time only the most important, in five minutes.
-        repeats (`int`): Timed runs; more if these are short.
+        quick (`bool`): Whether to time only the most important ways, in five minutes.
+        repeats (`int`): Timed runs; short runs are repeated more often.
         device (`torch.device`): A CUDA device. On a CPU, captured ways are skipped.
-        number (`int`): Batches in a run.
+        number (`int`): Batches per run.
 
     Returns:
-        `tuple[list[dict[str, Any]], bool]`: A record of each way, and whether none failed.
+        `tuple[list[dict[str, Any]], bool]`: One record per way, and whether all ways succeeded.
     """
     clock = Clock(device)
     peak = clock.matrix_rate()
@@ -490,7 +491,7 @@ def _line(figures: Results) -> str:
 def _measure(
     section: Section, repeats: int, number: int, clock: Clock, quick: bool
 ) -> Iterator[tuple[str, Measured | str]]:
-    """The figures of each way of a section, or the reason why there are none."""
+    """The measurements of each way in a section, or the reason why there are none."""
     workload = WORKLOADS[section.workload]
     models = Models(workload.config, section.dropout, clock.device)
     batches = make_batches(workload, number)
@@ -499,14 +500,12 @@ def _measure(
         if way.captured and not clock.is_cuda:
             yield name, f"skipped: a step is captured on CUDA, not on {clock.device.type!r}"
             continue
-        if quick and time.monotonic() - STARTED > QUICK_SECONDS:  # the last one may take a minute
+        if quick and time.monotonic() - STARTED > QUICK_SECONDS:  # the last way may take a minute
             yield name, f"skipped: {QUICK_SECONDS} seconds are over"
             continue
         try:
-            yield (
-                name,
-                (measure_in_trainer if section.in_trainer else measure_in_turns)(way, models, batches, repeats, clock),
-            )
+            measure = measure_in_trainer if section.in_trainer else measure_in_turns
+            yield name, measure(way, models, batches, repeats, clock)
         except Exception as error:  # if one way fails, the others are still timed
             message = " ".join(str(error).split())
             yield name, f"FAILED: {type(error).__name__}: {message[:300]}"

@@ -1,4 +1,4 @@
-"""Variants of a training on several seeds: measurements, confidence intervals, table, figure and card."""
+"""Compares variants of a training on several seeds: measurements, confidence intervals, table, figure and card."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from support.cards import Results, assemble_card, common_metadata, figure_name, save_report, table
 
-Measured = dict[str, float]  # by the names of `METRICS`
+Measured = dict[str, float]  # by name in `METRICS`
 Variants = dict[str, Callable[[TrainingArguments], Measured]]  # by name
 Runs = dict[str, dict[str, list[float]]]  # by variant and metric, a number for each seed
 
@@ -29,7 +29,7 @@ METRICS = {"accuracy": Metric(3, True), "held-out loss": Metric(3), "perplexity"
 
 
 def measure(variants: Variants, training: TrainingArguments, seeds: Iterable[int]) -> Runs:
-    """Trains all variants on one seed, then on the next, so that a temporary slowdown affects all of them."""
+    """Trains all variants on one seed, then on the next, so that a temporary slowdown affects all variants."""
     runs: Runs = {name: {} for name in variants}
     for seed in seeds:
         for name, train in variants.items():
@@ -52,7 +52,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, f
 
 
 def finding(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Describes in words what `ours` changes."""
+    """Describes in words how `ours` differs from `theirs`."""
     digits, more_is_better = METRICS[metric]
     change, margin = difference(ours, theirs)
     if round(change, digits) == round(margin, digits) == 0:
@@ -67,8 +67,8 @@ def finding(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 def summarize(runs: Runs) -> str:
     """
-    A table of means and standard deviations, and a comparison of the last variant with each other one, which may lack
-    some metrics.
+    A table of means and standard deviations, and a comparison of the last variant with each of the others. The others
+    may lack some metrics.
     """
     *others, last = runs
     metrics = list(runs[last])
@@ -124,7 +124,7 @@ def make_figure(results: Results) -> Figure:
 
 
 def summary(results: Results) -> str:
-    """For each part, what it did and its results."""
+    """The description and the results of each part."""
     parts = results["parts"].items()
     return "\n\n".join(
         f"### {name.capitalize()}\n\n{part['what']}\n\n{summarize(part['runs'])}" for name, part in parts
@@ -137,8 +137,8 @@ def variants_card(results: Results, title: str, limits: str) -> ModelCard:
 
     Args:
         results (`dict`):
-            `recipe`, `model` and `datasets` (as [`describe_source`] gives them), `seeds`, `parts` (by name: `what` in
-            words, and `runs`, as [`measure`] gives them), `arguments`, `training`, `environment`.
+            `recipe`, `model` and `datasets` (from [`describe_source`]), `seeds`, `parts` (by name: `what`, a
+            description, and `runs`, from [`measure`]), `arguments`, `training`, `environment`.
         title (`str`): The heading.
         limits (`str`): Limits of the comparison.
     """
@@ -151,9 +151,9 @@ Measured by `recipes/{results["recipe"]}.py` on the seeds {", ".join(map(str, re
 
 ## Results
 
-In the tables, `a ± b` is the mean and standard deviation over the seeds. Below them it is the mean difference over the
-seeds and half the width of its {CONFIDENCE:.0%} confidence interval (Student's t). The intervals are not corrected for
-multiple comparisons: some differences occur by chance.
+In the tables, `a ± b` is the mean and the standard deviation over the seeds. Below the tables, it is the mean
+difference and half the width of its {CONFIDENCE:.0%} confidence interval (Student's t). The intervals are not corrected
+for multiple comparisons, so some differences are due to chance.
 
 {summary(results)}
 

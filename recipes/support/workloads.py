@@ -1,4 +1,4 @@
-"""What the measurements of speed run: models of certain sizes, lengths of examples, batches, and a pass over one."""
+"""Workloads of the speed measurements: models, lengths of examples, batches, and forward and backward passes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ from transformers import (
 from hf_dynmask import from_transformers
 from support.samples import resolve_dataset, resolve_model
 
-Batch = dict[str, Any]  # tensors, and the lengths of the longest sequences
-Lengths = tuple[int, ...]  # of one example: its tokens, and of an encoder-decoder those of its target
+Batch = dict[str, Any]  # tensors, and `max_length_q` and the like
+Lengths = tuple[int, ...]  # tokens of one example, and for an encoder-decoder of its target
 
 
 class Shape(NamedTuple):
-    """A stock model of a certain size, and the distributions of lengths that it is measured on."""
+    """A stock model, and the distributions of lengths that it is measured on."""
 
     config: type[PreTrainedConfig]
     auto_class: Any
@@ -77,18 +77,18 @@ def token_counts(texts: list[str]) -> list[int]:
 
 
 def review_lengths(count: int) -> list[Lengths]:
-    """Of the first sample reviews, which stand in random order already."""
+    """Lengths of the first sample reviews, which are already in random order."""
     return [(length,) for length in token_counts(resolve_dataset("sample:reviews")["train"]["text"][:count])]
 
 
 def section_lengths(count: int) -> list[Lengths]:
-    """Of random sections of WikiText-2, cut off at 512."""
+    """Lengths of random sections of WikiText-2, at most 512."""
     texts = resolve_dataset("sample:wikitext")["train"].shuffle(seed=0)["text"][:count]
     return [(min(length, 512),) for length in token_counts(texts)]
 
 
 def pair_lengths(count: int) -> list[Lengths]:
-    """Of random English sentences and their translations into Spanish."""
+    """Lengths of random English sentences and their Spanish translations."""
     pairs = resolve_dataset("sample:sentences")["train"].shuffle(seed=0)[:count]
     return list(zip(token_counts(pairs["source"]), token_counts(pairs["target"]), strict=True))
 
@@ -98,7 +98,7 @@ def uniform_lengths(count: int) -> list[Lengths]:
 
 
 def heavy_tailed_lengths(count: int) -> list[Lengths]:
-    """A Pareto distribution from 16 on, of index 1, cut off at 512."""
+    """Lengths from a Pareto distribution with minimum 16 and index 1, at most 512."""
     return [(length,) for length in (16 / torch.rand(count)).clamp(max=512).long().tolist()]
 
 
@@ -120,7 +120,7 @@ LENGTHS = {
 
 
 def make_models(shape: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The stock model with random weights, and the DynMask model with the same."""
+    """The stock model with random weights, and the DynMask model with the same weights."""
     torch.manual_seed(0)
     config = SHAPES[shape].config(**SHAPES[shape].sizes)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
@@ -147,7 +147,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def make_example(lengths: Lengths, config: PreTrainedConfig) -> Batch:
-    """Random tokens, and labels: the target, the tokens themselves, or one of two classes for each."""
+    """Random tokens, and labels: the target, the tokens themselves, or one of two classes for each token."""
     input_ids, *target = (torch.randint(1, config.vocab_size, (length,)) for length in lengths)
     if not target:
         target = [input_ids if isinstance(config, LlamaConfig) else input_ids % 2]
@@ -174,7 +174,7 @@ def flatten(examples: Sequence[Batch]) -> Batch:
 
 
 def with_lengths(batch: Batch, config: PreTrainedConfig) -> Batch:
-    """The same with lengths in place of the mask."""
+    """The batch with lengths in place of the attention mask."""
     changed = {name: values for name, values in batch.items() if name != "attention_mask"}
     changed["lengths"] = batch["attention_mask"].sum(-1)
     if config.is_encoder_decoder:
@@ -186,8 +186,8 @@ def with_lengths(batch: Batch, config: PreTrainedConfig) -> Batch:
 
 
 def flops(config: PreTrainedConfig, lengths: Sequence[Lengths], training: bool) -> int:
-    """Floating-point operations on examples of these lengths, as the head of `recipes/benchmark.py` counts them."""
-    forward = sum(WORK[type(config)](config, *of_one) for of_one in lengths)
+    """Floating-point operations on examples of these lengths; `recipes/benchmark.py` describes how they are counted."""
+    forward = sum(WORK[type(config)](config, *sizes) for sizes in lengths)
     return 3 * forward if training else forward
 
 
@@ -204,12 +204,12 @@ def llama_work(config: Any, tokens: int) -> int:
 
 
 def bart_work(config: Any, source: int, target: int) -> int:
-    """The keys and values of cross-attention are work on tokens of the source, by weights of the decoder."""
+    """The key and value weights of cross-attention, in the decoder, multiply tokens of the source."""
     width, encoders, decoders = config.d_model, config.encoder_layers, config.decoder_layers
-    of_source = encoders * (4 * width**2 + 2 * width * config.encoder_ffn_dim) + decoders * 2 * width**2
-    of_target = decoders * (6 * width**2 + 2 * width * config.decoder_ffn_dim) + width * config.vocab_size
+    source_weights = encoders * (4 * width**2 + 2 * width * config.encoder_ffn_dim) + decoders * 2 * width**2
+    target_weights = decoders * (6 * width**2 + 2 * width * config.decoder_ffn_dim) + width * config.vocab_size
     pairs = encoders * source**2 + decoders * (target * (target + 1) // 2 + source * target)
-    return 2 * (of_source * source + of_target * target) + 4 * width * pairs
+    return 2 * (source_weights * source + target_weights * target) + 4 * width * pairs
 
 
 WORK: dict[type, Callable[..., int]] = {BertConfig: bert_work, LlamaConfig: llama_work, BartConfig: bart_work}

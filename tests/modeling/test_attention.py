@@ -454,7 +454,12 @@ def test_an_unknown_implementation_lists_the_known():
     "name, options, reason, able",
     [
         ("varlen", {"text": "causal"}, "it runs on CUDA devices; got 'cpu'", "'flex', 'blocks', 'reference', 'sdpa'"),
-        ("varlen", {"text": "prefix(2)"}, "it serves `full`, `causal` and windows; got 'prefix(2)'", "'flex', 'blocks"),
+        (
+            "varlen",
+            {"text": "prefix(2)"},
+            "it supports `full`, `causal` and windows; got 'prefix(2)'",
+            "'flex', 'blocks",
+        ),
         (
             "flex",
             {"text": "full", "needs_grad": True},
@@ -470,7 +475,7 @@ def test_an_implementation_that_cannot_serve_gives_the_reason_and_names_those_th
     query.requires_grad_(options.get("needs_grad", False))
     scores = torch.zeros(1, 1, 5) if "topk" in options["text"] else None
     attend = attend_with(name, options["text"], layout, dropout=options.get("dropout", 0.0))
-    message = f"`implementation` '{name}' cannot serve this: {reason}. Those that can: {able}"
+    message = f"`implementation` '{name}' cannot be used here: {reason}. Those that can: {able}"
     with pytest.raises(ValueError, match=re.escape(message)):
         attend(query, key, value, scores)
 
@@ -479,8 +484,8 @@ def test_a_dtype_that_an_implementation_cannot_serve(fake_gpu):
     layout = SequenceLayout.from_lengths(torch.tensor([5]))
     states = in_heads(states_on("cuda", torch.float32))
     message = (
-        "'varlen' cannot serve this: flash attention: it takes .*bfloat16; got torch.float32; memory-efficient "
-        "attention: it serves `full` and `causal`; got the window .* Those that can: 'banded', 'flex', 'blocks'"
+        "'varlen' cannot be used here: flash attention: it supports .*bfloat16; got torch.float32; memory-efficient "
+        "attention: it supports `full` and `causal`; got the window .* Those that can: 'banded', 'flex', 'blocks'"
     )
     with pytest.raises(ValueError, match=message):
         attend_with("varlen", "window(2, 0)", layout)(states, states, states)
@@ -557,7 +562,7 @@ def test_an_explicit_mask_of_another_number_of_heads(implementation):
 @pytest.mark.parametrize("implementation", ["blocks", "sdpa"])
 def test_masks_of_weights_are_served_by_the_reference(implementation):
     layout, inputs = topk_inputs()
-    message = f"`apply_mask_to='weights'` is served by .*'reference'; got '{implementation}'"
+    message = f"`apply_mask_to='weights'` needs the implementation .*'reference'; got '{implementation}'"
     with pytest.raises(ValueError, match=message):
         attend_with(implementation, "causal", layout, apply_mask_to="weights")(*inputs)
 

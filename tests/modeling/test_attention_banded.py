@@ -60,8 +60,8 @@ def test_blocks(band, tokens, blocks):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("causal", "it serves windows between the tokens of one layout; got 'causal'"),
-        ("segments", "it serves windows between the tokens of one layout; got 'segments'"),
+        ("causal", "it supports windows between the tokens of one layout; got 'causal'"),
+        ("segments", "it supports windows between the tokens of one layout; got 'segments'"),
         ("window(2)", r"it holds at most 10 scores at once; got 168 with 'window\(2, 2\)'"),
     ],
 )

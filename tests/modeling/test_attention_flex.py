@@ -322,12 +322,12 @@ def reason(
             for name in ("query", "key", "value")
         ),
         ({"device": "mps"}, "it runs on CUDA devices and, without gradients, on CPU; got 'mps'"),
-        ({"dtype": torch.float64}, "it takes torch.float16, torch.bfloat16, torch.float32; got torch.float64"),
-        ({"sizes": (8, 64)}, "it takes head sizes from 16; got 8 and 64"),
-        ({"sizes": (64, 15)}, "it takes head sizes from 16; got 64 and 15"),
-        ({"block_size": 64}, "it takes blocks of a multiple of 128 tokens; got 64"),
-        ({"with_triton": False}, "it needs Triton, not installed"),
-        ({"capability": (6, 1)}, "it takes GPUs of compute capability (7, 0) and later; got (6, 1)"),
+        ({"dtype": torch.float64}, "it supports torch.float16, torch.bfloat16, torch.float32; got torch.float64"),
+        ({"sizes": (8, 64)}, "it supports head sizes of at least 16; got 8 and 64"),
+        ({"sizes": (64, 15)}, "it supports head sizes of at least 16; got 64 and 15"),
+        ({"block_size": 64}, "it supports block sizes that are multiples of 128; got 64"),
+        ({"with_triton": False}, "it needs Triton, which is not installed"),
+        ({"capability": (6, 1)}, "it supports GPUs of compute capability (7, 0) and later; got (6, 1)"),
     ],
     ids=str,
 )

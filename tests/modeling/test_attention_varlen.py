@@ -183,7 +183,7 @@ def test_an_operator_that_is_gone_is_said(monkeypatch):
         found = unsupported(MaskPlan("window(2)", layout), states, states, states)
         assert found is not None
         assert "flash attention: PyTorch's operator does not work here: no such operator" in found
-        assert "memory-efficient attention: it serves `full` and `causal`; got the window (2, 2)" in found
+        assert "memory-efficient attention: it supports `full` and `causal`; got the window (2, 2)" in found
     finally:
         attention_varlen._tried.cache_clear()
 
@@ -232,8 +232,8 @@ def reason(
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"text": "causal | prefix(2)"}, "it serves `full`, `causal` and windows; got 'causal | prefix(2)'"),
-        ({"key_layout": OTHER}, "between queries and keys of different layouts it serves `full`; got 'causal'"),
+        ({"text": "causal | prefix(2)"}, "it supports `full`, `causal` and windows; got 'causal | prefix(2)'"),
+        ({"key_layout": OTHER}, "between queries and keys of different layouts it supports `full`; got 'causal'"),
         (
             {"layout": GAPS, "text": "window(1, 0)"},
             "its windows count tokens, not positions, and tokens are missing; got 'window(1, 0)'",
@@ -241,33 +241,33 @@ def reason(
         ({"device": "cpu"}, "it runs on CUDA devices; got 'cpu'"),
         (
             {"dtype": torch.float32, "text": "window(3, 0)"},
-            "flash attention: it takes torch.float16 and torch.bfloat16; got torch.float32; memory-efficient "
-            "attention: it serves `full` and `causal`; got the window (3, 0)",
+            "flash attention: it supports torch.float16 and torch.bfloat16; got torch.float32; memory-efficient "
+            "attention: it supports `full` and `causal`; got the window (3, 0)",
         ),
         (
             {"dtype": torch.float64},
-            "flash attention: it takes torch.float16 and torch.bfloat16; got torch.float64; memory-efficient "
-            "attention: it takes torch.float16, torch.bfloat16, torch.float32; got torch.float64",
+            "flash attention: it supports torch.float16 and torch.bfloat16; got torch.float64; memory-efficient "
+            "attention: it supports torch.float16, torch.bfloat16, torch.float32; got torch.float64",
         ),
         (
             {"sizes": (64, 36)},
-            "flash attention: it takes values of the head size of queries, 64; got 36; memory-efficient attention: it "
-            "takes head sizes that are multiples of 8; got 64 and 36",
+            "flash attention: it supports values with the head size of queries, 64; got 36; memory-efficient "
+            "attention: it supports head sizes that are multiples of 8; got 64 and 36",
         ),
         (
             {"sizes": (264, 264), "text": "backward"},
-            "flash attention: it takes head sizes that are multiples of 8 up to 256; got 264; memory-efficient "
-            "attention: it serves `full` and `causal`; got the window (0, None)",
+            "flash attention: it supports head sizes that are multiples of 8 up to 256; got 264; memory-efficient "
+            "attention: it supports `full` and `causal`; got the window (0, None)",
         ),
         (
             {"sizes": (256, 256), "needs_grad": True, "text": "backward"},
-            "flash attention: it takes head sizes that are multiples of 8 up to 192; got 256; memory-efficient "
-            "attention: it serves `full` and `causal`; got the window (0, None)",
+            "flash attention: it supports head sizes that are multiples of 8 up to 192; got 256; memory-efficient "
+            "attention: it supports `full` and `causal`; got the window (0, None)",
         ),
         (
             {"capability": (7, 5)},
-            "flash attention: it takes GPUs of compute capability (8, 0) and later; got (7, 5); memory-efficient "
-            "attention: it takes torch.bfloat16 on GPUs of compute capability (8, 0) and later",
+            "flash attention: it supports GPUs of compute capability (8, 0) and later; got (7, 5); memory-efficient "
+            "attention: it supports torch.bfloat16 on GPUs of compute capability (8, 0) and later",
         ),
     ],
     ids=str,

@@ -126,7 +126,7 @@ def test_code_of_others_is_kept_where_a_checkpoint_is_saved(folder, tmp_path, ca
     assert [Path(message.split()[0]).name for message in said] == [
         name for name in ("layout.py", "masks.py", "plan.py") for _ in range(2)
     ]
-    assert "it is not of hf_dynmask: the checkpoint does not work where the package is not installed" in said[0]
+    assert "does not belong to hf_dynmask: the checkpoint will not load where the package is not installed" in said[0]
 
 
 def test_code_is_not_written_through_links(folder, tmp_path):

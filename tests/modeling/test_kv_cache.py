@@ -150,7 +150,7 @@ def test_a_sliding_cache_drops_only_what_the_window_does_not_see(window, cuts):
 def test_a_window_wider_than_that_of_the_cache_is_refused():
     model = causal_lm("causal & window(4, 0)")
     ids = torch.randint(VOCABULARY, (2, 9))
-    with pytest.raises(ValueError, match=r"'causal & window\(4, 0\)' lets a token see ones that the cache has dropped"):
+    with pytest.raises(ValueError, match=r"'causal & window\(4, 0\)' lets a token see .* the cache has dropped"):
         decode(model, [6, 7], sliding_cache(4), input_ids=ids)
 
 
@@ -172,7 +172,7 @@ def test_explicit_masks_are_of_the_columns_of_now():
 def test_a_mask_that_sees_the_future_is_refused(mask):
     model = causal_lm(mask)
     inputs = {"input_ids": torch.randint(VOCABULARY, (2, 5)), "segment_ids": torch.zeros(2, 5, dtype=torch.long)}
-    with pytest.raises(ValueError, match="lets a token see later ones, which a cache cannot serve: they are not there"):
+    with pytest.raises(ValueError, match="lets a token see later ones, which a cache does not hold yet"):
         model(**inputs, use_cache=True)
     assert model(**inputs, use_cache=False).past_key_values is None
     with pytest.raises(ValueError, match="Join it with `causal`, make prefixes no longer than the prompt, or set use_"):

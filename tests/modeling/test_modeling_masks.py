@@ -285,5 +285,7 @@ class TestMaskOnWeights:
         model = DynMaskModel(config(apply_mask_to="weights"))
         model(**batch())
         model.set_attn_implementation("sdpa")
-        with pytest.raises(ValueError, match=r"`apply_mask_to='weights'` is served by 'reference'; got 'sdpa'"):
+        with pytest.raises(
+            ValueError, match=r"`apply_mask_to='weights'` needs the implementation 'reference'; got 'sdpa'"
+        ):
             model(**batch())

@@ -255,7 +255,7 @@ def test_bad_batches(head, change, message):
     "settings, message",
     [
         ({"cell": "rnn"}, r"`cell` must be one of 'lstm', 'gru'; got 'rnn'"),
-        ({"hidden_size": 15}, r"`hidden_size` must be even: half is of each direction; got 15"),
+        ({"hidden_size": 15}, r"`hidden_size` must be even: each direction has half of it; got 15"),
         ({"num_hidden_layers": 0}, r"`num_hidden_layers` must be at least 1; got 0"),
     ],
 )

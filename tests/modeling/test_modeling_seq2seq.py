@@ -831,7 +831,7 @@ def test_bad_calls_with_a_cache():
     ):
         model(**ids, past_key_values=cache, decoder_lengths=torch.tensor([3, 2]))
     model.set_mask(decoder_mask="full")
-    with pytest.raises(ValueError, match="the mask 'full' lets a token see later ones, which a cache cannot serve"):
+    with pytest.raises(ValueError, match="the mask 'full' lets a token see later ones, which a cache does not"):
         model(**ids)
     assert model(**ids, use_cache=False).logits.isfinite().all()
 

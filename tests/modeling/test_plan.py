@@ -144,7 +144,7 @@ def test_fields_that_do_not_fit(text, fields, message):
 def test_fields_of_keys_that_do_not_fit():
     layout, key_layout = (SequenceLayout.from_lengths(torch.tensor(sizes), (2, 5)) for sizes in ([2, 3], [5, 1]))
     fields = {"segment_ids": torch.zeros(2, 5, dtype=torch.long)}
-    message = "the field `key_segment_ids` must be given: keys have 5 positions, `segment_ids` speaks of 3"
+    message = "the field `key_segment_ids` must be given: keys have 5 positions, but `segment_ids` has values for 3"
     with pytest.raises(ValueError, match=message):
         MaskPlan("segments", layout, key_layout, fields=fields)
     with pytest.raises(ValueError, match=r"the field `key_segment_ids` must have shape \(2, 5\); got \(2, 4\)"):

@@ -56,18 +56,21 @@ def test_masks_of_a_model(config, expected):
     "text, words",
     [
         ("full", "every token"),
-        ("causal & window(9, 0)", "of itself and the tokens before it, only the tokens from 9 before it to 0 after it"),
+        (
+            "causal & window(9, 0)",
+            "itself and the tokens before it, restricted to the tokens from 9 before it to 0 after it",
+        ),
         ("causal | prefix(4)", "itself and the tokens before it as well as the first 4 tokens"),
         ("~span(3, 5)", "all but the 5 tokens from position 3 on"),
         (
             "causal & window(2) & chunk(8)",
-            "of itself and the tokens before it, only the tokens from 2 before it to 2 after it, and of these only the "
+            "itself and the tokens before it, restricted to the tokens from 2 before it to 2 after it and to the "
             "tokens of its own chunk of 8",
         ),
-        ("~(diagonal | chunk(8))", "all but (itself alone as well as the tokens of its own chunk of 8)"),
+        ("~(diagonal | chunk(8))", "all but (itself as well as the tokens of its own chunk of 8)"),
         ("prefix", "the tokens before the end of the prefix (`prefix_lengths`)"),
-        ("global_tokens", "the tokens marked in `global_tokens`, and every token if it is one of these"),
-        ("heads(full, diagonal)", "by head: every token; itself alone"),
+        ("global_tokens", "the tokens marked in `global_tokens`, or every token if it is marked itself"),
+        ("heads(full, diagonal)", "by head: every token; itself"),
         ("random(0.5, 7)", "a random share of 0.5 of the tokens (seed 7)"),
     ],
 )

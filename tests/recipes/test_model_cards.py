@@ -63,7 +63,7 @@ def test_figure_is_of_the_results(file, results, card):
     assert len(described) > 20
 
 
-def test_cards_are_made_anew_from_results_alone(file, results, card, tmp_path):
+def test_cards_are_rebuilt_from_results_alone(file, results, card, tmp_path):
     copy = tmp_path / file.name
     shutil.copy(file, copy)
     main([str(copy)])

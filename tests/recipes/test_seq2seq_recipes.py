@@ -139,7 +139,7 @@ def test_model_card_is_the_results(run):
 def test_printed_summary_states_the_margin(run):
     metric = run.about.metrics[0]
     margin = run.results["runs"]["dynmask"][metric] - run.results["trivial"][metric]
-    assert f"The model's is {margin:+.3f} of that." in run.printed
+    assert f"The trained model differs by {margin:+.3f}." in run.printed
     lines = [line for line in run.printed.splitlines() if line.startswith(("|", "Padding", "Without", "Speed-up"))]
     assert len(lines) == 7
     assert all(line in (run.output / "README.md").read_text() for line in lines)

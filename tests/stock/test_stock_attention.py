@@ -141,7 +141,7 @@ WITHOUT_FLAT: dict[str, tuple[dict[str, Any], str]] = {
     "bart": (ENCODER_DECODER, "without cross-attention; this bart model has it"),
     "esm with dropout": (
         SIZES | {"token_dropout": True, "mask_token_id": 4},
-        "attention alone; this esm model has `token_dropout`",
+        "attention only; this esm model has `token_dropout`",
     ),
     "fnet": (SIZES, "those of FNetModel do not"),
     "layoutlm": (SIZES, "LayoutLMSelfAttention got an explicit `attention_mask`"),
@@ -286,7 +286,9 @@ def test_a_family_that_computes_with_its_mask():
 def test_a_family_that_adds_to_its_mask():
     """Where a tensor is on the left, torch would put another error in place of ours."""
     mask: Any = masking_utils.create_bidirectional_mask(
-        config=AutoConfig.for_model("bert", attn_implementation="dynmask"), inputs_embeds=torch.ones(1, 2, 4), attention_mask=None
+        config=AutoConfig.for_model("bert", attn_implementation="dynmask"),
+        inputs_embeds=torch.ones(1, 2, 4),
+        attention_mask=None,
     )
     for compute in (lambda: torch.ones(2) + mask, lambda: 1.0 - mask, lambda: mask * 2):
         with pytest.raises(TypeError, match=r"this bert model computes with one \(`an operator`\)"):

@@ -434,7 +434,7 @@ def test_a_mask_that_is_taken_away(masked, tmp_path):
         ("bert", "", "mask does not parse at column 1"),
         ("bert", "causal # and no more", "mask does not parse at column 8"),
         ("bert", "topk(3)", "the mask of a stock model must do without `topk`, which needs scores"),
-        ("bart", "causal", "`model` must have self-attention alone; BartModel has cross-attention"),
+        ("bart", "causal", "`model` must have self-attention only; BartModel has cross-attention"),
         ("llava", "causal", "`model` must be one part of a model; LlavaModel has the parts text_config, vision_config"),
         ("bloom", "causal", "BloomModel computes attention by itself"),
     ],

@@ -237,7 +237,7 @@ def test_what_was_registered_by_hand(elsewhere):
 
 def test_code_that_was_changed(elsewhere):
     (warning,) = elsewhere[1]["changed"]
-    assert re.search(r"shared with the code of hf_dynmask [\d.]+; what runs now differs from it in plan.py", warning)
+    assert re.search(r"the code of hf_dynmask [\d.]+; the code that runs differs from it in plan.py", warning)
 
 
 def test_code_that_the_user_refuses(elsewhere):
@@ -327,7 +327,7 @@ def test_a_package_with_other_code(tmp_path, caplog):
     change_config(tmp_path / "model", dynmask_code={"version": "0.0.1", "sha256": {"plan.py": HASH, "gone.py": HASH}})
     AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
     (message,) = caplog.messages
-    assert "code of hf_dynmask 0.0.1; what runs now differs from it in plan.py, gone.py" in message
+    assert "code of hf_dynmask 0.0.1; the code that runs differs from it in plan.py, gone.py" in message
 
 
 def test_the_model_is_left_as_it_is(tmp_path):

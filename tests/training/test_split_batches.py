@@ -204,7 +204,7 @@ def test_flat_batches_are_not_scattered(tmp_path):
     model: Any = make_trainer("flat", {}, tmp_path)[0].model
     (part,) = scattered(COLLATORS["flat"](ROWS[:8]), 2)  # the one row goes to one device, with half of the lengths
     with pytest.raises(
-        ValueError, match="leave padding alone behind .* cannot be split over devices: use rows for that"
+        ValueError, match="be followed by padding only; .* cannot be split over devices: use rows for that"
     ):
         replica_of(model)(**part)
 
@@ -232,7 +232,7 @@ def test_one_sequence_of_a_flat_batch_on_a_device(replica):
     """No more sequences than devices: the first device sees its own length with the tokens of all."""
     (part,) = scattered(COLLATORS["flat"](TWO), 2)
     part.pop("labels")
-    message = r"a row on a replica of DataParallel must leave padding alone behind them; got 3 tokens in a row of 5"
+    message = r"a row on a replica of DataParallel must be followed by padding only; got 3 tokens in a row of 5"
     with pytest.raises(ValueError, match=message):
         replica(**part)
 
