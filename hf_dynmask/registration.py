@@ -119,8 +119,18 @@ def _prepare_stock_models() -> None:
         newest = import_module(stock_models.__name__)  # in case the package was imported again
         return resolve(self, newest.settled(self, requested_attention), is_init_check)
 
+    switch = PreTrainedModel.set_attn_implementation
+
+    @wraps(switch)
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        named = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        if named == NAME:  # transformers only logs it where a model cannot
+            import_module(stock_models.__name__).check_uses_interface(self)
+        return switch(self, attn_implementation, *args, **kwargs)
+
     get_correct_attn_implementation.settles_dynmask = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+    PreTrainedModel.set_attn_implementation = set_attn_implementation
 
 
 def _skip_sequence_detection() -> None:

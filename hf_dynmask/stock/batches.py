@@ -32,6 +32,7 @@ TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 CACHES = ("cache", "past_key_values")
 MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 SPEAKING = (*INPUTS, *CACHES, *MASKS, *PACKING, "lengths", "decoder_lengths", "position_ids")
+EXPANSION = "query_expansion_positions"  # sentence-transformers' name for tokens that see others, though absent
 BOUNDS = ("max_length_q", "max_length_k")  # a graph that read these numbers would be compiled for each batch
 FLAT_ARGUMENTS = ("lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that say where sequences begin
 
@@ -49,8 +50,11 @@ class Batch:
             Where the sequences are, if `lengths` of one row, `cu_seq_lens_q` or `seq_idx` state it.
         stated_by (`str`): Which of these arguments states it.
         sequences_separated (`bool`): Whether some layer's attention has separated the sequences of the batch.
+        pooled_by ([`SequenceLayout`], *optional*): These sequences, if this model's layers did and may pool each.
         positions (`Tensor` of shape `(N,)`, *optional*):
             Positions of the tokens in their original rows, if the batch was unpadded.
+        absent_see (`bool`):
+            Whether absent tokens see the others, as in ColBERT's query expansion (arXiv:2004.12832, section 3.2).
         unchecked (`dict[str, Tensor]`):
             For each mask, a flag on the device: whether it holds only 0 and 1. [`read_along`] reads the flags.
     """
@@ -62,7 +66,9 @@ class Batch:
     layout: SequenceLayout | None = None
     stated_by: str = ""
     sequences_separated: bool = False
+    pooled_by: SequenceLayout | None = None
     positions: Tensor | None = None
+    absent_see: bool = False
     unchecked: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -78,6 +84,8 @@ class Batch:
             ValueError: Arguments contradict each other, or cannot be followed.
         """
         batch = cls(model, names, dict(given), is_inner=outer is not None)
+        expansion = batch.given.pop(EXPANSION, None)
+        batch.absent_see = expansion is not None or outer is not None and outer.absent_see
         if outer is not None and outer.layout is not None and batch._says_the_same(outer):
             batch.layout, batch.stated_by, batch.positions = outer.layout, outer.stated_by, outer.positions
             return batch
@@ -96,7 +104,7 @@ class Batch:
     def _masks_of_tokens(self) -> Iterator[tuple[str, Tensor]]:
         """The masks of real tokens that may hold numbers other than 0 and 1."""
         tokens = self._first_of(INPUTS)
-        dimensions = 2 if tokens is None else len(_places(tokens))
+        dimensions = 2 if tokens is None else len(places_of(tokens))
         for name in MASKS:
             mask = self.given.get(name)
             if isinstance(mask, Tensor) and mask.dtype != torch.bool and mask.dim() <= dimensions:
@@ -151,7 +159,7 @@ class Batch:
             if self.is_inner:
                 return None
             raise ValueError(f"`{stated[0]}` must come with {' or '.join(f'`{each}`' for each in inputs)}; got none")
-        places = _places(tokens)
+        places = places_of(tokens)
         mask = self.given.get(mask_name)
         mask = mask if isinstance(mask, Tensor) else None  # the model that runs this one has made a `DeferredMask`
         if mask is not None and mask.dim() > len(places):
@@ -197,7 +205,7 @@ class Batch:
             tokens = self._first_of(inputs)
             self._check_alone(name, tokens, layout)
             if mask_name in self.names:
-                present = torch.zeros(_places(tokens), dtype=torch.long, device=tokens.device)
+                present = torch.zeros(places_of(tokens), dtype=torch.long, device=tokens.device)
                 self.given[mask_name] = present.view(-1).index_fill_(0, layout.places, 1).view(present.shape)
             elif layout.num_tokens < layout.shape[0] * layout.shape[1]:
                 raise ValueError(
@@ -264,7 +272,7 @@ _IN_FRONT = (
 )
 
 
-def _places(tokens: Tensor) -> torch.Size:
+def places_of(tokens: Tensor) -> torch.Size:
     """`(..., T)` of ids or embeddings."""
     return tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
 
@@ -347,11 +355,13 @@ def is_for_graph(model: PreTrainedModel, names: Collection[str], given: dict[str
     if sizes.shape[0] == (1 if "lengths" in own else 2):  # a single sequence
         return False
     position_ids = given.get("position_ids")
-    if "position_ids" not in names or position_ids is not None and position_ids.shape != _places(tokens):
+    if "position_ids" not in names or position_ids is not None and position_ids.shape != places_of(tokens):
         return False
-    needs_more = not own.isdisjoint((*MASKS, *CACHES, *TARGETS[:2], "decoder_lengths", "seq_idx", "output_attentions"))
+    more = (*MASKS, *CACHES, *TARGETS[:2], "decoder_lengths", "seq_idx", "output_attentions", "is_causal", EXPANSION)
+    needs_more = not own.isdisjoint(more)
     is_other = has_cross_attention(model.config) or model.config.output_attentions or model.config.sub_configs
-    return not (needs_more or is_other or has_neftune(model) or token_mixing_outside_attention(model))
+    of_rows = getattr(model.base_model, "pooler", None) is not None or reads_tokens_of_rows(model)
+    return not (needs_more or is_other or of_rows or has_neftune(model) or token_mixing_outside_attention(model))
 
 
 # --- What models are like --------------------------------------------------------------------------------------------
@@ -377,6 +387,13 @@ def kept(find: Callable[[PreTrainedModel], T]) -> Callable[[PreTrainedModel], T]
 
 def has_cross_attention(config: PreTrainedConfig) -> bool:
     return getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+
+
+def reads_tokens_of_rows(model: PreTrainedModel) -> bool:
+    """Whether a head reads one token of each row, rather than what its base model pools."""
+    name = type(model).__name__
+    is_of_sequences = name.endswith("ForSequenceClassification") and getattr(model.base_model, "pooler", None) is None
+    return is_of_sequences or name.endswith(("ForMultipleChoice", "DoubleHeadsModel"))
 
 
 @kept

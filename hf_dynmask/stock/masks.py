@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from .batches import (
     has_cross_attention,
     has_neftune,
     layout_of,
+    reads_tokens_of_rows,
     restarts,
     token_mixing_outside_attention,
 )
@@ -195,6 +196,11 @@ def _deferred(
 ) -> DeferredMask:
     if isinstance(attention_mask, DeferredMask):  # `generate` has made it before the forward pass
         return attention_mask
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            "`attention_mask` must have a row for each row of tokens, (B, T), or be an explicit mask of four "
+            f"dimensions, (B, H, T, T); got shape {tuple(attention_mask.shape)}"
+        )
     padding = masking_utils.prepare_padding_mask(attention_mask, shape[3], offsets[1])
     text = getattr(config, CONFIG_ENTRY, None)
     return DeferredMask(
@@ -207,6 +213,7 @@ def _deferred(
         device=torch.device(device),
         model_type=getattr(config, "model_type", "stock"),
         unpadded=_unpadded(),
+        absent_see=any(batch.absent_see for batch in current_batches()),
     )
 
 
@@ -254,6 +261,7 @@ class DeferredMask:
         chosen (`Mask`, *optional*): The mask that [`set_mask`] put in place of `function`.
         device (`torch.device`), model_type (`str`): The model's.
         unpadded ([`SequenceLayout`], *optional*): The layout of the flat batch, if padded rows were unpadded.
+        absent_see (`bool`): Whether absent tokens see the others.
     """
 
     shape: tuple[int, int, int, int]
@@ -265,6 +273,7 @@ class DeferredMask:
     device: torch.device
     model_type: str
     unpadded: SequenceLayout | None = None
+    absent_see: bool = False
     _answers: dict[tuple[int, torch.device], MaskPlan | Tensor] = field(default_factory=dict)
 
     ndim = 4
@@ -284,6 +293,13 @@ class DeferredMask:
 
     def __getattr__(self, name: str):
         raise AttributeError(name) if name.startswith("_") else self._refusal(name)
+
+    def _compute(self, *others) -> NoReturn:
+        raise self._refusal("an operator")
+
+    # Where one is a tensor's, the error of `__torch_function__` is lost.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __and__ = __rand__ = _compute
+    __or__ = __ror__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __invert__ = _compute
 
     def _refusal(self, operation: str) -> Exception:
         return TypeError(
@@ -311,6 +327,7 @@ class DeferredMask:
         key = (query.shape[1], query.device)
         if key not in self._answers:
             batches = current_batches()
+            self._check_causality(batches)
             layout = self._sequences(batches, has_bias) if batches else self._check_rows(passed)
             if self._is_square and self._expression is not None:
                 self._answers[key] = self._plan(self._expression, layout, passed, query.device)
@@ -318,6 +335,18 @@ class DeferredMask:
                 cells = self._cells(layout, query.shape[1]).to(query.device)
                 self._answers[key] = cells if layout is None else _plan_of_cells(cells, layout)
         return self._answers[key]
+
+    def _check_causality(self, batches: tuple[Batch, ...]) -> None:
+        """Raises if the caller's `is_causal`, which other attention may obey, is not what the mask is."""
+        band = None if self._expression is None else self._expression.band()
+        if band is None:
+            return
+        for given in (batch.given.get("is_causal") for batch in batches):
+            if given is not None and given != (band[1] == 0):
+                raise ValueError(
+                    f"`is_causal` must be what the mask of this {self.model_type} model is, '{self._expression}'; got "
+                    f"{given} (`model.config.is_causal = False` makes a decoder bidirectional)"
+                )
 
     @cached_property
     def _known(self) -> MaskFunction:
@@ -357,7 +386,14 @@ class DeferredMask:
             layout = self._stated(batch)
         if layout is None:
             return None
-        self._check_flat(batch, crosses, counts_columns=position_ids is None and not (has_bias or is_unpadded))
+        takes_positions = position_ids is not None and "position_ids" in batch.names
+        self._check_flat(batch, crosses, counts_columns=not (takes_positions or has_bias or is_unpadded))
+        if not is_unpadded and reads_tokens_of_rows(batches[0].model):
+            raise ValueError(
+                f"a flat batch needs a head that reads all tokens, or what its base model pools; "
+                f"{type(batches[0].model).__name__} reads one token of each row (give it rows)"
+            )
+        batch.pooled_by = None if is_unpadded else layout
         for outer in batches:
             outer.sequences_separated = True
         return layout
@@ -456,7 +492,7 @@ class DeferredMask:
         if layout is None:
             rows = SequenceLayout.full((self.shape[0], self.shape[2]), self.device)
             layout = rows if present is None else layout_of(rows.begins.view(rows.shape), present)
-            if present is not None and self._may_cross:
+            if present is not None and (self._may_cross or self.absent_see):
                 key_layout = layout_of(rows.begins.view(rows.shape), present, by_column=True).to(device)
                 layout = rows
         return MaskPlan(expression, layout.to(device), key_layout, fields=fields)

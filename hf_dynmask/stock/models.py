@@ -33,6 +33,7 @@ from ..modeling.modeling_base import warn_of_unread_fields
 from .batches import (
     CACHES,
     CONFIG_ENTRY,
+    EXPANSION,
     IN_GRAPH,
     INPUTS,
     NAME,
@@ -42,12 +43,12 @@ from .batches import (
     has_cross_attention,
     is_for_graph,
 )
-from .unpadding import Unpadded
+from .unpadding import Unpadded, pool_by_sequence
 
 # Arguments that any model accepts: of the batch contract, of transformers, and of decorators of `forward`.
 KNOWN = {
     *(*INPUTS, "lengths", "attention_mask", "position_ids", "token_type_ids", "labels"),
-    *("return_dict", "use_cache", *CACHES),
+    *("return_dict", "use_cache", *CACHES, EXPANSION),
     *FIELD_SHAPES,
     *TransformersKwargs.__annotations__,
     *FlashAttentionKwargs.__annotations__,
@@ -69,6 +70,7 @@ def settled(model: PreTrainedModel, requested: str | None) -> str | None:
         check_mask(model, text)
     if requested == NAME:
         install_hooks(model)
+    _lead_layers(model, requested)
     return requested
 
 
@@ -129,15 +131,39 @@ def install_hooks(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The model's class does not use transformers' attention interface.
     """
-    if not type(model)._can_set_attn_implementation():
-        raise ValueError(
-            f"attn_implementation='{NAME}' needs a model that uses transformers' attention interface; "
-            f"{type(model).__name__} computes attention by itself"
-        )
+    check_uses_interface(model)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part._dynmask_ready = Ready(type(part))  # type: ignore[assignment]
             _rebind(part)
+
+
+def check_uses_interface(model: PreTrainedModel) -> None:
+    """Raises if a model's attention is code of its own, which would run instead of ours.
+
+    Transformers looks into the code of its class; if that cannot be read, as in a notebook, we look into its parent's.
+    """
+    parents = [each for each in type(model).__mro__ if issubclass(each, PreTrainedModel)]
+    readable = next(each for each in parents if getattr(sys.modules.get(each.__module__), "__file__", None))
+    if readable is PreTrainedModel or readable._can_set_attn_implementation():
+        type(model)._can_set_attn_implementation_cached_value = True
+    else:
+        raise ValueError(
+            f"attn_implementation='{NAME}' needs a model that uses transformers' attention interface; "
+            f"{type(model).__name__} computes attention by itself"
+        )
+
+
+def _lead_layers(model: PreTrainedModel, requested: str | None) -> None:
+    """Lets layers that hold an equal configuration, not the model's own, run with the same attention.
+
+    Transformers sets that of models alone. In an encoder-decoder made of two models, layers keep the old configuration.
+    """
+    of_models = {id(part.config) for part in model.modules() if isinstance(part, PreTrainedModel)}
+    configs: list[Any] = [vars(part).get("config") for part in model.modules()]
+    for config in (each for each in configs if type(each) is type(model.config) and id(each) not in of_models):
+        if NAME in (requested, config._attn_implementation):
+            config._attn_implementation = requested
 
 
 def _rebind(model: PreTrainedModel) -> None:
@@ -151,7 +177,7 @@ def _rebind(model: PreTrainedModel) -> None:
 
 def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callable:
     """Wraps a `forward` so that the layers can look up its arguments if its model runs with `"dynmask"`."""
-    own = _signature(forward, model_class)
+    own = _naming_expansion(_signature(forward, model_class))
     names = [name for name, one in own.parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
     takes_others = Parameter.VAR_KEYWORD in {parameter.kind for parameter in own.parameters.values()}
 
@@ -189,6 +215,13 @@ def _signature(forward: Callable, model_class: type[PreTrainedModel]) -> Signatu
         return found
     written = (_written(each) for each in model_class.__mro__ if "forward" in vars(each))
     return next((own for own in written if own is not None), found)
+
+
+def _naming_expansion(own: Signature) -> Signature:
+    """The signature with the argument that sentence-transformers passes to models that name it."""
+    named = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+    others = [each for each in own.parameters.values() if each.kind is Parameter.VAR_KEYWORD]
+    return own.replace(parameters=[*named, Parameter(EXPANSION, Parameter.KEYWORD_ONLY, default=None), *others])
 
 
 def _written(model_class: type) -> Signature | None:
@@ -264,6 +297,8 @@ def _enter(
 def _leave(batch: Batch, output: Any) -> None:
     if batch.unchecked:
         batch.read_along()
+    if batch.pooled_by is not None:
+        pool_by_sequence(batch.model, output, batch.pooled_by)
     if batch.sequences_separated:
         _mark_caches(output)
     elif not batch.has_explicit_mask and batch.is_flat:
@@ -292,7 +327,10 @@ def _check_keywords(model: PreTrainedModel, unknown: set[str]) -> None:
     if not unknown:
         return
     named = KNOWN | signature(model.forward).parameters.keys()
-    known = named.union(*map(_mentioned, set(_code_of(model))))
+    try:
+        known = named.union(*map(_mentioned, set(_code_of(model))))
+    except (OSError, TypeError):  # code that cannot be read, as that of a notebook, may know it
+        return
     if getattr(model.config, "is_encoder_decoder", False):
         named, known = _of_sides(named), _of_sides(known)
     for name in sorted(unknown - known):

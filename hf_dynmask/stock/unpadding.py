@@ -31,6 +31,7 @@ from .batches import (
     has_cross_attention,
     has_neftune,
     kept,
+    places_of,
     token_mixing_outside_attention,
 )
 from .positions import install_position_hooks, takes_positions
@@ -66,11 +67,17 @@ def _why_rows(model: PreTrainedModel) -> str | None:
     mixing = token_mixing_outside_attention(model)
     if mixing is not None:
         return f"its tokens meet outside attention: {mixing}"
-    if not hasattr(model, "pooler") and "pooler_output" in _text(_forward(model)):
-        return "it pools by itself"
+    pools_inside = not hasattr(model, "pooler") and "pooler_output" in _text(_forward(model))
+    return _why_not_pooled(model) if pools_inside or getattr(model, "pooler", None) is not None else None
+
+
+def _why_not_pooled(model: PreTrainedModel) -> str | None:
+    """Why what a model pools is not known from its states."""
     pooler = getattr(model, "pooler", None)
-    inputs = () if pooler is None else signature(pooler.forward).parameters
-    if len(inputs) > 1 or isinstance(pooler, nn.Linear) and not hasattr(model, "pooler_activation"):
+    if pooler is None:
+        return "it pools by itself"
+    is_part = isinstance(pooler, nn.Linear) and not hasattr(model, "pooler_activation")
+    if is_part or len(signature(pooler.forward).parameters) > 1:
         return f"its pooler needs more than the states: {type(pooler).__name__}"
     return None
 
@@ -172,9 +179,25 @@ class Unpadded:
 
 def _pooled(model: Any, states: Tensor) -> Tensor:
     """What a pooler makes of rows `(B, T, C)`. ALBERT's own code is around it."""
-    if isinstance(model.pooler, nn.Linear):
+    if hasattr(model, "pooler_activation"):
         return model.pooler_activation(model.pooler(states[:, 0]))
     return model.pooler(states)
+
+
+def pool_by_sequence(model: PreTrainedModel, output: Any, layout: SequenceLayout) -> None:
+    """Pools each sequence of a flat batch, `(S, C)`, where a stock model pools each row.
+
+    Raises:
+        ValueError: The model pools by code that is not known.
+    """
+    if not isinstance(output, ModelOutput) or output.get("pooler_output") is None:
+        return
+    why = _why_not_pooled(model)
+    if why is not None:
+        raise ValueError(f"a flat batch needs a model that pools states by a known part; {type(model).__name__}: {why}")
+    states, lengths = layout.flatten(output["last_hidden_state"])[0], layout.lengths
+    first = states[(lengths.cumsum(0) - lengths).clamp(max=len(states) - 1)]
+    output["pooler_output"] = _pooled(model, first.masked_fill(lengths[:, None] == 0, 0)[:, None])
 
 
 def _can_be_flat(batch: Batch, outer: Sequence[Batch]) -> bool:
@@ -183,12 +206,14 @@ def _can_be_flat(batch: Batch, outer: Sequence[Batch]) -> bool:
     mask, tokens = given.pop("attention_mask", None), next((given[name] for name in INPUTS if name in given), None)
     if not isinstance(mask, Tensor) or tokens is None or mask.dim() != 2 or mask.shape != tokens.shape[:2]:
         return False
-    if batch.layout is not None or any(each.layout is not None for each in outer) or has_neftune(batch.model):
+    if any(each.layout is not None for each in (batch, *outer)) or batch.absent_see or has_neftune(batch.model):
+        return False
+    if "start_positions" in (*outer, batch)[0].names:  # the loss of question answering runs over padding, too
         return False
     caller = type((*outer, batch)[0].model).__name__
-    if caller.endswith("ForQuestionAnswering"):  # its loss runs over padding, too
-        return False
     if caller.endswith("ForSequenceClassification") and "input_ids" not in given:  # it may read off the last column
+        return False
+    if _has_hooks_of_rows(batch, outer):
         return False
     if any(given.get(name, getattr(batch.model.config, name, False)) for name in OUTPUTS_OF_ROWS):
         return False
@@ -196,11 +221,19 @@ def _can_be_flat(batch: Batch, outer: Sequence[Batch]) -> bool:
         return False
     for name, value in given.items():
         if name in OF_TOKENS:
-            if value.shape[:2] != mask.shape and (name != "position_ids" or value.shape != (1, mask.shape[1])):
+            if places_of(value) != mask.shape and (name != "position_ids" or value.shape != (1, mask.shape[1])):
                 return False
         elif name not in OF_ROWS and not _is_number(value):
             return False
     return not ("position_ids" in given and batch.is_flat)
+
+
+def _has_hooks_of_rows(batch: Batch, outer: Sequence[Batch]) -> bool:
+    """Whether hooks of PEFT pass to layers what was given for each row, such as the name of its adapter."""
+    if not any(hasattr(each.model, "peft_config") for each in (*outer, batch)):
+        return False
+    hooks = (hook for part in batch.model.modules() for hook in part._forward_pre_hooks.values())
+    return any(getattr(hook, "func", hook).__module__.startswith("peft.") for hook in hooks)
 
 
 def _is_number(value: Any) -> bool:

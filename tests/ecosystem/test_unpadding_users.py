@@ -185,3 +185,49 @@ def test_adapters(method, tokenizer, unpadded):  # noqa: F811
     assert unpadded
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["adapter_names", "task_ids", "alora"])
+def test_adapters_that_are_told_of_each_row(kind, tokenizer):  # noqa: F811
+    """PEFT tells its layers by hooks, past the model, which keeps rows then."""
+    peft = pytest.importorskip("peft")
+    batch = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
+    batch.pop("token_type_ids", None)
+    here, told, found = batch["attention_mask"].bool(), {}, []
+    settings: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    if kind == "adapter_names":
+        told = {kind: ["one", "__base__", "one", "one", "__base__"]}
+    elif kind == "task_ids":
+        told = {kind: torch.tensor([0, 1, 0, 1, 1])}
+    else:
+        batch["input_ids"][:, 0] = 3
+        settings["alora_invocation_tokens"] = [3]
+    for name in ("sdpa", "dynmask"):
+        torch.manual_seed(1)
+        if kind == "task_ids":
+            config = peft.PolyConfig(**settings, r=2, n_tasks=2, n_skills=2, init_weights=False)
+        else:
+            config = peft.LoraConfig(**settings, init_lora_weights=False)
+        model = peft.get_peft_model(llama(LlamaForCausalLM, name), config, adapter_name="one").eval()
+        with torch.no_grad():
+            found.append(model(**batch, **told, use_cache=False).logits[here])
+    torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize("attend", [False, True])
+def test_query_expansion(attend, tokenizer, tmp_path):  # noqa: F811
+    """Tokens that see others and that none sees, as in ColBERT: absent ones, whose outputs count all the same."""
+    library = pytest.importorskip("sentence_transformers")
+    if not hasattr(library, "MultiVectorEncoder"):
+        pytest.skip("an earlier release")
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+    folder, found = saved(tmp_path, BertModel, BertConfig, tokenizer, **BERT), []
+    expansion = {"strategy": "fixed", "attend": attend, "length": 12, "token": "film"}
+    for name in ("sdpa", "dynmask"):
+        transformer = Transformer(folder, model_kwargs={"attn_implementation": name}, query_expansion=expansion)
+        model = library.MultiVectorEncoder(modules=[transformer, MultiVectorMask()], device="cpu")
+        found.append(torch.stack([torch.as_tensor(query) for query in model.encode_query(TEXTS)]))
+    assert found[0].shape[1] == 12
+    torch.testing.assert_close(*found, **CLOSE)

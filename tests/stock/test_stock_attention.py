@@ -283,6 +283,18 @@ def test_a_family_that_computes_with_its_mask():
         states(model, **padded_batch("right"))
 
 
+def test_a_family_that_adds_to_its_mask():
+    """Where a tensor is on the left, torch would put another error in place of ours."""
+    mask: Any = masking_utils.create_bidirectional_mask(
+        config=AutoConfig.for_model("bert", attn_implementation="dynmask"),
+        inputs_embeds=torch.ones(1, 2, 4),
+        attention_mask=None,
+    )
+    for compute in (lambda: torch.ones(2) + mask, lambda: 1.0 - mask, lambda: mask * 2):
+        with pytest.raises(TypeError, match=r"this bert model computes with one \(`an operator`\)"):
+            compute()
+
+
 def test_images():
     config = AutoConfig.for_model("vit", **LAYERS, intermediate_size=40, image_size=8, patch_size=4)
     model = AutoModel.from_config(config, attn_implementation="dynmask").eval()

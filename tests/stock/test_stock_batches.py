@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from test_positions import BART
+from test_stock_attention import new_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, DataCollatorWithFlattening
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPTextConfig,
+    CLIPTextModel,
+    DataCollatorWithFlattening,
+)
 
 from hf_dynmask import DataCollatorWithLengths
 from stock_models import random_stock
@@ -154,7 +163,60 @@ def test_neftune_must_have_rows(told, model):
         model.eval()
 
 
+@pytest.mark.parametrize("told", [{"lengths": [4, 3, 5, 0]}, {"position_ids": POSITIONS}], ids=["lengths", "positions"])
+def test_each_sequence_is_pooled(told):
+    for family, task in {"bert": "base", "albert": "base", "bert classes": "sequence-classification"}.items():
+        model = random_stock("bert", task) if family.split()[0] == "bert" else new_model("albert", "eager")
+        model.set_attn_implementation("dynmask")
+        name = "pooler_output" if task == "base" else "logits"
+        with torch.no_grad():
+            found = model(input_ids=FLAT, **told)[name]
+            single = [model(input_ids=torch.tensor([document]))[name] for document in DOCUMENTS]
+        torch.testing.assert_close(found[:3], torch.cat(single))
+        assert len(found) == len(told.get("lengths", DOCUMENTS))
+
+
+@pytest.mark.parametrize("told", [{"lengths": [4, 3, 5]}, {"position_ids": POSITIONS}], ids=["lengths", "positions"])
+@pytest.mark.parametrize("family", ["llama", "roberta", "distilbert"])
+def test_heads_that_read_one_token_of_each_row(family, told):
+    model = random_stock(family, "sequence-classification", pad_token_id=0)
+    model.set_attn_implementation("dynmask")
+    with pytest.raises(ValueError, match=r"a head that reads all tokens.*; \w+ForSequenceClassification reads one"):
+        model(input_ids=FLAT, **told)
+
+
+def test_a_model_that_pools_by_itself():
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = CLIPTextModel(CLIPTextConfig(**sizes, intermediate_size=16, attn_implementation="dynmask"))
+    with pytest.raises(ValueError, match="needs a model that pools states by a known part; CLIPText.*pools by itself"):
+        model(input_ids=FLAT, lengths=[4, 3, 5])
+
+
+def test_positions_that_a_model_does_not_take():
+    """BART's decoder counts columns, whatever `position_ids` say."""
+    config = AutoConfig.for_model("bart", **BART)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="dynmask").eval()
+    with pytest.raises(ValueError, match="needs a model that takes `position_ids`; this bart model counts columns"):
+        model(input_ids=FLAT, position_ids=POSITIONS)
+
+
 # --- Rows ---
+
+
+@pytest.mark.parametrize("mask", [PRESENT[:, None] * PRESENT[:, :, None], torch.ones(3, dtype=torch.long)])
+def test_masks_of_other_dimensions(mask, model):
+    with pytest.raises(ValueError, match=r"`attention_mask` must have a row for each row of tokens, .*; got shape \(3"):
+        logits(model, input_ids=ROWS, attention_mask=mask)
+
+
+def test_whether_a_mask_is_causal():
+    """Other attention obeys `is_causal` where it is given no mask."""
+    bert = random_stock("bert", "masked-lm")
+    bert.set_attn_implementation("dynmask")
+    for told in ({}, {"attention_mask": PRESENT}, {"lengths": LENGTHS}):
+        assert torch.equal(logits(bert, input_ids=ROWS, is_causal=False, **told), logits(bert, input_ids=ROWS, **told))
+        with pytest.raises(ValueError, match="must be what the mask of this bert model is, 'full'; got True"):
+            logits(bert, input_ids=ROWS, is_causal=True, **told)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForTokenClassification,
+    BertLMHeadModel,
     BertModel,
     CLIPVisionConfig,
+    EncoderDecoderModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -273,6 +275,57 @@ def test_a_keyword_that_is_read_by_name():
     model(ROWS, colour="red")
     with pytest.raises(TypeError, match="no part of Reader knows the keyword `color`"):
         model(ROWS, color="red")
+
+
+def test_a_class_of_a_notebook():
+    """Its code cannot be read: which keywords it knows, and which attention it has, is then not known."""
+    code = (
+        "import torch, hf_dynmask\n"
+        "from transformers import BertConfig, BertModel, BertPreTrainedModel\n"
+        "class Mine(BertPreTrainedModel):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.bert = BertModel(config)\n"
+        "        self.post_init()\n"
+        "    def forward(self, input_ids, **kwargs):\n"
+        "        return self.bert(input_ids) if kwargs['colour'] else None\n"
+        "config = BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)\n"
+        "model = Mine._from_config(config, attn_implementation='dynmask')\n"
+        "model(torch.tensor([[1, 2]]), colour='red')\n"
+        "model = Mine(config)\n"
+        "model.set_attn_implementation('dynmask')\n"
+        "assert model.bert.config._attn_implementation == 'dynmask'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- Which attention runs ---
+
+
+def test_attention_code_of_its_own_is_not_passed_over():
+    """Transformers would log it, and keep the attention that the model has."""
+    model = AutoModel.from_config(AutoConfig.for_model("mpnet", hidden_size=12, num_hidden_layers=1))
+    for implementation in ("dynmask", {"": "dynmask"}):
+        with pytest.raises(ValueError, match="interface; MPNetModel computes attention by itself"):
+            model.set_attn_implementation(implementation)
+
+
+@pytest.mark.parametrize("after", ["dynmask", "sdpa"])
+def test_an_encoder_decoder_made_of_two_models(after):
+    """Its sides get configurations of its own; the layers of the encoder keep that of their model."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    decoder = BertLMHeadModel(BertConfig(**sizes, is_decoder=True, add_cross_attention=True))
+    model = EncoderDecoderModel(encoder=BertModel(BertConfig(**sizes)), decoder=decoder).eval()
+    batch = {"input_ids": ROWS, "attention_mask": PRESENT, "decoder_input_ids": ROWS.flip(0)}
+    expected = states(model, **batch)
+    model.set_attn_implementation("dynmask")
+    torch.testing.assert_close(states(model, **batch), expected)
+    model.set_attn_implementation(after)
+    torch.testing.assert_close(states(model, **batch), expected)
+    layers = [part for part in model.modules() if type(part).__name__ == "BertSelfAttention"]
+    assert {layer.config._attn_implementation for layer in layers} == {after}
 
 
 # --- Masks ---

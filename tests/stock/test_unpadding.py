@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_stock_attention import CLOSE, DOCUMENTS, FAMILIES, WITHOUT_FLAT, model_of, new_model, padded_batch
+from test_stock_attention import (
+    CLOSE,
+    DOCUMENTS,
+    FAMILIES,
+    TOKENS_OF_DOCUMENTS,
+    WITHOUT_FLAT,
+    model_of,
+    new_model,
+    padded_batch,
+)
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,12 +29,14 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     BertModel,
+    BertPreTrainedModel,
     CLIPTextModel,
     DynamicCache,
     SiglipTextModel,
     Trainer,
     TrainingArguments,
 )
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_dynmask import set_mask
@@ -210,6 +221,28 @@ def test_a_loss_over_padding_keeps_rows():
     torch.testing.assert_close(logits, expected_logits, **CLOSE)
 
 
+class Answers(BertPreTrainedModel):
+    """A head for answers of another name, whose loss runs over padding as well."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, start_positions=None):
+        scores = self.bert(input_ids, attention_mask=attention_mask)[0][..., 0]
+        return (nn.functional.cross_entropy(scores, start_positions),)
+
+
+def test_the_loss_of_a_head_for_answers_by_another_name():
+    losses = []
+    for implementation in ("dynmask", "eager"):
+        torch.manual_seed(0)
+        model = Answers._from_config(BertConfig(**FAMILIES["bert"]), attn_implementation=implementation).eval()
+        losses.append(model(**padded_batch("right"), start_positions=torch.tensor([1, 2, 3]))[0])
+    torch.testing.assert_close(*losses, **CLOSE)
+
+
 def test_a_head_that_reads_off_the_last_column_keeps_rows():
     """As Llama's does where it is given no ids, with a warning."""
     model, batch = with_head("llama", "a class", "dynmask"), padded_batch("right")
@@ -250,6 +283,24 @@ def test_other_arguments(family, side, given):
         assert isinstance(output, tuple) == (given == "a tuple")
         outputs.append(output[0][here])
     torch.testing.assert_close(*outputs, **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [3, 2])
+def test_positions_of_three_dimensions(rows):
+    """Those of Qwen2-VL, `(3, B, T)`; of three rows of three columns, they have the shape of a batch of embeddings."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    sizes = FAMILIES["llama"] | {"rope_parameters": rope}
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])[:rows]
+    columns = mask.cumsum(1) - 1
+    batch = {"input_ids": TOKENS_OF_DOCUMENTS[: 3 * rows].view(rows, 3), "attention_mask": mask}
+    batch["position_ids"] = torch.stack([columns, 2 * columns, columns + 1]).clamp(0)
+    found = []
+    for implementation in ("dynmask", "eager"):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("qwen2_vl_text", **sizes)
+        model = Qwen2VLTextModel._from_config(config, attn_implementation=implementation).eval()
+        found.append(run(model, **batch)[0].last_hidden_state[mask.bool()])
+    torch.testing.assert_close(*found, **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
