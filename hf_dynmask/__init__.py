@@ -1,6 +1,6 @@
 """Exact dynamic attention masks for Hugging Face Transformers: lengths in, no work on padding.
 
-Importing the package changes six things in transformers, and has no other effect:
+Importing the package changes seven things in transformers, and has no other effect:
 
 - `AutoConfig` and the `AutoModel…` classes find the models of this package.
 - `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` contains our causal models. The Trainer's label smoothing uses it to decide
@@ -8,6 +8,8 @@ Importing the package changes six things in transformers, and has no other effec
 - `attn_implementation="dynmask"` is registered for the models of transformers.
 - `PreTrainedModel.get_correct_attn_implementation`, which resolves a model's `attn_implementation`, is wrapped. A model
   whose configuration has a mask (see [`set_mask`]) gets `"dynmask"`; asking for another implementation raises an error.
+- `PreTrainedModel.set_attn_implementation` is wrapped. Asking for `"dynmask"` raises an error if the model computes
+  attention by itself, where transformers only logs a warning.
 - `masking_utils._preprocess_mask_arguments` is wrapped, so that transformers does not look for sequences in
   `position_ids` if a model runs with `"dynmask"` and the batch says where its sequences are.
 - The functions in `AttentionMaskInterface` that make masks for other implementations are wrapped. They raise the same

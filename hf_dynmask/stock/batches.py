@@ -360,7 +360,7 @@ def is_for_graph(model: PreTrainedModel, names: Collection[str], given: dict[str
     more = (*MASKS, *CACHES, *TARGETS[:2], "decoder_lengths", "seq_idx", "output_attentions", "is_causal", EXPANSION)
     needs_more = not own.isdisjoint(more)
     is_other = has_cross_attention(model.config) or model.config.output_attentions or model.config.sub_configs
-    of_rows = getattr(model.base_model, "pooler", None) is not None or reads_tokens_of_rows(model)
+    of_rows = reads_tokens_of_rows(model)
     return not (needs_more or is_other or of_rows or has_neftune(model) or token_mixing_outside_attention(model))
 
 

@@ -193,7 +193,9 @@ def _announced(forward: Callable, model_class: type[PreTrainedModel]) -> Callabl
     def wrapper(self, *args, **kwargs):
         if self.config._attn_implementation == NAME:
             if IN_GRAPH.batch is not None:  # of the model that runs this one
-                return forward(self, *args, **kwargs)
+                output = forward(self, *args, **kwargs)
+                pool_by_sequence(self, output, IN_GRAPH.batch.layout)
+                return output
             if torch.compiler.is_compiling():
                 given = dict(zip(names, args, strict=False)) | kwargs
                 if not IN_GRAPH.has_outer and len(args) <= len(names) and _is_for_graph(self, names, given):
@@ -277,6 +279,7 @@ def run_in_graph(forward: Callable, model: PreTrainedModel, names: list[str], gi
     finally:
         IN_GRAPH.batch = None
     _check_separated(model, batch.sequences_separated)
+    pool_by_sequence(model, output, batch.layout)
     _mark_caches(output)
     return output
 

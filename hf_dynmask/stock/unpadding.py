@@ -188,9 +188,15 @@ def pool_by_sequence(model: PreTrainedModel, output: Any, layout: SequenceLayout
     """Pools each sequence of a flat batch, `(S, C)`, where a stock model pools each row.
 
     Raises:
-        ValueError: The model pools by code that is not known.
+        ValueError: The model pools by code that is not known, or returns a tuple.
     """
-    if not isinstance(output, ModelOutput) or output.get("pooler_output") is None:
+    if not isinstance(output, ModelOutput):
+        if getattr(model, "pooler", None) is None:
+            return
+        raise ValueError(
+            f"`return_dict` must be True for a flat batch of {type(model).__name__}, which pools; got False"
+        )
+    if output.get("pooler_output") is None:
         return
     why = _why_not_pooled(model)
     if why is not None:

@@ -185,6 +185,13 @@ def test_heads_that_read_one_token_of_each_row(family, told):
         model(input_ids=FLAT, **told)
 
 
+def test_a_tuple_of_a_model_that_pools():
+    model = random_stock("bert", "base")
+    model.set_attn_implementation("dynmask")
+    with pytest.raises(ValueError, match="`return_dict` must be True for a flat batch of BertModel, .*; got False"):
+        model(input_ids=FLAT, lengths=[4, 3, 5], return_dict=False)
+
+
 def test_a_model_that_pools_by_itself():
     sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = CLIPTextModel(CLIPTextConfig(**sizes, intermediate_size=16, attn_implementation="dynmask"))

@@ -123,6 +123,17 @@ def test_other_families(family):
     assert_compiles(model, flat())
 
 
+@pytest.mark.parametrize("task", ["base", "sequence-classification"])
+def test_each_sequence_is_pooled(task):
+    model = make("bert", task)
+    labels = {} if task == "base" else {"labels": LENGTHS % 2}
+    batch = {name: value for name, value in flat().items() if name != "labels"} | labels
+    assert_compiles(model, batch)
+    with torch.no_grad():
+        name = "pooler_output" if task == "base" else "logits"
+        assert model(**batch)[name].shape[0] == SEQUENCES
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_cache_that_is_filled_is_marked(use_cache):
     model = make("llama", use_cache=use_cache)
