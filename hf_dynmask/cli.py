@@ -110,8 +110,11 @@ def _silent_libraries() -> Iterator[None]:
 def _progress(what: str) -> Iterator[None]:
     """Shows on a terminal what the command is doing, and for how long."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield  # earlier releases of rich write an empty line even where a bar is disabled
+        return
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         bar.add_task(what, total=None)
         yield
 

@@ -21,9 +21,6 @@ FAULTS_OF_OLD_RELEASES = {
         f"::test_generated_tokens_equal_those_of_the_stock_model[marian-settings2-options{number}]"
         for number in (1, 2)
     ],
-    ("transformers<5.18", "penalties count padding as tokens of the prompt"): [
-        "tests/modeling/test_generation.py::test_the_tokens_are_those_of_the_stock_model_whatever_the_form[mistral-penalties]"
-    ],
     ("transformers<5.18", "a resumed run loads the optimizer onto `cpu:0`, which torch does not know"): [
         "tests/training/test_token_budget_mixin.py::test_two_processes",
         "tests/training/test_deepspeed.py::",

@@ -248,6 +248,7 @@ def test_env_of_a_model(config, told, tmp_path):
     assert told in " ".join(run("env", "--model", str(tmp_path)).output.split())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of old releases
 def test_env_of_a_model_that_cannot(tmp_path):
     DebertaConfig().save_pretrained(tmp_path)
     result = run("env", "--model", str(tmp_path))

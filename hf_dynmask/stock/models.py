@@ -159,7 +159,9 @@ def _lead_layers(model: PreTrainedModel, requested: str | None) -> None:
 
     Transformers sets that of models alone. In an encoder-decoder made of two models, layers keep the old configuration.
     """
-    of_models = {id(part.config) for part in model.modules() if isinstance(part, PreTrainedModel)}
+    own = model, model.base_model  # which may hold a configuration of its own as well
+    others = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in own]
+    of_models = {id(part.config) for part in (model, *others)}
     configs: list[Any] = [vars(part).get("config") for part in model.modules()]
     for config in (each for each in configs if type(each) is type(model.config) and id(each) not in of_models):
         if NAME in (requested, config._attn_implementation):

@@ -95,8 +95,9 @@ def test_the_tokens_are_those_of_the_stock_model_whatever_the_form(stock, model,
     expected = new_tokens(stock, padded(prompts, "left"), **HOW[how])
     for form, inputs in forms(prompts).items():
         assert new_tokens(model, inputs, **HOW[how]) == expected, form
-    alone = [new_tokens(model, {"input_ids": prompt[None]}, **HOW[how]) for prompt in prompts]
-    assert [row for rows in alone for row in rows] == expected
+    for prompt in prompts:  # alone: in earlier releases, penalties count padding as tokens of the prompt
+        alone = {"input_ids": prompt[None]}
+        assert new_tokens(model, alone, **HOW[how]) == new_tokens(stock, alone, **HOW[how])
 
 
 @pytest.mark.parametrize("how", SAMPLING)
