@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .layout import IGNORE_INDEX, SequenceLayout, eager_only, integers, out_of_range, reads_are_free, rolled
 
-HINT = " (integers are one class a sequence; floats say of each class whether it holds)"
+HINT = " (integer labels name one class per sequence; float labels have a value for each class)"
 
 
 def aligned_targets(labels: Tensor | None, shift_labels: Tensor | None, layout: SequenceLayout) -> Tensor | None:

@@ -70,7 +70,7 @@ def settled(model: PreTrainedModel, requested: str | None) -> str | None:
         check_mask(model, text)
     if requested == NAME:
         install_hooks(model)
-    _lead_layers(model, requested)
+    _switch_layers(model, requested)
     return requested
 
 
@@ -154,12 +154,13 @@ def check_uses_interface(model: PreTrainedModel) -> None:
         )
 
 
-def _lead_layers(model: PreTrainedModel, requested: str | None) -> None:
-    """Lets layers that hold an equal configuration, not the model's own, run with the same attention.
+def _switch_layers(model: PreTrainedModel, requested: str | None) -> None:
+    """Switches the attention of layers that hold another configuration object than their model.
 
-    Transformers sets that of models alone. In an encoder-decoder made of two models, layers keep the old configuration.
+    Transformers only switches the configurations of models. If an encoder-decoder is made of two models, it replaces
+    their configurations, but their layers keep the old ones.
     """
-    own = model, model.base_model  # which may hold a configuration of its own as well
+    own = model, model.base_model  # the base model may keep the old one, too
     others = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part not in own]
     of_models = {id(part.config) for part in (model, *others)}
     configs: list[Any] = [vars(part).get("config") for part in model.modules()]

@@ -201,9 +201,8 @@ def pool_by_sequence(model: PreTrainedModel, output: Any, layout: SequenceLayout
     why = _why_not_pooled(model)
     if why is not None:
         raise ValueError(f"a flat batch needs a model that pools states by a known part; {type(model).__name__}: {why}")
-    states, lengths = layout.flatten(output["last_hidden_state"])[0], layout.lengths
-    first = states[(lengths.cumsum(0) - lengths).clamp(max=len(states) - 1)]
-    output["pooler_output"] = _pooled(model, first.masked_fill(lengths[:, None] == 0, 0)[:, None])
+    first = layout.first_tokens(layout.flatten(output["last_hidden_state"]))
+    output["pooler_output"] = _pooled(model, first[:, None])
 
 
 def _can_be_flat(batch: Batch, outer: Sequence[Batch]) -> bool:

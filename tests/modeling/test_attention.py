@@ -156,7 +156,7 @@ def check_no_leak(attend, inputs, token, seen):
         assert (key_grad[0][hidden if key_grad.shape[1] > 1 else hidden.all(0, keepdim=True)] == 0).all()
 
 
-@examples(1000)
+@examples(2000)
 @given(cases(), SIZES, st.sampled_from([torch.float64, torch.float32]), st.sampled_from([None, 0.3]))
 def test_output_and_gradients_equal_the_oracle(case, sizes, dtype, scaling):
     check_equals_the_oracle(case, inputs_of(case, *sizes, dtype=dtype), scaling=scaling)

@@ -61,7 +61,7 @@ def kernel(function=documented_attention):
         yield
 
 
-@examples(300)
+@examples(600)
 @given(cases(text=st.lists(leaves(BANDS), min_size=1, max_size=3).map(" & ".join)))
 def test_output_and_gradients_equal_the_oracle(case):
     plan = case.plan()

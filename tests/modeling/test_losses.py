@@ -63,8 +63,8 @@ def test_labels_in_a_column_beside_unused_slots(labels):
     [
         (3, [0, 1, 3], r"`labels` must be from 0 to 2; got 3"),
         (3, [0, -1, 1], r"`labels` must be from 0 to 2; got -1"),
-        (3, [0, 1], r"`labels` must have shape \(3,\) or \(3, 1\); got \(2,\) \(integers are one class"),
-        (3, [0.0, 1.0, 2.0], r"`labels` must have shape \(3, 3\); got \(3,\) \(.* floats say of each class"),
+        (3, [0, 1], r"`labels` must have shape \(3,\) or \(3, 1\); got \(2,\) \(integer labels name one class"),
+        (3, [0.0, 1.0, 2.0], r"`labels` must have shape \(3, 3\); got \(3,\) \(.* float labels have a value"),
         (2, [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]], r"`labels` must have shape \(3, 2\); got \(2, 3\)"),
         (1, [0.5, 1.5], r"`labels` must have shape \(3,\) or \(3, 1\); got \(2,\)$"),
     ],

@@ -22,7 +22,7 @@ from strategies import FIELD_FREE, LEAVES, Batch, batches, examples, leaves, tex
 # --- text form ---------------------------------------------------------------------------------------------------
 
 
-@examples(1000)
+@examples(2000)
 @given(texts(heads=4, choices=3))
 def test_text_round_trip(text):
     mask = masks.parse(text)
@@ -113,7 +113,7 @@ def check_dense(batch: Batch):
     np.testing.assert_array_equal(dense.expand(expected.shape).numpy(), expected)
 
 
-@examples(1000)
+@examples(2000)
 @given(batches())
 def test_dense_equals_the_oracle(batch):
     check_dense(batch)
@@ -202,7 +202,7 @@ def grid(batch: Batch, query_block, key_block):
     return q_lo[None, :, None], q_hi[None, :, None], k_lo[None, None], k_hi[None, None]
 
 
-@examples(1000)
+@examples(2000)
 @given(batches(), st.integers(1, 9), st.integers(1, 9))
 def test_classification_of_a_block_grid_is_sound(batch, query_block, key_block):
     check_classification(batch, *grid(batch, query_block, key_block))

@@ -30,7 +30,7 @@ def tile_pairs(plan, tile, group):
     return pairs
 
 
-@examples(500)
+@examples(1000)
 @given(cases())
 def test_dense_form_in_the_layout_of_the_batch(case):
     heads, (rows, width), (_, key_width) = case.batch.heads, case.layout.shape, case.key_layout.shape
@@ -41,7 +41,7 @@ def test_dense_form_in_the_layout_of_the_batch(case):
     np.testing.assert_array_equal(plan_of(case).dense(heads).expand(expected.shape).numpy(), expected)
 
 
-@examples(500)
+@examples(1000)
 @given(cases())
 def test_tiles_hold_every_allowed_pair_and_no_query_twice(case):
     plan, masks, heads = plan_of(case), case.oracle_masks, case.batch.heads

@@ -26,7 +26,7 @@ def count(text, *sizes, **options):
     return count_pairs(masks.parse(text), torch.tensor(sizes), **options)
 
 
-@examples(300)
+@examples(600)
 @given(cases(templates=WITHOUT_CHOICE))
 def test_any_mask_in_any_batch(case):
     """With missing tokens, keys of other lengths and fields. Heads whose explicit masks differ count by their mean."""
