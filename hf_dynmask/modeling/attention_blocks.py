@@ -19,10 +19,11 @@ from .layout import eager_only
 from .plan import GroupPlan, MaskPlan, Tile
 from .softmax import softmax_attention
 
-# Sequences of up to LONGEST_FILLED tokens are filled up to a multiple of VECTOR tokens. Sequences of nearly equal
-# length then share a call, and the fused CPU kernel does not fall back to slow scalar code for a ragged end. For longer
-# sequences the copying costs as much as it saves, except in half precision, where a ragged end is slowest.
-VECTOR = 16
+# Sequences of up to LONGEST_FILLED tokens are filled up, so that sequences of nearly equal length share a call. Keys
+# are filled up to a multiple of VECTOR, so that the fused CPU kernel does not fall back to slow scalar code at a ragged
+# end; with up to half a vector of keys, scalar code is faster. For longer sequences the copying costs as much as it
+# saves, except in half precision, where a ragged end is slowest.
+VECTOR, QUARTER = 16, 4
 LONGEST_FILLED = 64
 LONGEST_FILLED_HALF = 512
 SMALL = 2**14  # elements up to which PyTorch's own gradient of a gather is faster than an autograd function in Python
@@ -34,7 +35,9 @@ class Bucket(NamedTuple):
 
     Attributes:
         group (`GroupPlan`): The joined groups, with sizes filled up.
-        mask_of (`Callable`): Returns the mask of a tile; `None` if all its pairs are allowed, or if it is causal.
+        mask_of (`Callable`):
+            Returns the mask of a tile, boolean or added to the scores; `None` if all its pairs are allowed, or if it is
+            causal.
         sizes (`list[tuple[int, int]]`): Numbers of queries and keys of each sequence before it is filled up.
     """
 
@@ -165,27 +168,28 @@ def attend(
             for run, part in runs
         ]
         return torch.cat(outputs, dim=1), None
-    plan = runs[0][1]
-    in_half_kernel = query.device.type == "cpu" and query.dtype in HALF and not _is_slow_in_kernel(query, dropout)
-    buckets, queries, keys = plan.derived(_buckets, LONGEST_FILLED_HALF if in_half_kernel else LONGEST_FILLED)
+    plan, in_kernel = runs[0][1], not _is_slow_in_kernel(query, dropout)
+    in_half_kernel = query.device.type == "cpu" and query.dtype in HALF and in_kernel
+    longest = LONGEST_FILLED_HALF if in_half_kernel else LONGEST_FILLED
+    buckets, queries, keys = plan.derived(_buckets, longest, query.dtype if in_kernel else None)
     pieces = zip(buckets, queries.take(query), keys.take(key), keys.take(value), strict=True)
     return queries.put_back([_attend_bucket(*piece, scaling, dropout) for piece in pieces]), None
 
 
-def _buckets(plan: MaskPlan, longest: int) -> tuple[list[Bucket], Side, Side]:
+def _buckets(plan: MaskPlan, longest: int, dtype: torch.dtype | None) -> tuple[list[Bucket], Side, Side]:
     """The buckets of a plan, and their queries and keys.
 
     A group of at most `longest` tokens that one tile covers is joined with neighbours that fill up to the same size.
+    `dtype` is that in which masks of joined groups are added to the scores; `None`: masks are boolean.
     """
 
     def filled_sizes(numbered: tuple[int, GroupPlan]) -> tuple[int, int]:
         number, group = numbered
         joins = group.is_whole and max(group.queries, group.keys) <= longest
-        return (_filled(group.queries), _filled(group.keys)) if joins else (-1, number)  # -1: stays alone
+        return (_filled(group.queries, VECTOR), _filled(group.keys, VECTOR)) if joins else (-1, number)  # -1: alone
 
     runs = ((sizes, [group for _, group in run]) for sizes, run in groupby(enumerate(plan.groups), key=filled_sizes))
-    device = plan.layout.device
-    buckets = [_alone(plan, run[0]) if sizes[0] < 0 else _joined(plan, run, *sizes, device) for sizes, run in runs]
+    buckets = [_alone(plan, run[0]) if sizes[0] < 0 else _joined(plan, run, dtype) for sizes, run in runs]
     buckets = buckets or [_alone(plan, GroupPlan(0, 0, 0))]
     return buckets, _side(plan, buckets, 0), _side(plan, buckets, 1)
 
@@ -208,27 +212,30 @@ def _side(plan: MaskPlan, buckets: list[Bucket], side: int) -> Side:
     return Side(tokens, pieces)
 
 
-def _filled(size: int) -> int:
-    return -(-size // VECTOR) * VECTOR
+def _filled(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _alone(plan: MaskPlan, group: GroupPlan) -> Bucket:
     return Bucket(group, partial(plan.tile_mask, group), [(group.queries, group.keys)] * group.count)
 
 
-def _joined(plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, device: torch.device) -> Bucket:
+def _joined(plan: MaskPlan, groups: list[GroupPlan], dtype: torch.dtype | None) -> Bucket:
+    queries, keys = max(group.queries for group in groups), max(group.keys for group in groups)
+    keys = _filled(keys, VECTOR if keys > VECTOR // 2 else QUARTER)
     causal = groups[0].tiles[0].causal
     # With a causal mask no token sees the copies, which come after all tokens.
-    mask = None if causal else _joined_mask(plan, groups, queries, keys, device)
+    mask = None if causal else _joined_mask(plan, groups, queries, keys)
+    if mask is not None and dtype is not None:  # else the kernel would convert it in every layer
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
     tile = Tile(slice(0, queries), (slice(0, keys),), mask is not None, causal)
     sizes = [(group.queries, group.keys) for group in groups for _ in range(group.count)]
     return Bucket(GroupPlan(len(sizes), queries, keys, tiles=(tile,)), lambda _: mask, sizes)
 
 
-def _joined_mask(
-    plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int, device: torch.device
-) -> Tensor | None:
+def _joined_mask(plan: MaskPlan, groups: list[GroupPlan], queries: int, keys: int) -> Tensor | None:
     """Bool `(n, 1 | H, 1 | queries, keys)` over the sequences of several whole groups; `None` if all are allowed."""
+    device = plan.layout.device
     masks = [plan.tile_mask(group, group.tiles[0]) for group in groups]
     if all(mask is None for mask in masks):
         if all(group.keys == keys for group in groups):

@@ -56,6 +56,13 @@ SHAPES = {
         | {"vocab_size": 8192, "pad_token_id": 0},
         ("sections", "uniform"),
     ),
+    "tiny": Shape(
+        BertConfig,
+        AutoModelForTokenClassification,
+        {"num_hidden_layers": 12, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+        | {"vocab_size": 32},
+        ("tiny",),
+    ),
     "bart": Shape(
         BartConfig,
         AutoModelForSeq2SeqLM,
@@ -102,6 +109,10 @@ def heavy_tailed_lengths(count: int) -> list[Lengths]:
     return [(length,) for length in (16 / torch.rand(count)).clamp(max=512).long().tolist()]
 
 
+def tiny_lengths(count: int) -> list[Lengths]:
+    return [(2 + k * 2 % 3,) for k in range(count)]
+
+
 def equal_lengths(count: int) -> list[Lengths]:
     return [(64,)] * count
 
@@ -112,6 +123,7 @@ LENGTHS = {
     "pairs": pair_lengths,
     "uniform": uniform_lengths,
     "heavy-tailed": heavy_tailed_lengths,
+    "tiny": tiny_lengths,
     "equal": equal_lengths,
 }
 

@@ -19,6 +19,7 @@ from hf_dynmask.modeling.attention_reference import attend as attend_reference
 from hf_dynmask.modeling.layout import SequenceLayout, in_heads, packed
 from hf_dynmask.modeling.plan import MaskPlan
 from hf_dynmask.modeling.softmax import masked_weights
+from operators import Operators
 from strategies import LEAVES, batch_of, case_of, cases, examples, flat_side, leaves, without_some
 
 IMPLEMENTATIONS = "blocks", "reference", "sdpa"  # those that serve every mask on every device; others have own files
@@ -610,6 +611,16 @@ def test_an_unknown_implementation_of_masks_of_weights_lists_the_known():
     layout, inputs = topk_inputs()
     with pytest.raises(ValueError, match="'reference'.*; got 'flash'"):
         attend_with("flash", "causal", layout, apply_mask_to="weights")(*inputs)
+
+
+@pytest.mark.parametrize(("sizes", "gathers"), [((1, 1, 1), 2), ((1, 1, 2), 4)], ids=str)
+def test_single_queries_are_used_where_they_are(sizes, gathers):
+    """When a model generates, keys are filled up to one size, but not its queries, one a sequence."""
+    layout, key_layout = (SequenceLayout.from_lengths(torch.tensor(lengths)) for lengths in (sizes, (9, 12, 14)))
+    query, key, value, _ = random_inputs(layout, key_layout, (2, 2, 4, 4))
+    with Operators() as operators:
+        dynmask_attention(query, key, value, "full", layout, key_layout, implementation="blocks")
+    assert operators.calls["aten.index_select.default"] == gathers
 
 
 # --- NaN and infinity --------------------------------------------------------------------------------------------
