@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from .attention_sdpa import attend_rows
 from .batch import per_token
 from .configuration_dynmask import DynMaskConfig, masks_of
 from .embedding import looked_up
@@ -28,6 +29,8 @@ from .kv_cache import given_cache
 from .layout import SequenceLayout, in_heads, packed, reads_are_free
 from .masks import TopK, parse
 from .plan import MaskPlan
+
+FEW_QUERIES = 16  # columns of queries up to which keys of a cache are not moved
 
 # transformers' `attn_implementation` -> the `implementation` of `dynmask_attention`.
 ATTENTION_IMPLEMENTATIONS = {"dynmask": "auto", "eager": "reference", "sdpa": "sdpa"}
@@ -241,7 +244,9 @@ class DynMaskAttention(nn.Module):
         if rotary is not None:
             query, key = apply_rotary_pos_emb(query, key, *(values.squeeze(0) for values in rotary))
         if cache is not None:
-            key, value = self._update_cache(key, value, plan, cache)
+            rows = self._update_cache(key, value, plan, cache)
+            if plan.key_layout is not plan.layout:
+                return self._attend_cached(query, *rows, plan, settings)
         return self._attend(query, key, value, plan, settings)
 
     def _query(self, hidden_states: Tensor) -> Tensor:
@@ -267,12 +272,24 @@ class DynMaskAttention(nn.Module):
         )
         return self.o_proj(output.flatten(1)), weights
 
+    def _attend_cached(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, settings: AttentionSettings
+    ) -> tuple[Tensor, Tensor | None]:
+        """[`_attend`] to keys and values `(B, Hk, T, D)` of a cache, which stay where they are if queries are few."""
+        is_plain = settings == AttentionSettings("auto", "scores") and not plan.reads_scores
+        if is_plain and plan.layout.shape[1] <= FEW_QUERIES:
+            dropout = self.dropout if self.training else 0.0
+            output = attend_rows(query, key, value, plan, scaling=self.scaling, dropout=dropout)
+            return self.o_proj(output.flatten(1)), None
+        key, value = (packed(plan.key_layout.flatten_heads(states)) for states in (key, value))
+        return self._attend(query, key, value, plan, settings)
+
     def _update_cache(self, key: Tensor, value: Tensor, plan: MaskPlan, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Adds keys and values `(N, Hk, D)` to the cache, and returns those of all tokens in the key layout."""
+        """Adds keys and values `(N, Hk, D)` to the cache, and returns `(B, Hk, T, D)` of all columns in the key
+        layout."""
         rows = (plan.layout.unflatten_heads(in_heads(states)) for states in (key, value))
         columns = plan.key_layout.shape[1]  # a static cache also returns its unused columns
-        both = cache.update(*rows, self.layer_idx)
-        key, value = (packed(plan.key_layout.flatten_heads(states[:, :, :columns])) for states in both)
+        key, value = (states[:, :, :columns] for states in cache.update(*rows, self.layer_idx))
         return key, value
 
     @staticmethod
@@ -293,24 +310,21 @@ class DynMaskCrossAttention(DynMaskAttention):
         cache: EncoderDecoderCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """States `(N, C)` and encoder states `(Nk, C)` to states `(N, C)` and weights, if any."""
+        query = self._query(hidden_states)
         if cache is None:
-            key, value = self._key_value(encoder_states)
-        else:
-            key, value = self._cached_cross_kv(encoder_states, plan, cache)
-        return self._attend(self._query(hidden_states), key, value, plan, settings)
+            return self._attend(query, *self._key_value(encoder_states), plan, settings)
+        return self._attend_cached(query, *self._cached_cross_kv(encoder_states, plan, cache), plan, settings)
 
     def _cached_cross_kv(
         self, encoder_states: Tensor, plan: MaskPlan, cache: EncoderDecoderCache
     ) -> tuple[Tensor, Tensor]:
+        """Keys and values `(B, Hk, Tk, D)` of the encoder's states, computed for the first queries only."""
         if cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
-            rows = layer.keys, layer.values
-        else:
-            rows = (plan.key_layout.unflatten_heads(in_heads(states)) for states in self._key_value(encoder_states))
-            rows = cache.cross_attention_cache.update(*rows, self.layer_idx)
-            cache.is_updated[self.layer_idx] = True
-        key, value = (packed(plan.key_layout.flatten_heads(states)) for states in rows)
-        return key, value
+            return layer.keys, layer.values  # pyright: ignore[reportReturnType]
+        rows = (plan.key_layout.unflatten_heads(in_heads(states)) for states in self._key_value(encoder_states))
+        cache.is_updated[self.layer_idx] = True
+        return cache.cross_attention_cache.update(*rows, self.layer_idx)
 
 
 class DynMaskFeedForward(nn.Module):

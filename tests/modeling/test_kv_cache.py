@@ -3,6 +3,7 @@
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 from dataclasses import dataclass, field
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, MistralConfig, StaticCache
 
 from hf_dynmask import DynMaskConfig, DynMaskForCausalLM
+from hf_dynmask.modeling import modules
 from hf_dynmask.modeling.modules import DynMaskKeyScores
 from strategies import LEAVES, examples, texts
 
@@ -76,11 +78,13 @@ def assert_same_logits(model: DynMaskForCausalLM, cuts: list[int], cache, **inpu
 
 @dataclass(frozen=True)
 class Decoding:
-    """A batch with tokens anywhere in its rows, a mask that sees nothing to come, and where the calls are cut."""
+    """A batch with tokens anywhere in its rows, a mask that sees nothing to come, where the calls are cut, and up to
+    how many queries keys stay where they are in the cache."""
 
     mask: str
     cuts: list[int]
     cache: str
+    few_queries: int
     inputs: dict[str, Tensor] = field(repr=False)
 
 
@@ -124,7 +128,8 @@ def decodings(draw):
         "mask_choice": random.integers(0, CHOICES, rows),
     }
     inputs = {name: torch.from_numpy(value) for name, value in fields.items()} | {"missing": missing}
-    return Decoding(mask, cuts, draw(st.sampled_from(["dynamic", "static"])), inputs)
+    kind, few_queries = draw(st.sampled_from(["dynamic", "static"])), draw(st.sampled_from([0, modules.FEW_QUERIES]))
+    return Decoding(mask, cuts, kind, few_queries, inputs)
 
 
 @examples(200)
@@ -132,7 +137,8 @@ def decodings(draw):
 def test_decoding_with_a_cache_equals_one_forward_pass(case):
     model = causal_lm(case.mask)
     cache = cache_of(model, case.cache, case.inputs["input_ids"].shape[1])
-    assert_same_logits(model, case.cuts, cache, **case.inputs)
+    with mock.patch.object(modules, "FEW_QUERIES", case.few_queries):
+        assert_same_logits(model, case.cuts, cache, **case.inputs)
 
 
 @pytest.mark.parametrize("window", [2, 3, 4, 12, 20])
