@@ -106,6 +106,8 @@ def _check_keys_exist(plan: MaskPlan, whole: SequenceLayout, start: int) -> None
     """Raises if a query may see a token that comes later, or one before column `start`."""
     if not plan.layout.num_tokens or "attention_mask" in plan.mask.fields:  # an explicit mask covers given tokens only
         return
+    if start == 0 and plan.band is not None and plan.band[1] == 0:  # nothing later is seen, and nothing is dropped
+        return
     first, last = (ends[:, None] for ends in _extreme_positions(plan.layout))
     ends = _extreme_positions(whole)[1][:, None]
     fields = _with_unknown_tokens(plan.fields, whole.num_positions)
