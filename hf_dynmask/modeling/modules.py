@@ -276,8 +276,8 @@ class DynMaskAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, settings: AttentionSettings
     ) -> tuple[Tensor, Tensor | None]:
         """[`_attend`] to keys and values `(B, Hk, T, D)` of a cache, which stay where they are if queries are few."""
-        is_plain = settings == AttentionSettings("auto", "scores") and not plan.reads_scores
-        if is_plain and plan.layout.shape[1] <= FEW_QUERIES:
+        are_few = plan.layout.shape[1] <= FEW_QUERIES and plan.in_rows is plan
+        if are_few and settings == AttentionSettings("auto", "scores") and not plan.reads_scores:
             dropout = self.dropout if self.training else 0.0
             output = attend_rows(query, key, value, plan, scaling=self.scaling, dropout=dropout)
             return self.o_proj(output.flatten(1)), None

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, MistralConfig, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, MistralConfig, StaticCache
 
-from hf_dynmask import DynMaskConfig, DynMaskForCausalLM
+from hf_dynmask import DynMaskConfig, DynMaskForCausalLM, DynMaskModel, SequenceLayout
 from hf_dynmask.modeling import modules
 from hf_dynmask.modeling.modules import DynMaskKeyScores
 from strategies import LEAVES, examples, texts
@@ -198,6 +198,28 @@ def test_a_prefix_may_be_as_long_as_the_shortest_prompt():
     )
     with pytest.raises(ValueError, match="lets a token see later ones"):
         model(ids[:, :5], attention_mask=of_tokens["attention_mask"][:, :5], prefix_lengths=torch.tensor([4, 5]))
+
+
+def test_a_decoder_whose_encoder_had_one_row():
+    """Its cross-attention has keys of several sequences in a row, which dense attention would mix."""
+    config = DynMaskConfig(
+        mask="causal",
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        intermediate_size=11,
+        add_cross_attention=True,
+        initializer_range=0.3,
+    )
+    model, ids = DynMaskModel(config).eval(), torch.randint(VOCABULARY, (2, 5))
+    encoded = {"encoder_layout": SequenceLayout.from_lengths(torch.tensor([4, 5]), (1, 9))}
+    encoded |= {"encoder_hidden_states": torch.randn(1, 9, 16)}
+    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    with torch.no_grad():
+        expected = model(ids, **encoded, use_cache=False).last_hidden_state
+        found = [model(ids[:, start : start + 1], **encoded, past_key_values=cache) for start in range(5)]
+    torch.testing.assert_close(torch.cat([output.last_hidden_state for output in found], dim=1), expected)
 
 
 def test_what_a_cache_does_not_go_with_is_named():
