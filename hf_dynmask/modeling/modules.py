@@ -19,18 +19,15 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from .attention_sdpa import attend_rows
 from .batch import per_token
 from .configuration_dynmask import DynMaskConfig, masks_of
 from .embedding import looked_up
 from .features import DynMaskFeatureEmbeddings
 from .graph_attention import attend
-from .kv_cache import given_cache
+from .kv_cache import attend_cached, given_cache, has_few_queries
 from .layout import SequenceLayout, in_heads, packed, reads_are_free
 from .masks import TopK, parse
 from .plan import MaskPlan
-
-FEW_QUERIES = 16  # columns of queries up to which keys of a cache are not moved
 
 # transformers' `attn_implementation` -> the `implementation` of `dynmask_attention`.
 ATTENTION_IMPLEMENTATIONS = {"dynmask": "auto", "eager": "reference", "sdpa": "sdpa"}
@@ -276,10 +273,10 @@ class DynMaskAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, settings: AttentionSettings
     ) -> tuple[Tensor, Tensor | None]:
         """[`_attend`] to keys and values `(B, Hk, T, D)` of a cache, which stay where they are if queries are few."""
-        are_few = plan.layout.shape[1] <= FEW_QUERIES and plan.in_rows is plan
-        if are_few and settings == AttentionSettings("auto", "scores") and not plan.reads_scores:
+        is_plain = settings == AttentionSettings("auto", "scores") and not plan.reads_scores
+        if is_plain and has_few_queries(plan):
             dropout = self.dropout if self.training else 0.0
-            output = attend_rows(query, key, value, plan, scaling=self.scaling, dropout=dropout)
+            output = attend_cached(query, key, value, plan, scaling=self.scaling, dropout=dropout)
             return self.o_proj(output.flatten(1)), None
         key, value = (packed(plan.key_layout.flatten_heads(states)) for states in (key, value))
         return self._attend(query, key, value, plan, settings)
