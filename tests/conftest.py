@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 
 # The tests read local folders only. Set before any Hugging Face library is imported, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# DeepSpeed builds extensions for one release of torch. In the default folder, another release may find them.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions" / version("torch")))
 
 # Old releases with a fault, and the fault -> tests that meet it, as file::name without a class, or how these begin.
 # There, they must fail.
