@@ -99,7 +99,7 @@ class BenchmarkArguments:
         metadata={
             "help": "Lengths: of the sample reviews, uniform from 8 to 256, heavy-tailed from 16 to 512, or all 64. "
             "For a language model: of sections of WikiText-2. For an encoder-decoder: of pairs of sentences. "
-            "None: all that fit the shape.",
+            "For the shape tiny: 2 to 4. None: all that fit the shape.",
             "choices": list(LENGTHS),
         },
     )

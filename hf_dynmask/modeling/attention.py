@@ -16,6 +16,7 @@ from .attention_flex import attend as attend_flex
 from .attention_flex import unsupported as unsupported_by_flex
 from .attention_reference import attend as attend_reference
 from .attention_sdpa import attend as attend_sdpa
+from .attention_sdpa import attend_rows as attend_rows
 from .attention_varlen import attend as attend_varlen
 from .attention_varlen import unsupported as unsupported_by_varlen
 from .layout import SequenceLayout, eager_only, in_heads, packed
@@ -50,6 +51,7 @@ IMPLEMENTATIONS = {
     "sdpa": Implementation(attend_sdpa),
 }
 CHOSEN_ON_CUDA = ("varlen", "banded", "flex")  # `"auto"` takes the first of these that can be used
+FEW_QUERIES = 16  # columns of queries up to which keys and values stay in the rows of a cache
 CUDA_LIKE = ("cuda", "meta")  # on `meta`, `"auto"` chooses as on CUDA
 
 
@@ -217,6 +219,12 @@ def auto_choice(
             return name, rejected
         rejected[name] = reason
     return "blocks", rejected
+
+
+def stays_in_rows(plan: MaskPlan, implementation: str, apply_mask_to: str) -> bool:
+    """Whether keys and values of a cache stay in rows for [`attend_rows`]. Otherwise they are packed for [`attend`]."""
+    is_plain = (implementation, apply_mask_to) == ("auto", "scores") and not plan.reads_scores
+    return is_plain and plan.layout.shape[1] <= FEW_QUERIES and plan.in_rows is plan
 
 
 def _check_supported(name: str, plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:

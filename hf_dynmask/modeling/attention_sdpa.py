@@ -14,13 +14,22 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention on packed `(N, H, D)` tensors; weights are not computed."""
     plan = plan.in_rows
+    key, value = (plan.key_layout.unflatten_heads(in_heads(states)) for states in (key, value))
+    return attend_rows(query, key, value, plan, scaling=scaling, dropout=dropout), None
+
+
+@eager_only
+def attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention `(N, H, Dv)` of packed queries `(N, H, D)` to keys and values `(B, Hk, T, D)`, one sequence a row."""
     output = nn.functional.scaled_dot_product_attention(
         plan.layout.unflatten_heads(in_heads(query)),
-        plan.key_layout.unflatten_heads(in_heads(key)),
-        plan.key_layout.unflatten_heads(in_heads(value)),
+        key,
+        value,
         attn_mask=plan.dense(query.shape[1]),
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return packed(plan.layout.flatten_heads(output)), None
+    return packed(plan.layout.flatten_heads(output))

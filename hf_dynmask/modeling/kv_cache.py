@@ -1,7 +1,6 @@
-"""The key-value cache: which columns of a batch it holds, the plans of masks over these columns, and attention to them.
+"""The key-value cache: which columns of a batch it holds, and the plans of masks over these columns.
 
-Shape legend: B rows; T columns seen so far, the current ones included; Tq current columns; N current tokens; H heads,
-Hk key/value heads; D and Dv head sizes.
+Shape legend: B rows; T columns seen so far, the current ones included; Tq current columns.
 """
 
 from __future__ import annotations
@@ -10,18 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .field_shapes import TOKEN_FIELDS
 from .fields import Fields, key_name
-from .layout import SequenceLayout, eager_only, in_heads, packed
+from .layout import SequenceLayout
 from .masks import Mask
 from .plan import MaskPlan
 
 FAR = 2**40  # a position that no sequence reaches
-FEW_QUERIES = 16  # current columns up to which keys and values are used where they are in a cache
 CACHE_NAMES = ("cache", "past_key_values")
 # What this release of transformers calls a cache in arguments and outputs: `past_key_values` before 5.24.
 CACHE_NAME = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
@@ -102,29 +100,6 @@ def cached_plans(
             plans[key] = plan
         chosen.append(plans[key])
     return chosen
-
-
-def has_few_queries(plan: MaskPlan) -> bool:
-    """Whether keys and values are best used where they are in a cache; see [`attend_cached`]."""
-    return plan.layout.shape[1] <= FEW_QUERIES and plan.in_rows is plan
-
-
-@eager_only
-def attend_cached(
-    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, *, scaling: float, dropout: float = 0.0
-) -> Tensor:
-    """Attention `(N, H, Dv)` of packed queries `(N, H, D)` to keys and values `(B, Hk, T, D)` of a cache, with one
-    sequence a row."""
-    output = nn.functional.scaled_dot_product_attention(
-        plan.layout.unflatten_heads(in_heads(query)),
-        key,
-        value,
-        attn_mask=plan.dense(query.shape[1]),
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return packed(plan.layout.flatten_heads(output))
 
 
 def _check_keys_exist(plan: MaskPlan, whole: SequenceLayout, start: int) -> None:

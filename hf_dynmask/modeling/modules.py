@@ -19,12 +19,13 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from .attention import attend_rows, stays_in_rows
 from .batch import per_token
 from .configuration_dynmask import DynMaskConfig, masks_of
 from .embedding import looked_up
 from .features import DynMaskFeatureEmbeddings
 from .graph_attention import attend
-from .kv_cache import attend_cached, given_cache, has_few_queries
+from .kv_cache import given_cache
 from .layout import SequenceLayout, in_heads, packed, reads_are_free
 from .masks import TopK, parse
 from .plan import MaskPlan
@@ -273,10 +274,9 @@ class DynMaskAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, settings: AttentionSettings
     ) -> tuple[Tensor, Tensor | None]:
         """[`_attend`] to keys and values `(B, Hk, T, D)` of a cache, which stay where they are if queries are few."""
-        is_plain = settings == AttentionSettings("auto", "scores") and not plan.reads_scores
-        if is_plain and has_few_queries(plan):
+        if stays_in_rows(plan, *settings):
             dropout = self.dropout if self.training else 0.0
-            output = attend_cached(query, key, value, plan, scaling=self.scaling, dropout=dropout)
+            output = attend_rows(query, key, value, plan, scaling=self.scaling, dropout=dropout)
             return self.o_proj(output.flatten(1)), None
         key, value = (packed(plan.key_layout.flatten_heads(states)) for states in (key, value))
         return self._attend(query, key, value, plan, settings)

@@ -336,7 +336,7 @@ class MaskPlan:
             return same.to(table.dtype).expand(-1, table.shape[1], -1, -1)
         sequence = _sequence_of_places(self.layout).clamp(min=0)
         sequence = sequence if table.shape[0] > 1 else torch.zeros_like(sequence)
-        i, j = map(_positions_of_columns, (self.layout, self.key_layout))
+        i, j = map(_position_of_places, (self.layout, self.key_layout))
         cells = table.movedim(1, -1)[sequence[:, :, None], i[:, :, None], j[:, None, :]].movedim(-1, 1)
         return cells.masked_fill(~same, 0)
 
@@ -402,13 +402,13 @@ def _dense(plan: MaskPlan, heads: int) -> Tensor:
     if not all(layout.num_tokens for layout in layouts):
         return same
     by_column = plan.in_rows is plan and not plan.reads_scores  # `topk` must see each position once
-    i, j = (_positions_of_columns(layout) if by_column else _all_positions(layout) for layout in layouts)
+    i, j = (_position_of_places(layout) if by_column else _all_positions(layout) for layout in layouts)
     cells = allowed_by_head(plan.mask, heads, i[:, None, :, None], j[:, None, None, :], plan.fields)
     return cells & same if by_column else plan.in_batch(cells)
 
 
-def _positions_of_columns(layout: SequenceLayout) -> Tensor:
-    """The position `(B, T)` at every place of a batch; 0 at absent places."""
+def _position_of_places(layout: SequenceLayout) -> Tensor:
+    """The position of every place of a batch `(B, T)`; 0 at absent places."""
     return layout.unflatten(layout.positions[None])
 
 

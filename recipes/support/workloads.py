@@ -110,6 +110,7 @@ def heavy_tailed_lengths(count: int) -> list[Lengths]:
 
 
 def tiny_lengths(count: int) -> list[Lengths]:
+    """2, 4, 3, 2, 4, 3 and so on."""
     return [(2 + k * 2 % 3,) for k in range(count)]
 
 

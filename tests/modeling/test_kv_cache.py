@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, MistralConfig, StaticCache
 
 from hf_dynmask import DynMaskConfig, DynMaskForCausalLM, DynMaskModel, SequenceLayout
-from hf_dynmask.modeling import kv_cache
+from hf_dynmask.modeling import attention
 from hf_dynmask.modeling.modules import DynMaskKeyScores
 from strategies import LEAVES, examples, texts
 
@@ -128,7 +128,7 @@ def decodings(draw):
         "mask_choice": random.integers(0, CHOICES, rows),
     }
     inputs = {name: torch.from_numpy(value) for name, value in fields.items()} | {"missing": missing}
-    kind, few_queries = draw(st.sampled_from(["dynamic", "static"])), draw(st.sampled_from([0, kv_cache.FEW_QUERIES]))
+    kind, few_queries = draw(st.sampled_from(["dynamic", "static"])), draw(st.sampled_from([0, attention.FEW_QUERIES]))
     return Decoding(mask, cuts, kind, few_queries, inputs)
 
 
@@ -137,7 +137,7 @@ def decodings(draw):
 def test_decoding_with_a_cache_equals_one_forward_pass(case):
     model = causal_lm(case.mask)
     cache = cache_of(model, case.cache, case.inputs["input_ids"].shape[1])
-    with mock.patch.object(kv_cache, "FEW_QUERIES", case.few_queries):
+    with mock.patch.object(attention, "FEW_QUERIES", case.few_queries):
         assert_same_logits(model, case.cuts, cache, **case.inputs)
 
 

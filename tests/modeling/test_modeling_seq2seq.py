@@ -34,7 +34,7 @@ from hf_dynmask import (
     from_transformers,
     set_mask,
 )
-from hf_dynmask.modeling import kv_cache
+from hf_dynmask.modeling import attention
 from oracle import sequence_attention, sequence_mask
 from stock_models import random_stock
 
@@ -327,9 +327,9 @@ def test_masks_of_both_sides_and_between_them_are_those_of_the_reference(masks):
 
 @all_masks
 @pytest.mark.parametrize("cuts", [[FIRST], [FIRST, 4, 5, 7]])
-@pytest.mark.parametrize("few_queries", [0, kv_cache.FEW_QUERIES])
+@pytest.mark.parametrize("few_queries", [0, attention.FEW_QUERIES])
 def test_decoding_with_a_cache_equals_one_forward_pass(masks, cuts, few_queries, monkeypatch):
-    monkeypatch.setattr(kv_cache, "FEW_QUERIES", few_queries)
+    monkeypatch.setattr(attention, "FEW_QUERIES", few_queries)
     model = masked(MASKS[masks])
     fields = random_fields()
     inputs = {"input_ids": torch.randint(4, VOCABULARY, (ROWS, WIDTH)), "lengths": SOURCES}
